@@ -1,0 +1,167 @@
+"""The grid of ranks: one world seen as TPA x KVP by attention and as TPF x EP by the feed-forward network.
+
+KVP is the innermost axis, so the ranks that exchange attention partials are neighbours: rank = tpa_rank * kvp +
+kvp_rank. Projections see the flattened world. Ranges of heads and columns are contiguous and ascend with the rank, so
+that what the exchange leaves on rank r is exactly what rank r's slice of the output projection multiplies
+(arXiv 2507.07120, section 2.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.distributed as dist
+
+Range = tuple[int, int]
+"""A half-open range (start, stop)."""
+
+
+def split_evenly(count: int, parts: int, index: int) -> Range:
+    """Return the index-th of ``parts`` contiguous ranges over ``count`` items; the first ones take the remainder."""
+    small, extra = divmod(count, parts)
+    start = index * small + min(index, extra)
+    return start, start + small + (index < extra)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ways each axis is split. ``tpf`` and ``ep`` of 0 mean: whatever fills the world (ep = 1).
+
+    Raises:
+        ValueError: when an axis is not positive, or TPF x EP is not TPA x KVP.
+    """
+
+    kvp: int = 1
+    tpa: int = 1
+    tpf: int = 0
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("kvp", "tpa", "ep"):
+            if getattr(self, axis) < 1:
+                raise ValueError(f"parallel.{axis} = {getattr(self, axis)} must be at least 1")
+        if self.tpf == 0 and self.world_size % self.ep == 0:
+            object.__setattr__(self, "tpf", self.world_size // self.ep)
+        if self.tpf * self.ep != self.world_size:
+            raise ValueError(
+                f"parallel.tpf ({self.tpf}) x parallel.ep ({self.ep}) must equal "
+                f"parallel.tpa ({self.tpa}) x parallel.kvp ({self.kvp}) = {self.world_size}"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks: TPA x KVP."""
+        return self.tpa * self.kvp
+
+    def check_world(self, started: int) -> None:
+        """Raise ValueError unless the launcher started as many ranks as the layout has."""
+        if self.world_size != started:
+            way = "lower one" if self.world_size > started else "raise one"
+            raise ValueError(
+                f"parallel.kvp ({self.kvp}) x parallel.tpa ({self.tpa}) = {self.world_size} ranks "
+                f"but {started} started; {way} or start {self.world_size}"
+            )
+
+    def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+        """Raise ValueError unless a model with these heads can be split this way."""
+        if self.tpa <= num_kv_heads:
+            if num_kv_heads % self.tpa:
+                raise ValueError(
+                    f"parallel.tpa = {self.tpa} must divide the model's {num_kv_heads} KV heads "
+                    f"or be a multiple of them"
+                )
+        elif self.kvp > 1:
+            raise ValueError(
+                f"parallel.tpa = {self.tpa} exceeds the model's {num_kv_heads} KV heads while "
+                f"parallel.kvp = {self.kvp} > 1; lower tpa to at most {num_kv_heads} and give the ranks to kvp"
+            )
+        elif self.tpa % num_kv_heads:
+            raise ValueError(
+                f"parallel.tpa = {self.tpa} must be a multiple of the model's {num_kv_heads} KV heads to duplicate them"
+            )
+        if num_heads < self.world_size:
+            raise ValueError(
+                f"parallel.kvp ({self.kvp}) x parallel.tpa ({self.tpa}) = {self.world_size} ranks "
+                f"exceed the model's {num_heads} query heads; lower one"
+            )
+
+    def kv_heads(self, num_kv_heads: int, tpa_rank: int) -> Range:
+        """Return the KV heads of a TPA rank; beyond K ranks the heads are duplicated."""
+        if self.tpa <= num_kv_heads:
+            return split_evenly(num_kv_heads, self.tpa, tpa_rank)
+        head = tpa_rank * num_kv_heads // self.tpa
+        return head, head + 1
+
+    def query_heads(self, num_heads: int, num_kv_heads: int, tpa_rank: int) -> Range:
+        """Return the query heads of a TPA rank: those that read its KV heads, or its share of them."""
+        group = num_heads // num_kv_heads
+        start, stop = self.kv_heads(num_kv_heads, tpa_rank)
+        if self.tpa <= num_kv_heads:
+            return start * group, stop * group
+        copies = self.tpa // num_kv_heads
+        first, last = split_evenly(group, copies, tpa_rank % copies)
+        return start * group + first, start * group + last
+
+    def merged_heads(self, num_heads: int, num_kv_heads: int, tpa_rank: int, kvp_rank: int) -> Range:
+        """Return the query heads that a rank holds after the exchange: 1/KVP of its TPA slice."""
+        start, stop = self.query_heads(num_heads, num_kv_heads, tpa_rank)
+        first, last = split_evenly(stop - start, self.kvp, kvp_rank)
+        return start + first, start + last
+
+
+@dataclass(frozen=True)
+class HelixGrid:
+    """This rank's place in the layout, and the process groups it belongs to.
+
+    ``kvp_group`` is None where KVP is 1 and ``world_group`` is None in a world of one: no collective is needed there.
+    """
+
+    layout: Layout
+    rank: int
+    kvp_group: dist.ProcessGroup | None
+    world_group: dist.ProcessGroup | None
+
+    @classmethod
+    def create(cls, layout: Layout) -> HelixGrid:
+        """Make the groups of the default process group's world.
+
+        Collective: every rank calls it, with the same layout, before any other group is made.
+
+        Raises:
+            ValueError: when the world's size is not the layout's.
+        """
+        started = dist.get_world_size() if dist.is_initialized() else 1
+        layout.check_world(started)
+        if started == 1:
+            return cls(layout, rank=0, kvp_group=None, world_group=None)
+        rank, mine = dist.get_rank(), None
+        if layout.kvp == layout.world_size:
+            mine = dist.group.WORLD
+        elif layout.kvp > 1:
+            for tpa_rank in range(layout.tpa):
+                first = tpa_rank * layout.kvp
+                group = dist.new_group(list(range(first, first + layout.kvp)))
+                if rank // layout.kvp == tpa_rank:
+                    mine = group
+        return cls(layout, rank=rank, kvp_group=mine, world_group=dist.group.WORLD)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks in the layout."""
+        return self.layout.world_size
+
+    @cached_property
+    def kvp_rank(self) -> int:
+        """This rank's index on the sequence axis."""
+        return self.rank % self.layout.kvp
+
+    @cached_property
+    def tpa_rank(self) -> int:
+        """This rank's index on the head axis."""
+        return self.rank // self.layout.kvp
+
+    @cached_property
+    def tpf_rank(self) -> int:
+        """This rank's index on the FFN's tensor axis (EP is innermost)."""
+        return self.rank // self.layout.ep

@@ -1,0 +1,169 @@
+"""Start and stop one rank from torchrun's environment, and let ranks agree before they act.
+
+A process started without torchrun is a world of one. Where CUDA is there, the default process group carries NCCL for
+GPU tensors and gloo for host objects, so agreement between hosts never waits for a GPU.
+
+Whatever only one rank can see (a file, free memory, an exception) passes through ``agree``, ``from_rank0`` or
+``minimum`` before anything collective depends on it: then no rank waits for another that has left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun's environment says of this process. Ranks and sizes count processes."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def speaks(self) -> bool:
+        """True on the rank that prints."""
+        return self.rank == 0
+
+
+def start(device: str = "auto", *, timeout_s: float = 600.0) -> Launch:
+    """Join the world that the environment describes and pick this rank's device.
+
+    Collective over the world. ``auto`` is CUDA when every rank of every node has a GPU of its own, else the CPU.
+    ``timeout_s`` bounds every later collective, in seconds. Calling it in a process whose default group exists
+    already (a test harness) joins that one.
+
+    Raises:
+        ValueError: on all ranks, when ``cuda`` is asked for and a rank has no GPU of its own.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"runtime.device = {device!r} must be one of {', '.join(DEVICES)}")
+    env = os.environ
+    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    local_rank, local_world_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    has_gpu = device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
+    if has_gpu:
+        torch.cuda.set_device(local_rank)
+    if world_size > 1 and not dist.is_initialized():
+        if local_world_size == world_size:
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: stay on loopback, whatever its name resolves to
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            device_id=torch.device("cuda", local_rank) if has_gpu else None,
+        )
+    all_have_gpus = minimum(int(has_gpu)) == 1
+    if device == "cuda" and not all_have_gpus:
+        raise ValueError(
+            f"runtime.device = cuda, but this node has {torch.cuda.device_count()} GPUs "
+            f"for {local_world_size} ranks; use runtime.device=cpu or fewer ranks"
+        )
+    chosen = torch.device("cuda", local_rank) if all_have_gpus else torch.device("cpu")
+    return Launch(rank, world_size, local_rank, local_world_size, chosen)
+
+
+def stop() -> None:
+    """Leave the world; the counterpart of ``start``, called by every rank."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_up_logging(rank: int) -> None:
+    """Send log records to standard error: from INFO on rank 0, from WARNING elsewhere, tagged with the rank."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s rank {rank} %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+
+
+def agree(step: Callable[[], T]) -> T:
+    """Run ``step`` on every rank and return this rank's result, if it succeeded on all of them.
+
+    Raises:
+        ValueError: on all ranks, with the message of the lowest rank where ``step`` raised ValueError or OSError.
+    """
+    result, problem, cause = None, "", None
+    try:
+        result = step()
+    except (ValueError, OSError) as error:
+        problem, cause = str(error) or repr(error), error
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=host_group())
+    first = next((p for p in problems if p), None)
+    if first is not None:
+        raise ValueError(first) from cause
+    return result  # type: ignore[return-value]
+
+
+def from_rank0(step: Callable[[], T]) -> T:
+    """Run ``step`` on rank 0 alone and return its (picklable) result on every rank.
+
+    Raises:
+        ValueError: on all ranks, with its message, when ``step`` raised ValueError or OSError.
+    """
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome: tuple[T | None, str | None] = step(), None
+        except (ValueError, OSError) as error:
+            outcome = None, str(error) or repr(error)
+    else:
+        outcome = None, None
+    if dist.is_initialized():
+        box = [outcome]
+        dist.broadcast_object_list(box, src=0, group=host_group(), device=torch.device("cpu"))
+        outcome = box[0]
+    result, problem = outcome
+    if problem is not None:
+        raise ValueError(problem)
+    return result  # type: ignore[return-value]
+
+
+def minimum(value: int) -> int:
+    """Return the smallest of the ranks' values, on every rank."""
+    return min(gather_values(value))
+
+
+def gather_values(value: int) -> list[int]:
+    """Return every rank's value (one that fits int64), in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    mine = torch.tensor([value], dtype=torch.int64)
+    values = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, mine, group=host_group())
+    return [int(v) for v in values]
+
+
+_host_group: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """Return a group that carries host tensors: the default one, or a gloo group beside an NCCL-only default.
+
+    Collective the first time it is called after the default group was made.
+    """
+    global _host_group
+    world = dist.group.WORLD
+    if world is None or not dist.is_initialized():
+        return None
+    if "gloo" in dist.get_backend_config(world):
+        return world
+    if _host_group is None or _host_group[0] is not world:
+        _host_group = (world, dist.new_group(backend="gloo"))
+    return _host_group[1]

@@ -1,0 +1,80 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.collectives import all_gather, all_reduce_, all_to_all
+from parallel.launch import agree, from_rank0, gather_values, minimum, start
+
+
+def collectives_body():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    device = "cuda" if torch.cuda.device_count() >= size else "cpu"
+    group = dist.group.WORLD
+    summed = all_reduce_(torch.full((3,), float(rank), device=device), group).cpu()
+    gathered = all_gather(torch.full((2, 3), rank, device=device).T, group).cpu()
+    swapped = all_to_all(torch.arange(size, device=device).unsqueeze(1) * 10 + rank, group).cpu()
+    return summed.tolist(), gathered[:, 0, 0].tolist(), swapped[:, 0].tolist()
+
+
+def test_collectives_sum_gather_and_swap(ranks):
+    for rank, (summed, gathered, swapped) in enumerate(ranks(4).run(collectives_body)):
+        assert summed == [6.0] * 3
+        assert gathered == [0, 1, 2, 3]
+        assert swapped == [rank * 10 + sender for sender in range(4)]
+
+
+def test_a_group_of_one_costs_nothing():
+    tensor = torch.arange(3.0)
+    assert all_reduce_(tensor, None) is tensor
+    assert torch.equal(all_gather(tensor, None), tensor.unsqueeze(0))
+
+
+def agree_body(bad_ranks):
+    def step():
+        if dist.get_rank() in bad_ranks:
+            raise ValueError(f"no file on rank {dist.get_rank()}")
+        return dist.get_rank()
+
+    try:
+        return agree(step)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_problem_of_one_rank_is_raised_on_all_with_its_message(ranks):
+    assert ranks(4).run(agree_body, []) == [0, 1, 2, 3]
+    assert ranks(4).run(agree_body, [2, 3]) == ["no file on rank 2"] * 4
+
+
+def rank0_body(fails):
+    def step():
+        if fails:
+            raise OSError("disk gone")
+        return {"from": dist.get_rank()}
+
+    try:
+        return from_rank0(step)
+    except ValueError as error:
+        return str(error)
+
+
+def test_rank_0_decides_for_all(ranks):
+    assert ranks(2).run(rank0_body, False) == [{"from": 0}] * 2
+    assert ranks(2).run(rank0_body, True) == ["disk gone"] * 2
+
+
+def values_body():
+    return minimum(10 - dist.get_rank()), gather_values(dist.get_rank() ** 2)
+
+
+def test_minimum_and_values_are_the_same_everywhere(ranks):
+    assert ranks(4).run(values_body) == [(7, [0, 1, 4, 9])] * 4
+
+
+def test_a_world_of_one_needs_no_group():
+    assert (agree(lambda: 5), from_rank0(lambda: 6), minimum(7), gather_values(8)) == (5, 6, 7, [8])
+
+
+def test_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="runtime.device = 'tpu' must be one of auto, cpu, cuda"):
+        start("tpu")
