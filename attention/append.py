@@ -1,0 +1,75 @@
+"""RoPE, and the write of K and V into the slots that this rank owns.
+
+Every rank rotates with global positions; only the owner of a position stores its K and V. The new token is appended
+first and read by the same step's attention, so nothing is merged twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def rotate(x_RHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
+    """Apply rotary position embedding to the first dims of every head, in float32.
+
+    Args:
+        x_RHD: [R, heads, D].
+        cos, sin: [R, rotary_dim / 2] float32, scaled; rotary_dim <= D, the other dims pass through.
+        interleaved: pairs are (0, 1), (2, 3), ... as in GLM, instead of halves as in Llama.
+
+    Returns:
+        A new [R, heads, D] in x's dtype.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turning = x_RHD[..., : 2 * half].float()
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    else:
+        first, second = turning[..., :half], turning[..., half:]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    mixed = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat((mixed.to(x_RHD.dtype), x_RHD[..., 2 * half :]), -1)
+
+
+@triton.jit
+def _append_kernel(k, v, k_row_stride, v_row_stride, pages, slots, page_stride, kv_stride, head_stride,
+                   BLOCK_SIZE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + row)
+    if slot >= 0:
+        d = tl.arange(0, D_PAD)
+        to = pages + (slot // BLOCK_SIZE) * page_stride + head * head_stride + (slot % BLOCK_SIZE) * D + d
+        tl.store(to, tl.load(k + row * k_row_stride + head * D + d, mask=d < D), mask=d < D)
+        tl.store(to + kv_stride, tl.load(v + row * v_row_stride + head * D + d, mask=d < D), mask=d < D)
+
+
+def append(k_RKD: torch.Tensor, v_RKD: torch.Tensor, pages: torch.Tensor, slot: torch.Tensor) -> None:
+    """Write K and V of the rows that this rank owns into its pages; rows with slot -1 are skipped.
+
+    Args:
+        k_RKD, v_RKD: [R, K, D], heads packed; rows may be strided.
+        pages: [P, 2, K, block_size, D], one layer's pages, K before V.
+        slot: [R] int64, page * block_size + offset, or -1. No slot occurs twice.
+    """
+    block_size = pages.shape[3]
+    if not k_RKD.is_cuda:
+        mine = slot >= 0
+        page, offset = slot[mine] // block_size, slot[mine] % block_size
+        pages[page, 0, :, offset] = k_RKD[mine]
+        pages[page, 1, :, offset] = v_RKD[mine]
+        return
+    append_kernel(k_RKD, v_RKD, pages, slot)
+
+
+def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor, pages: torch.Tensor, slot: torch.Tensor) -> None:
+    """Do what ``append`` does with one Triton launch of static shape, so that a CUDA graph can hold it."""
+    rows, heads, head_dim = k_RKD.shape
+    if rows == 0:
+        return
+    _append_kernel[(rows, heads)](
+        k_RKD, v_RKD, k_RKD.stride(0), v_RKD.stride(0), pages, slot, pages.stride(0), pages.stride(1), pages.stride(2),
+        BLOCK_SIZE=pages.shape[3], D=head_dim, D_PAD=triton.next_power_of_2(head_dim), num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""The log-sum-exp merge of partial attention results: the oracle and the Triton kernel.
+
+Partials over disjoint key sets combine exactly: with weights exp(lse_n - max), out = sum(w_n out_n) / sum(w_n). A
+partial that saw no token has lse = -inf and weight zero, whatever its values; where no partial saw one the result is
+zero and its lse -inf (arXiv 2507.07120, section 2.1; arXiv 1805.02867 for the online softmax).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def merge_reference(out_NRQD: torch.Tensor, lse_NRQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge N partials in float32 (float64 stays float64), on any device.
+
+    Args:
+        out_NRQD: [N, R, Q, D], each partial normalised over its own keys; values under lse = -inf are ignored.
+        lse_NRQ: [N, R, Q] float32 or float64, natural log.
+
+    Returns:
+        The merged [R, Q, D] in out's dtype and its lse [R, Q] in lse's dtype.
+    """
+    lse = lse_NRQ if lse_NRQ.dtype == torch.float64 else lse_NRQ.float()
+    top_RQ = lse.amax(0)
+    empty = torch.isneginf(top_RQ)
+    weight = torch.exp(lse - top_RQ.masked_fill(empty, 0.0))
+    total_RQ = weight.sum(0)
+    out = out_NRQD.to(lse.dtype).masked_fill(torch.isneginf(lse).unsqueeze(-1), 0.0)
+    merged = (weight.unsqueeze(-1) * out).sum(0) / total_RQ.masked_fill(empty, 1.0).unsqueeze(-1)
+    return merged.to(out_NRQD.dtype), top_RQ + torch.log(total_RQ)
+
+
+@triton.jit
+def _merge_packed_kernel(
+    packed, out, heads, N: tl.constexpr, H_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr
+):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    rows = tl.num_programs(0)
+    d = tl.arange(0, D_PAD)
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([D_PAD], tl.float32)
+    for n in tl.static_range(N):
+        cell = (n * rows + row) * H_PAD + head
+        base = packed + cell * (D + W)
+        lse = tl.load(packed.to(tl.pointer_type(tl.float32)) + cell * ((D + W) // W) + D // W)
+        o = tl.load(base + d, mask=d < D, other=0.0).to(tl.float32)
+        o = tl.where(lse == float("-inf"), 0.0, o)  # values of an empty partial may be NaN
+        new_top = tl.maximum(top, lse)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        old, new = tl.exp(top - shift), tl.exp(lse - shift)
+        acc = acc * old + o * new
+        total = total * old + new
+        top = new_top
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + (row * heads + head) * D + d, acc.to(out.dtype.element_ty), mask=d < D)
+
+
+def lse_words(dtype: torch.dtype) -> int:
+    """Return how many elements of ``dtype`` one float32 log-sum-exp fills in a packed message."""
+    return 4 // dtype.itemsize
+
+
+def merge_packed(packed_NRQW: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
+    """Merge a received packed message with one Triton launch.
+
+    Args:
+        packed_NRQW: contiguous [N, R, Q_padded, D + W], float32, float16 or bfloat16; the last W = lse_words(dtype)
+            elements of a row are the bits of its float32 lse.
+        heads: how many of the padded heads are real.
+        head_dim: D.
+
+    Returns:
+        [R, heads, D] in the message's dtype.
+    """
+    n, rows, padded, _ = packed_NRQW.shape
+    out = packed_NRQW.new_empty((rows, heads, head_dim))
+    if rows and heads:
+        _merge_packed_kernel[(rows, heads)](
+            packed_NRQW,
+            out,
+            heads,
+            N=n,
+            H_PAD=padded,
+            D=head_dim,
+            D_PAD=triton.next_power_of_2(head_dim),
+            W=lse_words(packed_NRQW.dtype),
+            num_warps=1,
+        )
+    return out

@@ -1,0 +1,59 @@
+"""Partial attention over the local shard: the interface, and the choice of a back end."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import torch
+
+from .rows import Rows
+
+BACKENDS = ("auto", "reference", "triton")
+_log = logging.getLogger(__name__)
+
+
+class PartialAttention(Protocol):
+    """Attends R rows to the local shard of a paged cache. No communication."""
+
+    def __call__(
+        self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the local result and its log-sum-exp.
+
+        Args:
+            q_RQD: [R, Q, D]; query head i reads KV head i // (Q / K).
+            pages: [P, 2, K, block_size, D], one layer's pages, K before V; the last two dims are packed.
+            rows: the step's rows; their K and V are already appended.
+            scale: what the scores are multiplied by, usually D ** -0.5.
+
+        Returns:
+            out [R, Q, D] in q's dtype, normalised over the local shard, and lse [R, Q] float32, natural log.
+            A row with visible_len 0 gives out = 0 and lse = -inf.
+        """
+        ...
+
+
+def select_backend(name: str, device: torch.device) -> PartialAttention:
+    """Return the back end of that name; ``auto`` is triton on CUDA and reference elsewhere, and is logged.
+
+    Raises:
+        ValueError: when the name is none of BACKENDS, or triton is asked for where it cannot run.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention.backend = {name!r} must be one of {', '.join(BACKENDS)}")
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "reference"
+        _log.info("attention.backend=auto: %s, for device %s", name, device.type)
+    if name == "reference":
+        from .reference import partial_attention
+
+        return partial_attention
+    from .split_kv import SplitKV, can_run
+
+    if not can_run(device):
+        raise ValueError(
+            f"attention.backend = triton needs a CUDA device (or TRITON_INTERPRET=1), not {device.type}; "
+            "use attention.backend=reference"
+        )
+    return SplitKV(device)

@@ -1,0 +1,64 @@
+"""Partial attention in plain PyTorch, on any device: the oracle that every other back end is tested against."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from .rows import Rows
+
+SCORES_AT_ONCE = 1 << 20
+
+
+def partial_attention(
+    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend rows to the local shard in float32 (float64 stays float64); see ``PartialAttention``."""
+    num_rows, num_heads, _ = q_RQD.shape
+    dtype = torch.float64 if q_RQD.dtype == torch.float64 else torch.float32
+    out = torch.zeros(q_RQD.shape, dtype=dtype, device=q_RQD.device)
+    lse = torch.full((num_rows, num_heads), -torch.inf, dtype=dtype, device=q_RQD.device)
+    starts = rows.query_start.tolist()
+    for start, stop in pairwise(starts):
+        visible = rows.visible_len[start:stop]
+        length = int(visible.max()) if stop > start else 0
+        if length == 0:
+            continue  # rows that see nothing keep out = 0 and lse = -inf
+        kv = gather_tokens(pages, rows.page_table[rows.row_seq[start]], length)
+        step = max(1, SCORES_AT_ONCE // (length * num_heads))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            seen = rows.visible_len[first:last] > 0
+            visible = rows.visible_len[first:last][seen]
+            out[first:last][seen], lse[first:last][seen] = _attend(
+                q_RQD[first:last][seen].to(dtype) * scale, kv, visible
+            )
+    return out.to(q_RQD.dtype), lse
+
+
+def _attend(
+    q_RQD: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], visible: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend rows that each see at least one token to K and V [K, S, D] of one sequence."""
+    k_KSD, v_KSD = (each.to(q_RQD.dtype) for each in kv)
+    q_KGRD = q_RQD.unflatten(1, (k_KSD.shape[0], -1)).permute(1, 2, 0, 3)
+    scores = q_KGRD @ k_KSD.unsqueeze(1).mT
+    scores.masked_fill_(torch.arange(k_KSD.shape[1], device=visible.device) >= visible.unsqueeze(1), -torch.inf)
+    lse_KGR = torch.logsumexp(scores, -1)
+    out_KGRD = scores.sub_(lse_KGR.unsqueeze(-1)).exp_() @ v_KSD.unsqueeze(1)
+    return out_KGRD.permute(2, 0, 1, 3).flatten(1, 2), lse_KGR.permute(2, 0, 1).flatten(1)
+
+
+def gather_tokens(pages: torch.Tensor, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K and V, each [K, length, D], of a sequence's first ``length`` local tokens.
+
+    Args:
+        pages: [P, 2, K, block_size, D].
+        table: [pages of the sequence] int32, in ascending position.
+        length: tokens, at most what the table's pages hold.
+    """
+    block_size = pages.shape[3]
+    mine = pages[table[: -(-length // block_size)].long()]
+    kv = mine.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+    return kv[0], kv[1]

@@ -1,0 +1,90 @@
+"""Random paged caches for the attention tests: whole sequences, sharded in a list, no process group."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from attention.rows import Rows
+from parallel.placement import BlockCyclic
+
+
+@dataclass
+class Case:
+    """B sequences and the rows that attend to them; K and V per sequence are [K, S, D]."""
+
+    q: torch.Tensor
+    kv: list[tuple[torch.Tensor, torch.Tensor]]
+    positions: list[list[int]]  # of each sequence's rows
+    place: BlockCyclic
+    first_owners: list[int]
+
+
+def make_case(seed, *, lengths, num_rows, heads, kv_heads, head_dim, block_size, kvp, dtype=torch.float32) -> Case:
+    """Sequences of those lengths whose last ``num_rows[i]`` positions are rows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return Case(
+        q=randn(sum(num_rows), heads, head_dim),
+        kv=[(randn(kv_heads, n, head_dim), randn(kv_heads, n, head_dim)) for n in lengths],
+        positions=[list(range(n - rows, n)) for n, rows in zip(lengths, num_rows, strict=True)],
+        place=BlockCyclic(block_size, kvp),
+        first_owners=[int(torch.randint(0, kvp, (), generator=generator)) for _ in lengths],
+    )
+
+
+def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
+    """Pages and rows of one rank; pages that nothing was written to hold NaN, as uninitialised memory may."""
+    place = case.place
+    kv_heads, _, head_dim = case.kv[0][0].shape
+    counts = [
+        place.num_local_blocks(k.shape[1], rank, first)
+        for (k, _), first in zip(case.kv, case.first_owners, strict=True)
+    ]
+    order = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(rank)).tolist()
+    pages = torch.full((len(order), 2, kv_heads, place.block_size, head_dim), torch.nan, dtype=case.q.dtype)
+    table = torch.full((len(counts), max(*counts, 1) + 1), 2**30, dtype=torch.int32)
+    visible, slots, row_seq = [], [], []
+    for index, ((k, v), first) in enumerate(zip(case.kv, case.first_owners, strict=True)):
+        mine = [order.pop() for _ in range(counts[index])]
+        table[index, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+        held = place.global_positions(k.shape[1], rank, first)
+        for local, position in enumerate(held.tolist()):
+            page, offset = mine[local // place.block_size], local % place.block_size
+            pages[page, 0, :, offset], pages[page, 1, :, offset] = k[:, position], v[:, position]
+        for position in case.positions[index]:
+            visible.append(place.local_len(position + 1, rank, first))
+            local = place.local_position(position)
+            owned = place.owner(position, first) == rank
+            slots.append(mine[local // place.block_size] * place.block_size + local % place.block_size if owned else -1)
+            row_seq.append(index)
+    counts_of_rows = [len(each) for each in case.positions]
+    rows = Rows(
+        positions=torch.tensor([p for each in case.positions for p in each], device=device),
+        row_seq=torch.tensor(row_seq, dtype=torch.int32, device=device),
+        visible_len=torch.tensor(visible, dtype=torch.int32, device=device),
+        slot=torch.tensor(slots, device=device),
+        page_table=table.to(device),
+        query_start=torch.tensor(np.cumsum([0, *counts_of_rows]), dtype=torch.int32, device=device),
+        max_rows=max(counts_of_rows),
+        max_visible_len=max(visible),
+    )
+    return pages.to(device), rows
+
+
+def full_attention(case: Case, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention over whole sequences, from its definition: out [R, Q, D] and lse [R, Q]."""
+    outs, lses, row = [], [], 0
+    for (k, v), positions in zip(case.kv, case.positions, strict=True):
+        group = case.q.shape[1] // k.shape[0]
+        for position in positions:
+            keys = k[:, : position + 1].to(dtype).repeat_interleave(group, 0)
+            values = v[:, : position + 1].to(dtype).repeat_interleave(group, 0)
+            scores = torch.einsum("qd,qsd->qs", case.q[row].to(dtype), keys) * case.q.shape[-1] ** -0.5
+            outs.append(torch.einsum("qs,qsd->qd", scores.softmax(-1), values))
+            lses.append(scores.logsumexp(-1))
+            row += 1
+    return torch.stack(outs), torch.stack(lses)
