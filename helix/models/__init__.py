@@ -1,0 +1,21 @@
+"""Model families, their weights and their checkpoints: what the runtime knows of a model before it runs.
+
+Importing this package loads no family, no transformers and no checkpoint library; `load_spec` does, when called.
+"""
+
+from .spec import ModelSpec, RopeSpec, WeightNames, load_spec
+from .weights import Part, Piece, Weight, layer_weights, model_weights, tensor_shapes, whole
+
+__all__ = [
+    "ModelSpec",
+    "Part",
+    "Piece",
+    "RopeSpec",
+    "Weight",
+    "WeightNames",
+    "layer_weights",
+    "load_spec",
+    "model_weights",
+    "tensor_shapes",
+    "whole",
+]

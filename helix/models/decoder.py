@@ -1,0 +1,179 @@
+"""The decoder that every family shares, sharded TPA x KVP in attention and TPF in the feed-forward.
+
+The residual stream is replicated. A layer is: QKV of the TPA slice (the same on every KVP rank, so queries need no
+gather), RoPE, append to the owner's pages, partial attention over the local shard, exchange and merge, a row-parallel
+output projection over all N ranks, all-reduce; then the feed-forward, row-parallel over all N, and all-reduce
+(arXiv 2507.07120, figure 2).
+
+Steps with many rows may share the QKV projection: each KVP rank projects only the rows that it owns, whose K and V
+then stay where they are, and the queries are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from attention.append import append, rotate
+from attention.exchange import Exchange
+from attention.partial import PartialAttention
+from attention.rows import Rows
+from parallel.collectives import all_gather, all_reduce_
+from parallel.grid import HelixGrid, Layout, split_evenly
+
+from .spec import ModelSpec
+from .weights import Part, Weight, layer_weights, model_weights
+
+Parameters = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """Which rows this KVP rank projects, and how gathered rows return to their order.
+
+    Attributes:
+        mine: [M] int64, the rows whose positions this rank owns, then padding (row 0); M is equal on all KVP ranks.
+        num_mine: how many of them are real.
+        order: [R] int64, where each row stands in the gathered [KVP * M].
+    """
+
+    mine: torch.Tensor
+    num_mine: int
+    order: torch.Tensor
+
+
+def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
+    """Return the slices of a model that a rank keeps.
+
+    Raises:
+        ValueError: when the layout does not fit the model's heads, or asks a dense model for expert parallelism.
+    """
+    layout.check_heads(spec.num_heads, spec.num_kv_heads)
+    if layout.ep != 1:
+        raise ValueError(f"parallel.ep = {layout.ep}, but {spec.family} models have no experts; use parallel.ep=1")
+    tpa_rank, kvp_rank, world = rank // layout.kvp, rank % layout.kvp, layout.world_size
+    return Part(
+        q_heads=layout.query_heads(spec.num_heads, spec.num_kv_heads, tpa_rank),
+        kv_heads=layout.kv_heads(spec.num_kv_heads, tpa_rank),
+        out_heads=layout.merged_heads(spec.num_heads, spec.num_kv_heads, tpa_rank, kvp_rank),
+        ffn=split_evenly(spec.ffn_size, world, rank),
+        vocab=split_evenly(spec.vocab_size, world, rank),
+    )
+
+
+class Decoder:
+    """One rank's share of a model.
+
+    Every method is collective over the world: all ranks call it with the same token ids, in the same order.
+
+    Attributes:
+        num_heads, num_kv_heads: the query and KV heads of this rank's attention, before the exchange.
+        top: the weights outside the layers, by role; layers: those of each layer, by role.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, grid: HelixGrid, *, dtype: torch.dtype, device: torch.device, attention: PartialAttention
+    ) -> None:
+        self.spec, self.grid, self.dtype, self.device = spec, grid, dtype, device
+        self.part = part_of(spec, grid.layout, grid.rank)
+        self.num_heads = self.part.q_heads[1] - self.part.q_heads[0]
+        self.num_kv_heads = self.part.kv_heads[1] - self.part.kv_heads[0]
+        self._merged_len = (self.part.out_heads[1] - self.part.out_heads[0]) * spec.head_dim
+        self._attention = attention
+        self._scale = spec.head_dim**-0.5
+        self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
+        self.top: Parameters = self._allocate(model_weights(spec, self.part))
+        self.layers: list[Parameters] = [
+            self._allocate(layer_weights(spec, layer, self.part)) for layer in range(spec.num_layers)
+        ]
+
+    def _allocate(self, weights: dict[str, Weight]) -> Parameters:
+        return {
+            role: torch.empty(weight.shape, dtype=self.dtype, device=self.device) for role, weight in weights.items()
+        }
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the weights that this rank's layers hold."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        rows: Rows,
+        pages: Sequence[torch.Tensor],
+        exchange: Exchange,
+        share: RowShare | None = None,
+    ) -> torch.Tensor:
+        """Run all layers over one step's rows and return their final hidden states, normalised: [R, h].
+
+        Args:
+            token_ids: [R] int64, equal on all ranks.
+            rows: the step's rows.
+            pages: one tensor [P, 2, K, block_size, D] a layer; K and V of owned rows are appended to it.
+            exchange: the exchange over the KVP group.
+            share: how the KVP ranks share the QKV projection; None where each projects every row.
+        """
+        x = F.embedding(token_ids, self.top["embedding"])
+        angle = rows.positions.unsqueeze(1).to(torch.float32) * self._inv_freq
+        cos, sin = angle.cos() * self.spec.rope.attention_scaling, angle.sin() * self.spec.rope.attention_scaling
+        for weights, layer_pages in zip(self.layers, pages, strict=True):
+            normed = self._norm(x, weights["input_norm"])
+            q = self._project_qkv(weights, normed, cos, sin, rows, layer_pages, share)
+            out, lse = self._attention(q, layer_pages, rows, self._scale)
+            merged = exchange(out, lse).reshape(-1, self._merged_len)
+            x = x + all_reduce_(F.linear(merged, weights["o"]), self.grid.world_group)
+            normed = self._norm(x, weights["post_norm"])
+            gate, up = F.linear(normed, weights["gate_up"]).chunk(2, -1)
+            x = x + all_reduce_(F.linear(F.silu(gate) * up, weights["down"]), self.grid.world_group)
+        return self._norm(x, self.top["final_norm"])
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [L, V] of hidden states [L, h], gathered: bit-identical on every rank."""
+        world, vocab = self.grid.world_size, self.spec.vocab_size
+        local = F.linear(hidden, self.top["lm_head"])
+        if world == 1:
+            return local.float()
+        widest = -(-vocab // world)
+        local = F.pad(local, (0, widest - local.shape[-1]))
+        gathered = all_gather(local, self.grid.world_group)
+        if vocab % world == 0:
+            return gathered.transpose(0, 1).flatten(1).float()
+        sizes = [stop - start for start, stop in (split_evenly(vocab, world, rank) for rank in range(world))]
+        return torch.cat([gathered[rank, :, :size] for rank, size in enumerate(sizes)], -1).float()
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.spec.rms_eps)
+
+    def _project_qkv(
+        self,
+        weights: Parameters,
+        normed: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        rows: Rows,
+        pages: torch.Tensor,
+        share: RowShare | None,
+    ) -> torch.Tensor:
+        """Project, rotate, append K and V, and return Q of all rows: [R, Q, D]."""
+        slot = rows.slot
+        if share is not None:
+            normed, cos, sin = normed[share.mine], cos[share.mine], sin[share.mine]
+            slot = slot[share.mine]
+            slot[share.num_mine :] = -1
+        D, num_q, num_kv = self.spec.head_dim, self.num_heads, self.num_kv_heads
+        qkv = F.linear(normed, weights["qkv"], weights.get("qkv_bias")).unflatten(-1, (-1, D))
+        q, k, v = qkv.split((num_q, num_kv, num_kv), 1)
+        if self.spec.qk_norm:
+            q, k = self._norm(q, weights["q_norm"]), self._norm(k, weights["k_norm"])
+        interleaved = self.spec.rope.interleaved
+        q = rotate(q, cos, sin, interleaved=interleaved)
+        append(rotate(k, cos, sin, interleaved=interleaved), v, pages, slot)
+        if share is not None:
+            q = all_gather(q, self.grid.kvp_group).flatten(0, 1)[share.order]
+        return q

@@ -1,0 +1,21 @@
+"""GLM-4 (model_type "glm"): biases on q, k and v, gate and up in one matrix, part of each head rotated in pairs.
+
+RoPE turns the first partial_rotary_factor * head_dim elements of a head, each even element with its odd neighbour.
+The output projection has no bias even where `attention_bias` is set.
+"""
+
+from typing import Any
+
+from .hf_config import spec_from
+from .spec import ModelSpec, WeightNames
+
+NAMES = WeightNames(gate="model.layers.{layer}.mlp.gate_up_proj.weight", up=None)
+
+
+def make_spec(config: Any) -> ModelSpec:
+    """Return the spec of a transformers GlmConfig; ValueError for a setting that Helix does not compute."""
+    from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
+
+    return spec_from(
+        config, "glm", GlmRotaryEmbedding, qkv_bias=bool(config.attention_bias), interleaved=True, names=NAMES
+    )

@@ -1,0 +1,109 @@
+"""Reading a Hugging Face config: what all families share, and the refusals.
+
+The config object is transformers' own, so that old and new spellings of a setting (`rope_scaling`, `rope_parameters`)
+come out alike, and the RoPE frequencies come from the family's own rotary embedding. Whatever a config may ask for that
+the runtime would compute wrongly without a word is refused here, with the setting's name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .spec import ModelSpec, RopeSpec, WeightNames, as_token_ids, one_line
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def read_config(config_file: Path, raw: dict[str, Any], path: str | Path) -> Any:
+    """Return the transformers config in `config_file`, whose JSON is `raw`; no code is taken from the checkpoint.
+
+    Raises ValueError when the weights are quantised, or when transformers itself refuses the config.
+    """
+    if raw.get("quantization_config"):
+        raise ValueError(
+            f"model.path = {path} has a quantization_config; Helix reads float32, float16 and bfloat16 weights only"
+        )
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(config_file), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library's validation raises its own types, which differ between its versions
+        raise ValueError(f"model.path = {path}: {config_file.name} was refused: {one_line(error)}") from error
+
+
+def spec_from(
+    config: Any,
+    family: str,
+    rotary: type[torch.nn.Module],
+    *,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    interleaved: bool = False,
+    names: WeightNames | None = None,
+) -> ModelSpec:
+    """Return the spec of `config`, given what distinguishes its family; `rotary` is the family's rotary embedding.
+
+    Raises ValueError for a setting that Helix does not compute.
+    """
+    require(config.hidden_act == "silu", "hidden_act", config.hidden_act, "Helix computes 'silu' only")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelSpec(
+        family=family,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=head_dim,
+        ffn_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        rms_eps=config.rms_norm_eps,
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        tied_embeddings=bool(config.tie_word_embeddings),
+        max_position=config.max_position_embeddings,
+        rope=_rope(config, rotary, interleaved=interleaved),
+        eos_token_ids=as_token_ids(config.eos_token_id),
+        names=names or WeightNames(),
+    )
+
+
+def require(ok: bool, name: str, value: object, rule: str) -> None:
+    """Raise ValueError "config NAME = VALUE; RULE" unless `ok`."""
+    if not ok:
+        raise ValueError(f"config {name} = {value!r}; {rule}")
+
+
+def require_full_attention(config: Any) -> None:
+    """Raise ValueError when any layer of `config` attends through a sliding window."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        sliding = sum(kind != "full_attention" for kind in layer_types)
+    elif getattr(config, "use_sliding_window", False) and config.sliding_window is not None:
+        sliding = max(0, config.num_hidden_layers - config.max_window_layers)
+    else:
+        sliding = 0
+    window = getattr(config, "sliding_window", None)
+    rule = f"{sliding} of {config.num_hidden_layers} layers would use it and Helix computes full attention only"
+    require(sliding == 0, "sliding_window", window, rule)
+
+
+def require_full_rotation(spec: ModelSpec) -> ModelSpec:
+    """Return `spec`; raise ValueError unless RoPE turns whole heads, which is all that its family does."""
+    rule = f"family {spec.family} rotates all {spec.head_dim} elements of a head"
+    require(spec.rope.rotary_dim == spec.head_dim, "rotary size", spec.rope.rotary_dim, rule)
+    return spec
+
+
+def _rope(config: Any, rotary: type[torch.nn.Module], *, interleaved: bool) -> RopeSpec:
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    require(kind in ROPE_TYPES, "rope_type", kind, f"supported: {', '.join(ROPE_TYPES)}")
+    embedding: Any = rotary(config)
+    inv_freq = embedding.inv_freq.detach().to("cpu", torch.float32).clone()
+    return RopeSpec(
+        inv_freq=inv_freq,
+        attention_scaling=float(embedding.attention_scaling),
+        interleaved=interleaved,
+        rotary_dim=2 * inv_freq.numel(),
+    )

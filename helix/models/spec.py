@@ -1,0 +1,182 @@
+"""What the runtime needs to know of a model, independent of how it is spread over ranks.
+
+A `ModelSpec` is built once, from a checkpoint's config.json alone, before any model memory is taken. Every rank reads
+the same file and so holds the same spec. Each family has its own small module that turns its config into a spec; the
+table below names them, and a family is imported only when a model asks for it.
+"""
+
+import importlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+FAMILIES = {
+    "glm": ".glm",
+    "llama": ".llama",
+    "qwen2": ".qwen2",
+    "qwen3": ".qwen3",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RopeSpec:
+    """How positions rotate queries and keys.
+
+    inv_freq: [rotary_dim / 2] float32 on the CPU, radians per position; pair i turns by position * inv_freq[i].
+    attention_scaling: factor on both cos and sin (1.0 except for yarn).
+    interleaved: pair i is elements (2i, 2i+1) if true, else (i, i + rotary_dim/2).
+    rotary_dim: how many leading elements of each head are rotated; the rest pass unchanged.
+    """
+
+    inv_freq: "torch.Tensor"
+    attention_scaling: float
+    interleaved: bool
+    rotary_dim: int
+
+    def __post_init__(self) -> None:
+        if self.inv_freq.shape != (self.rotary_dim // 2,) or self.rotary_dim % 2:
+            raise ValueError(
+                f"rope.rotary_dim = {self.rotary_dim} must be even and twice the number of frequencies, "
+                f"which has shape {tuple(self.inv_freq.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Checkpoint tensor names of the weight roles; "{layer}" stands for the layer's number.
+
+    up = None means that `gate` holds both matrices, [2 * ffn_size, hidden_size] with the gate's rows first.
+    """
+
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    lm_head: str = "lm_head.weight"
+    input_norm: str = "model.layers.{layer}.input_layernorm.weight"
+    q: str = "model.layers.{layer}.self_attn.q_proj.weight"
+    k: str = "model.layers.{layer}.self_attn.k_proj.weight"
+    v: str = "model.layers.{layer}.self_attn.v_proj.weight"
+    q_bias: str = "model.layers.{layer}.self_attn.q_proj.bias"
+    k_bias: str = "model.layers.{layer}.self_attn.k_proj.bias"
+    v_bias: str = "model.layers.{layer}.self_attn.v_proj.bias"
+    q_norm: str = "model.layers.{layer}.self_attn.q_norm.weight"
+    k_norm: str = "model.layers.{layer}.self_attn.k_norm.weight"
+    o: str = "model.layers.{layer}.self_attn.o_proj.weight"
+    post_norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
+    gate: str = "model.layers.{layer}.mlp.gate_proj.weight"
+    up: str | None = "model.layers.{layer}.mlp.up_proj.weight"
+    down: str = "model.layers.{layer}.mlp.down_proj.weight"
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """One decoder-only model: sizes, switches, RoPE and the names of its checkpoint tensors.
+
+    Every layer is: RMSNorm, grouped-query attention with RoPE, residual, RMSNorm, SiLU-gated feed-forward, residual.
+    qkv_bias: q, k and v projections have biases (no other projection ever does).
+    qk_norm: RMSNorm over each head of q and k, before RoPE, with weights [head_dim] shared by all heads.
+    tied_embeddings: the output head is the embedding matrix; the checkpoint's lm_head tensor, if any, is not read.
+    max_position: the longest context the model takes, in tokens.
+    eos_token_ids: ids that end a generation; may be empty.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    rms_eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+    max_position: int
+    rope: RopeSpec
+    eos_token_ids: tuple[int, ...] = ()
+    names: WeightNames = field(default_factory=WeightNames)
+
+    def __post_init__(self) -> None:
+        for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r}, must be an integer of at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}; "
+                f"every KV head must serve the same number of query heads"
+            )
+        if self.rope.rotary_dim > self.head_dim:
+            raise ValueError(f"rope.rotary_dim = {self.rope.rotary_dim} exceeds head_dim = {self.head_dim}")
+
+
+def load_spec(path: str | Path, *, max_position: int | None = None) -> ModelSpec:
+    """Read the spec of the model at `path`, a checkpoint folder or a config.json file, from local files only.
+
+    max_position (tokens) replaces the config's own context limit; the RoPE frequencies stay as the config says.
+    Raises ValueError, in one line, when the file is missing or broken, the family is unknown, or the config asks for
+    something that the runtime does not compute (a sliding window, another activation, quantised weights, ...).
+    """
+    config_file = find_config(path)
+    raw = read_json(config_file, path)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model.path = {path} has model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
+    from .hf_config import read_config
+
+    config = read_config(config_file, raw, path)
+    family = importlib.import_module(FAMILIES[model_type], __package__)
+    try:
+        spec: ModelSpec = family.make_spec(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"model.path = {path}: {one_line(error)}") from error
+    spec = replace(spec, eos_token_ids=_read_eos(config_file, path) or spec.eos_token_ids)
+    return spec if max_position is None else replace(spec, max_position=max_position)
+
+
+def find_config(path: str | Path) -> Path:
+    """Return the config.json that `path`, a folder or the file itself, stands for; ValueError if there is none."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(f"model.path = {path} does not exist; give a checkpoint folder or a config.json file")
+    config_file = path / "config.json" if path.is_dir() else path
+    if not config_file.is_file():
+        raise ValueError(f"model.path = {path} has no config.json; give a checkpoint folder or a config.json file")
+    return config_file
+
+
+def read_json(file: Path, path: str | Path) -> dict[str, Any]:
+    """Return the JSON object in `file`, part of model.path `path`; ValueError names the line that is broken."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"model.path = {path}: {file.name} is not valid JSON: line {error.lineno}, {error.msg}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"model.path = {path}: {file.name} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"model.path = {path}: {file.name} holds {type(content).__name__}, must be a JSON object")
+    return content
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on a single line, with its type when the message alone would not tell."""
+    message = " ".join(str(error).split())
+    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
+
+
+def as_token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """Return a config's eos_token_id, which may be one id, several or none, as a tuple."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _read_eos(config_file: Path, path: str | Path) -> tuple[int, ...]:
+    file = config_file.parent / "generation_config.json"
+    return as_token_ids(read_json(file, path).get("eos_token_id")) if file.is_file() else ()

@@ -1,0 +1,26 @@
+"""Loading a checkpoint's tokenizer, from local files only and without running any code that comes with it."""
+
+from pathlib import Path
+from typing import Any
+
+from .spec import one_line
+
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Return the transformers tokenizer at `path`, a checkpoint folder or a file in it; None if the folder has none.
+
+    A folder without one is what a run on dummy weights has: prompts are then token ids. Raises ValueError, in one line,
+    when tokenizer files are there but do not load.
+    """
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if not any((folder / name).is_file() for name in FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the parsers raise: JSON, SentencePiece and Rust errors share no type
+        raise ValueError(f"model.path = {path}: its tokenizer does not load: {one_line(error)}") from error

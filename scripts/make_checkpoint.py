@@ -1,0 +1,219 @@
+"""Make a tiny checkpoint of a supported family: random weights, a byte tokenizer, a chat template, a few MB at most.
+
+    python -m scripts.make_checkpoint DIR --family llama
+
+It is what the tests and the quickstart run on, so its weights are made for telling right from wrong. Freshly
+initialised weights attend almost evenly, have biases of zero and norms of one, and repeat themselves: nearly any fault
+in a runtime would pass unseen. Here attention is sharp and outweighs the token's own embedding, so the output depends
+on every token of the prompt and on its position; biases and norms are random; and the logits are spread, so that
+rounding does not decide which is the largest.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+FAMILIES = ("glm", "llama", "qwen2", "qwen3")
+DTYPES = ("float32", "bfloat16", "float16")
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
+NUM_BYTES = 256
+EOS_ID = NUM_BYTES + SPECIAL_TOKENS.index("<|eos|>")
+CHAT_TEMPLATE = (
+    "{{ '<|bos|>' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|eos|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+# First match wins; everything else has gain 1. Scores come out at about 4, so that a head picks few of its tokens, and
+# o lifts their average above the embedding. A v bias is the same for all tokens: a large one would drown the rest.
+GAINS = {
+    "q_proj.bias": 0.5,
+    "k_proj.bias": 0.5,
+    "v_proj.bias": 0.1,
+    "q_proj": 2.0,
+    "k_proj": 2.0,
+    "q_norm": 2.0,
+    "k_norm": 2.0,
+    "o_proj": 4.0,
+    "gate": 1.5,
+    "down_proj": 2.0,
+    "lm_head": 5.0,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of the model to make. kv_heads 0 stands for the family's own default: 2 for glm, else 4.
+
+    vocab: 256 bytes, 6 special tokens, the rest "<|extra_ID|>". max_position in tokens.
+    max_shard_size: a size such as "200KB" splits the weights over several files; "" keeps one file.
+    dtype: "float32", "bfloat16" or "float16". rope_scaling: the config's own setting of that name.
+    """
+
+    family: str = "llama"
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 8
+    kv_heads: int = 0
+    head_dim: int = 16
+    ffn: int = 160
+    vocab: int = 320
+    max_position: int = 65536
+    seed: int = 0
+    tied: bool = False
+    dtype: str = "float32"
+    max_shard_size: str = ""
+    rope_scaling: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family = {self.family!r}, must be one of {', '.join(FAMILIES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype = {self.dtype!r}, must be one of {', '.join(DTYPES)}")
+        if self.vocab < NUM_BYTES + len(SPECIAL_TOKENS):
+            raise ValueError(f"vocab = {self.vocab}, must be at least {NUM_BYTES + len(SPECIAL_TOKENS)}")
+
+
+def make_checkpoint(path: str | Path, *, force: bool = False, **sizes: Any) -> Path:
+    """Write a checkpoint folder at `path` and return it; `sizes` are the fields of `Recipe`.
+
+    The same recipe gives the same weights. Raises ValueError when the folder holds files already, unless `force`,
+    which replaces the weights, config and tokenizer in it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    recipe, path = Recipe(**sizes), Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"DIR = {path} is a file; give a folder")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise ValueError(f"DIR = {path} is not empty; --force replaces the checkpoint in it")
+    path.mkdir(parents=True, exist_ok=True)
+    for old in [*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")]:
+        old.unlink()
+
+    model = AutoModelForCausalLM.from_config(_config(recipe))
+    randomise(model, recipe.seed)
+    model.generation_config = GenerationConfig(bos_token_id=NUM_BYTES, eos_token_id=EOS_ID, pad_token_id=EOS_ID)
+    shards = {"max_shard_size": recipe.max_shard_size} if recipe.max_shard_size else {}
+    with _no_progress_bar():
+        model.to(getattr(torch, recipe.dtype)).save_pretrained(path, **shards)
+    _tokenizer(recipe).save_pretrained(path)
+    return path
+
+
+def randomise(model: "torch.nn.Module", seed: int) -> None:
+    """Overwrite every parameter of a transformers model, in the order of their names, from one seed.
+
+    Gain g gives a matrix outputs of size g for inputs of size one; biases and embeddings have size g, norms about g.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            gain = next((gain for part, gain in GAINS.items() if part in name), 1.0)
+            if weight.dim() == 1 and "norm" in name:
+                weight.uniform_(0.6 * gain, 1.6 * gain, generator=generator)
+            elif weight.dim() == 1 or "embed" in name:
+                weight.normal_(0.0, gain, generator=generator)
+            else:
+                weight.normal_(0.0, gain / weight.shape[1] ** 0.5, generator=generator)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _config(recipe: Recipe) -> Any:
+    from transformers import AutoConfig
+
+    scaling = {"rope_scaling": recipe.rope_scaling} if recipe.rope_scaling else {}
+    return AutoConfig.for_model(
+        recipe.family,
+        num_hidden_layers=recipe.layers,
+        hidden_size=recipe.hidden,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads or (2 if recipe.family == "glm" else 4),
+        head_dim=recipe.head_dim,
+        intermediate_size=recipe.ffn,
+        vocab_size=recipe.vocab,
+        max_position_embeddings=recipe.max_position,
+        tie_word_embeddings=recipe.tied,
+        bos_token_id=NUM_BYTES,
+        eos_token_id=EOS_ID,
+        pad_token_id=EOS_ID,
+        **scaling,
+    )
+
+
+def _tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(_byte_letters())}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    extra = [f"<|extra_{number}|>" for number in range(NUM_BYTES + len(SPECIAL_TOKENS), recipe.vocab)]
+    backend.add_special_tokens([AddedToken(token, special=True) for token in (*SPECIAL_TOKENS, *extra)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        pad_token="<|eos|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=recipe.max_position,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_letters() -> list[str]:
+    """Return each byte's letter in byte-level BPE: its own character if printable, else one from U+0100 upwards."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(0x100 + others.index(byte)) for byte in range(NUM_BYTES)]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("dir", metavar="DIR", type=Path)
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there already")
+    for item in fields(Recipe):
+        flag = "--" + item.name.replace("_", "-")
+        if item.name == "family":
+            parser.add_argument(flag, choices=FAMILIES, required=True)
+        elif item.name == "tied":
+            parser.add_argument(flag, action="store_true", help="use the embedding as the output head")
+        elif item.name == "dtype":
+            parser.add_argument(flag, choices=DTYPES, default=item.default, help="default: %(default)s")
+        elif item.name != "rope_scaling":
+            parser.add_argument(flag, type=type(item.default), default=item.default, help="default: %(default)s")
+    options = vars(parser.parse_args())
+    path = options.pop("dir")
+    try:
+        make_checkpoint(path, **options)
+    except ValueError as error:
+        parser.error(str(error))
+    num_bytes = sum(file.stat().st_size for file in path.iterdir())
+    print(f"{path}: {options['family']}, {num_bytes / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What `load_spec` reads from a config, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from helix.models.spec import load_spec
+
+ROOT = Path(__file__).parents[3]
+ROTARY = {
+    "glm": GlmRotaryEmbedding,
+    "llama": LlamaRotaryEmbedding,
+    "qwen2": Qwen2RotaryEmbedding,
+    "qwen3": Qwen3RotaryEmbedding,
+}
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 320,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": 0,
+    "eos_token_id": 7,
+}
+SCALINGS = {
+    "default": None,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+}
+
+
+def write_config(folder: Path, family: str, **settings: Any) -> Path:
+    config = {"model_type": family, **SIZES, "rope_theta": 5e5, **settings}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_spec_holds_the_sizes_of_the_config(tmp_path: Path, family: str) -> None:
+    spec = load_spec(write_config(tmp_path, family))
+    assert (spec.family, spec.num_layers, spec.hidden_size, spec.ffn_size) == (family, 3, 64, 96)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (8, 2, 16)
+    assert (spec.vocab_size, spec.max_position, spec.rms_eps) == (320, 4096, 1e-5)
+    assert spec.qkv_bias == (family in ("qwen2", "glm"))
+    assert spec.qk_norm == (family == "qwen3")
+    assert (spec.names.up is None) == (family == "glm")
+    assert spec.rope.interleaved == (family == "glm")
+    assert spec.rope.rotary_dim == (8 if family == "glm" else 16)
+    assert not spec.tied_embeddings
+
+
+def test_switches_follow_the_config(tmp_path: Path) -> None:
+    assert load_spec(write_config(tmp_path, "llama", tie_word_embeddings=True)).tied_embeddings
+    assert not load_spec(write_config(tmp_path, "glm", attention_bias=False)).qkv_bias
+    assert load_spec(write_config(tmp_path, "glm", partial_rotary_factor=0.25)).rope.rotary_dim == 4
+
+
+def test_head_dim_defaults_to_an_equal_share_of_the_hidden_size(tmp_path: Path) -> None:
+    for family in ("llama", "qwen2"):
+        assert load_spec(write_config(tmp_path, family, head_dim=None)).head_dim == 8
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("family", ROTARY)
+def test_rope_equals_the_reference_model(tmp_path: Path, family: str, scaling: str) -> None:
+    rope = load_spec(write_config(tmp_path, family, rope_scaling=SCALINGS[scaling])).rope
+    reference: Any = ROTARY[family](AutoConfig.from_pretrained(tmp_path))
+    assert rope.inv_freq.dtype == torch.float32
+    assert torch.equal(rope.inv_freq, reference.inv_freq)
+    assert rope.attention_scaling == reference.attention_scaling
+    assert (rope.attention_scaling != 1.0) == (scaling == "yarn")
+
+
+def test_scalings_differ_from_each_other(tmp_path: Path) -> None:
+    """Guards the test above: a config whose scaling is dropped would agree with a reference that drops it too."""
+    found = [load_spec(write_config(tmp_path, "llama", rope_scaling=scaling)).rope for scaling in SCALINGS.values()]
+    for i, left in enumerate(found):
+        for right in found[i + 1 :]:
+            assert not torch.allclose(left.inv_freq, right.inv_freq)
+    assert torch.allclose(found[0].inv_freq[1], torch.tensor(5e5) ** (-2 / 16))
+
+
+def test_old_spelling_of_the_rope_type_is_understood(tmp_path: Path) -> None:
+    old = load_spec(write_config(tmp_path, "llama", rope_scaling={"type": "linear", "factor": 4.0})).rope
+    new = load_spec(write_config(tmp_path, "llama", rope_scaling=SCALINGS["linear"])).rope
+    assert torch.equal(old.inv_freq, new.inv_freq)
+
+
+def test_path_may_be_the_config_file_itself(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, "qwen3")
+    assert load_spec(folder / "config.json").num_layers == load_spec(str(folder)).num_layers == 3
+
+
+def test_generation_config_overrides_the_eos_ids(tmp_path: Path) -> None:
+    write_config(tmp_path, "llama")
+    assert load_spec(tmp_path).eos_token_ids == (7,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert load_spec(tmp_path).eos_token_ids == (5, 6)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert load_spec(tmp_path).eos_token_ids == (7,)
+
+
+def test_max_position_can_be_overridden(tmp_path: Path) -> None:
+    spec = load_spec(write_config(tmp_path, "llama"), max_position=1 << 22)
+    assert spec.max_position == 1 << 22
+    assert torch.equal(spec.rope.inv_freq, load_spec(tmp_path).rope.inv_freq)
+
+
+def test_unused_sliding_window_is_accepted(tmp_path: Path) -> None:
+    assert load_spec(write_config(tmp_path, "qwen2", use_sliding_window=False, sliding_window=128)).num_layers == 3
+    above = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 3}
+    assert load_spec(write_config(tmp_path, "qwen2", **above)).num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("mistral", {}, "has model_type 'mistral'; supported: glm, llama, qwen2, qwen3"),
+        ("chatglm", {"auto_map": {"AutoConfig": "code.Config"}}, "has model_type 'chatglm'; supported: glm"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}, "128; 2 of 3 layers"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}, "128; 3 of 3 layers"),
+        ("llama", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),
+        ("qwen3", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias = True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'; Helix computes 'silu' only"),
+        ("glm", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'; supported"),
+        ("llama", {"num_key_value_heads": 3}, "num_heads = 8 is not a multiple of num_kv_heads = 3"),
+        ("llama", {"num_hidden_layers": 0}, "num_layers = 0, must be an integer of at least 1"),
+    ],
+)
+@pytest.mark.filterwarnings("default")  # transformers warns of some of these configs; here only the refusal counts
+def test_unsupported_config_is_refused(tmp_path: Path, family: str, settings: dict[str, Any], message: str) -> None:
+    write_config(tmp_path, family, **settings)
+    with pytest.raises(ValueError) as refusal:
+        load_spec(tmp_path)
+    text = str(refusal.value)
+    assert message in text
+    assert f"model.path = {tmp_path}" in text
+    assert "\n" not in text
+
+
+def test_wrong_type_in_the_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.path = ") as refusal:
+        load_spec(write_config(tmp_path, "llama", hidden_size="wide"))
+    assert "hidden_size" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.path = .*nowhere does not exist"):
+        load_spec(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        load_spec(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama",\n oops}')
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON: line 2, "):
+        load_spec(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"config.json holds list, must be a JSON object"):
+        load_spec(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        load_spec(tmp_path)
+    write_config(tmp_path, "llama")
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config.json is not valid JSON"):
+        load_spec(tmp_path)
+
+
+def test_importing_the_package_does_not_import_transformers() -> None:
+    program = "import sys, helix.models; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
