@@ -1,0 +1,131 @@
+"""Turn one sequence's tokens into text as they come, and stop at a stop string.
+
+A token's text depends on its neighbours: a character may be spread over several tokens, and many tokenizers drop the
+space of whichever token comes first. So a token is decoded together with a short window of tokens before it, and only
+what it adds to the window's text is new. The window holds at most 2 x 16 tokens, whatever the sequence's length.
+
+Every rank runs the same detokenizer on the same tokens, since a stop string decides how long a sequence lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
+_MAX_PENDING = 16  # tokens; a character takes at most 4 bytes, so a longer wait cannot complete one
+
+
+class Detokenizer:
+    """Decode the output of one sequence.
+
+    The pieces returned by `push` and `finish`, joined, are `text`: up to a stop string, the tokenizer's own
+    decode(all ids, skip_special_tokens, clean_up_tokenization_spaces=False). One exception: bytes that stay invalid
+    UTF-8 for 16 tokens are released as they stand, and a tokenizer with byte fallback rewrites characters next to
+    invalid bytes, which cannot be taken back.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        stop: Sequence[str] = (),
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """Start at the first output token; without a tokenizer text stays "" and `stop` must be empty (ValueError)."""
+        if stop and tokenizer is None:
+            raise ValueError(f"sampling.stop = {list(stop)!r} needs a tokenizer; valid without one: stop_token_ids")
+        if not all(stop):
+            raise ValueError(f"sampling.stop = {list(stop)!r} must not contain an empty string")
+        self._tokenizer = tokenizer
+        self._stop = list(stop)
+        self._longest_stop = max((len(s) for s in stop), default=0)
+        self._skip_special_tokens = skip_special_tokens
+        self._window: list[int] = []  # token ids: the context, then the pending tokens
+        self._num_context = 0
+        self._num_read = 0  # characters of the window's text that were passed on to the search for stop strings
+        self._held = ""  # text that may be the beginning of a stop string
+        self._pieces: list[str] = []
+        self._stopped: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All text released so far; it never changes afterwards, only grows."""
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that was found, or None; `text` is final then and ends before that string."""
+        return self._stopped
+
+    def push(self, token_id: int) -> str:
+        """Add the next token and return the text that is certain now, "" when it must wait.
+
+        Waiting are incomplete characters and what may be the beginning of a stop string. Check `stopped`
+        afterwards; raises RuntimeError when a stop string was found earlier.
+        """
+        if self._stopped is not None:
+            raise RuntimeError(f"token {token_id} was pushed after the stop string {self._stopped!r} ended the text")
+        if self._tokenizer is None:
+            return ""
+        self._window.append(token_id)
+        num_pending = len(self._window) - self._num_context
+        return self._release(self._read(flush=num_pending >= _MAX_PENDING))
+
+    def finish(self) -> str:
+        """Return all text that was still waiting; call it once, after the last token."""
+        if self._stopped is not None or self._tokenizer is None:
+            return ""
+        delta = self._release(self._read(flush=True))
+        held, self._held = self._held, ""
+        self._pieces.append(held)
+        return delta + held
+
+    def _read(self, *, flush: bool) -> str:
+        """Return what the pending tokens add to the window's text, up to an incomplete end unless flushed."""
+        text = self._decode(self._window)
+        complete = text if flush else text.rstrip(_INCOMPLETE)
+        delta = complete[self._num_read :]
+        if len(complete) < len(text):
+            self._num_read = max(self._num_read, len(complete))
+        elif delta:  # the pending tokens become the context of the next ones
+            del self._window[: self._num_context]
+            self._num_context = len(self._window)
+            self._num_read = len(self._decode(self._window))
+        elif flush:  # special tokens, say: they will not become text
+            del self._window[self._num_context :]
+        return delta
+
+    def _decode(self, token_ids: list[int]) -> str:
+        assert self._tokenizer is not None
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _release(self, delta: str) -> str:
+        """Pass text on, up to a stop string or to what may be the beginning of one.
+
+        The string whose end comes first wins, then the one that begins first: the choice that reading character by
+        character would make, however the text is split into tokens.
+        """
+        text = self._held + delta
+        found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        if found:
+            _, at, self._stopped = min(found)
+            released, self._held = text[:at], ""
+        else:
+            held_len = self._partial_stop_len(text)
+            released, self._held = text[: len(text) - held_len], text[len(text) - held_len :]
+        self._pieces.append(released)
+        return released
+
+    def _partial_stop_len(self, text: str) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
+        longest = min(self._longest_stop - 1, len(text))
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)

@@ -1,0 +1,598 @@
+"""Claims about helix.sampling: settings, filters against a slow oracle, draws that depend on their own row only."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
+from torch import Tensor
+
+from helix.sampling import STREAM_LIMIT, SamplingBatch, SamplingParams, _gumbel, sample, target_probabilities, uniform
+
+Tokens = Sequence[int]
+
+
+def make_batch(
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    **tokens: Any,
+) -> SamplingBatch:
+    rows = range(len(params))
+    return SamplingBatch.from_requests(params, seeds or list(rows), positions or [100 + row for row in rows], **tokens)
+
+
+def random_logits(rows: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def oracle(logits: Tensor, params: SamplingParams, prompt: Tokens = (), output: Tokens = ()) -> np.ndarray:
+    """The target distribution of one row [V], step by step in float64."""
+    x = logits.double().tolist()
+    for token in {*prompt, *output}:
+        factor = params.repetition_penalty
+        x[token] = x[token] / factor if x[token] > 0 else x[token] * factor
+    for token, count in Counter(output).items():
+        x[token] -= params.presence_penalty + count * params.frequency_penalty
+    if params.temperature == 0:
+        return np.eye(len(x))[x.index(max(x))]
+    x = [value / params.temperature for value in x]
+    kept = set(range(len(x)))
+    if params.top_k:
+        kth = sorted(x, reverse=True)[: params.top_k][-1]
+        kept = {token for token in kept if x[token] >= kth}
+    weight = {token: math.exp(x[token] - max(x)) for token in kept}
+    reached, nucleus = 0.0, set()
+    for token in sorted(kept, key=lambda token: (-x[token], token)):
+        nucleus.add(token)
+        reached += weight[token] / sum(weight.values())
+        if params.top_p < 1 and reached >= params.top_p:
+            break
+    kept = {token for token in nucleus if weight[token] >= params.min_p}
+    total = sum(weight[token] for token in kept)
+    return np.array([weight[token] / total if token in kept else 0.0 for token in range(len(x))])
+
+
+def assert_follows_oracle(params: Sequence[SamplingParams], logits: Tensor, **tokens: Any) -> Tensor:
+    got = target_probabilities(logits, make_batch(params, **tokens))
+    prompts = tokens.get("prompt_token_ids") or [()] * len(params)
+    outputs = tokens.get("output_token_ids") or [()] * len(params)
+    for row, one in enumerate(params):
+        want = oracle(logits[row], one, prompts[row] or (), outputs[row] or ())
+        seen = (want == 0) | (want > 1e-30)  # below, float32 may underflow
+        np.testing.assert_array_equal((got[row].numpy() > 0)[seen], (want > 0)[seen], err_msg=f"row {row}: {one}")
+        np.testing.assert_allclose(got[row].numpy(), want, rtol=2e-5, atol=1e-9, err_msg=f"row {row}: {one}")
+    return got
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "sampling.max_tokens = 0 must be at least 1"),
+        ({"temperature": -0.1}, "sampling.temperature = -0.1 must be 0 (greedy) or lie in [0.00001, 100000]"),
+        ({"temperature": 1e-6}, "sampling.temperature = 1e-06 must be 0 (greedy) or lie in [0.00001, 100000]"),
+        ({"temperature": math.nan}, "sampling.temperature = nan must be 0 (greedy) or lie in [0.00001, 100000]"),
+        ({"temperature": 10**400}, "must be 0 (greedy) or lie in [0.00001, 100000]"),
+        ({"top_k": -1}, "sampling.top_k = -1 must be at least 0 (0 keeps every token)"),
+        ({"top_p": 1.5}, "sampling.top_p = 1.5 must lie in (0, 1]"),
+        ({"top_p": 0.0}, "sampling.top_p = 0.0 must lie in (0, 1]"),
+        ({"min_p": -0.5}, "sampling.min_p = -0.5 must lie in [0, 1]"),
+        ({"min_p": 1.01}, "sampling.min_p = 1.01 must lie in [0, 1]"),
+        ({"repetition_penalty": 0.0}, "sampling.repetition_penalty = 0.0 must lie in [0.01, 100] (1 is none)"),
+        ({"repetition_penalty": math.inf}, "sampling.repetition_penalty = inf must lie in [0.01, 100] (1 is none)"),
+        ({"presence_penalty": 2.5}, "sampling.presence_penalty = 2.5 must lie in [-2, 2]"),
+        ({"frequency_penalty": -3.0}, "sampling.frequency_penalty = -3.0 must lie in [-2, 2]"),
+        ({"seed": -1}, "sampling.seed = -1 must lie in [0, 2**63) or be null"),
+        ({"seed": 2**63}, "sampling.seed = 9223372036854775808 must lie in [0, 2**63) or be null"),
+        ({"stop": ["END", ""]}, "sampling.stop = ['END', ''] must not contain an empty string"),
+        ({"stop_token_ids": [3, -2]}, "sampling.stop_token_ids = [3, -2] must hold token ids of at least 0"),
+        ({"logprobs": -1}, "sampling.logprobs = -1 must be at least 0 or null (none returned)"),
+    ],
+)
+def test_invalid_value_is_refused_with_its_name_value_and_rule(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        SamplingParams(**settings)
+    assert str(caught.value).endswith(message)
+    with pytest.raises(ValueError) as caught:
+        SamplingParams().with_overrides(settings)
+    assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"max_tokens": True}, "sampling.max_tokens = True must be of type int"),
+        ({"max_tokens": "8"}, "sampling.max_tokens = '8' must be of type int"),
+        ({"max_tokens": 8.0}, "sampling.max_tokens = 8.0 must be of type int"),
+        ({"temperature": "0.5"}, "sampling.temperature = '0.5' must be of type float"),
+        ({"temperature": False}, "sampling.temperature = False must be of type float"),
+        ({"top_p": None}, "sampling.top_p = None must be of type float"),
+        ({"ignore_eos": 1}, "sampling.ignore_eos = 1 must be of type bool"),
+        ({"seed": 1.5}, "sampling.seed = 1.5 must be of type int | None"),
+        ({"stop": [7]}, "sampling.stop = [7] must be of type list[str]"),
+        ({"stop": None}, "sampling.stop = None must be of type list[str]"),
+        ({"stop_token_ids": 7}, "sampling.stop_token_ids = 7 must be of type list[int]"),
+        ({"stop_token_ids": [True]}, "sampling.stop_token_ids = [True] must be of type list[int]"),
+    ],
+)
+def test_override_of_wrong_type_is_refused_without_coercion(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        SamplingParams().with_overrides(overrides)
+    assert str(caught.value) == message
+
+
+def test_unknown_override_is_refused_with_the_valid_settings() -> None:
+    with pytest.raises(ValueError, match=r"sampling\.topp is not a setting; valid settings: max_tokens, .*, logprobs$"):
+        SamplingParams().with_overrides({"topp": 0.5})
+
+
+def test_overrides_replace_only_what_they_name_and_leave_the_original() -> None:
+    base = SamplingParams(max_tokens=5, stop=["a"], seed=3)
+    changed = base.with_overrides({"temperature": 1, "stop": "END", "seed": None, "logprobs": 2})
+    assert changed == SamplingParams(max_tokens=5, temperature=1.0, stop=["END"], seed=None, logprobs=2)
+    assert base == SamplingParams(max_tokens=5, stop=["a"], seed=3)
+
+
+def test_copies_share_no_lists() -> None:
+    base = SamplingParams(stop=["a"], stop_token_ids=[1])
+    copy = base.with_overrides({})
+    copy.stop.append("b")
+    copy.stop_token_ids.append(2)
+    assert (base.stop, base.stop_token_ids) == (["a"], [1])
+
+
+def test_params_are_an_omegaconf_structured_config() -> None:
+    config = OmegaConf.merge(OmegaConf.structured(SamplingParams), {"temperature": 1, "stop": ["x"], "seed": None})
+    assert OmegaConf.to_object(config) == SamplingParams(temperature=1.0, stop=["x"])
+    with pytest.raises(ValidationError):
+        OmegaConf.merge(config, {"top_k": "many"})
+    with pytest.raises(ValueError, match=r"sampling\.top_p = 1\.5 must lie in \(0, 1\]"):
+        OmegaConf.to_object(OmegaConf.merge(config, {"top_p": 1.5}))
+
+
+# --- greedy -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("others_draw", [False, True])
+def test_greedy_ties_go_to_the_lowest_id(rows: int, others_draw: bool) -> None:
+    logits = torch.full((rows + 1, 100_003), -1.0)
+    firsts = [7 + 20_011 * row for row in range(rows)]
+    for row, first in enumerate(firsts):
+        logits[row, first::3] = 2.5
+    params = [SamplingParams()] * rows + [SamplingParams(temperature=1.0 * others_draw)]
+    assert sample(logits, make_batch(params)).token_ids[:rows].tolist() == firsts
+
+
+def test_greedy_rows_beside_random_rows_are_argmax_of_the_penalised_logits() -> None:
+    logits = random_logits(64, 501)
+    logits[::2] = logits[::2].round()  # many ties
+    outputs = [[int(row.argmax())] for row in logits]
+    penalty = {"presence_penalty": 0.5}
+    params = [SamplingParams(temperature=(row % 2) * 5.0, top_k=3 * (row % 2), **penalty) for row in range(64)]
+    penalised = logits.clone()
+    for row, (token,) in enumerate(outputs):
+        penalised[row, token] -= 0.5
+    got = sample(logits, make_batch(params, output_token_ids=outputs)).token_ids
+    assert torch.equal(got[::2], penalised.argmax(-1)[::2])
+    assert not torch.equal(got[1::2], penalised.argmax(-1)[1::2])
+
+
+def test_greedy_rows_ignore_seed_and_filters() -> None:
+    logits = random_logits(20, 301)
+    filtered = SamplingParams(top_k=2, top_p=0.1, min_p=0.9)
+    got = sample(logits, make_batch([filtered] * 19 + [SamplingParams(temperature=1.0)]))
+    assert torch.equal(got.token_ids[:19], logits.argmax(-1)[:19])
+
+
+def test_sampling_leaves_the_logits_as_they_are() -> None:
+    logits = random_logits(2, 50)
+    before = logits.clone()
+    everything = SamplingParams(
+        temperature=0.7, top_k=9, top_p=0.8, min_p=0.1, repetition_penalty=2.0, presence_penalty=1.0, logprobs=3
+    )
+    batch = make_batch([everything, SamplingParams()], prompt_token_ids=[[1], None], output_token_ids=[[2], None])
+    sample(logits, batch)
+    target_probabilities(logits, batch)
+    assert torch.equal(logits, before)
+
+
+# --- filters and penalties --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": [1e-5, 0.1, 0.7, 1.0, 3.0, 1e5]},
+        {"top_k": [0, 1, 2, 7, 36, 37, 38, 2**62]},
+        {"top_p": [1e-30, 0.01, 0.3, 0.5, 0.9, 0.999, 1.0]},
+        {"min_p": [0.0, 1e-6, 0.05, 0.5, 1.0]},
+        {"top_p": [0.5, 0.9, 1.0], "top_k": [0, 3, 10]},
+        {"top_k": [0, 3, 10], "min_p": [0.0, 0.1, 0.3]},
+        {"top_p": [0.5, 0.9, 1.0], "top_k": [0, 3, 10], "min_p": [0.0, 0.1, 0.3], "temperature": [0.0, 0.5, 1.0, 2.0]},
+    ],
+    ids=lambda settings: "+".join(settings),
+)
+def test_filters_match_the_oracle(settings: dict[str, list[Any]]) -> None:
+    choose = np.random.default_rng(5)
+    draws = [
+        {"temperature": 1.0} | {name: v[choose.integers(len(v))] for name, v in settings.items()} for _ in range(96)
+    ]
+    assert_follows_oracle([SamplingParams(**one) for one in draws], random_logits(96, 37, seed=len(settings)))
+
+
+def test_top_k_keeps_tokens_equal_to_the_kth() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    got = assert_follows_oracle([SamplingParams(temperature=1.0, top_k=2)], logits)
+    assert (got[0] > 0).tolist() == [False, True, True, True, False]
+
+
+def test_top_p_breaks_ties_by_the_lowest_id_and_keeps_the_smallest_set() -> None:
+    got = assert_follows_oracle([SamplingParams(temperature=1.0, top_p=0.5)], torch.zeros(1, 8))
+    assert got[0].tolist() == [0.25] * 4 + [0.0] * 4
+
+
+def test_top_p_counts_what_top_k_left() -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    got = assert_follows_oracle([SamplingParams(temperature=1.0, top_k=2, top_p=0.55)], logits)
+    assert got[0].tolist() == [1.0, 0.0, 0.0, 0.0]  # 0.4 of 0.7 is enough, 0.4 of 1.0 would not be
+
+
+def test_top_p_of_one_keeps_the_faintest_token_whoever_shares_the_batch() -> None:
+    logits = torch.tensor([[0.0, -60.0, -61.0]]).repeat(2, 1)
+    got = target_probabilities(
+        logits, make_batch([SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)])
+    )
+    assert (got > 0).tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_penalties_match_the_oracle() -> None:
+    choose = np.random.default_rng(6)
+    params, prompts, outputs = [], [], []
+    for _ in range(64):
+        params.append(
+            SamplingParams(
+                temperature=float(choose.choice([0.0, 1.0])),
+                repetition_penalty=float(choose.choice([1.0, 0.5, 1.3, 100.0])),
+                presence_penalty=float(choose.choice([0.0, -2.0, 1.0])),
+                frequency_penalty=float(choose.choice([0.0, -0.5, 0.7])),
+                top_k=int(choose.choice([0, 5])),
+            )
+        )
+        prompts.append(choose.integers(31, size=choose.integers(20)).tolist())
+        outputs.append(choose.integers(31, size=choose.integers(20)).tolist())
+    assert_follows_oracle(params, random_logits(64, 31), prompt_token_ids=prompts, output_token_ids=outputs)
+
+
+def test_presence_and_frequency_penalties_disregard_the_prompt() -> None:
+    logits = random_logits(1, 9)
+    plain = target_probabilities(logits, make_batch([SamplingParams(temperature=1.0)]))
+    params = [SamplingParams(temperature=1.0, presence_penalty=2.0, frequency_penalty=2.0)]
+    prompt_only = make_batch(params, prompt_token_ids=[[1, 2, 3]], output_token_ids=[[]])
+    assert torch.equal(target_probabilities(logits, prompt_only), plain)
+
+
+def test_penalised_ids_may_be_distinct_ids_of_the_prompt_and_counts_of_the_output() -> None:
+    logits = random_logits(1, 9)
+    params = [SamplingParams(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.5)]
+    lists = make_batch(params, prompt_token_ids=[[5, 1, 5, 5]], output_token_ids=[[2, 2, 7]])
+    compact = make_batch(params, prompt_token_ids=[np.array([1, 5])], output_token_ids=[Counter({2: 2, 7: 1, 3: 0})])
+    assert torch.equal(target_probabilities(logits, lists), target_probabilities(logits, compact))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "missing"),
+    [
+        ({"repetition_penalty": 1.5}, {"output_token_ids": [None, [1]]}, "prompt and output"),
+        ({"frequency_penalty": 0.5}, {"prompt_token_ids": [None, [1]]}, "output"),
+        ({"presence_penalty": 0.5}, {"output_token_ids": [[1], None]}, "output"),
+    ],
+)
+def test_penalised_row_without_its_ids_is_refused(
+    settings: dict[str, Any], tokens: dict[str, Any], missing: str
+) -> None:
+    with pytest.raises(ValueError, match=f"row 1 has a penalty and needs its {missing} token ids"):
+        make_batch([SamplingParams(), SamplingParams(**settings)], **tokens)
+
+
+# --- draws ------------------------------------------------------------------------------------------------------------
+
+
+def chi_squared_limit(freedom: int) -> float:
+    """The value that chi-squared exceeds with probability 1e-4 (Wilson and Hilferty's approximation)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+def chi_squared(counts: Tensor, probabilities: Tensor) -> tuple[float, int]:
+    """The statistic over the tokens that are possible, and its degrees of freedom."""
+    possible = probabilities > 0
+    assert int(counts[~possible].sum()) == 0, "an impossible token was drawn"
+    expected = probabilities[possible].double() * counts.sum()
+    return float(((counts[possible] - expected) ** 2 / expected).sum()), int(possible.sum()) - 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 3.0}, {"top_k": 6}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 8, "top_p": 0.9, "min_p": 0.05}],
+    ids=str,
+)
+@pytest.mark.parametrize("vary", ["seeds", "positions"])
+def test_draws_follow_the_target_probabilities(settings: dict[str, Any], vary: str) -> None:
+    num, vocabulary = 40_000, 24
+    logits = random_logits(1, vocabulary, seed=2, scale=1.5).expand(num, -1)
+    params = [SamplingParams(**({"temperature": 1.0} | settings))] * num
+    numbers = {"seeds": [17] * num, "positions": [90] * num} | {vary: list(range(num))}
+    batch = make_batch(params, numbers["seeds"], numbers["positions"])
+    counts = torch.bincount(sample(logits, batch).token_ids, minlength=vocabulary)
+    statistic, freedom = chi_squared(counts, target_probabilities(logits[:1], make_batch(params[:1]))[0])
+    assert freedom >= 3
+    assert statistic < chi_squared_limit(freedom)
+
+
+def test_draws_from_a_large_flat_vocabulary_are_even() -> None:
+    """Noise too coarse near its top would tie, and ties would favour low ids."""
+    num, vocabulary, bins = 1000, 50_000, 20
+    rounds = []
+    for start in range(0, num, 100):
+        batch = make_batch([SamplingParams(temperature=1.0)] * 100, positions=list(range(start, start + 100)))
+        rounds.append(sample(torch.zeros(100, vocabulary), batch).token_ids)
+    counts = torch.bincount(torch.cat(rounds) * bins // vocabulary, minlength=bins)
+    statistic, freedom = chi_squared(counts, torch.full((bins,), 1 / bins))
+    assert statistic < chi_squared_limit(freedom)
+
+
+MIXED = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 40},
+    {"temperature": 1.2, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.02},
+    {"temperature": 0.9, "top_k": 100, "top_p": 0.95, "min_p": 0.01, "logprobs": 4},
+    {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1},
+    {"repetition_penalty": 1.2, "logprobs": 2},
+]
+
+
+@pytest.mark.parametrize("vocabulary", [257, 4099])  # odd sizes: rows start at every alignment
+def test_token_and_target_do_not_depend_on_the_rest_of_the_batch(vocabulary: int) -> None:
+    params = [SamplingParams(**MIXED[row % len(MIXED)]) for row in range(40)]
+    logits = random_logits(40, vocabulary, seed=9)
+    logits[::3] = logits[::3].to(torch.bfloat16).float()  # many ties
+    tokens = [[row, row + 1, row] for row in range(40)]
+
+    def run(rows: list[int]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        batch = SamplingBatch.from_requests(
+            [params[row] for row in rows],
+            [1000 + row for row in rows],
+            [7 * row for row in rows],
+            prompt_token_ids=[tokens[row] for row in rows],
+            output_token_ids=[tokens[row] for row in rows],
+        )
+        got = sample(logits[rows], batch)
+        # A row gets as many alternatives as its neighbours ask for; the first ones are what it asked for.
+        alternatives = [None if got.top_ids is None else got.top_ids[place] for place in range(len(rows))]
+        return got.token_ids, target_probabilities(logits[rows], batch), alternatives
+
+    together, targets, alternatives = run(list(range(40)))
+    orders = [torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(3)]
+    parts = [order[at : at + size] for order, size in zip(orders, (2, 5, 17), strict=True) for at in range(0, 40, size)]
+    for rows in [*([row] for row in range(40)), *parts]:
+        token_ids, target, tops = run(rows)
+        assert torch.equal(token_ids, together[rows])
+        assert torch.equal(target, targets[rows])
+        for place, row in enumerate(rows):
+            top, whole = tops[place], alternatives[row]
+            assert top is None or (whole is not None and torch.equal(top, whole[: len(top)]))
+
+
+def test_draw_repeats_for_equal_seed_and_position_and_changes_with_either() -> None:
+    params = [SamplingParams(temperature=1.0)] * 200
+    logits = torch.zeros(200, 1000)
+
+    def draw(seed: int, first_position: int) -> Tensor:
+        return sample(
+            logits, make_batch(params, [seed] * 200, list(range(first_position, first_position + 200)))
+        ).token_ids
+
+    assert torch.equal(draw(5, 0), draw(5, 0))
+    assert torch.equal(draw(5, 0)[100:], draw(5, 100)[:100])
+    for other in (draw(6, 0), draw(5, 200), draw(5 + 2**32, 0), draw(5 + 2**62, 0), draw(5, 2**32)):
+        assert int((draw(5, 0) == other).sum()) < 5  # by chance 0.2 of 200
+
+
+def test_uniform_numbers_are_uniform_and_inside_the_open_interval() -> None:
+    u = uniform(torch.arange(100), torch.arange(100) * 3, 10_000)
+    assert u.dtype == torch.float32
+    assert u.shape == (100, 10_000)
+    assert 0 < float(u.min()) < 1e-4
+    assert 1 - 1e-4 < float(u.max()) < 1
+    counts = torch.bincount((u.flatten() * 64).long(), minlength=64)
+    statistic, freedom = chi_squared(counts, torch.full((64,), 1 / 64))
+    assert statistic < chi_squared_limit(freedom)
+
+
+def test_extreme_hashes_give_numbers_inside_the_open_interval_and_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helix.sampling._hash", lambda keys, num: torch.tensor([[0, 2**32 - 1]]))
+    assert uniform(torch.tensor([0]), torch.tensor([0]), 2).tolist() == [[2**-24, 1 - 2**-24]]
+    noise = _gumbel(torch.zeros(2, 1, dtype=torch.int64), 2)
+    torch.testing.assert_close(noise, torch.tensor([[33 * math.log(2), -math.log(24 * math.log(2))]]))
+
+
+def test_uniform_numbers_of_other_seeds_positions_and_streams_are_uncorrelated() -> None:
+    near = [0, 1, 2, 3, 2**31, 2**32, 2**32 + 1, 2**62]
+    rows = [
+        uniform(torch.tensor([seed]), torch.tensor([position]), 20_000, stream)[0]
+        for seed in near
+        for position in (0, 1, 2, 65_536, 2**32)
+        for stream in (0, 1, 2)
+    ]
+    correlation = torch.corrcoef(torch.stack(rows)).fill_diagonal_(0)
+    assert float(correlation.abs().max()) < 5.5 / math.sqrt(20_000)  # 5.5 standard deviations over 7140 pairs
+
+
+def test_neighbouring_columns_are_uncorrelated() -> None:
+    u = uniform(torch.tensor([3]), torch.tensor([4]), 200_001)[0]
+    for lag in (1, 2, 64, 4096):
+        assert abs(float(torch.corrcoef(torch.stack((u[:-lag], u[lag:])))[0, 1])) < 4.5 / math.sqrt(200_001 - lag)
+
+
+def test_no_stream_repeats_the_noise_that_chooses_tokens() -> None:
+    num = 2000
+    params = [SamplingParams(temperature=1.0)] * num
+    batch = make_batch(params)
+    chosen = sample(torch.zeros(num, 64), batch).token_ids
+    for stream in (0, 1, STREAM_LIMIT - 1):
+        u = uniform(batch.seeds, batch.positions, 64, stream)
+        for extreme in (u.argmin(-1), u.argmax(-1)):
+            assert int((extreme == chosen).sum()) < 70  # by chance 31 of 2000
+
+
+def test_uniform_does_not_depend_on_the_batch_or_on_how_many_numbers_are_asked() -> None:
+    seeds, positions = torch.tensor([4, 5, 2**62 + 1]), torch.tensor([0, 9, 2**40])
+    whole = uniform(seeds, positions, 33, 2)
+    assert torch.equal(uniform(seeds[2:], positions[2:], 33, 2), whole[2:])
+    assert torch.equal(uniform(seeds, positions, 3, 2), whole[:, :3])
+
+
+@pytest.mark.parametrize("stream", [-1, STREAM_LIMIT])
+def test_stream_out_of_range_is_refused(stream: int) -> None:
+    with pytest.raises(ValueError, match=rf"stream = {stream} must lie in \[0, 65535\)"):
+        uniform(torch.tensor([0]), torch.tensor([0]), 1, stream)
+
+
+def test_hash_keeps_its_numbers() -> None:
+    """Recorded outputs: a change would silently change the tokens of every seeded request."""
+    got = uniform(torch.tensor([0, 42]), torch.tensor([0, 123_456_789]), 3, 1)
+    assert (got * 2**24).long().tolist() == [[712621, 6448589, 10754289], [9160294, 2896936, 6408360]]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e5])
+def test_extreme_temperatures_and_logits_stay_finite(temperature: float) -> None:
+    logits = torch.tensor([[3e38, -3e38, 2e38, -math.inf], [1e-30, 2e-30, 0.0, -math.inf]])
+    batch = make_batch([SamplingParams(temperature=temperature, top_p=0.999, min_p=1e-9, logprobs=4)] * 2)
+    target = target_probabilities(logits, batch)
+    torch.testing.assert_close(target.sum(-1), torch.ones(2))
+    assert (target[:, 3] == 0).all()
+    got = sample(logits, batch)
+    assert got.logprobs is not None
+    assert got.logprobs.isfinite().all()
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_log_softmax_of_the_raw_logits() -> None:
+    logits = random_logits(6, 1001)
+    params = [SamplingParams(temperature=0.5, top_k=3, presence_penalty=2.0, logprobs=5)] * 3
+    params += [SamplingParams(logprobs=5)] * 3
+    got = sample(logits, make_batch(params, output_token_ids=[[int(row.argmax())] for row in logits]))
+    want = logits.double().log_softmax(-1)
+    assert got.logprobs is not None
+    assert got.top_ids is not None
+    assert got.top_logprobs is not None
+    assert got.logprobs.dtype == got.top_logprobs.dtype == torch.float32
+    torch.testing.assert_close(
+        got.logprobs.double(), want.gather(1, got.token_ids[:, None])[:, 0], rtol=1e-5, atol=2e-6
+    )
+    top = want.topk(5)
+    assert torch.equal(got.top_ids, top.indices)
+    torch.testing.assert_close(got.top_logprobs.double(), top.values, rtol=1e-5, atol=2e-6)
+
+
+def test_equal_alternatives_come_lowest_id_first() -> None:
+    logits = torch.tensor(
+        [[0.0, 2.0, -1.0, 2.0, -0.0, 2.0, 0.0, -1.0], [-3.0, -5.0, -3.0, -3.5, -3.0, -4.0, -4.0, -9.0]]
+    )
+    got = sample(logits, make_batch([SamplingParams(logprobs=8)] * 2))
+    assert got.top_ids is not None
+    assert got.top_ids.tolist() == [[1, 3, 5, 0, 4, 6, 2, 7], [0, 2, 4, 3, 5, 6, 1, 7]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "num"),
+    [([None, None], None), ([None, 0], 0), ([0, 3], 3), ([2, 5], 5), ([None, 99], 11)],
+)
+def test_batch_returns_the_most_alternatives_any_row_asks_for(asked: list[int | None], num: int | None) -> None:
+    got = sample(random_logits(2, 11), make_batch([SamplingParams(logprobs=one) for one in asked]))
+    assert (got.logprobs is None) == (num is None)
+    assert (None if got.top_ids is None else got.top_ids.shape[1]) == (num or None)
+    assert (None if got.top_logprobs is None else got.top_logprobs.shape[1]) == (num or None)
+
+
+# --- what is refused, what is skipped ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [torch.zeros(3, 4), torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(2, 1, 4)],
+    ids=["rows", "dtype", "dim"],
+)
+@pytest.mark.parametrize("function", [sample, target_probabilities])
+def test_logits_of_another_shape_or_dtype_are_refused(logits: Tensor, function: Any) -> None:
+    with pytest.raises(ValueError, match=r"logits = torch\.\w+ \[.*\] must be float32 \[2, vocabulary\]"):
+        function(logits, make_batch([SamplingParams()] * 2))
+
+
+def test_batch_of_unequal_lengths_or_bad_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="params, seeds, positions = 1, 2, 1 entries must be equally many"):
+        SamplingBatch.from_requests([SamplingParams()], [1, 2], [3])
+    with pytest.raises(ValueError, match=r"seeds\[0\] = 9223372036854775808 must lie in \[0, 2\*\*63\)"):
+        SamplingBatch.from_requests([SamplingParams()], [2**63], [3])
+
+
+def test_empty_batch_gives_no_tokens() -> None:
+    batch = make_batch([])
+    assert sample(torch.zeros(0, 5), batch).token_ids.shape == (0,)
+    assert target_probabilities(torch.zeros(0, 5), batch).shape == (0, 5)
+
+
+def test_sorting_and_noise_are_skipped_when_no_row_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("not needed here")
+
+    monkeypatch.setattr(Tensor, "sort", refuse)
+    sample(random_logits(2, 50), make_batch([SamplingParams(temperature=1.0, top_k=5, min_p=0.1), SamplingParams()]))
+    monkeypatch.setattr(Tensor, "topk", refuse)
+    sample(random_logits(2, 50), make_batch([SamplingParams(temperature=1.0, min_p=0.1), SamplingParams(top_k=4)]))
+    monkeypatch.setattr("helix.sampling._gumbel", refuse)
+    sample(random_logits(2, 50), make_batch([SamplingParams(), SamplingParams(top_p=0.5)]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [4099, 151_936])
+def test_tokens_on_a_gpu_do_not_depend_on_the_rest_of_the_batch(vocabulary: int) -> None:
+    params = [SamplingParams(**(MIXED[row % 6])) for row in range(48)]
+    logits = random_logits(48, vocabulary, seed=9).to(torch.bfloat16).float().cuda()
+
+    def run(rows: list[int]) -> tuple[Tensor, Tensor]:
+        chosen = [params[row] for row in rows]
+        batch = SamplingBatch.from_requests(chosen, [row + 9 for row in rows], [7 * row for row in rows], device="cuda")
+        return sample(logits[rows], batch).token_ids, target_probabilities(logits[rows], batch)
+
+    together, targets = run(list(range(48)))
+    for rows in [[row] for row in range(48)] + [[5, 17, 3], list(range(20, 41)), list(range(47, -1, -1))]:
+        token_ids, target = run(rows)
+        assert torch.equal(token_ids, together[rows])
+        assert torch.equal(target, targets[rows])
+    tied = torch.zeros(3, vocabulary, device="cuda")
+    tied[:, 1234:] = 1.0
+    for rows in (1, 3):
+        greedy = SamplingBatch.from_requests([SamplingParams()] * rows, [0] * rows, [0] * rows, device="cuda")
+        assert sample(tied[:rows], greedy).token_ids.tolist() == [1234] * rows
+    quarter = SamplingBatch.from_requests([SamplingParams(temperature=1.0, top_p=0.25)], [0], [0], device="cuda")
+    kept = target_probabilities(tied[:1] * 0, quarter)[0] > 0
+    assert kept.nonzero()[:, 0].tolist() == list(range(math.ceil(vocabulary / 4)))
+
+
+@pytest.mark.gpu
+def test_uniform_numbers_on_a_gpu_are_those_of_the_cpu() -> None:
+    seeds, positions = torch.arange(5) * 2**60, torch.arange(5) * 2**33
+    assert torch.equal(uniform(seeds.cuda(), positions.cuda(), 999, 3).cpu(), uniform(seeds, positions, 999, 3))
