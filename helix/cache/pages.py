@@ -1,0 +1,51 @@
+"""The pages themselves: this rank's K and V of all layers, and how many of them fit."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+HOST_FRACTION = 0.5
+
+
+class PagedCache:
+    """This rank's pages.
+
+    Attributes:
+        layers: one tensor [P, 2, K, block_size, D] a layer, K before V, of the model's dtype. Never read before it is
+            written: pages start uninitialised.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_pages, 2, num_kv_heads, block_size, head_dim)
+        self.layers = list(torch.empty(shape, dtype=dtype, device=device).unbind(0))
+
+    @staticmethod
+    def page_bytes(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one page, all layers."""
+        return num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+
+
+def free_bytes(device: torch.device, fraction: float, local_world_size: int) -> int:
+    """Return the bytes that this rank's cache may take now; local to the rank, so reduce it before use.
+
+    On CUDA ``fraction`` bounds the device's memory in use; what the allocator holds free counts as free. A CPU rank
+    takes its share of HOST_FRACTION of the free host memory.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + idle - total * (1.0 - fraction))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(free * HOST_FRACTION / local_world_size)

@@ -1,0 +1,187 @@
+"""The settings of a run, one dataclass a concern; defaults and checks live here and nowhere else.
+
+They are also the schema that the commands compose from YAML and the command line, so a field's name is its key.
+``None`` means "resolve it": each such setting is resolved in one place, which logs what it chose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from attention.exchange import EXCHANGES
+from attention.partial import BACKENDS
+from parallel.grid import Layout
+from parallel.launch import DEVICES
+from parallel.placement import BlockCyclic
+
+from .sampling import SamplingParams
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOADS = ("checkpoint", "dummy")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the setting has one of its values."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} must be one of {', '.join(choices)}")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise ValueError when the setting is below its least value."""
+    if value < least:
+        raise ValueError(f"{name} = {value} must be at least {least}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which model to run.
+
+    Attributes:
+        path: a Hugging Face checkpoint folder, or a config.json where load is dummy.
+        dtype: of weights and cache; auto is bfloat16 on GPUs and float32 on CPUs.
+        load: checkpoint reads safetensors; dummy makes random weights on the device.
+        max_position: replaces the model's own limit of context, in tokens; RoPE stays as the model says.
+    """
+
+    path: str = ""
+    dtype: str = "auto"
+    load: str = "checkpoint"
+    max_position: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("model.dtype", self.dtype, DTYPES)
+        check_choice("model.load", self.load, LOADS)
+        if self.max_position is not None:
+            check_at_least("model.max_position", self.max_position, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How the ranks are laid out; None is resolved by ``resolve``.
+
+    Attributes:
+        kvp: ways the sequence is sharded.
+        tpa: ways the KV heads are split (beyond the KV heads, with kvp 1, they are duplicated).
+        tpf: ways the feed-forward is split.
+        ep: ways the experts are split.
+    """
+
+    kvp: int | None = None
+    tpa: int | None = None
+    tpf: int | None = None
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("kvp", "tpa", "tpf", "ep"):
+            value = getattr(self, axis)
+            if value is not None:
+                check_at_least(f"parallel.{axis}", value, 1)
+
+    def resolve(self, world_size: int, num_kv_heads: int) -> Layout:
+        """Return the layout: tensor parallelism as far as the KV heads go, the sequence for the rest.
+
+        Raises:
+            ValueError: when the axes do not multiply to the world's size.
+        """
+        tpa, kvp = self.tpa, self.kvp
+        if tpa is None and kvp is None:
+            tpa = max(ways for ways in range(1, num_kv_heads + 1) if num_kv_heads % ways == world_size % ways == 0)
+        if tpa is None:
+            assert kvp is not None
+            tpa = max(world_size // kvp, 1)
+        if kvp is None:
+            kvp = max(world_size // tpa, 1)
+        layout = Layout(kvp=kvp, tpa=tpa, tpf=self.tpf or 0, ep=self.ep)
+        layout.check_world(world_size)
+        return layout
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheConfig:
+    """The paged KV cache of each rank.
+
+    Attributes:
+        block_size: tokens a page, a power of two from 1 to 256.
+        num_pages: pages a rank; None takes what fits in memory_fraction, the least over all ranks.
+        memory_fraction: the part of a device's memory that weights, activations and cache may fill together.
+    """
+
+    block_size: int = 64
+    num_pages: int | None = None
+    memory_fraction: float = 0.9
+
+    def __post_init__(self) -> None:
+        BlockCyclic(self.block_size, 1)
+        if self.num_pages is not None:
+            check_at_least("cache.num_pages", self.num_pages, 1)
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ValueError(f"cache.memory_fraction = {self.memory_fraction} must lie in (0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class AttentionConfig:
+    """How attention is computed.
+
+    Attributes:
+        backend: the partial attention; auto is triton on GPUs and reference on CPUs.
+        exchange: how the KVP group exchanges partials.
+        share_qkv_rows: steps of at least so many rows share the QKV projection over the KVP group; 0 is never.
+    """
+
+    backend: str = "auto"
+    exchange: str = "auto"
+    share_qkv_rows: int = 512
+
+    def __post_init__(self) -> None:
+        check_choice("attention.backend", self.backend, BACKENDS)
+        check_choice("attention.exchange", self.exchange, EXCHANGES)
+        check_at_least("attention.share_qkv_rows", self.share_qkv_rows, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class SchedulerConfig:
+    """What one step may hold.
+
+    Attributes:
+        max_batch: sequences that run at once.
+        prefill_chunk: prompt tokens a step computes, over all sequences, beside one decode row of each.
+    """
+
+    max_batch: int = 64
+    prefill_chunk: int = 2048
+
+    def __post_init__(self) -> None:
+        check_at_least("scheduler.max_batch", self.max_batch, 1)
+        check_at_least("scheduler.prefill_chunk", self.prefill_chunk, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where and how carefully to run.
+
+    Attributes:
+        device: auto is CUDA where every rank has a GPU.
+        check_ranks: compare a digest of the decision state over all ranks every step (debugging; costs a collective).
+        timeout_s: bound of a collective, in seconds.
+    """
+
+    device: str = "auto"
+    check_ranks: bool = False
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        check_choice("runtime.device", self.device, DEVICES)
+        check_at_least("runtime.timeout_s", self.timeout_s, 1.0)
+
+
+@dataclass(kw_only=True, slots=True)
+class HelixConfig:
+    """Everything that ``helix.LLM`` needs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

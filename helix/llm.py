@@ -1,0 +1,292 @@
+"""The Python API: one object a rank, used the same way on every rank.
+
+    llm = LLM(HelixConfig(model=ModelConfig(path=...), parallel=ParallelConfig(kvp=2, tpa=2)))
+    outputs = llm.generate(["a prompt", [1, 2, 3], Request(messages=[...])], SamplingParams(max_tokens=64))
+
+Start it under torchrun, or plainly for a world of one.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from attention.exchange import make_exchange
+from attention.partial import select_backend
+from parallel.grid import HelixGrid
+from parallel.launch import Launch, agree, from_rank0, minimum, start, stop
+from parallel.placement import BlockCyclic
+
+from .cache.pages import PagedCache, free_bytes
+from .cache.pool import PagePools
+from .config import HelixConfig
+from .detokenize import Detokenizer
+from .engine import Engine
+from .metrics import RunMetrics
+from .models.checkpoint import Checkpoint, fill_dummy
+from .models.decoder import Decoder, part_of
+from .models.spec import ModelSpec, load_spec
+from .models.tokenizer import load_tokenizer
+from .models.weights import layer_weights, model_weights
+from .request import Request, RequestOutput, StreamEvent
+from .request import Sequence as RunningSequence
+from .runner import Runner
+from .sampling import SEED_LIMIT, SamplingParams
+from .scheduler import Scheduler
+
+Prompt = str | Sequence[int] | Request
+_log = logging.getLogger(__name__)
+
+
+class LLM:
+    """A model spread over the world's ranks, ready to generate.
+
+    Collective over the world: every rank makes it and calls it with equal arguments.
+
+    Args:
+        config: the settings of the run.
+
+    Raises:
+        ValueError: on every rank, in one line, before any model memory is taken, for settings that do not fit the
+            world, the model or the machine, and for a checkpoint that cannot be read.
+    """
+
+    def __init__(self, config: HelixConfig) -> None:
+        self.config = config
+        self.launch: Launch = start(config.runtime.device, timeout_s=config.runtime.timeout_s)
+        self.spec: ModelSpec = agree(self._load_spec)
+        self.layout = config.parallel.resolve(self.launch.world_size, self.spec.num_kv_heads)
+        part_of(self.spec, self.layout, self.launch.rank)
+        self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
+        attention = select_backend(config.attention.backend, self.launch.device)
+        checkpoint = agree(self._open_checkpoint)
+        self.tokenizer = agree(lambda: load_tokenizer(config.model.path))
+        self.dtype = self._resolve_dtype()
+        self.grid = HelixGrid.create(self.layout)
+        decoder = Decoder(self.spec, self.grid, dtype=self.dtype, device=self.launch.device, attention=attention)
+        agree(lambda: self._fill(decoder, checkpoint))
+        self.exchange = make_exchange(
+            config.attention.exchange,
+            group=self.grid.kvp_group,
+            num_heads=decoder.num_heads,
+            head_dim=self.spec.head_dim,
+            device=self.launch.device,
+        )
+        self.runner, self.num_pages = self._make_runner(decoder)
+        pools = PagePools(self.placement, self.num_pages)
+        self.engine = Engine(
+            Scheduler(config.scheduler, pools),
+            self.runner,
+            eos_token_ids=self.spec.eos_token_ids,
+            check_ranks=config.runtime.check_ranks,
+        )
+        self._entropy = from_rank0(lambda: secrets.randbelow(SEED_LIMIT))
+        self._num_seeded = 0
+
+    @property
+    def metrics(self) -> RunMetrics:
+        """The figures of the last call of ``generate`` or ``stream``."""
+        return self.engine.metrics
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        on_step: Callable[[RunMetrics], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Run all prompts to their end and return their outputs, in the prompts' order.
+
+        Collective: every rank calls it with equal prompts. A prompt that cannot run fails alone, with finish_reason
+        "error". ``on_step`` is called on this rank after every step, to show progress.
+        """
+        outputs: list[RequestOutput | None] = [None] * len(prompts)
+        for event in self.stream(prompts, sampling, on_step=on_step):
+            if event.output is not None:
+                outputs[event.index] = event.output
+        return [output for output in outputs if output is not None]
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        on_step: Callable[[RunMetrics], None] | None = None,
+    ) -> Iterator[StreamEvent]:
+        """Yield new tokens as they are made; the last event of each prompt carries its output.
+
+        Collective: every rank iterates it with equal prompts, to its end or to the same event.
+        """
+        default = sampling or self.config.sampling
+        metrics = self.engine.reset_metrics()
+        began = time.perf_counter()
+        try:
+            for index, prompt in enumerate(prompts):
+                request = prompt if isinstance(prompt, Request) else _as_request(prompt)
+                try:
+                    seq = self._prepare(index, request, request.sampling or default)
+                except ValueError as error:
+                    metrics.num_requests += 1
+                    metrics.num_errors += 1
+                    failed = RequestOutput(request.id, finish_reason="error", error=str(error))
+                    yield StreamEvent(index, [], "", failed)
+                else:
+                    self.engine.add(seq)
+            while self.engine.scheduler.has_work:
+                events = self.engine.step()
+                metrics.elapsed_s = time.perf_counter() - began
+                if on_step is not None:
+                    on_step(metrics)
+                yield from events
+        finally:
+            self.engine.abort_all()
+
+    def close(self) -> None:
+        """Leave the world. Collective."""
+        stop()
+
+    def _load_spec(self) -> ModelSpec:
+        config = self.config.model
+        if not config.path:
+            raise ValueError("model.path is empty: give a Hugging Face checkpoint folder")
+        return load_spec(config.path, max_position=config.max_position)
+
+    def _open_checkpoint(self) -> Checkpoint | None:
+        config = self.config.model
+        return Checkpoint(Path(config.path), self.spec) if config.load == "checkpoint" else None
+
+    def _resolve_dtype(self) -> torch.dtype:
+        name = self.config.model.dtype
+        if name == "auto":
+            name = "bfloat16" if self.launch.device.type == "cuda" else "float32"
+            _log.info("model.dtype=auto: %s, for device %s", name, self.launch.device.type)
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+
+    def _fill(self, decoder: Decoder, checkpoint: Checkpoint | None) -> None:
+        """Read or make this rank's weights."""
+        groups = [("", model_weights(self.spec, decoder.part), decoder.top)]
+        for layer, parameters in enumerate(decoder.layers):
+            groups.append((f"{layer}.", layer_weights(self.spec, layer, decoder.part), parameters))
+        generator = torch.Generator(self.launch.device)
+        for prefix, weights, parameters in groups:
+            for role, weight in weights.items():
+                if checkpoint is not None:
+                    checkpoint.read(weight, parameters[role])
+                else:
+                    # a seed a weight: ranks that hold copies of one weight make equal ones
+                    generator.manual_seed(zlib.crc32(f"{prefix}{role}".encode()))
+                    fill_dummy(role, parameters[role], generator)
+        if checkpoint is not None:
+            checkpoint.close()
+
+    def _make_runner(self, decoder: Decoder) -> tuple[Runner, int]:
+        """Make the runner and the pages it runs on: as many as asked for, or as fit on every rank."""
+        cache, scheduler = self.config.cache, self.config.scheduler
+
+        def paged_cache(num_pages: int) -> PagedCache:
+            return PagedCache(
+                num_layers=self.spec.num_layers,
+                num_pages=num_pages,
+                num_kv_heads=decoder.num_kv_heads,
+                block_size=cache.block_size,
+                head_dim=self.spec.head_dim,
+                dtype=self.dtype,
+                device=self.launch.device,
+            )
+
+        runner = Runner(
+            decoder,
+            self.exchange,
+            paged_cache(1),
+            self.placement,
+            max_batch=scheduler.max_batch,
+            max_len=self.spec.max_position,
+            share_qkv_rows=self.config.attention.share_qkv_rows,
+        )
+        num_pages = cache.num_pages
+        if num_pages is None:
+            if self.launch.device.type == "cuda":
+                runner.warm_up(scheduler.prefill_chunk + scheduler.max_batch)
+            page_bytes = PagedCache.page_bytes(
+                self.spec.num_layers, decoder.num_kv_heads, cache.block_size, self.spec.head_dim, self.dtype
+            )
+            free = free_bytes(self.launch.device, cache.memory_fraction, self.launch.local_world_size)
+            useful = scheduler.max_batch * -(-self.placement.num_blocks(self.spec.max_position) // self.layout.kvp)
+            num_pages = min(minimum(free // page_bytes), useful)
+            if num_pages < 1:
+                raise ValueError(
+                    f"cache.memory_fraction = {cache.memory_fraction} leaves no memory for one page of {page_bytes} "
+                    "bytes on some rank; raise it or spread the model over more ranks"
+                )
+            _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, num_pages * cache.block_size)
+        runner.cache = agree(lambda: paged_cache(num_pages))
+        return runner, num_pages
+
+    def _prepare(self, index: int, request: Request, sampling: SamplingParams) -> RunningSequence:
+        """Check a request and turn it into a sequence; ValueError says why it cannot run."""
+        token_ids = self._token_ids(request)
+        vocab, limit = self.spec.vocab_size, self.spec.max_position
+        if not token_ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        wrong = next((token for token in token_ids if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab}")
+        if len(token_ids) >= limit:
+            raise ValueError(f"the prompt has {len(token_ids)} tokens; the model takes at most {limit - 1}")
+        max_len = min(len(token_ids) + sampling.max_tokens, limit)
+        if not self.engine.scheduler.pools.fits(max_len - 1):
+            room = self.num_pages * self.placement.kvp * self.placement.block_size
+            raise ValueError(
+                f"{len(token_ids)} prompt tokens and sampling.max_tokens = {sampling.max_tokens} need more than the "
+                f"{room} tokens that cache.num_pages = {self.num_pages} pages a rank hold"
+            )
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"sampling.stop = {sampling.stop} needs a tokenizer, but the model folder has none")
+        seed = sampling.seed
+        if seed is None:
+            seed = (self._entropy + self._num_seeded) % SEED_LIMIT
+            self._num_seeded += 1
+        output = RequestOutput(
+            request.id, prompt_tokens=len(token_ids), logprobs=None if sampling.logprobs is None else []
+        )
+        return RunningSequence(
+            index=index,
+            token_ids=token_ids,
+            prompt_len=len(token_ids),
+            sampling=sampling,
+            seed=seed,
+            max_len=max_len,
+            detokenizer=Detokenizer(self.tokenizer, sampling.stop),
+            output=output,
+        )
+
+    def _token_ids(self, request: Request) -> list[int]:
+        if request.error is not None:
+            raise ValueError(request.error)
+        given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(request, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a request takes one of prompt, prompt_token_ids and messages, not {given or 'none'}")
+        if request.prompt_token_ids is not None:
+            return list(request.prompt_token_ids)
+        if self.tokenizer is None:
+            raise ValueError(f"{given[0]} needs a tokenizer, but the model folder has none; use prompt_token_ids")
+        if request.prompt is not None:
+            return list(self.tokenizer(request.prompt)["input_ids"])
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError("messages needs a chat template, but the model's tokenizer has none; use prompt")
+        try:
+            ids = self.tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template is the model's own program: it may raise anything
+            raise ValueError(f"the chat template refused messages: {error}") from error
+        return list(ids)
+
+
+def _as_request(prompt: str | Sequence[int]) -> Request:
+    return Request(prompt=prompt) if isinstance(prompt, str) else Request(prompt_token_ids=list(prompt))

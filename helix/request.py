@@ -1,0 +1,131 @@
+"""The nouns that the runtime shares: requests, sequences, chunks, outputs. Nothing here computes or communicates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .cache.pool import BlockTable
+
+if TYPE_CHECKING:
+    from .detokenize import Detokenizer
+    from .sampling import SamplingParams
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt: exactly one of text, token ids and chat messages; equal on every rank.
+
+    Attributes:
+        prompt: text; token ids are the tokenizer's, special tokens included.
+        prompt_token_ids: token ids, used as they are.
+        messages: chat turns {"role", "content"}, put through the tokenizer's chat template.
+        sampling: how to sample; None takes the run's own.
+        id: the caller's name for it, returned with the output.
+        error: why the request cannot run; it then fails alone, with this message.
+    """
+
+    prompt: str | None = None
+    prompt_token_ids: list[int] | None = None
+    messages: list[dict[str, str]] | None = None
+    sampling: SamplingParams | None = None
+    id: str | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities at one output position: the sampled token's, and the most likely ones' by id."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What became of one request; equal on every rank.
+
+    Attributes:
+        id: the request's.
+        token_ids: the tokens made, the one that stopped it included.
+        text: their text, without special tokens and up to a stop string.
+        finish_reason: stop, length or error.
+        prompt_tokens: length of the prompt, in tokens.
+        cached_tokens: prompt tokens whose KV was found in the cache, not computed.
+        logprobs: one entry a token, when asked for.
+        error: what failed, for finish_reason error.
+    """
+
+    id: str | None
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class StreamEvent:
+    """New tokens of one request; ``output`` is set on its last event."""
+
+    index: int
+    token_ids: list[int]
+    text: str
+    output: RequestOutput | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request that runs.
+
+    Attributes:
+        index: the request's place in its batch of requests.
+        token_ids: prompt, then output; ``prompt_len`` tells where the output begins.
+        seed: of its random numbers, 64 bits.
+        max_len: tokens, prompt included, at which it ends for length.
+        num_computed: tokens whose K and V are in the cache.
+        batch_slot: its row of the page table while it runs, else -1.
+        distinct_prompt_ids: sorted ids of the prompt where a repetition penalty needs them, else None.
+    """
+
+    index: int
+    token_ids: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    seed: int
+    max_len: int
+    detokenizer: Detokenizer
+    output: RequestOutput
+    blocks: BlockTable = field(default_factory=lambda: BlockTable(0))
+    num_computed: int = 0
+    batch_slot: int = -1
+    distinct_prompt_ids: npt.NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling.repetition_penalty != 1.0:
+            self.distinct_prompt_ids = np.unique(np.array(self.token_ids[: self.prompt_len], np.int64))
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The tokens made so far."""
+        return self.token_ids[self.prompt_len :]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions [start, stop) of a sequence, computed in one step."""
+
+    seq: Sequence
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        """True when the chunk reaches the end, so that its last row's logits choose the next token."""
+        return self.stop == len(self.seq.token_ids)

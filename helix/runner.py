@@ -1,0 +1,163 @@
+"""Run one step on this rank: turn the scheduler's chunks into rows, and rows into logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from attention.exchange import Exchange
+from attention.rows import Rows
+from parallel.grid import HelixGrid
+from parallel.placement import BlockCyclic, IntArray
+
+from .cache.pages import PagedCache
+from .cache.pool import BlockTable
+from .models.decoder import Decoder, RowShare
+from .request import Chunk
+
+
+@dataclass(frozen=True)
+class _HostRows:
+    """The rows of a step in NumPy, before they go to the device; the fields are those of ``Rows``."""
+
+    token_ids: IntArray
+    positions: IntArray
+    row_seq: IntArray
+    first_owner: IntArray
+    query_start: IntArray
+
+
+class Runner:
+    """Holds the device state of a rank between steps: page tables, pages, the model.
+
+    Args:
+        decoder: the rank's model.
+        exchange: the exchange over the KVP group.
+        cache: the rank's pages.
+        placement: the rule of ownership.
+        max_batch: rows of the page table.
+        max_len: the longest sequence, in tokens.
+        share_qkv_rows: steps of at least so many rows share the QKV projection; 0 is never.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        exchange: Exchange,
+        cache: PagedCache,
+        placement: BlockCyclic,
+        *,
+        max_batch: int,
+        max_len: int,
+        share_qkv_rows: int,
+    ) -> None:
+        self.decoder, self.exchange, self.cache, self.placement = decoder, exchange, cache, placement
+        self.grid: HelixGrid = decoder.grid
+        self._share_qkv_rows = share_qkv_rows if self.grid.layout.kvp > 1 else 0
+        width = -(-placement.num_blocks(max_len) // placement.kvp)
+        self._page_table = torch.zeros((max_batch, width), dtype=torch.int32, device=decoder.device)
+        self._host_table: npt.NDArray[np.int32] = np.zeros((max_batch, width), np.int32)
+        self._tables: list[tuple[BlockTable | None, int]] = [(None, 0)] * max_batch
+
+    def run(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Compute a step and return the logits of the chunks that sample: float32 [number of them, V].
+
+        Collective over the world: every rank calls it with the same chunks.
+        """
+        host = self._host_rows(chunks)
+        self._upload_tables(chunks)
+        hidden = self.decoder.forward(
+            self._to_device(host.token_ids), self._rows(host), self.cache.layers, self.exchange, self._share(host)
+        )
+        last = [stop - 1 for chunk, stop in zip(chunks, host.query_start[1:].tolist(), strict=True) if chunk.samples]
+        if not last:
+            return hidden.new_empty((0, self.decoder.spec.vocab_size), dtype=torch.float32)
+        return self.decoder.logits(hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)])
+
+    def warm_up(self, num_rows: int) -> None:
+        """Run a step of rows that see nothing and store nothing, so that its peak memory is known.
+
+        Collective over the world.
+        """
+        nothing = np.zeros(num_rows, np.int64)
+        host = _HostRows(nothing, nothing, nothing, nothing, np.array([0, num_rows]))
+        rows = self._rows(host)
+        rows.slot.fill_(-1)
+        rows.visible_len.zero_()
+        hidden = self.decoder.forward(
+            self._to_device(host.token_ids), rows, self.cache.layers, self.exchange, self._share(host)
+        )
+        self.decoder.logits(hidden[:1].expand(self._page_table.shape[0], -1))
+
+    def _host_rows(self, chunks: list[Chunk]) -> _HostRows:
+        counts = [chunk.stop - chunk.start for chunk in chunks]
+        tokens = [token for chunk in chunks for token in chunk.seq.token_ids[chunk.start : chunk.stop]]
+        return _HostRows(
+            token_ids=np.array(tokens, np.int64),
+            positions=np.concatenate([np.arange(chunk.start, chunk.stop, dtype=np.int64) for chunk in chunks]),
+            row_seq=np.repeat(np.array([chunk.seq.batch_slot for chunk in chunks], np.int64), counts),
+            first_owner=np.repeat(np.array([chunk.seq.blocks.first_owner for chunk in chunks], np.int64), counts),
+            query_start=np.cumsum([0, *counts], dtype=np.int64),
+        )
+
+    def _rows(self, host: _HostRows) -> Rows:
+        """Add what this rank alone sees: visible lengths and slots."""
+        place, me = self.placement, self.grid.kvp_rank
+        visible = place.local_len(host.positions + 1, me, host.first_owner)
+        at = place.local_position(host.positions)
+        mine = place.owner(host.positions, host.first_owner) == me
+        page = self._host_table[host.row_seq, np.where(mine, at // place.block_size, 0)].astype(np.int64)
+        slot = np.where(mine, page * place.block_size + at % place.block_size, -1)
+        return Rows(
+            positions=self._to_device(host.positions),
+            row_seq=self._to_device(host.row_seq.astype(np.int32)),
+            visible_len=self._to_device(visible.astype(np.int32)),
+            slot=self._to_device(slot),
+            page_table=self._page_table,
+            query_start=self._to_device(host.query_start.astype(np.int32)),
+            max_rows=int(np.diff(host.query_start).max()),
+            max_visible_len=int(visible.max()),
+        )
+
+    def _share(self, host: _HostRows) -> RowShare | None:
+        """Divide the rows of a large step by owner; None for small steps. The same decision on every rank."""
+        num_rows = len(host.positions)
+        if not self._share_qkv_rows or num_rows < self._share_qkv_rows:
+            return None
+        owner = self.placement.owner(host.positions, host.first_owner)
+        kvp = self.placement.kvp
+        counts = np.bincount(owner, minlength=kvp)
+        longest = int(counts.max())
+        by_owner = np.argsort(owner, kind="stable")
+        starts = np.cumsum(counts) - counts
+        order = np.empty(num_rows, np.int64)
+        order[by_owner] = np.arange(num_rows) - np.repeat(starts, counts) + np.repeat(np.arange(kvp) * longest, counts)
+        me = self.grid.kvp_rank
+        mine = np.zeros(longest, np.int64)
+        mine[: counts[me]] = by_owner[starts[me] : starts[me] + counts[me]]
+        return RowShare(self._to_device(mine), int(counts[me]), self._to_device(order))
+
+    def _upload_tables(self, chunks: list[Chunk]) -> None:
+        """Bring the page table up to date: only pages that it does not have yet travel."""
+        slots: list[int] = []
+        columns: list[int] = []
+        pages: list[int] = []
+        for chunk in chunks:
+            slot, blocks = chunk.seq.batch_slot, chunk.seq.blocks
+            table, known = self._tables[slot]
+            known = known if table is blocks else 0
+            new = blocks.local_pages(self.grid.kvp_rank, self.placement.kvp, start=known)
+            self._tables[slot] = (blocks, known + len(new))
+            slots += [slot] * len(new)
+            columns += range(known, known + len(new))
+            pages += new
+        if pages:
+            self._host_table[slots, columns] = pages
+            where = self._to_device(np.array([slots, columns, pages], np.int64))
+            self._page_table[where[0], where[1]] = where[2].to(torch.int32)
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.decoder.device)

@@ -1,0 +1,170 @@
+"""Greedy tokens in float32 equal transformers' own, for every family, layout, block size, prompt length and chunk size.
+
+The same bodies run over gloo on CPUs and over NCCL with the Triton back end where every rank has a GPU.
+"""
+
+import itertools
+from functools import cache
+
+import pytest
+import torch
+
+from helix.config import (
+    AttentionConfig,
+    CacheConfig,
+    HelixConfig,
+    ModelConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+)
+from helix.llm import LLM
+from helix.sampling import SamplingParams
+from scripts.make_checkpoint import FAMILIES, make_checkpoint
+
+TIE = 2e-3  # where the reference's own two best logits are this close, rounding may choose
+BLOCK_SIZES = (1, 16, 64)
+KV_HEADS = {"glm": 2}
+
+
+def layouts(family: str) -> list[tuple[int, int]]:
+    """Every (kvp, tpa) of 1, 2, 4 and 8 ranks: tpa divides the KV heads, or kvp is 1 and they are duplicated."""
+    kv_heads = KV_HEADS.get(family, 4)
+    pairs = itertools.product((1, 2, 4, 8), repeat=2)
+    return [(kvp, tpa) for kvp, tpa in pairs if kvp * tpa <= 8 and (kvp == 1 or tpa <= kv_heads)]
+
+
+ALL_LAYOUTS = [(family, *layout) for family in FAMILIES for layout in layouts(family)]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of a tiny checkpoint of a family, made once."""
+
+    @cache
+    def make(family: str) -> str:
+        path = tmp_path_factory.mktemp("checkpoint") / family
+        make_checkpoint(path, family=family, kv_heads=KV_HEADS.get(family, 4))
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint):
+    """``reference(family, prompt, num_tokens)``: transformers' greedy tokens, and the gap of its two best logits."""
+    from transformers import AutoModelForCausalLM
+
+    @cache
+    def model(family: str):
+        return AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.float32)
+
+    @cache
+    def generate(family: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[list[int], list[float]]:
+        ids = torch.tensor([prompt])
+        made = model(family).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        best = torch.stack(made.logits)[:, 0].topk(2, -1).values
+        return made.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
+
+    return generate
+
+
+def prompts_for(block_size: int) -> list[tuple[int, ...]]:
+    """Prompts of 1 token, about one block, and several blocks."""
+    lengths = sorted({1, max(block_size - 1, 2), block_size, block_size + 1, 3 * block_size + 5})
+    generator = torch.Generator().manual_seed(block_size)
+    return [tuple(torch.randint(0, 256, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def generate_body(path, kvp, tpa, runs):
+    """Outputs of several runs of one layout; a run is (block_size, prompts, max_tokens, prefill_chunk, share rows)."""
+    outputs = []
+    for block_size, prompts, max_tokens, prefill_chunk, share in runs:
+        config = HelixConfig(
+            model=ModelConfig(path=path, dtype="float32"),
+            parallel=ParallelConfig(kvp=kvp, tpa=tpa),
+            cache=CacheConfig(block_size=block_size, num_pages=8192 // block_size),
+            attention=AttentionConfig(share_qkv_rows=share),
+            scheduler=SchedulerConfig(max_batch=4, prefill_chunk=prefill_chunk),
+            runtime=RuntimeConfig(check_ranks=True),
+        )
+        llm = LLM(config)
+        made = llm.generate(list(prompts), SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        outputs.append([(output.token_ids, output.error) for output in made])
+        free = [llm.engine.scheduler.pools.num_free(rank) for rank in range(kvp)]
+        assert free == [llm.num_pages] * kvp, f"pages were lost: {free} of {llm.num_pages} are free"
+        held = llm.metrics.tokens_per_rank
+        assert max(held) - min(held) <= block_size * len(prompts), f"unbalanced: {held}"
+    return outputs
+
+
+def check(results, reference, family, runs):
+    """Every rank's tokens are the reference's, up to its first tie."""
+    assert all(result == results[0] for result in results[1:]), "ranks returned different tokens"
+    for (_, prompts, max_tokens, *_), outputs in zip(runs, results[0], strict=True):
+        for prompt, (tokens, error) in zip(prompts, outputs, strict=True):
+            assert error is None
+            expected, gaps = reference(family, prompt, max_tokens)
+            assert len(tokens) == max_tokens
+            for index, (ours, theirs, gap) in enumerate(zip(tokens, expected, gaps, strict=True)):
+                if ours != theirs:
+                    assert gap < TIE, f"prompt of {len(prompt)}: token {index} is {ours}, not {theirs}, gap {gap}"
+                    break
+
+
+@pytest.mark.parametrize(("family", "kvp", "tpa"), ALL_LAYOUTS)
+def test_greedy_tokens_equal_transformers_in_every_layout(ranks, checkpoint, reference, family, kvp, tpa):
+    runs = [(size, prompts_for(size), 20, 2048, 0) for size in BLOCK_SIZES]
+    results = ranks(kvp * tpa).run(generate_body, checkpoint(family), kvp, tpa, runs)
+    check(results, reference, family, runs)
+
+
+@pytest.mark.parametrize(("kvp", "tpa"), [(2, 1), (2, 2), (4, 1), (8, 1)])
+def test_decode_that_passes_every_rank_twice_equals_transformers(ranks, checkpoint, reference, kvp, tpa):
+    runs = [(size, prompts_for(size)[-2:], 2 * kvp * size + 2, 2048, 0) for size in BLOCK_SIZES if kvp * size <= 128]
+    results = ranks(kvp * tpa).run(generate_body, checkpoint("llama"), kvp, tpa, runs)
+    check(results, reference, "llama", runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kvp", [4, 8])
+def test_decode_that_passes_every_rank_twice_with_long_blocks_equals_transformers(ranks, checkpoint, reference, kvp):
+    runs = [(64, prompts_for(64)[1:2], 2 * kvp * 64 + 2, 2048, 0)]
+    results = ranks(kvp).run(generate_body, checkpoint("llama"), kvp, 1, runs, timeout_s=250)
+    check(results, reference, "llama", runs)
+
+
+@pytest.mark.parametrize(("family", "kvp", "tpa"), [("llama", 1, 1), ("qwen3", 2, 1), ("glm", 2, 2), ("qwen2", 4, 1)])
+@pytest.mark.parametrize("share", [0, 1], ids=["own_qkv", "shared_qkv"])
+def test_chunks_that_cut_blocks_equal_transformers(ranks, checkpoint, reference, family, kvp, tpa, share):
+    runs = [(size, prompts_for(16), 20, chunk, share) for size, chunk in ((16, 7), (16, 33), (4, 5))]
+    results = ranks(kvp * tpa).run(generate_body, checkpoint(family), kvp, tpa, runs)
+    check(results, reference, family, runs)
+
+
+def test_heads_that_kvp_does_not_divide_equal_transformers(ranks, tmp_path):
+    """28 query heads on 4 KV heads over 8 ranks: as kvp 8, as tpa 4 x kvp 2, and as plain TP beyond the KV heads."""
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path / "uneven"
+    make_checkpoint(path, family="qwen2", heads=28, kv_heads=4, hidden=112, ffn=150, vocab=301)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompt = tuple(range(40, 75))
+    ids = torch.tensor([prompt])
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    expected = made[0, len(prompt) :].tolist()
+    for kvp, tpa in ((8, 1), (2, 4), (1, 8)):
+        runs = [(4, [prompt], 40, 2048, 0)]
+        results = ranks(8).run(generate_body, str(path), kvp, tpa, runs)
+        assert results == [[[(expected, None)]]] * 8
