@@ -1,0 +1,130 @@
+"""What every command shares: Hydra composes the configuration, rank 0 speaks, and bad input ends with exit code 2.
+
+A command is a function of one config object:
+
+    if __name__ == "__main__":
+        main("generate", GenerateConfig, run)
+
+Its schema is the dataclass; conf/NAME.yaml composes it. Keys that do not exist and values that do not fit are found
+before anything starts, and reported in one line by rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+BAD_INPUT = 2
+_GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
+Config = TypeVar("Config")
+
+
+def rank() -> int:
+    """Return this process's rank as torchrun set it; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def fail(problem: Exception | str) -> NoReturn:
+    """End every rank with exit code 2; rank 0 says why, in one line.
+
+    Called by every rank with the same problem. The others wait a little: torchrun ends all ranks as soon as one has
+    ended, and the one that speaks must be first.
+    """
+    if rank() == 0:
+        print("error: " + " ".join(str(problem).split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(_GRACE_S)
+    sys.exit(BAD_INPUT)
+
+
+def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None:
+    """Compose conf/NAME.yaml with the command line's overrides and run the command on every rank.
+
+    ValueError and OSError that ``run`` raises on all ranks alike end them with exit code 2 and their message.
+    """
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    arguments = sys.argv[1:]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if flags and rank() != 0:
+        return  # --help, --cfg and the like: once is enough
+    if not flags:
+        try:
+            _compose(name, schema, arguments)
+        except ValueError as problem:
+            fail(problem)
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
+    def task(composed: Any) -> None:
+        try:
+            run(OmegaConf.to_object(composed))  # type: ignore[arg-type]
+        except (ValueError, OSError) as problem:
+            fail(problem)
+
+    task()
+
+
+def _compose(name: str, schema: type[Config], arguments: Sequence[str]) -> None:
+    """Raise ValueError, in one line, when the overrides do not compose to a valid config."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(arguments))
+        for override in overrides:
+            _check_key(override, schema)
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose(name, list(arguments))
+        OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(_first_lines(error, cause)) from error
+
+
+def _first_lines(error: BaseException, cause: BaseException) -> str:
+    """Join the messages of an error and its root cause, without repeats and without the search path."""
+    texts = [str(each).partition("Config search path")[0] for each in (error, cause)]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    return " ".join(dict.fromkeys(line for line in lines if line))
+
+
+def _check_key(override: Override, schema: type[Any]) -> None:
+    """Raise ValueError when an override names a key that the schema lacks, and say which keys there are."""
+    key = override.key_or_group
+    if override.is_add() or key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        return
+    node: Any = schema
+    done: list[str] = []
+    for part in key.split("."):
+        choices = [field.name for field in fields(node)]
+        if part not in choices:
+            where = f"{'.'.join(done)} has" if done else "there are"
+            near = get_close_matches(part, choices, 1)
+            hint = f"; did you mean {'.'.join([*done, near[0]])}?" if near else ""
+            raise ValueError(f"{key} is not a key{hint} {where}: {', '.join(choices)}")
+        done.append(part)
+        default = next(field for field in fields(node) if field.name == part)
+        node = default.default_factory if is_dataclass(default.default_factory) else None
+        if node is None:
+            break
+    if len(done) < len(key.split(".")):
+        raise ValueError(f"{key} is not a key: {'.'.join(done)} is a value, not a group of keys")

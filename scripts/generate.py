@@ -1,0 +1,201 @@
+"""The main job: decode prompts with a Hugging Face checkpoint on the world's ranks.
+
+    torchrun --standalone --nproc-per-node 4 -m scripts.generate model.path=DIR parallel.kvp=2 parallel.tpa=2 \
+        prompts=in.jsonl output=out.jsonl metrics=metrics.json sampling.max_tokens=64 cache.block_size=16
+
+An input line is {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}, with an optional "id" and
+"sampling" (settings for that line). Output lines come in input order. A bad line fails alone, with finish_reason
+"error"; when all fail the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helix.config import HelixConfig
+from helix.llm import LLM
+from helix.request import Request, RequestOutput
+from helix.sampling import SamplingParams
+from parallel.launch import from_rank0, gather_values, set_up_logging, start
+from scripts import cli
+from scripts.progress import RunProgress
+
+LINE_KEYS = ("prompt", "prompt_token_ids", "messages", "id", "sampling")
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(HelixConfig):
+    """The settings of the command.
+
+    Attributes:
+        prompts: a JSON-lines file of requests.
+        prompt: one prompt, instead of a file.
+        output: the JSON-lines file to write; None prints the lines.
+        metrics: the JSON file to write measurements to.
+    """
+
+    prompts: str | None = None
+    prompt: str | None = None
+    output: str | None = None
+    metrics: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompts is None) == (self.prompt is None):
+            raise ValueError("give one of prompts (a JSON-lines file) and prompt (one string)")
+
+
+def read_requests(config: GenerateConfig) -> list[Request]:
+    """Return the run's requests; a line that is no request becomes one that carries its error.
+
+    Raises:
+        ValueError: when the file has no line or is no text.
+        OSError: when it cannot be read.
+    """
+    if config.prompt is not None:
+        return [Request(prompt=config.prompt)]
+    assert config.prompts is not None
+    try:
+        lines = Path(config.prompts).read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts = {config.prompts} is not UTF-8 text: {error}") from error
+    requests = [
+        parse_line(line, f"{config.prompts}, line {number}", config.sampling)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not requests:
+        raise ValueError(f"prompts = {config.prompts} has no lines; give one JSON object a line")
+    return requests
+
+
+def parse_line(line: str, where: str, sampling: SamplingParams) -> Request:
+    """Return the request of an input line; ``where`` names the line in errors."""
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        return Request(error=f"{where}: not JSON: {error}")
+    if not isinstance(item, dict):
+        return Request(error=f"{where}: a {type(item).__name__} where an object is expected")
+    name = item.get("id")
+    request = Request(id=name if name is None else str(name))
+    try:
+        _fill(request, item, sampling)
+    except ValueError as error:
+        request.error = f"{where}: {error}"
+    return request
+
+
+def _fill(request: Request, item: dict[str, Any], sampling: SamplingParams) -> None:
+    unknown = [key for key in item if key not in LINE_KEYS]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a key; the keys are {', '.join(LINE_KEYS)}")
+    prompt, ids, messages = item.get("prompt"), item.get("prompt_token_ids"), item.get("messages")
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"prompt is a {type(prompt).__name__}, must be a string")
+    if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
+        raise ValueError("prompt_token_ids must be a list of integers")
+    if messages is not None and not (isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)):
+        raise ValueError('messages must be a list of objects {"role": ..., "content": ...}')
+    overrides = item.get("sampling", {})
+    if not isinstance(overrides, dict):
+        raise ValueError(f"sampling is a {type(overrides).__name__}, must be an object")
+    request.prompt, request.prompt_token_ids, request.messages = prompt, ids, messages
+    request.sampling = sampling.with_overrides(overrides)
+
+
+def output_line(output: RequestOutput, index: int) -> str:
+    """Return the JSON of one output; a request without an id gets its index."""
+    item: dict[str, Any] = {
+        "id": str(index) if output.id is None else output.id,
+        "token_ids": output.token_ids,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "prompt_tokens": output.prompt_tokens,
+        "cached_tokens": output.cached_tokens,
+    }
+    if output.logprobs is not None:
+        item["logprobs"] = [
+            {"token_id": each.token_id, "logprob": each.logprob, "top": {str(k): v for k, v in each.top.items()}}
+            for each in output.logprobs
+        ]
+    if output.error is not None:
+        item["error"] = output.error
+    return json.dumps(item, ensure_ascii=False)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file whole or not at all."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_text(text, "utf-8")
+    partial.replace(target)
+
+
+def check_writable(*paths: str | None) -> None:
+    """Raise OSError or ValueError now for an output that could not be written in the end."""
+    for path in filter(None, paths):
+        folder = Path(path).resolve().parent
+        if not folder.is_dir():
+            raise ValueError(f"{path} cannot be written: {folder} is not a folder")
+        if Path(path).is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{path} cannot be written")
+
+
+def metrics_of(llm: LLM) -> dict[str, Any]:
+    """Return the content of metrics.json. Collective over the world."""
+    layout = llm.layout
+    per_kvp_rank = llm.metrics.tokens_per_rank
+    return {
+        "world_size": layout.world_size,
+        "layout": {"kvp": layout.kvp, "tpa": layout.tpa, "tpf": layout.tpf, "ep": layout.ep},
+        "device": llm.launch.device.type,
+        "dtype": str(llm.dtype).removeprefix("torch."),
+        "block_size": llm.placement.block_size,
+        "num_pages_per_rank": llm.num_pages,
+        "tokens_per_rank": [per_kvp_rank[rank % layout.kvp] for rank in range(layout.world_size)],
+        "layer_weight_bytes_per_rank": gather_values(llm.runner.decoder.layer_bytes),
+        **llm.metrics.as_dict(),
+    }
+
+
+def generate(llm: LLM, requests: Sequence[Request]) -> list[RequestOutput]:
+    """Run requests with a progress display on rank 0. Collective over the world."""
+    wanted = sum((request.sampling or llm.config.sampling).max_tokens for request in requests if not request.error)
+    with RunProgress(llm.launch.speaks, wanted) as progress:
+        return llm.generate(requests, on_step=progress.update)
+
+
+def run(config: GenerateConfig) -> None:
+    """Run the command on this rank."""
+    launch = start(config.runtime.device, timeout_s=config.runtime.timeout_s)
+    set_up_logging(launch.rank)
+    from_rank0(lambda: check_writable(config.output, config.metrics))
+    requests = from_rank0(lambda: read_requests(config))
+    llm = LLM(config)
+    outputs = generate(llm, requests)
+    text = "".join(output_line(output, index) + "\n" for index, output in enumerate(outputs))
+    metrics = json.dumps(metrics_of(llm), indent=2) + "\n"
+    if config.output is None:
+        cli.say(text.rstrip("\n"))
+    else:
+        from_rank0(lambda: write_text(config.output or "", text))
+    if config.metrics is not None:
+        from_rank0(lambda: write_text(config.metrics or "", metrics))
+    failed = [output for output in outputs if output.error is not None]
+    if len(failed) == len(outputs):
+        raise ValueError(
+            failed[0].error if len(failed) == 1 else f"all {len(failed)} prompts failed: {failed[0].error}"
+        )
+    if failed and launch.speaks:
+        print(f"{len(failed)} of {len(outputs)} prompts failed: {failed[0].error}", file=sys.stderr)
+    llm.close()
+
+
+if __name__ == "__main__":
+    cli.main("generate", GenerateConfig, run)
