@@ -19,6 +19,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from .collectives import all_gather
+
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -144,10 +146,8 @@ def gather_values(value: int) -> list[int]:
     """Return every rank's value (one that fits int64), in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
-    mine = torch.tensor([value], dtype=torch.int64)
-    values = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(values, mine, group=host_group())
-    return [int(v) for v in values]
+    gathered: list[int] = all_gather(torch.tensor(value, dtype=torch.int64), host_group()).tolist()
+    return gathered
 
 
 _host_group: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None

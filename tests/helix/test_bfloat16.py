@@ -1,0 +1,61 @@
+"""In bfloat16 the logits are as close to float32 transformers as bfloat16 transformers is, within a factor of two."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from helix.llm import LLM
+from helix.request import Request
+from helix.sampling import SamplingParams
+from scripts.make_checkpoint import FAMILIES, make_checkpoint
+
+
+def logits_body(path, kvp, tpa, prompts):
+    """Logits after each prompt: ours, transformers' in bfloat16, transformers' in float32, on this rank's GPU."""
+    from transformers import AutoModelForCausalLM
+
+    config = HelixConfig(
+        model=ModelConfig(path=path, dtype="bfloat16"),
+        parallel=ParallelConfig(kvp=kvp, tpa=tpa),
+        cache=CacheConfig(block_size=16, num_pages=256),
+        scheduler=SchedulerConfig(prefill_chunk=100),
+    )
+    llm = LLM(config)
+    ours = []
+    for prompt in prompts:
+        llm.engine.add(llm._prepare(0, Request(prompt_token_ids=prompt), SamplingParams(max_tokens=1)))
+        scheduler = llm.engine.scheduler
+        while scheduler.has_work:
+            chunks = scheduler.schedule()
+            logits = llm.runner.run(chunks)
+            chunks[0].seq.num_computed = chunks[0].stop
+            if chunks[0].samples:
+                ours.append(logits[0].cpu())
+                scheduler.finish(chunks[0].seq)
+    if dist.get_rank() != 0:
+        return ours, None, None
+    theirs = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(llm.launch.device)
+        with torch.no_grad():
+            ids = [torch.tensor([prompt], device=llm.launch.device) for prompt in prompts]
+            theirs[dtype] = [model(each).logits[0, -1].float().cpu() for each in ids]
+    return ours, theirs[torch.bfloat16], theirs[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_logits_obey_the_tolerance_rule(ranks, tmp_path, family, kvp, tpa):
+    make_checkpoint(tmp_path / family, family=family, kv_heads=2 if family == "glm" else 4)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in (1, 16, 17, 70, 333)]
+    results = ranks(kvp * tpa).run(logits_body, str(tmp_path / family), kvp, tpa, prompts)
+    ours, plain, exact = results[0]
+    for rank, (others, _, _) in enumerate(results):
+        assert all(torch.equal(mine, his) for mine, his in zip(ours, others, strict=True)), f"rank {rank} differs"
+    error = torch.stack([(a - e).abs().max() for a, e in zip(ours, exact, strict=True)])
+    allowed = torch.stack([(p - e).abs().max() for p, e in zip(plain, exact, strict=True)])
+    scale = torch.stack(exact).abs().max()
+    assert error.max() <= 2 * allowed.max() + 2e-2 * scale, f"{error.tolist()} against {allowed.tolist()}"
