@@ -1,0 +1,277 @@
+"""The fused exchange: merge of splits, push to the owners, wait and merge over ranks, in one launch.
+
+Every rank pushes each query head's partial (merged over its own splits on the way) straight into the receive slot of
+the rank that owns the head, and merges what arrives for its own heads. The data is its own flag
+(``parallel.symmetric``), so there is no fence, no flag and no barrier between the two halves: a program pushes some
+heads of a row and merges some others. The lse travels as one word a head beside the granules of O.
+
+Slots alternate with a step counter in device memory and the layer, so a captured graph replays correctly.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+
+from parallel.symmetric import (
+    Faults,
+    SymmetricBuffer,
+    deadline_of,
+    load_granules,
+    not_empty,
+    note_fault,
+    pack,
+    poll_granules,
+    poll_word,
+    push_granules,
+    push_word,
+    unpack,
+)
+
+OPERATION = 1
+"""What a Fault's ``operation`` says for this kernel."""
+MAX_ROWS = 256
+
+
+@triton.jit
+def _sum8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def _as_float(word):
+    return word.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pair(low, high):
+    return (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
+
+
+@triton.jit
+def _weighed(word, weight):
+    return tl.where(weight > 0.0, _as_float(word) * weight, 0.0)
+
+
+@triton.jit
+def _merged_splits(part, part_lse, row, head, rows, heads, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+                   GRANULES: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Merge one head's float32 splits into its granules' words, [1, GRANULES], and its lse [1, 1]."""
+    TURN: tl.constexpr = min(SPLITS_PAD, 1024 // GRANULES)
+    VALUES: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # of one granule on the wire; float32 in the splits
+    all_s = tl.arange(0, SPLITS_PAD)
+    cells = (all_s.to(tl.int64) * rows + row) * heads + head
+    lse = tl.load(part_lse + cells, mask=all_s < SPLITS, other=float("-inf"))
+    top = tl.max(lse, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(lse - shift), 0)
+    scale = 1.0 / tl.where(total == 0.0, 1.0, total)
+
+    g = tl.arange(0, GRANULES)[None, :]
+    b0 = tl.zeros([TURN, GRANULES], tl.float32)
+    b1, b2, b3, b4, b5, b6, b7 = b0, b0, b0, b0, b0, b0, b0
+    for first in tl.static_range(0, SPLITS_PAD, TURN):
+        s = first + tl.arange(0, TURN)[:, None]
+        cell = (s.to(tl.int64) * rows + row) * heads + head + g * 0
+        weight = tl.exp(tl.load(part_lse + cell, mask=s < SPLITS, other=float("-inf")) - shift) * scale
+        on = ((s < SPLITS) & (g >= 0)).to(tl.int32)  # no load waits for a weight; _weighed drops what is empty
+        address = part.to(tl.int64) + (cell * GRANULES + g) * VALUES * 4
+        x0, x1, x2, x3 = load_granules(address, on)
+        b0, b1 = b0 + _weighed(x0, weight), b1 + _weighed(x1, weight)
+        b2, b3 = b2 + _weighed(x2, weight), b3 + _weighed(x3, weight)
+        if VALUES == 8:
+            x4, x5, x6, x7 = load_granules(address + 16, on)
+            b4, b5 = b4 + _weighed(x4, weight), b5 + _weighed(x5, weight)
+            b6, b7 = b6 + _weighed(x6, weight), b7 + _weighed(x7, weight)
+    a0, a1, a2, a3, a4, a5, a6, a7 = tl.reduce((b0, b1, b2, b3, b4, b5, b6, b7), 0, _sum8)
+    natural = tl.where(total == 0.0, float("-inf"), shift + tl.log(tl.where(total == 0.0, 1.0, total)))
+    if VALUES == 8:
+        w0, w1, w2, w3 = pack(a0, a1, DTYPE), pack(a2, a3, DTYPE), pack(a4, a5, DTYPE), pack(a6, a7, DTYPE)
+    else:
+        w0, w1, w2, w3 = pack(a0, a0, DTYPE), pack(a1, a1, DTYPE), pack(a2, a2, DTYPE), pack(a3, a3, DTYPE)
+    return w0[None, :], w1[None, :], w2[None, :], w3[None, :], natural + tl.zeros([1, 1], tl.float32)
+
+
+@triton.jit
+def _weigh(a, b, word, weight, decay, DTYPE: tl.constexpr):
+    low, high = unpack(word, DTYPE)
+    # values of an empty partial have weight 0 and may be anything
+    low, high = tl.where(weight == 0.0, 0.0, low), tl.where(weight == 0.0, 0.0, high)
+    return a * decay + low * weight, b * decay + high * weight
+
+
+@triton.jit(do_not_specialize=["rank", "layer", "layers", "place", "timeout_ns", "rows", "merged_heads"])
+def _exchange_kernel(
+    part, part_lse, merged, peers, faults, clock, rank, layer, layers, place, timeout_ns, rows, merged_heads,
+    HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, CAPACITY: tl.constexpr, PADDED: tl.constexpr,
+    PUSH: tl.constexpr, PUSH_PAD: tl.constexpr, MERGE: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    # programs start in the order of their index, all of a row before the next, on every rank: what a resident program
+    # waits for is resident or done at its sender
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = merged.dtype.element_ty
+    head_bytes: tl.constexpr = D * dtype.primitive_bitwidth // 8
+    granules: tl.constexpr = head_bytes // 16
+    lse_at: tl.constexpr = N * CAPACITY * PADDED * head_bytes  # O of all sources, then their lse
+    slot_bytes: tl.constexpr = lse_at + N * CAPACITY * PADDED * 4
+    addresses = peers.to(tl.pointer_type(tl.int64))
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    slot = ((tl.load(clock).to(tl.int64) * layers + layer) & 1) * slot_bytes
+    g = tl.arange(0, granules)[None, :]
+
+    # push: heads [tile * PUSH, ...) of this row to their owners
+    small: tl.constexpr = HEADS // N
+    extra: tl.constexpr = HEADS % N
+    i = tl.arange(0, PUSH_PAD)[:, None]
+    head = tile * PUSH + i
+    past = head - extra * (small + 1)
+    owner = tl.where(past < 0, head // (small + 1), extra + past // small)
+    index = tl.where(past < 0, head % (small + 1), past % small)
+    there = (i < PUSH) & (head < HEADS)
+    if SPLITS > 1:
+        w0, w1, w2, w3, lse = _merged_splits(
+            part, part_lse, row, tile, rows, HEADS, SPLITS, SPLITS_PAD, granules, dtype
+        )
+    else:
+        on_all = (there & (g >= 0)).to(tl.int32)
+        w0, w1, w2, w3 = load_granules(part.to(tl.int64) + (row * HEADS + head) * head_bytes + g * 16, on_all)
+        lse = tl.load(part_lse + row * HEADS + head, mask=there, other=0.0)
+    target = tl.load(addresses + owner, mask=there, other=0) + slot
+    cell = (rank.to(tl.int64) * CAPACITY + row) * PADDED + index
+    lse_to = (target + lse_at + cell * 4).to(tl.pointer_type(tl.int32))
+    tl.store(lse_to, not_empty(lse.to(tl.int32, bitcast=True)), mask=there)
+    w0, w1, w2, w3 = not_empty(w0), not_empty(w1), not_empty(w2), not_empty(w3)
+    # A granule must be sent once: a second copy could land after the receiver has emptied the slot. A plain store is
+    # done by one thread; inline assembly by every thread that holds a replica, so there is a granule for each.
+    if SPLITS > 1:
+        to = (target + cell * head_bytes + g * 16).to(tl.pointer_type(tl.int64))
+        tl.store(to, _pair(w0, w1), mask=there & (g >= 0))
+        tl.store(to + 1, _pair(w2, w3), mask=there & (g >= 0))
+    else:
+        push_granules(target + cell * head_bytes + g * 16, w0, w1, w2, w3, (there & (g >= 0)).to(tl.int32))
+
+    # merge: own heads [tile * MERGE, ...) of this row, from all sources
+    mine = tl.load(addresses + rank) + slot
+    own = tile * MERGE + tl.arange(0, MERGE)[:, None]
+    on = ((own < merged_heads) & (g >= 0)).to(tl.int32)
+    deadline = deadline_of(timeout_ns, faults) + tl.zeros([MERGE, granules], tl.int64)
+    top = tl.full([MERGE, granules], float("-inf"), tl.float32)
+    total = tl.zeros([MERGE, granules], tl.float32)
+    a0, a1, a2, a3, a4, a5, a6, a7 = total, total, total, total, total, total, total, total
+    missing = tl.full([MERGE, granules], -1, tl.int32)
+    for n in tl.static_range(N):
+        cell = (n * CAPACITY + row) * PADDED + own + g * 0
+        word, late = poll_word(mine + lse_at + cell * 4, deadline, on)
+        r0, r1, r2, r3, late_o = poll_granules(mine + cell * head_bytes + g * 16, deadline, on)
+        missing = tl.where(((late | late_o) != 0) & (missing < 0), n, missing)
+        lse_n = _as_float(word)
+        new_top = tl.maximum(top, lse_n)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay, weight = tl.exp(top - shift), tl.exp(lse_n - shift)
+        total = total * decay + weight
+        a0, a1 = _weigh(a0, a1, r0, weight, decay, dtype)
+        a2, a3 = _weigh(a2, a3, r1, weight, decay, dtype)
+        a4, a5 = _weigh(a4, a5, r2, weight, decay, dtype)
+        a6, a7 = _weigh(a6, a7, r3, weight, decay, dtype)
+        top = new_top
+    scale = 1.0 / tl.where(total == 0.0, 1.0, total)
+    push_granules(
+        merged.to(tl.int64) + (row * merged_heads + own) * head_bytes + g * 16,
+        pack(a0 * scale, a1 * scale, dtype), pack(a2 * scale, a3 * scale, dtype),
+        pack(a4 * scale, a5 * scale, dtype), pack(a6 * scale, a7 * scale, dtype), on,
+    )  # fmt: skip
+    tl.debug_barrier()  # all polls of this program are done: its granules may be emptied
+    empty = tl.full([MERGE, granules], -1, tl.int32)
+    for n in tl.static_range(N):
+        cell = (n * CAPACITY + row) * PADDED + own + g * 0
+        push_word(mine + lse_at + cell * 4, empty, on)
+        push_granules(mine + cell * head_bytes + g * 16, empty, empty, empty, empty, on)
+    note_fault(faults, tl.max(tl.max(missing, 1), 0), place)
+
+
+class FusedExchange:
+    """Splits in, merged heads out, in one kernel over symmetric memory.
+
+    Collective over the group: every rank makes it with equal arguments, and calls it for the same layers with the same
+    rows in the same order; ``begin_step`` stands before the first layer of every step.
+
+    Args:
+        group: the KVP group; its ranks ``shares_memory``.
+        num_heads: Q, query heads of each rank's partials; at least one a rank.
+        head_dim: D; a head fills a power of two of 16-byte granules.
+        num_layers: exchanges a step at the most.
+        dtype: of partials and result.
+        device: this rank's.
+        faults: where waits that were given up are noted.
+        timeout_s: how long to wait for a rank, in seconds.
+        pdl: launch programmatically dependent.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        faults: Faults,
+        timeout_s: float = 600.0,
+        pdl: bool = False,
+    ) -> None:
+        if not supports(head_dim, dtype):
+            raise ValueError(f"head_dim = {head_dim} of {dtype} must fill a power of two of 16-byte granules")
+        self._kvp, self._rank = group.size(), group.rank()
+        self._num_heads, self._head_dim, self._num_layers, self._dtype = num_heads, head_dim, num_layers, dtype
+        self._padded = -(-num_heads // self._kvp)
+        self._merged = num_heads // self._kvp + (self._rank < num_heads % self._kvp)
+        slot = self._kvp * MAX_ROWS * self._padded * (head_dim * dtype.itemsize + 4)
+        self._buffer = SymmetricBuffer(group, 2 * slot, device)
+        self._clock = torch.zeros(1, dtype=torch.int32, device=device)
+        self._faults, self._pdl = faults, pdl
+        self._timeout_ns = int(timeout_s * 1e9)
+
+    def begin_step(self) -> None:
+        """Advance the step counter on the current stream."""
+        self._clock.add_(1)
+
+    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Exchange and merge one layer's partials; see ``Exchange``. At most MAX_ROWS rows."""
+        splits, rows, heads, head_dim = part_SRQD.shape
+        merged = torch.empty((rows, self._merged, head_dim), dtype=self._dtype, device=part_SRQD.device)
+        if rows == 0:
+            return merged
+        granules = head_dim * self._dtype.itemsize // 16
+        push = 1 if splits > 1 else _heads_of_a_program(rows, heads, granules)
+        programs = -(-heads // push)
+        _exchange_kernel[(programs, rows)](
+            part_SRQD, lse_SRQ, merged, self._buffer.peers, self._faults.word, self._clock,
+            self._rank, layer, self._num_layers, layer * 4 + OPERATION, self._timeout_ns, rows, self._merged,
+            HEADS=heads, D=head_dim, N=self._kvp, CAPACITY=MAX_ROWS, PADDED=self._padded,
+            PUSH=push, PUSH_PAD=1 if splits > 1 else max(push, 32 // granules),
+            MERGE=triton.next_power_of_2(-(-self._padded // programs)),
+            SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PDL=self._pdl,
+            num_warps=4 if splits > 1 else max(1, min(4, push * granules // 32)),
+            **({"launch_pdl": True} if self._pdl else {}),
+        )  # fmt: skip
+        return merged
+
+
+def supports(head_dim: int, dtype: torch.dtype) -> bool:
+    """Return whether the fused exchange can carry heads of this size."""
+    granules, rest = divmod(head_dim * dtype.itemsize, 16)
+    return rest == 0 and granules > 0 and granules & (granules - 1) == 0 and dtype.itemsize in (2, 4)
+
+
+def _heads_of_a_program(rows: int, heads: int, granules: int) -> int:
+    """Return how many heads a program pushes: 128 granules where rows are many, fewer to spread few rows."""
+    push = max(1, 128 // granules)
+    while push > 1 and rows * -(-heads // push) < 32:
+        push //= 2
+    return push

@@ -1,0 +1,213 @@
+"""All-reduce + residual + RMSNorm of the residual stream: one kernel where messages are small, NCCL above.
+
+A decode layer has two of these, and their messages are a few KiB: latency is all. The fused kernel is one-shot: every
+rank pushes its rows to all others (the protocol of ``symmetric.py``), adds what it receives in rank order in float32,
+adds the residual, normalises, and stores both. The sum has the same bits on every rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .collectives import all_reduce_
+from .symmetric import (
+    Faults,
+    SymmetricBuffer,
+    deadline_of,
+    load_granules,
+    not_empty,
+    note_fault,
+    pack,
+    poll_granules,
+    push_granules,
+    unpack,
+)
+
+OPERATION = 0
+"""What a Fault's ``operation`` says for this kernel."""
+MAX_FUSED_BYTES = 1 << 20
+
+
+@triton.jit
+def _add_norm_kernel(x, residual, weight, normed, eps, H: tl.constexpr, H_PAD: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    i = tl.arange(0, H_PAD)
+    mask = i < H
+    total = tl.load(x + row * H + i, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(residual + row * H + i, mask=mask, other=0.0).to(tl.float32)
+    stream = total.to(residual.dtype.element_ty)
+    tl.store(residual + row * H + i, stream, mask=mask)
+    value = stream.to(tl.float32)
+    scaled = value * tl.rsqrt(tl.sum(value * value, 0) / H + eps)
+    scaled *= tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(normed + row * H + i, scaled.to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_word(a, b, word, DTYPE: tl.constexpr):
+    low, high = unpack(word, DTYPE)
+    return a + low, b + high
+
+
+@triton.jit
+def _round(a, b, DTYPE: tl.constexpr):
+    return a.to(DTYPE).to(tl.float32), b.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _scale_word(a, b, word, scale, DTYPE: tl.constexpr):
+    low, high = unpack(word, DTYPE)
+    return pack(a * scale * low, b * scale * high, DTYPE)
+
+
+@triton.jit(do_not_specialize=["rank", "slot", "place", "timeout_ns"])
+def _fused_kernel(
+    x, residual, weight, normed, peers, faults, rank, slot, place, timeout_ns, eps,
+    CAPACITY: tl.constexpr, N: tl.constexpr, H: tl.constexpr, GRANULES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row: all of it stays in registers as granules, four words or eight values a thread."""
+    row = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = x.dtype.element_ty
+    row_bytes: tl.constexpr = H * dtype.primitive_bitwidth // 8
+    source_bytes: tl.constexpr = CAPACITY * row_bytes
+    addresses = peers.to(tl.pointer_type(tl.int64))
+    at = tl.arange(0, GRANULES) * 16
+    on = (at < row_bytes).to(tl.int32)
+    g0, g1, g2, g3 = load_granules(weight.to(tl.int64) + at, on)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    deadline = deadline_of(timeout_ns, faults) + tl.zeros([GRANULES], tl.int64)
+    w0, w1, w2, w3 = load_granules(x.to(tl.int64) + row * row_bytes + at, on)
+    w0, w1, w2, w3 = not_empty(w0), not_empty(w1), not_empty(w2), not_empty(w3)
+    base = (slot.to(tl.int64) * N * CAPACITY + row) * row_bytes + at
+    for n in tl.static_range(N):
+        peer = (rank + n) % N
+        push_granules(tl.load(addresses + peer) + base + rank.to(tl.int64) * source_bytes, w0, w1, w2, w3, on)
+    s0, s1, s2, s3 = load_granules(residual.to(tl.int64) + row * row_bytes + at, on)
+    mine = tl.load(addresses + rank) + base
+    a0 = tl.zeros([GRANULES], tl.float32)
+    a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
+    missing = tl.full([GRANULES], -1, tl.int32)
+    for n in tl.static_range(N):
+        r0, r1, r2, r3, late = poll_granules(mine + n * source_bytes, deadline, on)
+        missing = tl.where((late != 0) & (missing < 0), n, missing)
+        a0, a1 = _add_word(a0, a1, r0, dtype)
+        a2, a3 = _add_word(a2, a3, r1, dtype)
+        a4, a5 = _add_word(a4, a5, r2, dtype)
+        a6, a7 = _add_word(a6, a7, r3, dtype)
+    a0, a1 = _add_word(a0, a1, s0, dtype)
+    a2, a3 = _add_word(a2, a3, s1, dtype)
+    a4, a5 = _add_word(a4, a5, s2, dtype)
+    a6, a7 = _add_word(a6, a7, s3, dtype)
+    stream = residual.to(tl.int64) + row * row_bytes + at
+    push_granules(stream, pack(a0, a1, dtype), pack(a2, a3, dtype), pack(a4, a5, dtype), pack(a6, a7, dtype), on)
+    # the norm is of the stream as it is stored
+    a0, a1 = _round(a0, a1, dtype)
+    a2, a3 = _round(a2, a3, dtype)
+    a4, a5 = _round(a4, a5, dtype)
+    a6, a7 = _round(a6, a7, dtype)
+    squares = a0 * a0 + a1 * a1 + a2 * a2 + a3 * a3 + a4 * a4 + a5 * a5 + a6 * a6 + a7 * a7
+    scale = tl.rsqrt(tl.sum(squares, 0) / H + eps)  # its barrier stands between the polls and the emptying
+    push_granules(
+        normed.to(tl.int64) + row * row_bytes + at,
+        _scale_word(a0, a1, g0, scale, dtype), _scale_word(a2, a3, g1, scale, dtype),
+        _scale_word(a4, a5, g2, scale, dtype), _scale_word(a6, a7, g3, scale, dtype), on,
+    )  # fmt: skip
+    tl.debug_barrier()
+    empty = tl.full([GRANULES], -1, tl.int32)
+    for n in tl.static_range(N):
+        push_granules(mine + n * source_bytes, empty, empty, empty, empty, on)
+    note_fault(faults, tl.max(missing, 0), place)
+
+
+class AllReduceNorm:
+    """Sums a row-parallel projection over a group, adds it to the residual stream and normalises.
+
+    Collective over the group: every rank makes it, and calls it with the same number of rows in the same order, an even
+    number of times a step.
+
+    Args:
+        group: the ranks that hold summands; None is a group of one.
+        hidden_size: h, a row's elements; a row must fill whole granules of 16 bytes.
+        dtype: of rows, residual and weights.
+        device: this rank's.
+        fused: use the fused kernel for small messages; needs a group that ``shares_memory``, and faults.
+        faults: where the fused kernel notes waits that it gave up.
+        timeout_s: how long the fused kernel waits for a rank, in seconds.
+        pdl: launch programmatically dependent; every kernel before and after it on the stream must allow it.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        *,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fused: bool = False,
+        faults: Faults | None = None,
+        timeout_s: float = 600.0,
+        pdl: bool = False,
+    ) -> None:
+        self._group, self._hidden_size, self._pdl = group, hidden_size, pdl
+        self._row_bytes = hidden_size * dtype.itemsize
+        self._timeout_ns = int(timeout_s * 1e9)
+        self._faults = faults
+        self._buffer: SymmetricBuffer | None = None
+        self._capacity = max(1, MAX_FUSED_BYTES // self._row_bytes)
+        if fused and group is not None and faults is not None and self._row_bytes % 16 == 0:
+            self._buffer = SymmetricBuffer(group, 2 * group.size() * self._capacity * self._row_bytes, device)
+
+    def is_fused(self, num_rows: int) -> bool:
+        """Return whether a message of so many rows goes through the fused kernel; the same on every rank."""
+        return self._buffer is not None and num_rows <= self._capacity
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, index: int = 0
+    ) -> torch.Tensor:
+        """Return RMSNorm(residual + sum of x over the group) * weight, and store the sum in ``residual``.
+
+        Args:
+            x: [R, h], this rank's summand, packed; overwritten where the message is large.
+            residual: [R, h], packed, equal on all ranks; replaced by residual + the sum.
+            weight: [h], of the norm.
+            eps: of the norm.
+            index: which call of the step this is, counted from 0; layer = index // 2.
+
+        Returns:
+            [R, h] in x's dtype, equal on all ranks bit for bit.
+        """
+        rows, normed = x.shape[0], torch.empty_like(x)
+        if rows == 0:
+            return normed
+        h = self._hidden_size
+        if self._buffer is None or not self.is_fused(rows) or self._faults is None or self._group is None:
+            all_reduce_(x, self._group)
+            if not x.is_cuda:
+                return F.rms_norm(residual.add_(x), (h,), weight, eps)
+            _add_norm_kernel[(rows,)](
+                x, residual, weight, normed, eps, H=h, H_PAD=triton.next_power_of_2(h), PDL=self._pdl,
+                num_warps=8, **_launch(self._pdl),
+            )  # fmt: skip
+            return normed
+        granules = max(32, triton.next_power_of_2(-(-self._row_bytes // 16)))  # one a thread: see push_granules
+        _fused_kernel[(rows,)](
+            x, residual, weight, normed, self._buffer.peers, self._faults.word, self._group.rank(),
+            index % 2, index // 2 * 4 + OPERATION, self._timeout_ns, eps,
+            CAPACITY=self._capacity, N=self._group.size(), H=h, GRANULES=granules, PDL=self._pdl,
+            num_warps=min(16, granules // 32), **_launch(self._pdl),
+        )  # fmt: skip
+        return normed
+
+
+def _launch(pdl: bool) -> dict[str, bool]:
+    """Launch options; Triton's interpreter knows none of them."""
+    return {"launch_pdl": True} if pdl else {}

@@ -1,0 +1,168 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from attention.fused_exchange import FusedExchange
+from attention.merge import merge_reference
+from parallel.grid import split_evenly
+from parallel.symmetric import Fault, Faults
+
+
+def partials(seed, rank, splits, rows, heads, head_dim, dtype):
+    """Random partials: empty splits with garbage in them, an empty shard, a row that nobody sees, extreme lse."""
+    generator = torch.Generator().manual_seed(seed * 100 + rank)
+    part = torch.randn(splits, rows, heads, head_dim, generator=generator)
+    lse = torch.randn(splits, rows, heads, generator=generator) * 3
+    kind = torch.randint(0, 9, lse.shape, generator=generator)
+    lse[kind == 0] = -torch.inf
+    lse[kind == 1] = -1e4
+    if rank == 1:
+        lse[:] = -torch.inf
+    lse[:, 0] = -torch.inf
+    part[torch.isneginf(lse)] = torch.nan
+    return part.to(torch.float32 if splits > 1 else dtype), lse
+
+
+def exchange_body(world, tpa, shapes, dtype):
+    """Each shape's merged heads on this rank, run three times (other data between), eagerly and from a graph."""
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank)
+    kvp = world // tpa
+    groups = [dist.new_group(list(range(first, first + kvp))) for first in range(0, world, kvp)]
+    results = []
+    for splits, rows, heads, head_dim in shapes:
+        faults = Faults(device)
+        exchange = FusedExchange(
+            groups[rank // kvp], num_heads=heads, head_dim=head_dim, num_layers=3, dtype=dtype, device=device,
+            faults=faults, timeout_s=20.0, pdl=True,
+        )  # fmt: skip
+        data = [[t.to(device) for t in partials(i, rank % kvp, splits, rows, heads, head_dim, dtype)] for i in range(3)]
+
+        def step(exchange=exchange, data=data):
+            exchange.begin_step()
+            return [exchange(part, lse, layer=layer) for layer, (part, lse) in enumerate(data)]
+
+        eager = [step() for _ in range(4)][-1]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for _ in range(5):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True)), "graph differs from eager"
+        assert int(faults.word) == 0
+        results.append([merged.cpu() for merged in eager])
+    dist.barrier()
+    return results
+
+
+# (splits, rows, heads, head_dim)
+SHAPES = [
+    (1, 1, 16, 128),
+    (1, 64, 64, 128),
+    (1, 7, 7, 64),
+    (33, 1, 16, 128),
+    (5, 3, 28, 128),
+    (264, 2, 8, 64),
+    (1, 256, 16, 256),
+    (2, 16, 128, 512),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("world", "tpa"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_fused_exchange_equals_the_oracle_eagerly_and_in_graphs(ranks, world, tpa, dtype):
+    pool = ranks(world)
+    if pool.device_type != "cuda":
+        pytest.skip(f"needs {world} GPUs")
+    kvp = world // tpa
+    results = pool.run(exchange_body, world, tpa, SHAPES, dtype)
+    for index, (splits, rows, heads, head_dim) in enumerate(SHAPES):
+        for layer in range(3):
+            parts = [partials(layer, rank, splits, rows, heads, head_dim, dtype) for rank in range(kvp)]
+            expected, _ = merge_reference(
+                torch.cat([part.float() for part, _ in parts]).double(), torch.cat([lse for _, lse in parts]).double()
+            )
+            tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+            for rank in range(world):
+                start, stop = split_evenly(heads, kvp, rank % kvp)
+                merged = results[rank][index][layer].double()
+                torch.testing.assert_close(merged, expected[:, start:stop], rtol=tolerance, atol=tolerance)
+
+
+def stress_body(rounds, timeout_s):
+    """Exchanges with random delays before each launch; mismatches are counted on the device."""
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank)
+    layers, heads, head_dim = 5, 8, 128
+    faults = Faults(device)
+    exchange = FusedExchange(
+        dist.group.WORLD, num_heads=heads, head_dim=head_dim, num_layers=layers, dtype=torch.bfloat16, device=device,
+        faults=faults, timeout_s=timeout_s, pdl=True,
+    )  # fmt: skip
+    rows = [1, 4, 2, 3, 4]
+    data = [
+        [t.to(device) for t in partials(i, rank, 1, rows[i], heads, head_dim, torch.bfloat16)] for i in range(layers)
+    ]
+    exchange.begin_step()
+    expected = [exchange(*each, layer=layer).clone() for layer, each in enumerate(data)]
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    rounds_done = torch.zeros((), dtype=torch.int64, device=device)
+    scales = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.bfloat16, device=device)
+    graphs = []
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(16):  # graphs with different delays between launches
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            exchange.begin_step()
+            # a power of two scales exactly; it changes every round, so that what an earlier round left would show
+            scale = scales.index_select(0, (rounds_done.add_(1) % 5).view(1))
+            for layer, (part, lse) in enumerate(data):
+                if int(torch.randint(0, 4, (), generator=generator)) == 0:
+                    torch.cuda._sleep(int(torch.randint(0, 20000, (), generator=generator)))
+                merged = exchange(part * scale, lse, layer=layer)
+                wrong += (merged != expected[layer] * scale).any()
+        graphs.append(graph)
+    for number in torch.randint(0, 16, (rounds // layers,), generator=generator).tolist():
+        graphs[number].replay()
+    torch.cuda.synchronize()
+    dist.barrier()
+    return int(wrong), int(faults.word)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.ranks(4)
+def test_a_million_exchanges_with_random_delays_match(ranks):
+    assert ranks().run(stress_body, 1_000_000, 60.0, timeout_s=280) == [(0, 0)] * 4
+
+
+def missing_body(timeout_s):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", rank)
+    faults = Faults(device)
+    exchange = FusedExchange(
+        dist.group.WORLD, num_heads=8, head_dim=64, num_layers=9, dtype=torch.bfloat16, device=device, faults=faults,
+        timeout_s=timeout_s,
+    )  # fmt: skip
+    part, lse = (t.to(device) for t in partials(0, 0, 1, 2, 8, 64, torch.bfloat16))
+    exchange.begin_step()
+    for layer in range(9):
+        if rank != 1 or layer < 7:
+            exchange(part, lse, layer=layer)
+    torch.cuda.synchronize()
+    fault = Faults.decode(int(faults.word))
+    still_works = float(torch.ones(8, device=device).sum())
+    dist.barrier()
+    return fault, still_works, world
+
+
+@pytest.mark.gpu
+@pytest.mark.ranks(2)
+def test_a_rank_that_never_arrives_is_named_with_its_layer(ranks):
+    first, second = ranks().run(missing_body, 2.0, timeout_s=60)
+    assert first[0] == Fault(peer=1, operation=1, layer=7)
+    assert second[0] is None
+    assert first[1] == second[1] == 8.0

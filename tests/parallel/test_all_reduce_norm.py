@@ -1,0 +1,139 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.all_reduce_norm import AllReduceNorm
+from parallel.symmetric import Fault, Faults
+
+EPS = 1e-5
+
+
+def inputs(seed, rank, rows, hidden, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    residual, weight = torch.randn(rows, hidden, generator=generator), torch.randn(hidden, generator=generator)
+    x = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(seed + 1000 * (rank + 1)))
+    return x.to(dtype), residual.to(dtype), weight.to(dtype)
+
+
+def oracle(seed, world, rows, hidden, dtype):
+    residual, weight = (t.double() for t in inputs(seed, 0, rows, hidden, dtype)[1:])
+    stream = residual + sum(inputs(seed, rank, rows, hidden, dtype)[0].double() for rank in range(world))
+    scale = torch.rsqrt(stream.square().mean(-1, keepdim=True) + EPS)
+    return stream, stream * scale * weight
+
+
+def body(shapes, dtype, fused):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", rank) if torch.cuda.device_count() >= world else torch.device("cpu")
+    results = []
+    for rows, hidden in shapes:
+        faults = Faults(device) if fused else None
+        op = AllReduceNorm(
+            dist.group.WORLD, hidden_size=hidden, dtype=dtype, device=device, fused=fused, faults=faults,
+            timeout_s=20.0, pdl=fused,
+        )  # fmt: skip
+        for index in range(4):
+            x, residual, weight = (t.to(device) for t in inputs(index, rank, rows, hidden, dtype))
+            normed = op(x, residual, weight, EPS, index=index)
+        results.append((residual.cpu(), normed.cpu()))
+        assert faults is None or int(faults.word) == 0
+    return results
+
+
+def check(results, shapes, dtype):
+    world = len(results)
+    for index, (rows, hidden) in enumerate(shapes):
+        for rank in range(1, world):
+            assert all(torch.equal(a, b) for a, b in zip(results[rank][index], results[0][index], strict=True))
+        tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+        for ours, exact in zip(results[0][index], oracle(3, world, rows, hidden, dtype), strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_collective_path_equals_the_oracle_on_every_rank(ranks, world):
+    shapes = [(1, 64), (5, 112)]
+    check(ranks(world).run(body, shapes, torch.float32, False), shapes, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_fused_kernel_equals_the_oracle_on_every_rank(ranks, world, dtype):
+    pool = ranks(world)
+    if pool.device_type != "cuda":
+        pytest.skip(f"needs {world} GPUs")
+    shapes = [(1, 4096), (3, 3584), (32, 4096), (17, 64), (128, 4096), (300, 4096), (2, 8192)]
+    check(pool.run(body, shapes, dtype, True), shapes, dtype)
+
+
+def stress_body(rounds):
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank)
+    faults, hidden = Faults(device), 4096
+    op = AllReduceNorm(
+        dist.group.WORLD, hidden_size=hidden, dtype=torch.bfloat16, device=device, fused=True, faults=faults,
+        timeout_s=60.0, pdl=True,
+    )  # fmt: skip
+    data = [[t.to(device) for t in inputs(i, rank, i + 1, hidden, torch.bfloat16)] for i in range(4)]
+    expected = []
+    for index, (x, residual, weight) in enumerate(data):
+        stream = residual.clone()
+        op(x, stream, weight, EPS, index=index)
+        expected.append(stream)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    rounds_done = torch.zeros((), dtype=torch.int64, device=device)
+    scales = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.bfloat16, device=device)
+    generator = torch.Generator().manual_seed(rank)
+    graphs = []
+    for _ in range(16):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            # a power of two scales exactly; it changes every round, so that what an earlier round left would show
+            scale = scales.index_select(0, (rounds_done.add_(1) % 5).view(1))
+            for index, (x, residual, weight) in enumerate(data):
+                if int(torch.randint(0, 4, (), generator=generator)) == 0:
+                    torch.cuda._sleep(int(torch.randint(0, 20000, (), generator=generator)))
+                stream = residual * scale
+                op(x * scale, stream, weight, EPS, index=index)
+                wrong += (stream != expected[index] * scale).any()
+        graphs.append(graph)
+    for number in torch.randint(0, 16, (rounds // 4,), generator=generator).tolist():
+        graphs[number].replay()
+    torch.cuda.synchronize()
+    dist.barrier()
+    return int(wrong), int(faults.word)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.ranks(4)
+def test_a_million_all_reduces_with_random_delays_match(ranks):
+    assert ranks().run(stress_body, 1_000_000, timeout_s=280) == [(0, 0)] * 4
+
+
+def missing_body():
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank)
+    faults = Faults(device)
+    op = AllReduceNorm(
+        dist.group.WORLD, hidden_size=256, dtype=torch.bfloat16, device=device, fused=True, faults=faults, timeout_s=2.0
+    )
+    x, residual, weight = (t.to(device) for t in inputs(0, rank, 1, 256, torch.bfloat16))
+    for index in range(6):
+        if rank != 0 or index < 5:
+            op(x, residual, weight, EPS, index=index)
+    torch.cuda.synchronize()
+    dist.barrier()
+    return Faults.decode(int(faults.word))
+
+
+@pytest.mark.gpu
+@pytest.mark.ranks(2)
+def test_a_rank_that_never_arrives_is_named(ranks):
+    assert ranks().run(missing_body, timeout_s=60) == [None, Fault(peer=0, operation=0, layer=2)]
+
+
+def test_a_fault_word_names_operation_layer_and_peer():
+    assert Faults.decode(0) is None
+    assert Faults.decode(((61 * 4 + 1) << 8) | 4) == Fault(peer=3, operation=1, layer=61)
