@@ -1,4 +1,4 @@
-"""RoPE, and the write of K and V into the slots that this rank owns.
+"""QK norm, RoPE, and the write of K and V into the slots that this rank owns: step by step, or in one kernel.
 
 Every rank rotates with global positions; only the owner of a position stores its K and V. The new token is appended
 first and read by the same step's attention, so nothing is merged twice.
@@ -73,3 +73,89 @@ def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor, pages: torch.Tensor,
         k_RKD, v_RKD, k_RKD.stride(0), v_RKD.stride(0), pages, slot, pages.stride(0), pages.stride(1), pages.stride(2),
         BLOCK_SIZE=pages.shape[3], D=head_dim, D_PAD=triton.next_power_of_2(head_dim), num_warps=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _rope_append_kernel(
+    qkv, q, q_norm, k_norm, cos, sin, pages, slots, qkv_row_stride, page_stride, kv_stride, head_stride, eps,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + row)
+    is_q, is_v = head < NUM_Q, head >= NUM_Q + NUM_KV
+    if is_q or slot >= 0:
+        d = tl.arange(0, D_PAD)
+        real = d < D
+        source = qkv + row * qkv_row_stride + head * D
+        x = tl.load(source + d, mask=real, other=0.0)
+        kv_head = tl.where(is_v, head - NUM_Q - NUM_KV, head - NUM_Q)
+        page = pages + (slot // BLOCK_SIZE) * page_stride + kv_head * head_stride + (slot % BLOCK_SIZE) * D + d
+        if is_v:
+            tl.store(page + kv_stride, x, mask=real)
+        else:
+            if INTERLEAVED:
+                other, angle, sign = d ^ 1, d // 2, tl.where(d % 2 == 0, -1.0, 1.0)
+            else:
+                first = d < HALF
+                other, angle = tl.where(first, d + HALF, d - HALF), tl.where(first, d, d - HALF)
+                sign = tl.where(first, -1.0, 1.0)
+            turns = d < 2 * HALF
+            value = x.to(tl.float32)
+            partner = tl.load(source + other, mask=turns, other=0.0).to(tl.float32)
+            if NORM:
+                weight = q_norm if is_q else k_norm
+                scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+                value *= scale * tl.load(weight + d, mask=real, other=0.0).to(tl.float32)
+                partner *= scale * tl.load(weight + other, mask=turns, other=0.0).to(tl.float32)
+            c = tl.load(cos + row * HALF + angle, mask=turns, other=1.0)
+            s = tl.load(sin + row * HALF + angle, mask=turns, other=0.0)
+            turned = (value * c + sign * partner * s).to(qkv.dtype.element_ty)
+            if is_q:
+                tl.store(q + (row * NUM_Q + head) * D + d, turned, mask=real)
+            else:
+                tl.store(page, turned, mask=real)
+
+
+def rope_append(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: torch.Tensor,
+    slot: torch.Tensor,
+    *,
+    num_heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+    interleaved: bool,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Normalise and rotate Q and K, write K and V of owned rows into their pages, and return Q, in one Triton launch.
+
+    Args:
+        qkv: [R, (Q + 2 K) D], as the fused projection leaves it.
+        cos, sin: [R, rotary_dim / 2] float32, packed.
+        pages: [P, 2, K, block_size, D], one layer's pages.
+        slot: [R] int64, page * block_size + offset, or -1.
+        num_heads: Q.
+        norms: the weights [D] of Q's and K's norm and their eps; None without QK norm.
+        interleaved: see ``rotate``.
+        pdl: launch programmatically dependent.
+
+    Returns:
+        q [R, Q, D], packed.
+    """
+    rows, (num_kv_heads, block_size, head_dim) = qkv.shape[0], pages.shape[2:]
+    q = qkv.new_empty((rows, num_heads, head_dim))
+    if rows:
+        q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
+        _rope_append_kernel[(rows, num_heads + 2 * num_kv_heads)](
+            qkv, q, q_norm, k_norm, cos, sin, pages, slot,
+            qkv.stride(0), pages.stride(0), pages.stride(1), pages.stride(2), eps,
+            NUM_Q=num_heads, NUM_KV=num_kv_heads, D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
+            HALF=cos.shape[-1], BLOCK_SIZE=block_size, INTERLEAVED=interleaved, NORM=norms is not None, PDL=pdl,
+            num_warps=1, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return q

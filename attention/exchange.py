@@ -11,6 +11,8 @@ to that size.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,36 +20,63 @@ import torch.distributed as dist
 
 from parallel.collectives import all_to_all
 from parallel.grid import split_evenly
+from parallel.launch import minimum
+from parallel.symmetric import Faults, shares_memory
 
-from .merge import lse_words, merge_packed, merge_reference
+from .fused_exchange import MAX_ROWS, FusedExchange, supports
+from .merge import lse_words, merge_packed, merge_reference, merge_splits
 
-EXCHANGES = ("auto", "collective")
+EXCHANGES = ("auto", "collective", "fused")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What an exchange carries: Q heads a rank, D elements a head, their dtype and device, layers a step."""
+
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    num_layers: int
 
 
 class Exchange(Protocol):
     """Turns local partials into this rank's merged heads."""
 
-    def __call__(self, out_RQD: torch.Tensor, lse_RQ: torch.Tensor) -> torch.Tensor:
-        """Exchange and merge one layer's partials.
+    def begin_step(self) -> None:
+        """Stand before the first layer of every step."""
+        ...
 
-        Collective over the KVP group: every rank calls it with the same R, layer by layer in the same order.
+    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Merge one layer's partials over splits and ranks.
+
+        Collective over the KVP group: every rank calls it with the same R, layer by layer in the same order; S may
+        differ between ranks.
 
         Args:
-            out_RQD: [R, Q, D] local partial results, normalised over the local shard.
-            lse_RQ: [R, Q] float32, natural log; -inf where the shard holds nothing that the row sees.
+            part_SRQD: [S, R, Q, D] local partial results, each normalised over its own range of the shard.
+            lse_SRQ: [S, R, Q] float32, natural log; -inf where a range holds nothing that the row sees.
+            layer: which exchange of the step this is.
 
         Returns:
-            [R, heads of this rank, D] in out's dtype.
+            [R, heads of this rank, D] in the model's dtype.
         """
         ...
 
 
 class NoExchange:
-    """The exchange of a group of one: the partial result is the result."""
+    """The exchange of a group of one: splits are merged."""
 
-    def __call__(self, out_RQD: torch.Tensor, lse_RQ: torch.Tensor) -> torch.Tensor:
-        """Return ``out_RQD`` as it is."""
-        return out_RQD
+    def __init__(self, dtype: torch.dtype, *, pdl: bool = False) -> None:
+        self._dtype, self._pdl = dtype, pdl
+
+    def begin_step(self) -> None:
+        """Do nothing."""
+
+    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Merge the splits; see ``Exchange``."""
+        return merge_splits(part_SRQD, lse_SRQ, self._dtype, pdl=self._pdl)[0]
 
 
 class CollectiveExchange:
@@ -55,15 +84,14 @@ class CollectiveExchange:
 
     Args:
         group: the KVP group.
-        num_heads: Q, the query heads of each rank's partials; equal on all ranks of the group.
-        head_dim: D, even.
-        device: where the partials live.
+        heads: what it carries; num_heads is equal on all ranks of the group, and head_dim even.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_heads: int, head_dim: int, device: torch.device) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, heads: Heads) -> None:
+        num_heads = heads.num_heads
+        self._group, self._dtype = group, heads.dtype
         self._kvp = group.size()
-        self._head_dim = head_dim
+        self._head_dim = heads.head_dim
         self._padded = -(-num_heads // self._kvp)
         ranges = [split_evenly(num_heads, self._kvp, rank) for rank in range(self._kvp)]
         start, stop = ranges[group.rank()]
@@ -71,11 +99,15 @@ class CollectiveExchange:
         # padding repeats a head that exists; the receiver drops it
         index = [min(first + i, num_heads - 1) for first, _ in ranges for i in range(self._padded)]
         even = self._padded * self._kvp == num_heads
-        self._head_index = None if even else torch.tensor(index, device=device)
+        self._head_index = None if even else torch.tensor(index, device=heads.device)
 
-    def __call__(self, out_RQD: torch.Tensor, lse_RQ: torch.Tensor) -> torch.Tensor:
-        """Exchange and merge; see ``Exchange``."""
-        received = all_to_all(self._pack(out_RQD, lse_RQ), self._group)
+    def begin_step(self) -> None:
+        """Do nothing."""
+
+    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Merge the splits, exchange and merge; see ``Exchange``."""
+        out, lse = merge_splits(part_SRQD, lse_SRQ, self._dtype)
+        received = all_to_all(self._pack(out, lse), self._group)
         if received.is_cuda:
             return merge_packed(received, self._heads, self._head_dim)
         out, lse = unpack(received[:, :, : self._heads], self._head_dim)
@@ -92,6 +124,22 @@ class CollectiveExchange:
         return packed
 
 
+class BySizeExchange:
+    """The fused exchange for steps of few rows, the collective one for the others; the same choice on every rank."""
+
+    def __init__(self, fused: FusedExchange, collective: CollectiveExchange) -> None:
+        self._fused, self._collective = fused, collective
+
+    def begin_step(self) -> None:
+        """Advance the fused exchange's step counter."""
+        self._fused.begin_step()
+
+    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Exchange and merge; see ``Exchange``."""
+        exchange = self._fused if part_SRQD.shape[1] <= MAX_ROWS else self._collective
+        return exchange(part_SRQD, lse_SRQ, layer=layer)
+
+
 def unpack(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a packed message [..., D + W] into its partials [..., D] and their float32 lse [...]."""
     lse = packed[..., head_dim:].contiguous().view(torch.float32).squeeze(-1)
@@ -99,15 +147,46 @@ def unpack(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def make_exchange(
-    name: str, *, group: dist.ProcessGroup | None, num_heads: int, head_dim: int, device: torch.device
+    name: str,
+    *,
+    group: dist.ProcessGroup | None,
+    heads: Heads,
+    faults: Faults | None = None,
+    timeout_s: float = 600.0,
+    pdl: bool = False,
 ) -> Exchange:
     """Return the exchange for a KVP group; ``group`` of None is a group of one.
 
+    ``auto`` is fused, for steps of at most MAX_ROWS rows, where the group shares memory and the heads fit its granules,
+    and collective elsewhere; the choice is logged. Collective over the world.
+
     Raises:
-        ValueError: when ``name`` is none of EXCHANGES.
+        ValueError: on all ranks, when ``name`` is none of EXCHANGES, or fused is asked for where it cannot run.
     """
     if name not in EXCHANGES:
         raise ValueError(f"attention.exchange = {name!r} must be one of {', '.join(EXCHANGES)}")
     if group is None:
-        return NoExchange()
-    return CollectiveExchange(group, num_heads, head_dim, device)
+        return NoExchange(heads.dtype, pdl=pdl)
+    near = minimum(int(shares_memory(group, heads.device))) == 1
+    reason = "" if near else "the KVP group shares no GPU memory"
+    if near and not supports(heads.head_dim, heads.dtype):
+        reason = f"heads of {heads.head_dim} {heads.dtype} do not fill a power of two of 16-byte granules"
+    if name == "fused" and (reason or faults is None):
+        raise ValueError(f"attention.exchange = fused cannot run here: {reason}; use attention.exchange=auto")
+    collective = CollectiveExchange(group, heads)
+    if name == "auto":
+        _log.info("attention.exchange=auto: %s", f"collective, {reason}" if reason else f"fused up to {MAX_ROWS} rows")
+    if name == "collective" or reason or faults is None:
+        return collective
+    fused = FusedExchange(
+        group,
+        num_heads=heads.num_heads,
+        head_dim=heads.head_dim,
+        num_layers=heads.num_layers,
+        dtype=heads.dtype,
+        device=heads.device,
+        faults=faults,
+        timeout_s=timeout_s,
+        pdl=pdl,
+    )
+    return BySizeExchange(fused, collective)

@@ -90,3 +90,61 @@ def merge_packed(packed_NRQW: torch.Tensor, heads: int, head_dim: int) -> torch.
             num_warps=1,
         )
     return out
+
+
+@triton.jit
+def _merge_splits_kernel(
+    part, part_lse, out, lse, num_rows, num_heads, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    TURN: tl.constexpr = min(SPLITS_PAD, max(1, 8192 // D_PAD))
+    all_s = tl.arange(0, SPLITS_PAD)
+    each = tl.load(part_lse + (all_s * num_rows + row) * num_heads + head, mask=all_s < SPLITS, other=float("-inf"))
+    top = tl.max(each, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(each - shift), 0)
+    d = tl.program_id(2) * D_PAD + tl.arange(0, D_PAD)
+    acc = tl.zeros([TURN, D_PAD], tl.float32)
+    for first in tl.static_range(0, SPLITS_PAD, TURN):
+        s = first + tl.arange(0, TURN)
+        cell = (s * num_rows + row) * num_heads + head
+        # no load waits for another: what an empty split left in memory is read, and dropped by its weight
+        o = tl.load(part + cell[:, None] * D + d[None, :], mask=(s < SPLITS)[:, None] & (d < D)[None, :], other=0.0)
+        weight = tl.exp(tl.load(part_lse + cell, mask=s < SPLITS, other=float("-inf")) - shift)[:, None]
+        acc += tl.where(weight > 0.0, o * weight, 0.0)
+    merged = tl.sum(acc, 0) / tl.where(total == 0.0, 1.0, total)
+    here = row * num_heads + head
+    tl.store(out + here * D + d, merged.to(out.dtype.element_ty), mask=d < D)
+    tl.store(lse + here, tl.where(total == 0.0, float("-inf"), shift + tl.log(tl.where(total == 0.0, 1.0, total))))
+
+
+def merge_splits(
+    part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, dtype: torch.dtype, *, pdl: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the splits of one rank's shard: [R, Q, D] in ``dtype`` and lse [R, Q]; one split is returned as it is.
+
+    Args:
+        part_SRQD: [S, R, Q, D] packed; float32 where S > 1. Values under lse = -inf are dropped.
+        lse_SRQ: [S, R, Q] float32, natural log.
+        dtype: of the result.
+        pdl: launch programmatically dependent.
+    """
+    splits, rows, heads, head_dim = part_SRQD.shape
+    if splits == 1:
+        return part_SRQD[0].to(dtype), lse_SRQ[0]
+    if not (part_SRQD.is_cuda or triton.knobs.runtime.interpret):
+        out, lse = merge_reference(part_SRQD, lse_SRQ)
+        return out.to(dtype), lse
+    out, lse = part_SRQD.new_empty((rows, heads, head_dim), dtype=dtype), torch.empty_like(lse_SRQ[0])
+    if rows:
+        columns = min(32, triton.next_power_of_2(head_dim)) if rows * heads < 256 else triton.next_power_of_2(head_dim)
+        _merge_splits_kernel[(rows, heads, -(-head_dim // columns))](
+            part_SRQD, lse_SRQ, out, lse, rows, heads, D=head_dim, D_PAD=columns,
+            SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PDL=pdl,
+            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return out, lse

@@ -19,23 +19,27 @@ class PartialAttention(Protocol):
     def __call__(
         self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the local result and its log-sum-exp.
+        """Return partial results over S disjoint ranges of the local shard, S >= 1.
+
+        Splits are partials like those of ranks, and the exchange merges both at once.
 
         Args:
-            q_RQD: [R, Q, D]; query head i reads KV head i // (Q / K).
+            q_RQD: [R, Q, D]; query head i reads KV head i // (Q / K). Heads are packed, rows may be strided.
             pages: [P, 2, K, block_size, D], one layer's pages, K before V; the last two dims are packed.
             rows: the step's rows; their K and V are already appended.
             scale: what the scores are multiplied by, usually D ** -0.5.
 
         Returns:
-            out [R, Q, D] in q's dtype, normalised over the local shard, and lse [R, Q] float32, natural log.
-            A row with visible_len 0 gives out = 0 and lse = -inf.
+            out [S, R, Q, D], each normalised over its own range, in q's dtype where S is 1 and float32 else; and lse
+            [S, R, Q] float32, natural log. A row that sees nothing of a range has out = 0 and lse = -inf there.
         """
         ...
 
 
-def select_backend(name: str, device: torch.device) -> PartialAttention:
+def select_backend(name: str, device: torch.device, *, pdl: bool = False) -> PartialAttention:
     """Return the back end of that name; ``auto`` is triton on CUDA and reference elsewhere, and is logged.
+
+    ``pdl`` lets kernels launch programmatically dependent, where the back end has kernels.
 
     Raises:
         ValueError: when the name is none of BACKENDS, or triton is asked for where it cannot run.
@@ -56,4 +60,4 @@ def select_backend(name: str, device: torch.device) -> PartialAttention:
             f"attention.backend = triton needs a CUDA device (or TRITON_INTERPRET=1), not {device.type}; "
             "use attention.backend=reference"
         )
-    return SplitKV(device)
+    return SplitKV(device, pdl=pdl)

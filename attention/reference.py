@@ -14,7 +14,7 @@ SCORES_AT_ONCE = 1 << 20
 def partial_attention(
     q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend rows to the local shard in float32 (float64 stays float64); see ``PartialAttention``."""
+    """Attend rows to the local shard in float32 (float64 stays float64), as one range; see ``PartialAttention``."""
     num_rows, num_heads, _ = q_RQD.shape
     dtype = torch.float64 if q_RQD.dtype == torch.float64 else torch.float32
     out = torch.zeros(q_RQD.shape, dtype=dtype, device=q_RQD.device)
@@ -34,7 +34,7 @@ def partial_attention(
             out[first:last][seen], lse[first:last][seen] = _attend(
                 q_RQD[first:last][seen].to(dtype) * scale, kv, visible
             )
-    return out.to(q_RQD.dtype), lse
+    return out.to(q_RQD.dtype).unsqueeze(0), lse.unsqueeze(0)
 
 
 def _attend(

@@ -1,11 +1,13 @@
 """Split-KV partial attention in Triton: decode, verification and prefill rows over a paged shard.
 
 A program takes a tile of neighbouring rows of one sequence with all query heads of one KV head (the GQA group is packed
-into the tile, so each K and V is read once), and one of ``splits`` ranges of the tile's tokens. With one split it
-writes the result; otherwise a second launch merges the splits by log-sum-exp (Flash-Decoding, arXiv 2311.01282).
+into the tile, so each K and V is read once), and one of ``splits`` ranges of the tile's tokens (Flash-Decoding, arXiv
+2311.01282). Splits are partials like those of ranks: the exchange merges both.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,8 +16,8 @@ import triton.language as tl
 from .rows import Rows
 
 LOG2_E = 1.4426950408889634
-MIN_SPLIT_TOKENS = 256
-MAX_SPLITS = 128
+MIN_SPLIT_TOKENS = 64
+LONG_SPLIT_TOKENS = 256  # from here on a split gains more from wide turns than from many in flight
 TILE_ROWS_BY_HEADS = 128  # rows x heads of a tile when rows are many
 
 
@@ -25,12 +27,24 @@ def can_run(device: torch.device) -> bool:
 
 
 @triton.jit
+def _page_of(table, first, token, end, BLOCK_SIZE: tl.constexpr, N: tl.constexpr):
+    """Return the pages of neighbouring tokens from ``first`` on, one for all where they share it; 0 past the end."""
+    if BLOCK_SIZE % N == 0:
+        return tl.load(table + first // BLOCK_SIZE, mask=first < end, other=0)
+    else:
+        return tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0)
+
+
+@triton.jit
 def _split_kernel(
     q, pages, page_table, row_seq, visible_len, query_start, out, lse,
     q_row_stride, page_stride, kv_stride, head_stride, table_stride, scale_log2, num_rows, num_heads, tiles,
     GROUP: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     run, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     kv_head, split = tl.program_id(1), tl.program_id(2)
     first = tl.load(query_start + run) + tile * TILE_ROWS
@@ -51,14 +65,18 @@ def _split_kernel(
     begin = split * share
     end = tl.minimum(begin + share, longest)
     table = page_table + tl.load(row_seq + first).to(tl.int64) * table_stride
+    offsets = tl.arange(0, N)
 
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D_PAD], tl.float32)
+    # the page of the next turn is asked for a turn early: an address that waits for a load would stall the pipeline
+    page = _page_of(table, begin, begin + offsets, end, BLOCK_SIZE, N)
     for at in range(begin, end, N):
-        n = at + tl.arange(0, N)
-        page = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
-        base = pages + page * page_stride + kv_head * head_stride + (n % BLOCK_SIZE) * D
+        n = at + offsets
+        next_page = _page_of(table, at + N, n + N, end, BLOCK_SIZE, N)
+        base = pages + page.to(tl.int64) * page_stride + kv_head * head_stride + (n % BLOCK_SIZE) * D
+        page = next_page
         k_nd = tl.load(base[:, None] + d[None, :], mask=(n < end)[:, None] & (d < D)[None, :], other=0.0)
         scores = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * scale_log2
         scores = tl.where((n[None, :] < visible[:, None]) & (n < end)[None, :], scores, float("-inf"))
@@ -76,46 +94,57 @@ def _split_kernel(
     natural = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / 1.4426950408889634)
     cell = (split * num_rows + row) * num_heads + head
     tl.store(lse + cell, natural, mask=real)
-    tl.store(out + cell[:, None] * D + d[None, :], acc.to(out.dtype.element_ty),
-             mask=real[:, None] & (d < D)[None, :])  # fmt: skip
+    if SPLITS == 1 or begin < end:  # whoever merges splits does not read those with lse = -inf
+        tl.store(out + cell[:, None] * D + d[None, :], acc.to(out.dtype.element_ty),
+                 mask=real[:, None] & (d < D)[None, :])  # fmt: skip
 
 
-@triton.jit
-def _merge_splits_kernel(
-    part, part_lse, out, lse, num_rows, num_heads, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s = tl.arange(0, SPLITS_PAD)
-    d = tl.arange(0, D_PAD)
-    cell = (s * num_rows + row) * num_heads + head
-    each = tl.load(part_lse + cell, mask=s < SPLITS, other=float("-inf"))
-    top = tl.max(each, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp(each - shift)
-    total = tl.sum(weight, 0)
-    o = tl.load(part + cell[:, None] * D + d[None, :], mask=(s < SPLITS)[:, None] & (d < D)[None, :], other=0.0)
-    merged = tl.sum(o * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    here = row * num_heads + head
-    tl.store(out + here * D + d, merged.to(out.dtype.element_ty), mask=d < D)
-    tl.store(lse + here, tl.where(total == 0.0, float("-inf"), shift + tl.log(tl.where(total == 0.0, 1.0, total))))
+@dataclass(frozen=True)
+class Tile:
+    """How a launch is cut: rows of a tile, its padded rows x heads (M), tokens a turn (N), warps, stages, and how many
+    ranges the tokens are split into.
+    """
+
+    rows: int
+    m: int
+    n: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def choose_tile(rows: Rows, group: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, processors: int) -> Tile:
+    """Return the tile for a step's rows, ``group`` query heads a KV head, on a GPU of so many processors.
+
+    It depends on sizes alone, not on the lengths of a step, so that a captured launch is right for every length.
+    """
+    wide = head_dim > 128 or dtype.itemsize > 2
+    tile_rows = min(rows.max_rows, max(1, TILE_ROWS_BY_HEADS // triton.next_power_of_2(group)))
+    m = max(16, triton.next_power_of_2(tile_rows * group))
+    programs = (rows.query_start.shape[0] - 1) * -(-rows.max_rows // tile_rows) * num_kv_heads
+    splits = max(1, min(processors // max(programs, 1), -(-rows.max_visible_len // MIN_SPLIT_TOKENS)))
+    if m > 32 or wide:
+        return Tile(tile_rows, m, n=32 if wide else 64, warps=8 if m > 64 else 4, stages=2, splits=splits)
+    if rows.max_visible_len >= LONG_SPLIT_TOKENS * splits:
+        return Tile(tile_rows, m, n=128, warps=8, stages=3, splits=splits)
+    return Tile(tile_rows, m, n=64, warps=4, stages=4, splits=splits)
 
 
 class SplitKV:
     """The Triton back end; see ``PartialAttention`` for what a call takes and returns.
 
     Q and the pages share one dtype: float32 (products in full precision), float16 or bfloat16.
+
+    Args:
+        device: where it runs.
+        pdl: launch programmatically dependent; every kernel before and after it on the stream must allow it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, pdl: bool = False) -> None:
+        self._pdl = pdl
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
         )
-
-    def num_splits(self, programs: int, max_visible_len: int) -> int:
-        """Return how many ranges to cut the tokens into, so that the launch fills the GPU about twice."""
-        wanted = 2 * self._processors // max(programs, 1)
-        return max(1, min(wanted, -(-max_visible_len // MIN_SPLIT_TOKENS), MAX_SPLITS))
 
     def __call__(
         self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float
@@ -124,30 +153,19 @@ class SplitKV:
         num_rows, num_heads, head_dim = q_RQD.shape
         num_kv_heads, block_size = pages.shape[2], pages.shape[3]
         group = num_heads // num_kv_heads
-        tile_rows = min(rows.max_rows, max(1, TILE_ROWS_BY_HEADS // triton.next_power_of_2(group)))
-        tiles = -(-rows.max_rows // tile_rows)
+        tile = choose_tile(rows, group, num_kv_heads, head_dim, q_RQD.dtype, self._processors)
+        tiles = -(-rows.max_rows // tile.rows)
         runs = rows.query_start.shape[0] - 1
-        splits = self.num_splits(runs * tiles * num_kv_heads, rows.max_visible_len)
-        out = torch.empty((num_rows, num_heads, head_dim), dtype=q_RQD.dtype, device=q_RQD.device)
-        lse = torch.empty((num_rows, num_heads), dtype=torch.float32, device=q_RQD.device)
-        part, part_lse = out, lse
-        if splits > 1:
-            part = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
-            part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=out.device)
-        m = max(16, triton.next_power_of_2(tile_rows * group))
-        wide = head_dim > 128 or q_RQD.dtype == torch.float32
-        d_pad = triton.next_power_of_2(max(head_dim, 16))
-        _split_kernel[(runs * tiles, num_kv_heads, splits)](
-            q_RQD, pages, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, part_lse,
+        dtype = torch.float32 if tile.splits > 1 else q_RQD.dtype
+        part = torch.empty((tile.splits, num_rows, num_heads, head_dim), dtype=dtype, device=q_RQD.device)
+        lse = torch.empty((tile.splits, num_rows, num_heads), dtype=torch.float32, device=q_RQD.device)
+        _split_kernel[(runs * tiles, num_kv_heads, tile.splits)](
+            q_RQD, pages, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, lse,
             q_RQD.stride(0), pages.stride(0), pages.stride(1), pages.stride(2), rows.page_table.stride(0),
             scale * LOG2_E, num_rows, num_heads, tiles,
-            GROUP=group, TILE_ROWS=tile_rows, BLOCK_SIZE=block_size,
-            M=m, N=32 if wide else 64, D=head_dim, D_PAD=d_pad, SPLITS=splits,
-            num_warps=8 if m > 64 else 4, num_stages=2,
+            GROUP=group, TILE_ROWS=tile.rows, BLOCK_SIZE=block_size,
+            M=tile.m, N=tile.n, D=head_dim, D_PAD=triton.next_power_of_2(max(head_dim, 16)), SPLITS=tile.splits,
+            PDL=self._pdl, num_warps=tile.warps, num_stages=tile.stages,
+            **({"launch_pdl": True} if self._pdl else {}),
         )  # fmt: skip
-        if splits > 1:
-            _merge_splits_kernel[(num_rows, num_heads)](
-                part, part_lse, out, lse, num_rows, num_heads,
-                D=head_dim, D_PAD=d_pad, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), num_warps=4,
-            )  # fmt: skip
-        return out, lse
+        return part, lse

@@ -7,6 +7,7 @@ They are also the schema that the commands compose from YAML and the command lin
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from attention.exchange import EXCHANGES
 from attention.partial import BACKENDS
@@ -14,6 +15,7 @@ from parallel.grid import Layout
 from parallel.launch import DEVICES
 from parallel.placement import BlockCyclic
 
+from .cache.retention import MAX_PRIORITY
 from .sampling import SamplingParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,16 +43,20 @@ class ModelConfig:
         dtype: of weights and cache; auto is bfloat16 on GPUs and float32 on CPUs.
         load: checkpoint reads safetensors; dummy makes random weights on the device.
         max_position: replaces the model's own limit of context, in tokens; RoPE stays as the model says.
+        config: the content of a config.json, instead of a path; needs load = dummy.
     """
 
     path: str = ""
     dtype: str = "auto"
     load: str = "checkpoint"
     max_position: int | None = None
+    config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)
         check_choice("model.load", self.load, LOADS)
+        if self.config is not None and (self.path or self.load != "dummy"):
+            raise ValueError("model.config describes a model without weights; use model.load=dummy and no model.path")
         if self.max_position is not None:
             check_at_least("model.max_position", self.max_position, 1)
 
@@ -104,14 +110,29 @@ class CacheConfig:
         block_size: tokens a page, a power of two from 1 to 256.
         num_pages: pages a rank; None takes what fits in memory_fraction, the least over all ranks.
         memory_fraction: the part of a device's memory that weights, activations and cache may fill together.
+        reuse: keep the blocks of ended and preempted sequences for later ones with the same prefix.
+        partial_reuse: also reuse the leading tokens of a block.
+        host_pages: pages of host memory a rank, where evicted blocks go; 0 drops them.
+        offload_min_priority: blocks of a lower retention priority (0 to 100, 35 unless a request says) are dropped.
+        events: a file that gets a JSON line for each block stored, removed or moved.
     """
 
     block_size: int = 64
     num_pages: int | None = None
     memory_fraction: float = 0.9
+    reuse: bool = True
+    partial_reuse: bool = True
+    host_pages: int = 0
+    offload_min_priority: int = 30
+    events: str | None = None
 
     def __post_init__(self) -> None:
         BlockCyclic(self.block_size, 1)
+        check_at_least("cache.host_pages", self.host_pages, 0)
+        if self.host_pages and not self.reuse:
+            raise ValueError(f"cache.host_pages = {self.host_pages} needs cache.reuse=true; set it, or host_pages=0")
+        if not 0 <= self.offload_min_priority <= MAX_PRIORITY:
+            raise ValueError(f"cache.offload_min_priority = {self.offload_min_priority} must lie in 0..{MAX_PRIORITY}")
         if self.num_pages is not None:
             check_at_least("cache.num_pages", self.num_pages, 1)
         if not 0.0 < self.memory_fraction <= 1.0:
@@ -163,11 +184,13 @@ class RuntimeConfig:
         device: auto is CUDA where every rank has a GPU.
         check_ranks: compare a digest of the decision state over all ranks every step (debugging; costs a collective).
         timeout_s: bound of a collective, in seconds.
+        graphs: on GPUs, capture the decode steps of every batch bucket at the start.
     """
 
     device: str = "auto"
     check_ranks: bool = False
     timeout_s: float = 600.0
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         check_choice("runtime.device", self.device, DEVICES)

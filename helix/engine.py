@@ -9,13 +9,17 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from parallel.launch import gather_values
+from parallel.launch import from_rank0, gather_values
 
+from .cache.movements import as_ints
+from .cache.mover import PageMover
 from .metrics import RunMetrics
-from .request import Chunk, Sequence, StreamEvent, TokenLogprobs
+from .request import Sequence, StreamEvent, TokenLogprobs
 from .runner import Runner
 from .sampling import SampledTokens, SamplingBatch, sample
-from .scheduler import Scheduler
+from .scheduler import Scheduler, Step
+
+SHARE_TIME_EVERY = 64  # steps between two readings of the shared clock, while some priority ends at a time
 
 
 class RankMismatch(RuntimeError):
@@ -30,31 +34,38 @@ class Engine:
     Args:
         scheduler: what to compute next.
         runner: how to compute it on this rank.
+        mover: how to move this rank's pages.
         eos_token_ids: ids that end a sequence, unless it ignores them.
         check_ranks: compare the decision state over ranks at every step.
-        clock: seconds, for the metrics only.
+        clock: seconds, for the metrics; rank 0's also tells when retention ends.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
         runner: Runner,
+        mover: PageMover,
         *,
         eos_token_ids: tuple[int, ...],
         check_ranks: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.scheduler, self.runner = scheduler, runner
+        self.scheduler, self.runner, self.mover = scheduler, runner, mover
         self._eos = frozenset(eos_token_ids)
         self._check_ranks = check_ranks
         self._clock = clock
         self._started: dict[Sequence, float] = {}
         self._last_token: dict[Sequence, float] = {}
+        self._steps_since_time = 0
+        self._share_time_now = False
+        self._in_step = False
         self.metrics = self.reset_metrics()
 
     def reset_metrics(self) -> RunMetrics:
         """Start a new set of counters and return it."""
-        self.metrics = RunMetrics(tokens_per_rank=[0] * self.runner.placement.kvp)
+        cache = self.scheduler.cache
+        self._share_time_now = cache.needs_time
+        self.metrics = RunMetrics([0] * self.runner.placement.kvp, cache.reset_counters(), cache.occupancy)
         return self.metrics
 
     def add(self, seq: Sequence) -> None:
@@ -63,14 +74,19 @@ class Engine:
         self.metrics.num_requests += 1
         self.metrics.prefill_total += seq.prompt_len
         self.scheduler.add(seq)
+        if seq.retention:
+            self._share_time_now = True
 
     def abort_all(self) -> None:
-        """Drop every sequence and free its pages."""
+        """Drop every sequence; its pages are free or cached. After a step that failed, nothing stays cached."""
         for seq in list(self.scheduler.running):
-            self.scheduler.finish(seq)
+            self.scheduler.finish(seq, keep=not self._in_step)
         self.scheduler.waiting.clear()
         self._started.clear()
         self._last_token.clear()
+        if self._in_step:  # pages that it should have written or moved may hold anything
+            self.scheduler.cache.clear()
+            self._in_step = False
 
     def step(self) -> list[StreamEvent]:
         """Compute one step and return what is new of the sequences that got a token.
@@ -78,25 +94,51 @@ class Engine:
         Raises:
             RankMismatch: with check_ranks, when ranks disagree.
         """
-        chunks = self.scheduler.schedule()
-        if not chunks:
+        self._share_time()
+        self._in_step = True
+        step = self.scheduler.schedule()
+        if not step.chunks:
             raise RuntimeError(f"{len(self.scheduler.waiting)} sequences wait and none can run")
-        logits = self.runner.run(chunks)
-        prefilled = 0
-        for chunk in chunks:
-            chunk.seq.num_computed = chunk.stop
-            prefilled += chunk.stop - chunk.start if chunk.start < chunk.seq.prompt_len else 0
-        seqs = [chunk.seq for chunk in chunks if chunk.samples]
-        tokens = self._sample(logits, seqs) if seqs else None
+        self._note_reuse(step)
+        if self._check_ranks:  # before any collective whose shape the step decides
+            self._compare_ranks(step, None)
+        self.mover.execute(step.movements)
+        seqs = [chunk.seq for chunk in step.chunks if chunk.samples]
+        if self.runner.can_launch(step.chunks) and all(seq.sampling.is_plain for seq in seqs):
+            ids, fault = self.runner.launch(step.chunks).wait()
+            tokens: SampledTokens | None = SampledTokens.plain(ids)
+            self.runner.check_faults(fault)
+        else:
+            logits = self.runner.run(step.chunks)
+            tokens = self._sample(logits, seqs) if seqs else None
+            self.runner.check_faults()
+        self.scheduler.commit(step.chunks)
         if self._check_ranks:
-            self._compare_ranks(chunks, tokens)
-        events = [] if tokens is None else self._commit(seqs, tokens)
+            self._compare_ranks(step, tokens)
         metrics = self.metrics
-        metrics.num_steps += 1
-        metrics.prefill_tokens += prefilled
+        for chunk in step.chunks:
+            metrics.prefill_tokens += chunk.stop - chunk.start if chunk.start < chunk.seq.prompt_len else 0
         metrics.prefill_total = max(metrics.prefill_total, metrics.prefill_tokens)
-        metrics.num_preemptions = self.scheduler.num_preemptions
+        metrics.num_steps += 1
+        events = [] if tokens is None else self._commit(seqs, tokens)
+        self._in_step = False
         return events
+
+    def _share_time(self) -> None:
+        """Tell the cache rank 0's time: when a request brings retention, and now and then while a priority may end."""
+        self._steps_since_time += 1
+        due = self._steps_since_time >= SHARE_TIME_EVERY and self.scheduler.cache.needs_time
+        if due or self._share_time_now:
+            self.scheduler.cache.advance(from_rank0(self._clock))
+            self._steps_since_time, self._share_time_now = 0, False
+
+    def _note_reuse(self, step: Step) -> None:
+        """Note what each sequence found cached when it was admitted first."""
+        for seq in step.admitted:
+            if not seq.was_admitted:
+                seq.was_admitted = True
+                seq.output.cached_tokens = seq.num_computed
+                self.metrics.prefill_total -= seq.num_computed
 
     def _sample(self, logits: torch.Tensor, seqs: list[Sequence]) -> SampledTokens:
         batch = SamplingBatch.from_requests(
@@ -157,10 +199,12 @@ class Engine:
             self.metrics.ttft_s.append(now - self._started[seq])
         self._last_token[seq] = now
 
-    def _compare_ranks(self, chunks: list[Chunk], tokens: SampledTokens | None) -> None:
+    def _compare_ranks(self, step: Step, tokens: SampledTokens | None) -> None:
         """Compare a digest of what this step decided over all ranks."""
         digest = hashlib.blake2b(digest_size=7)
-        for chunk in chunks:
+        for movement in step.movements:
+            digest.update(np.array(as_ints(movement), np.int64).tobytes())
+        for chunk in step.chunks:
             seq = chunk.seq
             state = [seq.index, chunk.start, chunk.stop, seq.batch_slot, seq.blocks.first_owner, *seq.blocks.pages]
             digest.update(np.array(state, np.int64).tobytes())

@@ -8,8 +8,10 @@ Start it under torchrun, or plainly for a world of one.
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +19,18 @@ from pathlib import Path
 
 import torch
 
-from attention.exchange import make_exchange
-from attention.partial import select_backend
+from attention.exchange import Heads, make_exchange
+from attention.partial import PartialAttention, select_backend
+from parallel.all_reduce_norm import AllReduceNorm
 from parallel.grid import HelixGrid
 from parallel.launch import Launch, agree, from_rank0, minimum, start, stop
 from parallel.placement import BlockCyclic
+from parallel.symmetric import Faults, can_launch_dependently, shares_memory
 
+from .cache.control import CacheControl
+from .cache.events import Listener
+from .cache.mover import PageMover
 from .cache.pages import PagedCache, free_bytes
-from .cache.pool import PagePools
 from .config import HelixConfig
 from .detokenize import Detokenizer
 from .engine import Engine
@@ -64,25 +70,40 @@ class LLM:
         self.layout = config.parallel.resolve(self.launch.world_size, self.spec.num_kv_heads)
         part_of(self.spec, self.layout, self.launch.rank)
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
-        attention = select_backend(config.attention.backend, self.launch.device)
+        self._pdl = can_launch_dependently(self.launch.device)
+        attention = select_backend(config.attention.backend, self.launch.device, pdl=self._pdl)
         checkpoint = agree(self._open_checkpoint)
-        self.tokenizer = agree(lambda: load_tokenizer(config.model.path))
+        self.tokenizer = agree(lambda: load_tokenizer(config.model.path) if config.model.path else None)
         self.dtype = self._resolve_dtype()
         self.grid = HelixGrid.create(self.layout)
-        decoder = Decoder(self.spec, self.grid, dtype=self.dtype, device=self.launch.device, attention=attention)
+        self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
+        decoder = self._make_decoder(attention)
         agree(lambda: self._fill(decoder, checkpoint))
         self.exchange = make_exchange(
             config.attention.exchange,
             group=self.grid.kvp_group,
-            num_heads=decoder.num_heads,
-            head_dim=self.spec.head_dim,
-            device=self.launch.device,
+            heads=Heads(
+                decoder.num_heads, self.spec.head_dim, self.dtype, self.launch.device, num_layers=self.spec.num_layers
+            ),
+            faults=self.faults,
+            timeout_s=config.runtime.timeout_s,
+            pdl=self._pdl,
         )
         self.runner, self.num_pages = self._make_runner(decoder)
-        pools = PagePools(self.placement, self.num_pages)
+        if self.faults is not None and config.runtime.graphs:
+            self.runner.capture(self.faults)
+        cache = CacheControl(
+            self.placement,
+            self.num_pages,
+            host_pages=config.cache.host_pages,
+            reuse=config.cache.reuse,
+            partial_reuse=config.cache.partial_reuse,
+            offload_min_priority=config.cache.offload_min_priority,
+        )
         self.engine = Engine(
-            Scheduler(config.scheduler, pools),
+            Scheduler(config.scheduler, cache),
             self.runner,
+            agree(lambda: PageMover(self.runner.cache, config.cache.host_pages, self.grid.kvp_rank)),
             eos_token_ids=self.spec.eos_token_ids,
             check_ranks=config.runtime.check_ranks,
         )
@@ -121,8 +142,11 @@ class LLM:
     ) -> Iterator[StreamEvent]:
         """Yield new tokens as they are made; the last event of each prompt carries its output.
 
-        Collective: every rank iterates it with equal prompts, to its end or to the same event.
+        Collective: every rank iterates it with equal prompts, to its end or to the same event. One stream at a time:
+        RuntimeError while another is open.
         """
+        if self.engine.scheduler.has_work:
+            raise RuntimeError("another stream of this LLM is open; iterate it to its end or close it first")
         default = sampling or self.config.sampling
         metrics = self.engine.reset_metrics()
         began = time.perf_counter()
@@ -147,12 +171,28 @@ class LLM:
         finally:
             self.engine.abort_all()
 
+    def listen(self, listener: Listener) -> None:
+        """Call a function on this rank with every block that is stored, removed or moved from now on.
+
+        It first hears of the blocks that are cached already. All ranks have the same events in the same order; any
+        rank may listen, alone or not.
+        """
+        self.engine.scheduler.cache.listen(listener)
+
+    def unlisten(self, listener: Listener) -> None:
+        """Stop calling a function that listens."""
+        self.engine.scheduler.cache.unlisten(listener)
+
     def close(self) -> None:
         """Leave the world. Collective."""
         stop()
 
     def _load_spec(self) -> ModelSpec:
         config = self.config.model
+        if config.config is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "config.json").write_text(json.dumps(config.config), "utf-8")
+                return load_spec(folder, max_position=config.max_position)
         if not config.path:
             raise ValueError("model.path is empty: give a Hugging Face checkpoint folder")
         return load_spec(config.path, max_position=config.max_position)
@@ -185,6 +225,29 @@ class LLM:
                     fill_dummy(role, parameters[role], generator)
         if checkpoint is not None:
             checkpoint.close()
+
+    def _make_decoder(self, attention: PartialAttention) -> Decoder:
+        """Make this rank's model; its all-reduces are fused where all ranks share GPU memory."""
+        near = minimum(int(shares_memory(self.grid.world_group, self.launch.device))) == 1
+        reduce_norm = AllReduceNorm(
+            self.grid.world_group,
+            hidden_size=self.spec.hidden_size,
+            dtype=self.dtype,
+            device=self.launch.device,
+            fused=near,
+            faults=self.faults,
+            timeout_s=self.config.runtime.timeout_s,
+            pdl=self._pdl,
+        )
+        return Decoder(
+            self.spec,
+            self.grid,
+            dtype=self.dtype,
+            device=self.launch.device,
+            attention=attention,
+            reduce_norm=reduce_norm,
+            pdl=self._pdl,
+        )
 
     def _make_runner(self, decoder: Decoder) -> tuple[Runner, int]:
         """Make the runner and the pages it runs on: as many as asked for, or as fit on every rank."""
@@ -241,7 +304,7 @@ class LLM:
         if len(token_ids) >= limit:
             raise ValueError(f"the prompt has {len(token_ids)} tokens; the model takes at most {limit - 1}")
         max_len = min(len(token_ids) + sampling.max_tokens, limit)
-        if not self.engine.scheduler.pools.fits(max_len - 1):
+        if not self.engine.scheduler.cache.fits(max_len - 1):
             room = self.num_pages * self.placement.kvp * self.placement.block_size
             raise ValueError(
                 f"{len(token_ids)} prompt tokens and sampling.max_tokens = {sampling.max_tokens} need more than the "
@@ -265,6 +328,8 @@ class LLM:
             max_len=max_len,
             detokenizer=Detokenizer(self.tokenizer, sampling.stop),
             output=output,
+            cache_salt=request.cache_salt,
+            retention=request.retention,
         )
 
     def _token_ids(self, request: Request) -> list[int]:
@@ -274,10 +339,16 @@ class LLM:
         if len(given) != 1:
             raise ValueError(f"a request takes one of prompt, prompt_token_ids and messages, not {given or 'none'}")
         if request.prompt_token_ids is not None:
+            if not all(type(token) is int for token in request.prompt_token_ids):
+                raise ValueError("prompt_token_ids must be integers")
             return list(request.prompt_token_ids)
         if self.tokenizer is None:
             raise ValueError(f"{given[0]} needs a tokenizer, but the model folder has none; use prompt_token_ids")
         if request.prompt is not None:
+            try:
+                request.prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the prompt is no valid text: {error}") from error
             return list(self.tokenizer(request.prompt)["input_ids"])
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("messages needs a chat template, but the model's tokenizer has none; use prompt")

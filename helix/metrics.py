@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from .cache.counters import CacheCounters
 
 PERCENTILES = (50, 90, 99)
 
@@ -25,6 +27,8 @@ class RunMetrics:
     """Counters of the requests since they were last reset. Times are seconds of this rank's own clock.
 
     Attributes:
+        cache: what the cache did.
+        occupancy: gives the pages of each KVP rank by use, as they are now.
         prefill_tokens: prompt tokens computed, recomputation after preemption included.
         prefill_total: prompt tokens that have to be computed, as far as known.
         decode_tokens: output tokens made.
@@ -34,12 +38,13 @@ class RunMetrics:
     """
 
     tokens_per_rank: list[int]
+    cache: CacheCounters = field(default_factory=CacheCounters)
+    occupancy: Callable[[], list[dict[str, int]]] = list
     prefill_tokens: int = 0
     prefill_total: int = 0
     decode_tokens: int = 0
     num_requests: int = 0
     num_errors: int = 0
-    num_preemptions: int = 0
     num_steps: int = 0
     elapsed_s: float = 0.0
     ttft_s: list[float] = field(default_factory=list)
@@ -51,7 +56,7 @@ class RunMetrics:
             "requests": self.num_requests,
             "errors": self.num_errors,
             "steps": self.num_steps,
-            "preemptions": self.num_preemptions,
+            "preemptions": self.cache.preemptions,
             "prefill_tokens": self.prefill_tokens,
             "output_tokens": self.decode_tokens,
             "elapsed_s": self.elapsed_s,
@@ -59,4 +64,5 @@ class RunMetrics:
             "ttft_ms": percentiles_ms(self.ttft_s),
             "ttl_ms": percentiles_ms(self.ttl_s),
             "tokens_per_kvp_rank": self.tokens_per_rank,
+            "cache": {**self.cache.as_dict(), "pages_per_kvp_rank": self.occupancy()},
         }

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .cache.keys import BlockKeys
 from .cache.pool import BlockTable
+from .cache.retention import Retention
 
 if TYPE_CHECKING:
     from .detokenize import Detokenizer
@@ -25,6 +27,8 @@ class Request:
         messages: chat turns {"role", "content"}, put through the tokenizer's chat template.
         sampling: how to sample; None takes the run's own.
         id: the caller's name for it, returned with the output.
+        cache_salt: it shares cached blocks only with requests of the same salt.
+        retention: how long ranges of its tokens stay cached; the last that covers a block's first token decides.
         error: why the request cannot run; it then fails alone, with this message.
     """
 
@@ -33,6 +37,8 @@ class Request:
     messages: list[dict[str, str]] | None = None
     sampling: SamplingParams | None = None
     id: str | None = None
+    cache_salt: str = ""
+    retention: tuple[Retention, ...] = ()
     error: str | None = None
 
 
@@ -91,6 +97,9 @@ class Sequence:
         max_len: tokens, prompt included, at which it ends for length.
         num_computed: tokens whose K and V are in the cache.
         batch_slot: its row of the page table while it runs, else -1.
+        cache_salt, retention: the request's.
+        keys: its blocks' keys, made when it is queued.
+        was_admitted: True from its first admission on; later ones resume it.
         distinct_prompt_ids: sorted ids of the prompt where a repetition penalty needs them, else None.
     """
 
@@ -105,6 +114,10 @@ class Sequence:
     blocks: BlockTable = field(default_factory=lambda: BlockTable(0))
     num_computed: int = 0
     batch_slot: int = -1
+    cache_salt: str = ""
+    retention: tuple[Retention, ...] = ()
+    keys: BlockKeys | None = None
+    was_admitted: bool = False
     distinct_prompt_ids: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from attention.exchange import Exchange
 from attention.rows import Rows
+from parallel.all_reduce_norm import OPERATION as ALL_REDUCE
 from parallel.grid import HelixGrid
 from parallel.placement import BlockCyclic, IntArray
+from parallel.symmetric import Faults
 
 from .cache.pages import PagedCache
 from .cache.pool import BlockTable
+from .graphs import DecodeGraphs, DecodeRows, PendingTokens
 from .models.decoder import Decoder, RowShare
 from .request import Chunk
 
@@ -28,6 +32,23 @@ class _HostRows:
     row_seq: IntArray
     first_owner: IntArray
     query_start: IntArray
+
+
+@dataclass(frozen=True)
+class _LocalRows:
+    """What one rank alone sees of a step's rows."""
+
+    visible: IntArray
+    slot: IntArray
+
+
+class RankLost(RuntimeError):
+    """A rank did not arrive where others waited for it; the message names it, the operation and the layer."""
+
+
+def is_decode(chunks: list[Chunk]) -> bool:
+    """Return whether every chunk is one row that samples."""
+    return all(chunk.samples and chunk.stop - chunk.start == 1 for chunk in chunks)
 
 
 class Runner:
@@ -61,12 +82,33 @@ class Runner:
         self._page_table = torch.zeros((max_batch, width), dtype=torch.int32, device=decoder.device)
         self._host_table: npt.NDArray[np.int32] = np.zeros((max_batch, width), np.int32)
         self._tables: list[tuple[BlockTable | None, int]] = [(None, 0)] * max_batch
+        self._graphs: DecodeGraphs | None = None
+        self._faults: Faults | None = None
+
+    def capture(self, faults: Faults) -> None:
+        """Capture the decode steps of every batch bucket; ``cache`` must not be replaced afterwards.
+
+        Collective over the world.
+        """
+        self._faults = faults
+        self._graphs = DecodeGraphs(
+            self.decoder,
+            self.exchange,
+            self.cache,
+            self._page_table,
+            block_size=self.placement.block_size,
+            faults=faults,
+            max_batch=self._page_table.shape[0],
+        )
 
     def run(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute a step and return the logits of the chunks that sample: float32 [number of them, V].
 
         Collective over the world: every rank calls it with the same chunks.
         """
+        if self._graphs is not None and is_decode(chunks):
+            self.launch(chunks)
+            return self._graphs.logits(len(chunks))
         host = self._host_rows(chunks)
         self._upload_tables(chunks)
         hidden = self.decoder.forward(
@@ -75,7 +117,35 @@ class Runner:
         last = [stop - 1 for chunk, stop in zip(chunks, host.query_start[1:].tolist(), strict=True) if chunk.samples]
         if not last:
             return hidden.new_empty((0, self.decoder.spec.vocab_size), dtype=torch.float32)
-        return self.decoder.logits(hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)])
+        rows = torch.tensor(last, dtype=torch.int64, device=hidden.device)
+        return self.decoder.gather_logits(self.decoder.local_logits(hidden[rows]))
+
+    def launch(self, chunks: list[Chunk]) -> PendingTokens:
+        """Launch a decode step from its graph; its greedy tokens come to the host on their own.
+
+        Collective over the world. ``can_launch`` must hold for the chunks.
+        """
+        assert self._graphs is not None
+        host = self._host_rows(chunks)
+        self._upload_tables(chunks)
+        local = self._local_rows(host)
+        return self._graphs.launch(DecodeRows(host.token_ids, host.positions, local.slot, host.row_seq, local.visible))
+
+    def can_launch(self, chunks: list[Chunk]) -> bool:
+        """Return whether ``launch`` can run these chunks: decode rows alone, and graphs that hold them."""
+        return self._graphs is not None and is_decode(chunks)
+
+    def check_faults(self, word: int | None = None) -> None:
+        """Raise RankLost when a kernel gave up waiting for a rank; ``word`` is the fault word where it is known."""
+        if self._faults is None:
+            return
+        fault = Faults.decode(int(self._faults.word) if word is None else word)
+        if fault is not None:
+            group = self.grid.world_group if fault.operation == ALL_REDUCE else self.grid.kvp_group
+            assert group is not None
+            peer = dist.get_process_group_ranks(group)[fault.peer]
+            what = "all-reduce" if fault.operation == ALL_REDUCE else "exchange"
+            raise RankLost(f"rank {peer} never arrived at the {what} of layer {fault.layer}")
 
     def warm_up(self, num_rows: int) -> None:
         """Run a step of rows that see nothing and store nothing, so that its peak memory is known.
@@ -90,7 +160,7 @@ class Runner:
         hidden = self.decoder.forward(
             self._to_device(host.token_ids), rows, self.cache.layers, self.exchange, self._share(host)
         )
-        self.decoder.logits(hidden[:1].expand(self._page_table.shape[0], -1))
+        self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(self._page_table.shape[0], -1)))
 
     def _host_rows(self, chunks: list[Chunk]) -> _HostRows:
         counts = [chunk.stop - chunk.start for chunk in chunks]
@@ -103,23 +173,28 @@ class Runner:
             query_start=np.cumsum([0, *counts], dtype=np.int64),
         )
 
-    def _rows(self, host: _HostRows) -> Rows:
-        """Add what this rank alone sees: visible lengths and slots."""
+    def _local_rows(self, host: _HostRows) -> _LocalRows:
+        """Return what this rank alone sees of the rows."""
         place, me = self.placement, self.grid.kvp_rank
-        visible = place.local_len(host.positions + 1, me, host.first_owner)
         at = place.local_position(host.positions)
         mine = place.owner(host.positions, host.first_owner) == me
         page = self._host_table[host.row_seq, np.where(mine, at // place.block_size, 0)].astype(np.int64)
-        slot = np.where(mine, page * place.block_size + at % place.block_size, -1)
+        return _LocalRows(
+            visible=place.local_len(host.positions + 1, me, host.first_owner),
+            slot=np.where(mine, page * place.block_size + at % place.block_size, -1),
+        )
+
+    def _rows(self, host: _HostRows) -> Rows:
+        local = self._local_rows(host)
         return Rows(
             positions=self._to_device(host.positions),
             row_seq=self._to_device(host.row_seq.astype(np.int32)),
-            visible_len=self._to_device(visible.astype(np.int32)),
-            slot=self._to_device(slot),
+            visible_len=self._to_device(local.visible.astype(np.int32)),
+            slot=self._to_device(local.slot),
             page_table=self._page_table,
             query_start=self._to_device(host.query_start.astype(np.int32)),
             max_rows=int(np.diff(host.query_start).max()),
-            max_visible_len=int(visible.max()),
+            max_visible_len=int(local.visible.max()),
         )
 
     def _share(self, host: _HostRows) -> RowShare | None:

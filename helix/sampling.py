@@ -84,6 +84,11 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def is_plain(self) -> bool:
+        """Say whether each token is the argmax of the logits as they are, and nothing else is asked for."""
+        return self.is_greedy and not self.has_penalties and self.logprobs is None
+
+    @property
     def has_penalties(self) -> bool:
         """Say whether the choice depends on the tokens made so far."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
@@ -207,6 +212,11 @@ class SampledTokens:
     logprobs: Tensor | None  # [B] float32, of token_ids; None: no row asked
     top_ids: Tensor | None  # [B, n] int64; None: n = 0
     top_logprobs: Tensor | None  # [B, n] float32; None: n = 0
+
+    @classmethod
+    def plain(cls, token_ids: Sequence[int]) -> "SampledTokens":
+        """Return tokens that were chosen elsewhere, on the host and without log-probabilities."""
+        return cls(token_ids=torch.tensor(token_ids, dtype=torch.int64), logprobs=None, top_ids=None, top_logprobs=None)
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:

@@ -8,24 +8,43 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from dataclasses import dataclass, field
 
-from .cache.pool import PagePools
+from .cache.control import CacheControl, Claim
+from .cache.keys import BlockKeys
+from .cache.movements import Movement
+from .cache.pool import BlockTable
 from .config import SchedulerConfig
 from .request import Chunk, Sequence
 
 
-class Scheduler:
-    """Keeps waiting and running sequences, and their pages.
+@dataclass(slots=True)
+class Step:
+    """What one step does.
 
-    A sequence is admitted, first come first served, when a batch slot and pages for all its tokens are free. Decode
-    takes pages as it grows; where none is left the latest sequence is preempted and computed again later.
+    Attributes:
+        chunks: what is computed.
+        movements: page movements of all KVP ranks, to be executed before.
+        admitted: the sequences that begin with it, new or resumed; ``num_computed`` is what they reuse.
     """
 
-    def __init__(self, config: SchedulerConfig, pools: PagePools) -> None:
-        self.pools = pools
+    chunks: list[Chunk] = field(default_factory=list)
+    movements: list[Movement] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Keeps waiting and running sequences.
+
+    A sequence is admitted, first come first served, when a batch slot and pages for all its tokens are free. Decode
+    takes pages as it grows; where none is left the latest sequence is preempted, its blocks stay cached as long as
+    they can, and it is resumed later.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache: CacheControl) -> None:
+        self.cache = cache
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.num_preemptions = 0
         self._prefill_chunk = config.prefill_chunk
         self._free_slots = list(range(config.max_batch))
 
@@ -36,21 +55,42 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the pools must be able to hold ``seq.max_len`` tokens."""
+        if seq.keys is None:
+            seq.keys = BlockKeys(seq.token_ids, self.cache.placement.block_size, seq.cache_salt)
         self.waiting.append(seq)
 
-    def schedule(self) -> list[Chunk]:
+    def schedule(self) -> Step:
         """Choose the next step: one decode row of each sequence that is past its prompt, and prefill chunks.
 
-        Prefill takes at most ``prefill_chunk`` tokens over all sequences. Pages of every chunk are allocated.
+        Prefill takes at most ``prefill_chunk`` tokens over all sequences. Pages of every chunk are allocated. After the
+        step is computed, ``commit`` is called with its chunks.
         """
-        chunks: list[Chunk] = []
-        budget = self._prefill_chunk
-        preempted = False
-        position = 0
+        step = Step()
+        budget, preempted = self._continue_running(step)
+        if not preempted:
+            self._admit_waiting(step, budget)
+        self.cache.offload_ahead()
+        step.movements = self.cache.take_movements()
+        return step
+
+    def commit(self, chunks: list[Chunk]) -> None:
+        """Note that chunks are computed, and cache the blocks that they filled."""
+        for chunk in chunks:
+            chunk.seq.num_computed = chunk.stop
+            self.cache.commit(chunk.seq.blocks, chunk.stop)
+
+    def finish(self, seq: Sequence, *, keep: bool = True) -> None:
+        """Take a sequence out; what it computed stays cached, unless ``keep`` is False."""
+        self.running.remove(seq)
+        self._free(seq, keep)
+
+    def _continue_running(self, step: Step) -> tuple[int, bool]:
+        """Give running sequences their chunks; return what is left of the budget, and whether any was preempted."""
+        budget, preempted, position = self._prefill_chunk, False, 0
         while position < len(self.running):
             seq = self.running[position]
             todo = len(seq.token_ids) - seq.num_computed
-            while not self.pools.grow(seq.blocks, len(seq.token_ids)):
+            while not self.cache.extend(seq.blocks, len(seq.token_ids)):
                 preempted = True
                 self._preempt(self.running[-1])
                 if position == len(self.running):  # it was this one
@@ -59,33 +99,62 @@ class Scheduler:
                 count = 1 if todo == 1 else min(todo, budget)
                 budget -= count if todo > 1 else 0
                 if count:
-                    chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
+                    step.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
                 position += 1
-        while self.waiting and self._free_slots and budget and not preempted:
-            seq = self.waiting[0]
-            table = self.pools.new_table()
-            if not self.pools.grow(table, len(seq.token_ids)):
-                break
-            self.waiting.popleft()
-            seq.blocks, seq.batch_slot = table, heapq.heappop(self._free_slots)
-            self.running.append(seq)
-            count = min(len(seq.token_ids), budget)
-            budget -= count
-            chunks.append(Chunk(seq, 0, count))
-        return chunks
+        return budget, preempted
 
-    def finish(self, seq: Sequence) -> None:
-        """Take a sequence out and free what it held."""
-        self.running.remove(seq)
-        self._free(seq)
+    def _admit_waiting(self, step: Step, budget: int) -> None:
+        """Admit in two phases: pin what every candidate finds cached, then allocate, in order.
+
+        Admitting one by one would let the first evict what the second was counted to reuse. What an admission reports
+        is what its chunk is cut by, so the budget holds whatever was expected. Where one does not fit, those behind it
+        give up their claims and it tries again; if it still does not fit it waits, and they wait behind it.
+        """
+        claims = self._claim_waiting(budget)
+        while claims and budget:
+            seq, claim = claims.popleft()
+            table = self.cache.admit(claim, len(seq.token_ids))
+            if table is None and claims:
+                while claims:
+                    self.cache.drop(claims.pop()[1])
+                table = self.cache.admit(claim, len(seq.token_ids))
+            if table is None:
+                self.cache.drop(claim)
+            else:
+                budget -= self._start(seq, table, budget, step)
+        for _, claim in claims:
+            self.cache.drop(claim)
+
+    def _claim_waiting(self, budget: int) -> deque[tuple[Sequence, Claim]]:
+        """Claim for those that the batch slots and the budget can take, the first in the queue first."""
+        claims: deque[tuple[Sequence, Claim]] = deque()
+        for seq in self.waiting:
+            if budget <= 0 or len(claims) == len(self._free_slots):
+                break
+            assert seq.keys is not None
+            claim = self.cache.claim(seq.keys, seq.retention)
+            claims.append((seq, claim))
+            budget -= len(seq.token_ids) - claim.num_tokens
+        return claims
+
+    def _start(self, seq: Sequence, table: BlockTable, budget: int, step: Step) -> int:
+        """Make the first waiting sequence run, and return the tokens that it computes in this step."""
+        first = self.waiting.popleft()
+        assert first is seq
+        seq.blocks, seq.batch_slot, seq.num_computed = table, heapq.heappop(self._free_slots), table.num_reused
+        self.running.append(seq)
+        step.admitted.append(seq)
+        count = min(len(seq.token_ids) - seq.num_computed, budget)
+        step.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
+        return count
 
     def _preempt(self, seq: Sequence) -> None:
-        self.num_preemptions += 1
+        self.cache.counters.preemptions += 1
         self.finish(seq)
         seq.num_computed = 0
         self.waiting.appendleft(seq)
 
-    def _free(self, seq: Sequence) -> None:
-        self.pools.release(seq.blocks)
+    def _free(self, seq: Sequence, keep: bool) -> None:
+        self.cache.release(seq.blocks, seq.num_computed if keep else 0)
         heapq.heappush(self._free_slots, seq.batch_slot)
         seq.batch_slot = -1

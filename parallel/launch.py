@@ -60,6 +60,7 @@ def start(device: str = "auto", *, timeout_s: float = 600.0) -> Launch:
     if has_gpu:
         torch.cuda.set_device(local_rank)
     if world_size > 1 and not dist.is_initialized():
+        env.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast: it is not allowed everywhere
         if local_world_size == world_size:
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: stay on loopback, whatever its name resolves to
         dist.init_process_group(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -30,6 +31,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 BAD_INPUT = 2
+# Hydra's flags that run the command, in other ways than plainly; all others only print.
+RUN_FLAGS = ("-r", "--run", "-m", "--multirun", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
 _GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
 Config = TypeVar("Config")
 
@@ -49,12 +52,16 @@ def fail(problem: Exception | str) -> NoReturn:
     """End every rank with exit code 2; rank 0 says why, in one line.
 
     Called by every rank with the same problem. The others wait a little: torchrun ends all ranks as soon as one has
-    ended, and the one that speaks must be first.
+    ended, and the one that speaks must be first. A rank that outlives the wait is alone with its problem and speaks.
     """
-    if rank() == 0:
-        print("error: " + " ".join(str(problem).split()), file=sys.stderr, flush=True)
-    else:
+    who = ""
+    if rank() != 0:
         time.sleep(_GRACE_S)
+        who = f" on rank {rank()}"
+    print(f"error{who}: " + " ".join(str(problem).split()), file=sys.stderr, flush=True)
+    if dist.is_initialized():  # the threads of a process group that others may still use abort an orderly exit
+        sys.stdout.flush()
+        os._exit(BAD_INPUT)
     sys.exit(BAD_INPUT)
 
 
@@ -66,7 +73,7 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     arguments = sys.argv[1:]
     flags = [argument for argument in arguments if argument.startswith("-")]
-    if flags and rank() != 0:
+    if rank() != 0 and any(flag.partition("=")[0] not in RUN_FLAGS for flag in flags):
         return  # --help, --cfg and the like: once is enough
     if not flags:
         try:
@@ -110,7 +117,7 @@ def _first_lines(error: BaseException, cause: BaseException) -> str:
 def _check_key(override: Override, schema: type[Any]) -> None:
     """Raise ValueError when an override names a key that the schema lacks, and say which keys there are."""
     key = override.key_or_group
-    if override.is_add() or key == "hydra" or key.startswith(("hydra.", "hydra/")):
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return
     node: Any = schema
     done: list[str] = []
@@ -119,12 +126,12 @@ def _check_key(override: Override, schema: type[Any]) -> None:
         if part not in choices:
             where = f"{'.'.join(done)} has" if done else "there are"
             near = get_close_matches(part, choices, 1)
-            hint = f"; did you mean {'.'.join([*done, near[0]])}?" if near else ""
-            raise ValueError(f"{key} is not a key{hint} {where}: {', '.join(choices)}")
+            hint = f" did you mean {'.'.join([*done, near[0]])}?" if near else ""
+            raise ValueError(f"{key} is not a key;{hint} {where}: {', '.join(choices)}")
         done.append(part)
         default = next(field for field in fields(node) if field.name == part)
         node = default.default_factory if is_dataclass(default.default_factory) else None
         if node is None:
             break
-    if len(done) < len(key.split(".")):
+    if len(done) < len(key.split(".")) and not override.is_add():
         raise ValueError(f"{key} is not a key: {'.'.join(done)} is a value, not a group of keys")

@@ -3,9 +3,10 @@
     torchrun --standalone --nproc-per-node 4 -m scripts.generate model.path=DIR parallel.kvp=2 parallel.tpa=2 \
         prompts=in.jsonl output=out.jsonl metrics=metrics.json sampling.max_tokens=64 cache.block_size=16
 
-An input line is {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}, with an optional "id" and
-"sampling" (settings for that line). Output lines come in input order. A bad line fails alone, with finish_reason
-"error"; when all fail the exit code is 2.
+An input line is {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}, with an optional "id",
+"sampling" (settings for that line), "cache_salt" (a string; lines share cached blocks with lines of the same salt only)
+and "retention" ({"start": 0, "end": 1000, "priority": 80, "duration_s": 60}, or a list of such ranges). Output lines
+come in input order. A bad line fails alone, with finish_reason "error"; when all fail the exit code is 2.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helix.cache.events import CacheEvent
+from helix.cache.retention import Retention
 from helix.config import HelixConfig
 from helix.llm import LLM
 from helix.request import Request, RequestOutput
@@ -26,7 +30,8 @@ from parallel.launch import from_rank0, gather_values, set_up_logging, start
 from scripts import cli
 from scripts.progress import RunProgress
 
-LINE_KEYS = ("prompt", "prompt_token_ids", "messages", "id", "sampling")
+LINE_KEYS = ("prompt", "prompt_token_ids", "messages", "id", "sampling", "cache_salt", "retention")
+RETENTION_KEYS = ("start", "end", "priority", "duration_s")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,7 +66,7 @@ def read_requests(config: GenerateConfig) -> list[Request]:
         return [Request(prompt=config.prompt)]
     assert config.prompts is not None
     try:
-        lines = Path(config.prompts).read_text("utf-8").splitlines()
+        lines = Path(config.prompts).read_text("utf-8").split("\n")  # splitlines() also splits at U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts = {config.prompts} is not UTF-8 text: {error}") from error
     requests = [
@@ -78,8 +83,9 @@ def parse_line(line: str, where: str, sampling: SamplingParams) -> Request:
     """Return the request of an input line; ``where`` names the line in errors."""
     try:
         item = json.loads(line)
-    except ValueError as error:
-        return Request(error=f"{where}: not JSON: {error}")
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+        return Request(error=f"{where}: not JSON: {reason}")
     if not isinstance(item, dict):
         return Request(error=f"{where}: a {type(item).__name__} where an object is expected")
     name = item.get("id")
@@ -98,6 +104,8 @@ def _fill(request: Request, item: dict[str, Any], sampling: SamplingParams) -> N
     prompt, ids, messages = item.get("prompt"), item.get("prompt_token_ids"), item.get("messages")
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"prompt is a {type(prompt).__name__}, must be a string")
+    if prompt is not None:
+        prompt.encode("utf-8")  # a lone surrogate is legal in JSON and in no text: UnicodeEncodeError, a ValueError
     if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
         raise ValueError("prompt_token_ids must be a list of integers")
     if messages is not None and not (isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)):
@@ -107,6 +115,27 @@ def _fill(request: Request, item: dict[str, Any], sampling: SamplingParams) -> N
         raise ValueError(f"sampling is a {type(overrides).__name__}, must be an object")
     request.prompt, request.prompt_token_ids, request.messages = prompt, ids, messages
     request.sampling = sampling.with_overrides(overrides)
+    salt = item.get("cache_salt", "")
+    if not isinstance(salt, str):
+        raise ValueError(f"cache_salt is a {type(salt).__name__}, must be a string")
+    request.cache_salt = salt
+    request.retention = _retention(item.get("retention", []))
+
+
+def _retention(ranges: Any) -> tuple[Retention, ...]:
+    """Return the retention of an input line: one range of tokens, or a list of them."""
+    ranges = [ranges] if isinstance(ranges, dict) else ranges
+    if not (isinstance(ranges, list) and all(isinstance(each, dict) for each in ranges)):
+        raise ValueError('retention must be an object {"start": ..., "end": ..., "priority": ..., "duration_s": ...}, '
+                         "or a list of them")  # fmt: skip
+    for each in ranges:
+        for key, value in each.items():
+            if key not in RETENTION_KEYS:
+                raise ValueError(f"retention.{key} is not a key; the keys are {', '.join(RETENTION_KEYS)}")
+            number = (int, float) if key == "duration_s" else (int,)
+            if not (type(value) in number or (value is None and key in ("end", "duration_s"))):
+                raise ValueError(f"retention.{key} = {json.dumps(value)} must be a number")
+    return tuple(Retention(**each) for each in ranges)
 
 
 def output_line(output: RequestOutput, index: int) -> str:
@@ -126,12 +155,16 @@ def output_line(output: RequestOutput, index: int) -> str:
         ]
     if output.error is not None:
         item["error"] = output.error
-    return json.dumps(item, ensure_ascii=False)
+    line = json.dumps(item, ensure_ascii=False)
+    return line.encode("utf-8", "backslashreplace").decode()  # an id may hold a lone surrogate, \ud800
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file whole or not at all."""
-    target = Path(path)
+    """Write a file whole or not at all; what is no regular file (a pipe, /dev/null) is written to as it stands."""
+    if _is_special(path):
+        Path(path).write_text(text, "utf-8")
+        return
+    target = Path(path).resolve()  # the file that a link names, not the link
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.write_text(text, "utf-8")
     partial.replace(target)
@@ -143,8 +176,12 @@ def check_writable(*paths: str | None) -> None:
         folder = Path(path).resolve().parent
         if not folder.is_dir():
             raise ValueError(f"{path} cannot be written: {folder} is not a folder")
-        if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        if Path(path).is_dir() or not os.access(path if _is_special(path) else folder, os.W_OK):
             raise ValueError(f"{path} cannot be written")
+
+
+def _is_special(path: str) -> bool:
+    return Path(path).exists() and not Path(path).is_file()
 
 
 def metrics_of(llm: LLM) -> dict[str, Any]:
@@ -171,14 +208,33 @@ def generate(llm: LLM, requests: Sequence[Request]) -> list[RequestOutput]:
         return llm.generate(requests, on_step=progress.update)
 
 
+@contextmanager
+def cache_events(llm: LLM, path: str | None) -> Iterator[None]:
+    """Write what enters, leaves and moves in the cache to a file, as JSON lines, on rank 0."""
+    if path is None or not llm.launch.speaks:
+        yield
+        return
+    with open(path, "w", encoding="utf-8", buffering=1) as file:
+
+        def write(event: CacheEvent) -> None:
+            file.write(json.dumps(event.as_dict()) + "\n")
+
+        llm.listen(write)
+        try:
+            yield
+        finally:
+            llm.unlisten(write)
+
+
 def run(config: GenerateConfig) -> None:
     """Run the command on this rank."""
     launch = start(config.runtime.device, timeout_s=config.runtime.timeout_s)
     set_up_logging(launch.rank)
-    from_rank0(lambda: check_writable(config.output, config.metrics))
+    from_rank0(lambda: check_writable(config.output, config.metrics, config.cache.events))
     requests = from_rank0(lambda: read_requests(config))
     llm = LLM(config)
-    outputs = generate(llm, requests)
+    with cache_events(llm, config.cache.events):
+        outputs = generate(llm, requests)
     text = "".join(output_line(output, index) + "\n" for index, output in enumerate(outputs))
     metrics = json.dumps(metrics_of(llm), indent=2) + "\n"
     if config.output is None:

@@ -43,7 +43,7 @@ class RunProgress:
 
     def __enter__(self) -> Self:
         if self._bar is not None:
-            self._prefill = self._bar.add_task("prefill", total=None, rate="")
+            self._prefill = self._bar.add_task("prefill", total=0, rate="")
             self._decode = self._bar.add_task("decode", total=self._output_tokens, rate="")
             self._bar.start()
         return self

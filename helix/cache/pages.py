@@ -13,6 +13,7 @@ class PagedCache:
     """This rank's pages.
 
     Attributes:
+        pages: [L, P, 2, K, block_size, D], all layers in one tensor.
         layers: one tensor [P, 2, K, block_size, D] a layer, K before V, of the model's dtype. Never read before it is
             written: pages start uninitialised.
     """
@@ -29,7 +30,8 @@ class PagedCache:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_pages, 2, num_kv_heads, block_size, head_dim)
-        self.layers = list(torch.empty(shape, dtype=dtype, device=device).unbind(0))
+        self.pages = torch.empty(shape, dtype=dtype, device=device)
+        self.layers = list(self.pages.unbind(0))
 
     @staticmethod
     def page_bytes(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -1,68 +1,74 @@
-"""The control plane of the cache: which pages of which KVP rank belong to which sequence.
+"""The pages of all KVP ranks in one tier, and the pages of one sequence.
 
-Every rank runs the same code on the same inputs, tracks the pools of *all* KVP ranks and so takes the same decisions;
-no message is needed. A page is rank-local and holds one global block of one sequence; page ids are per KVP rank, and
-the same on all its TPA ranks.
+Every rank tracks the pages of *all* KVP ranks and takes the same decisions, so no message is needed. A page is
+rank-local and holds one global block of one sequence; page ids are per KVP rank, and the same on all its TPA ranks.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
-from parallel.placement import BlockCyclic
+from .keys import BlockKeys
+from .retention import Retention
+from .tree import Block
 
 
 @dataclass(slots=True)
 class BlockTable:
-    """The pages of one sequence: global block b is page ``pages[b]`` of rank ``(b + first_owner) % kvp``."""
+    """The pages of one sequence: global block b is page ``pages[b]`` of rank ``(b + first_owner) % kvp``.
+
+    Attributes:
+        first_owner: the rank of block 0.
+        pages: page ids; they are only ever added, until the table is released.
+        num_reused: leading tokens whose K and V were in the cache when the sequence was admitted.
+        num_cached: leading blocks that are in the tree under these tokens.
+        tail: the last of these blocks, or the root; pinned while the sequence runs.
+        own: blocks below ``num_cached`` of which the sequence has a page of its own, because another sequence put the
+            same tokens into the tree first.
+        keeps: False when its blocks cannot enter the tree any more.
+    """
 
     first_owner: int
     pages: list[int] = field(default_factory=list)
+    num_reused: int = 0
+    num_cached: int = 0
+    tail: Block | None = None
+    keys: BlockKeys | None = None
+    retention: tuple[Retention, ...] = ()
+    own: list[int] = field(default_factory=list)
+    keeps: bool = True
+    announced: bool = False  # its first block's tokens are among those that running sequences compute
 
     def local_pages(self, rank: int, kvp: int, start: int = 0) -> list[int]:
         """Return the page ids on a rank in ascending position, from the ``start``-th local one on."""
         return self.pages[(rank - self.first_owner) % kvp + start * kvp :: kvp]
 
 
-class PagePools:
-    """The free pages of every KVP rank.
+class PagePool:
+    """The free pages of one tier, for every KVP rank. Pages are taken in the order in which they became free.
 
     Args:
-        placement: the rule of ownership.
+        num_ranks: KVP ranks.
         num_pages: pages of each rank.
     """
 
-    def __init__(self, placement: BlockCyclic, num_pages: int) -> None:
-        self.placement = placement
+    def __init__(self, num_ranks: int, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = [list(range(num_pages - 1, -1, -1)) for _ in range(placement.kvp)]
+        self._free = [deque(range(num_pages)) for _ in range(num_ranks)]
 
     def num_free(self, rank: int) -> int:
         """Return how many pages of a rank are free."""
         return len(self._free[rank])
 
-    def fits(self, length: int) -> bool:
-        """Return whether empty pools can hold a sequence of so many tokens."""
-        return -(-self.placement.num_blocks(length) // self.placement.kvp) <= self.num_pages
+    def take(self, rank: int) -> int:
+        """Take the page of a rank that has been free longest; IndexError where none is."""
+        return self._free[rank].popleft()
 
-    def new_table(self) -> BlockTable:
-        """Return an empty table whose block 0 goes to the rank with the most free pages, the lowest of equals."""
-        free = [len(pages) for pages in self._free]
-        return BlockTable(first_owner=free.index(max(free)))
+    def give(self, rank: int, page: int) -> None:
+        """Give a page back."""
+        self._free[rank].append(page)
 
-    def grow(self, table: BlockTable, length: int) -> bool:
-        """Give a table the pages that ``length`` tokens need; take none and return False where they are not free."""
-        kvp = self.placement.kvp
-        owners = [
-            (block + table.first_owner) % kvp for block in range(len(table.pages), self.placement.num_blocks(length))
-        ]
-        if any(owners.count(rank) > len(self._free[rank]) for rank in set(owners)):
-            return False
-        table.pages.extend(self._free[owner].pop() for owner in owners)
-        return True
-
-    def release(self, table: BlockTable) -> None:
-        """Take back all pages of a table and empty it."""
-        for block, page in enumerate(table.pages):
-            self._free[(block + table.first_owner) % self.placement.kvp].append(page)
-        table.pages.clear()
+    def free_pages(self, rank: int) -> list[int]:
+        """Return the free pages of a rank, the next one first."""
+        return list(self._free[rank])

@@ -3,7 +3,7 @@
 The residual stream is replicated. A layer is: QKV of the TPA slice (the same on every KVP rank, so queries need no
 gather), RoPE, append to the owner's pages, partial attention over the local shard, exchange and merge, a row-parallel
 output projection over all N ranks, all-reduce; then the feed-forward, row-parallel over all N, and all-reduce
-(arXiv 2507.07120, figure 2).
+(arXiv 2507.07120, figure 2). Each all-reduce adds the residual and applies the norm that follows it.
 
 Steps with many rows may share the QKV projection: each KVP rank projects only the rows that it owns, whose K and V
 then stay where they are, and the queries are gathered.
@@ -17,13 +17,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from attention.append import append, rotate
+from attention.append import append, rope_append, rotate
 from attention.exchange import Exchange
 from attention.partial import PartialAttention
 from attention.rows import Rows
-from parallel.collectives import all_gather, all_reduce_
+from parallel.all_reduce_norm import AllReduceNorm
+from parallel.collectives import all_gather
 from parallel.grid import HelixGrid, Layout, split_evenly
 
+from .linear import gated_linear, linear
 from .spec import ModelSpec
 from .weights import Part, Weight, layer_weights, model_weights
 
@@ -75,14 +77,25 @@ class Decoder:
     """
 
     def __init__(
-        self, spec: ModelSpec, grid: HelixGrid, *, dtype: torch.dtype, device: torch.device, attention: PartialAttention
+        self,
+        spec: ModelSpec,
+        grid: HelixGrid,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: PartialAttention,
+        reduce_norm: AllReduceNorm | None = None,
+        pdl: bool = False,
     ) -> None:
         self.spec, self.grid, self.dtype, self.device = spec, grid, dtype, device
         self.part = part_of(spec, grid.layout, grid.rank)
         self.num_heads = self.part.q_heads[1] - self.part.q_heads[0]
         self.num_kv_heads = self.part.kv_heads[1] - self.part.kv_heads[0]
         self._merged_len = (self.part.out_heads[1] - self.part.out_heads[0]) * spec.head_dim
-        self._attention = attention
+        self._attention, self._pdl = attention, pdl
+        self._reduce_norm = reduce_norm or AllReduceNorm(
+            grid.world_group, hidden_size=spec.hidden_size, dtype=dtype, device=device
+        )
         self._scale = spec.head_dim**-0.5
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
         self.top: Parameters = self._allocate(model_weights(spec, self.part))
@@ -118,34 +131,58 @@ class Decoder:
             exchange: the exchange over the KVP group.
             share: how the KVP ranks share the QKV projection; None where each projects every row.
         """
-        x = F.embedding(token_ids, self.top["embedding"])
+        stream = F.embedding(token_ids, self.top["embedding"])
         angle = rows.positions.unsqueeze(1).to(torch.float32) * self._inv_freq
         cos, sin = angle.cos() * self.spec.rope.attention_scaling, angle.sin() * self.spec.rope.attention_scaling
-        for weights, layer_pages in zip(self.layers, pages, strict=True):
-            normed = self._norm(x, weights["input_norm"])
-            q = self._project_qkv(weights, normed, cos, sin, rows, layer_pages, share)
-            out, lse = self._attention(q, layer_pages, rows, self._scale)
-            merged = exchange(out, lse).reshape(-1, self._merged_len)
-            x = x + all_reduce_(F.linear(merged, weights["o"]), self.grid.world_group)
-            normed = self._norm(x, weights["post_norm"])
-            gate, up = F.linear(normed, weights["gate_up"]).chunk(2, -1)
-            x = x + all_reduce_(F.linear(F.silu(gate) * up, weights["down"]), self.grid.world_group)
-        return self._norm(x, self.top["final_norm"])
+        normed = self._norm(stream, self.layers[0]["input_norm"])
+        next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
+        exchange.begin_step()
+        for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            q = self._project_qkv(weights, normed, cos, sin, rows, pages[layer], share)
+            part, lse = self._attention(q, pages[layer], rows, self._scale)
+            merged = exchange(part, lse, layer=layer).reshape(-1, self._merged_len)
+            projected = linear(merged, weights["o"], pdl=self._pdl)
+            normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * layer)
+            projected = linear(gated_linear(normed, weights["gate_up"], pdl=self._pdl), weights["down"], pdl=self._pdl)
+            normed = self._sum_and_norm(projected, stream, next_norm, 2 * layer + 1)
+        return normed
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits [L, V] of hidden states [L, h], gathered: bit-identical on every rank."""
+    def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return this rank's slice of the vocabulary of the logits of hidden states [L, h]: [L, V_local]."""
+        return linear(hidden, self.top["lm_head"], pdl=self._pdl)
+
+    @torch.inference_mode()
+    def gather_logits(self, local: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [L, V] from every rank's slice: bit-identical on every rank."""
         world, vocab = self.grid.world_size, self.spec.vocab_size
-        local = F.linear(hidden, self.top["lm_head"])
         if world == 1:
             return local.float()
         widest = -(-vocab // world)
-        local = F.pad(local, (0, widest - local.shape[-1]))
-        gathered = all_gather(local, self.grid.world_group)
+        gathered = all_gather(F.pad(local, (0, widest - local.shape[-1])), self.grid.world_group)
         if vocab % world == 0:
             return gathered.transpose(0, 1).flatten(1).float()
         sizes = [stop - start for start, stop in (split_evenly(vocab, world, rank) for rank in range(world))]
         return torch.cat([gathered[rank, :, :size] for rank, size in enumerate(sizes)], -1).float()
+
+    @torch.inference_mode()
+    def greedy(self, local: torch.Tensor) -> torch.Tensor:
+        """Return the most likely token of each row from every rank's slice, the lowest of equals: [L] int64.
+
+        One int64 a row and rank travels: the logit's bits in the order of its value, then the token id counted down.
+        """
+        best, index = local.float().max(-1)
+        bits = (best + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, its equal
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+        start, last = self.part.vocab[0], self.spec.vocab_size - 1
+        keys = (ordered << 32) | (last - start - index)
+        winner = all_gather(keys, self.grid.world_group).amax(0)
+        return last - (winner & 0xFFFFFFFF)
+
+    def _sum_and_norm(
+        self, projected: torch.Tensor, stream: torch.Tensor, weight: torch.Tensor, index: int
+    ) -> torch.Tensor:
+        return self._reduce_norm(projected, stream, weight, self.spec.rms_eps, index=index)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self.spec.rms_eps)
@@ -167,13 +204,19 @@ class Decoder:
             slot = slot[share.mine]
             slot[share.num_mine :] = -1
         D, num_q, num_kv = self.spec.head_dim, self.num_heads, self.num_kv_heads
-        qkv = F.linear(normed, weights["qkv"], weights.get("qkv_bias")).unflatten(-1, (-1, D))
-        q, k, v = qkv.split((num_q, num_kv, num_kv), 1)
-        if self.spec.qk_norm:
-            q, k = self._norm(q, weights["q_norm"]), self._norm(k, weights["k_norm"])
+        flat = linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl)
         interleaved = self.spec.rope.interleaved
-        q = rotate(q, cos, sin, interleaved=interleaved)
-        append(rotate(k, cos, sin, interleaved=interleaved), v, pages, slot)
+        if flat.is_cuda:
+            norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if self.spec.qk_norm else None
+            q = rope_append(
+                flat, cos, sin, pages, slot, num_heads=num_q, norms=norms, interleaved=interleaved, pdl=self._pdl
+            )
+        else:
+            q, k, v = flat.unflatten(-1, (-1, D)).split((num_q, num_kv, num_kv), 1)
+            if self.spec.qk_norm:
+                q, k = self._norm(q, weights["q_norm"]), self._norm(k, weights["k_norm"])
+            q = rotate(q, cos, sin, interleaved=interleaved)
+            append(rotate(k, cos, sin, interleaved=interleaved), v, pages, slot)
         if share is not None:
             q = all_gather(q, self.grid.kvp_group).flatten(0, 1)[share.order]
         return q

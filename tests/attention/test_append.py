@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attention.append import append, append_kernel, rotate
+from attention.append import append, append_kernel, rope_append, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,3 +37,24 @@ def test_rotation_equals_transformers(family):
     )
     ours = rotate(x, angle.cos(), angle.sin(), interleaved=family == "glm")
     torch.testing.assert_close(ours, expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("interleaved", "half"), [(False, 8), (False, 4), (True, 8), (True, 4)])
+def test_one_kernel_does_what_the_steps_do(norm, interleaved, half):
+    rows, heads, kv_heads, head_dim, block_size = 5, 4, 2, 16, 4
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device=DEVICE)
+    cos, sin = torch.randn(2, rows, half, device=DEVICE).unbind(0)
+    slot = torch.tensor([3, -1, 9, 0, -1], device=DEVICE)
+    weights = torch.randn(2, head_dim, device=DEVICE).unbind(0)
+    pages, expected_pages = torch.zeros(2, 4, 2, kv_heads, block_size, head_dim, device=DEVICE).unbind(0)
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), 1)
+    if norm:
+        q = torch.nn.functional.rms_norm(q, (head_dim,), weights[0], 1e-5)
+        k = torch.nn.functional.rms_norm(k, (head_dim,), weights[1], 1e-5)
+    append(rotate(k, cos, sin, interleaved=interleaved), v, expected_pages, slot)
+    expected = rotate(q, cos, sin, interleaved=interleaved)
+    norms = (*weights, 1e-5) if norm else None
+    ours = rope_append(qkv, cos, sin, pages, slot, num_heads=heads, norms=norms, interleaved=interleaved)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pages, expected_pages, rtol=1e-5, atol=1e-5)

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from attention.exchange import CollectiveExchange, NoExchange, make_exchange
+from attention.exchange import CollectiveExchange, Heads, NoExchange, make_exchange
 from attention.merge import merge_reference
 from parallel.grid import split_evenly
 
@@ -20,9 +20,9 @@ def partials(rank: int, rows: int, heads: int, head_dim: int, dtype: torch.dtype
 def exchange_body(rows, heads, head_dim, dtype):
     size, rank = dist.get_world_size(), dist.get_rank()
     device = torch.device("cuda", rank) if torch.cuda.device_count() >= size else torch.device("cpu")
-    exchange = CollectiveExchange(dist.group.WORLD, heads, head_dim, device)
+    exchange = CollectiveExchange(dist.group.WORLD, Heads(heads, head_dim, dtype, device, num_layers=1))
     out, lse = partials(rank, rows, heads, head_dim, dtype)
-    return exchange(out.to(device), lse.to(device)).cpu()
+    return exchange(out.to(device).unsqueeze(0), lse.to(device).unsqueeze(0)).cpu()
 
 
 @pytest.mark.parametrize(
@@ -47,13 +47,31 @@ def test_each_rank_gets_its_own_heads_merged(ranks, world, heads, dtype):
         assert torch.equal(merged[0], torch.zeros_like(merged[0]))
 
 
-def test_a_group_of_one_returns_its_partials():
-    exchange = make_exchange("auto", group=None, num_heads=4, head_dim=8, device=torch.device("cpu"))
+CPU = Heads(num_heads=4, head_dim=8, dtype=torch.float32, device=torch.device("cpu"), num_layers=1)
+
+
+def test_a_group_of_one_merges_its_splits():
+    exchange = make_exchange("auto", group=None, heads=CPU)
     assert isinstance(exchange, NoExchange)
-    out = torch.randn(2, 4, 8)
-    assert exchange(out, torch.zeros(2, 4)) is out
+    part, lse = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 4)
+    torch.testing.assert_close(exchange(part, lse), merge_reference(part, lse)[0])
+    assert torch.equal(exchange(part[:1], lse[:1]), part[0])
+
+
+def auto_body():
+    name = type(make_exchange("auto", group=dist.group.WORLD, heads=CPU)).__name__
+    try:
+        make_exchange("fused", group=dist.group.WORLD, heads=CPU)
+    except ValueError as error:
+        return name, str(error)
+
+
+def test_fused_is_refused_where_it_cannot_run(ranks):
+    name, error = ranks(2).run(auto_body)[0]
+    assert name == "CollectiveExchange"
+    assert error.startswith("attention.exchange = fused cannot run here: the KVP group shares no GPU memory")
 
 
 def test_unknown_exchange_is_refused():
-    with pytest.raises(ValueError, match="attention.exchange = 'magic' must be one of auto, collective"):
-        make_exchange("magic", group=None, num_heads=4, head_dim=8, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="attention.exchange = 'magic' must be one of auto, collective, fused"):
+        make_exchange("magic", group=None, heads=CPU)

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import reference, split_kv
-from attention.merge import merge_reference
+from attention.merge import merge_reference, merge_splits
 from attention.partial import select_backend
 from attention.reference import partial_attention
 from tests.attention.cases import full_attention, make_case, shard
@@ -30,9 +32,14 @@ def build(seed, shape, max_rows, **more):
     return make_case(seed, num_rows=num_rows, heads=heads, head_dim=more.pop("head_dim", 8), **rest, **more)
 
 
+def attend(backend, q, pages, rows, scale):
+    """What a back end gives with its splits merged, in q's dtype."""
+    return merge_splits(*backend(q, pages, rows, scale), q.dtype)
+
+
 def merged_over_ranks(case, backend):
     partials = [
-        backend(case.q.to(DEVICE), *shard(case, rank, DEVICE), case.q.shape[-1] ** -0.5)
+        attend(backend, case.q.to(DEVICE), *shard(case, rank, DEVICE), case.q.shape[-1] ** -0.5)
         for rank in range(case.place.kvp)
     ]
     return merge_reference(
@@ -51,9 +58,9 @@ def test_sharded_in_a_list_and_merged_equals_full_attention(seed, shape):
 
 def test_reference_in_small_pieces_equals_itself_in_one(monkeypatch):
     case = make_case(3, lengths=[90], num_rows=[40], heads=4, kv_heads=2, head_dim=8, block_size=4, kvp=2)
-    whole = partial_attention(case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.3)
+    whole = attend(partial_attention, case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.3)
     monkeypatch.setattr(reference, "SCORES_AT_ONCE", 500)
-    pieces = partial_attention(case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.3)
+    pieces = attend(partial_attention, case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.3)
     torch.testing.assert_close(whole, pieces)
 
 
@@ -62,10 +69,10 @@ def test_an_empty_shard_gives_zero_and_minus_infinity(name):
     case = make_case(0, lengths=[5, 20], num_rows=[3, 1], heads=4, kv_heads=2, head_dim=16, block_size=16, kvp=4)
     case.first_owners = [0, 0]
     backend = select_backend(name, torch.device(DEVICE))
-    out, lse = (each.cpu() for each in backend(case.q.to(DEVICE), *shard(case, 3, DEVICE), 0.25))
+    out, lse = (each.cpu() for each in attend(backend, case.q.to(DEVICE), *shard(case, 3, DEVICE), 0.25))
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
-    out, lse = (each.cpu() for each in backend(case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.25))
+    out, lse = (each.cpu() for each in attend(backend, case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.25))
     assert torch.equal(out[:3], torch.zeros_like(out[:3])) and torch.isneginf(lse[:3]).all()
     assert out[3].abs().min() > 0 and lse[3].isfinite().all()
 
@@ -78,9 +85,9 @@ def test_kernel_equals_the_reference(seed, shape, dtype, head_dim):
     for rank in range(case.place.kvp):
         pages, rows = shard(case, rank, DEVICE)
         q, scale = case.q.to(DEVICE), head_dim**-0.5
-        out, lse = kernel(q, pages, rows, scale)
-        exact, exact_lse = partial_attention(q.float(), pages.float(), rows, scale)
-        plain, _ = partial_attention(q, pages, rows, scale)
+        out, lse = attend(kernel, q, pages, rows, scale)
+        exact, exact_lse = attend(partial_attention, q.float(), pages.float(), rows, scale)
+        plain, _ = attend(partial_attention, q, pages, rows, scale)
         ours, theirs = (out.float() - exact).abs().max(), (plain.float() - exact).abs().max()
         assert ours <= 2 * theirs + (2e-5 if dtype == torch.float32 else 4e-3)
         torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)
@@ -90,9 +97,12 @@ def test_kernel_result_does_not_depend_on_the_number_of_splits(monkeypatch):
     case = make_case(7, lengths=[300, 40], num_rows=[1, 1], heads=8, kv_heads=2, head_dim=16, block_size=16, kvp=1)
     pages, rows = shard(case, 0, DEVICE)
     results = []
-    for splits in (1, 2, 5, 32):
-        monkeypatch.setattr(split_kv.SplitKV, "num_splits", lambda self, programs, longest, splits=splits: splits)
-        results.append(select_backend("triton", torch.device(DEVICE))(case.q.to(DEVICE), pages, rows, 0.25))
+    choose = split_kv.choose_tile
+    for splits in (1, 2, 5, 200):
+        monkeypatch.setattr(
+            split_kv, "choose_tile", lambda *sizes, splits=splits: replace(choose(*sizes), splits=splits)
+        )
+        results.append(attend(select_backend("triton", torch.device(DEVICE)), case.q.to(DEVICE), pages, rows, 0.25))
     for out, lse in results[1:]:
         torch.testing.assert_close(out, results[0][0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse, results[0][1], rtol=1e-5, atol=1e-5)
@@ -104,17 +114,22 @@ def test_strided_queries_are_read_by_their_strides():
     wide = torch.randn(4, 6, 16, device=DEVICE)
     wide[:, :4] = case.q.to(DEVICE)
     kernel = select_backend("triton", torch.device(DEVICE))
-    assert torch.equal(kernel(wide[:, :4], pages, rows, 0.25)[0], kernel(case.q.to(DEVICE), pages, rows, 0.25)[0])
+    assert torch.equal(
+        attend(kernel, wide[:, :4], pages, rows, 0.25)[0], attend(kernel, case.q.to(DEVICE), pages, rows, 0.25)[0]
+    )
 
 
-def test_splits_fill_the_gpu_and_no_more():
-    kernel = split_kv.SplitKV(torch.device("cpu"))
-    kernel._processors = 100
-    assert kernel.num_splits(programs=1, max_visible_len=10**6) == split_kv.MAX_SPLITS
-    assert kernel.num_splits(programs=20, max_visible_len=10**6) == 10
-    assert kernel.num_splits(programs=1, max_visible_len=1000) == 4
-    assert kernel.num_splits(programs=500, max_visible_len=10**6) == 1
-    assert kernel.num_splits(programs=1, max_visible_len=0) == 1
+@pytest.mark.parametrize(
+    ("batch", "longest", "splits"), [(1, 10**6, 50), (10, 10**6, 5), (1, 1000, 16), (300, 10**6, 1), (1, 0, 1)]
+)
+def test_splits_fill_the_gpu_and_no_more(batch, longest, splits):
+    _, rows = shard(
+        make_case(0, lengths=[1] * batch, num_rows=[1] * batch, heads=4, kv_heads=2, head_dim=16, block_size=1, kvp=1),
+        0,
+        DEVICE,
+    )
+    rows = replace(rows, max_visible_len=longest)
+    assert split_kv.choose_tile(rows, 2, 2, 16, torch.bfloat16, 100).splits == splits
 
 
 def test_unknown_back_end_is_refused():

@@ -6,7 +6,6 @@ import torch.distributed as dist
 
 from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from helix.llm import LLM
-from helix.request import Request
 from helix.sampling import SamplingParams
 from scripts.make_checkpoint import FAMILIES, make_checkpoint
 
@@ -23,16 +22,10 @@ def logits_body(path, kvp, tpa, prompts):
     )
     llm = LLM(config)
     ours = []
+    sample = llm.engine._sample
+    llm.engine._sample = lambda logits, seqs: (ours.extend(logits.cpu()), sample(logits, seqs))[1]
     for prompt in prompts:
-        llm.engine.add(llm._prepare(0, Request(prompt_token_ids=prompt), SamplingParams(max_tokens=1)))
-        scheduler = llm.engine.scheduler
-        while scheduler.has_work:
-            chunks = scheduler.schedule()
-            logits = llm.runner.run(chunks)
-            chunks[0].seq.num_computed = chunks[0].stop
-            if chunks[0].samples:
-                ours.append(logits[0].cpu())
-                scheduler.finish(chunks[0].seq)
+        llm.generate([prompt], SamplingParams(max_tokens=1, logprobs=0))  # log-probabilities need the logits
     if dist.get_rank() != 0:
         return ours, None, None
     theirs = {}

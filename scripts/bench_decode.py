@@ -1,0 +1,162 @@
+"""TTL of a whole model's decode step for several layouts, over a filled cache, beside the step's byte floor.
+
+    torchrun --standalone --nproc-per-node 4 -m scripts.bench_decode model=glm4_9b_1m \
+        layouts='[[2,2],[4,1],[1,4]]' cases='[[131072,1],[131072,8]]'
+
+Weights and cache are random. Steps are launched back to back, each fed by the tokens that the one before it left on the
+device, as the runtime does. Layouts are [kvp, tpa], cases [context in tokens, batch].
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from helix.cache.pool import BlockTable
+from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from helix.detokenize import Detokenizer
+from helix.llm import LLM
+from helix.request import Chunk, RequestOutput, Sequence
+from helix.sampling import SamplingParams
+from parallel.launch import gather_values, set_up_logging, start, stop
+from scripts import cli
+from scripts.timing import HBM_BYTES_PER_US, report
+
+PARTS = {
+    "attention": ("_few_rows_kernel", "_split_kernel", "_merge_splits_kernel"),
+    "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
+    "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
+    "GEMMs": ("_linear_kernel", "gemm", "gemv", "cublas", "nvjet", "splitK"),
+    "append": ("_rope_append_kernel",),
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchDecodeConfig:
+    """What to measure: layouts [kvp, tpa], cases [context, batch], steps a measurement, and a profile of parts."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    layouts: list[list[int]] = field(default_factory=lambda: [[2, 2], [4, 1], [1, 4]])
+    cases: list[list[int]] = field(default_factory=lambda: [[131072, 1], [131072, 8], [524288, 1]])
+    block_size: int = 64
+    steps: int = 60
+    profile: bool = True
+
+
+def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
+    """Return running sequences whose caches hold ``context`` random tokens, with room to grow."""
+    place, pages = llm.placement, [0] * llm.layout.kvp
+    sequences = []
+    for index in range(batch):
+        table = BlockTable(first_owner=index % place.kvp)
+        for block in range(place.num_blocks(context + 4096)):
+            owner = (block + table.first_owner) % place.kvp
+            table.pages.append(pages[owner])
+            pages[owner] += 1
+        seq = Sequence(
+            index=index, token_ids=[1] * context, prompt_len=context, sampling=SamplingParams(), seed=0,
+            max_len=context + 4096, detokenizer=Detokenizer(None), output=RequestOutput(None),
+        )  # fmt: skip
+        seq.blocks, seq.batch_slot = table, index
+        sequences.append(seq)
+    return sequences
+
+
+def floor_us(llm: LLM, context: int, batch: int) -> float:
+    """Return the time to read this rank's weights and KV once, all layers and the output head."""
+    spec, decoder = llm.spec, llm.runner.decoder
+    local = llm.placement.local_len(context, 0)
+    kv = 2 * decoder.num_kv_heads * spec.head_dim * local * batch * llm.dtype.itemsize * spec.num_layers
+    return (kv + decoder.layer_bytes + decoder.top["lm_head"].nbytes) / HBM_BYTES_PER_US
+
+
+def measure(llm: LLM, context: int, batch: int, steps: int, profile: bool) -> dict[str, Any]:
+    """Return TTL and parts of one case, in milliseconds."""
+    sequences = filled_sequences(llm, context, batch)
+    runner = llm.runner
+    pending = runner.launch([Chunk(seq, context - 1, context) for seq in sequences])
+    pending.wait()
+
+    def run(count: int) -> float:
+        began, waiting = time.perf_counter(), []
+        for _ in range(count):
+            for seq in sequences:
+                seq.token_ids.append(-1)  # the token that the device chose last
+            length = len(sequences[0].token_ids)
+            waiting.append(runner.launch([Chunk(seq, length - 1, length) for seq in sequences]))
+            if len(waiting) == 3:
+                waiting.pop(0).wait()
+        for each in waiting:
+            each.wait()
+        return (time.perf_counter() - began) / count * 1e3
+
+    run(10)
+    ttl = statistics.median(run(steps) for _ in range(3))
+    runner.check_faults()
+    floor = floor_us(llm, context, batch) / 1e3
+    row: dict[str, Any] = {"context": context, "batch": batch, "TTL ms": ttl, "floor ms": floor, "x floor": ttl / floor}
+    return row | (parts_of(run) if profile else {})
+
+
+def parts_of(run: Any) -> dict[str, float]:
+    """Profile a few steps: milliseconds a step in each part, and the share of time in which no kernel ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run(5)
+        torch.cuda.synchronize()
+    spans = []
+    totals: dict[str, float] = defaultdict(float)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.elapsed_us() > 0:
+            begin, end = event.time_range.start, event.time_range.end
+            spans.append((begin, end))
+            part = next((part for part, names in PARTS.items() if any(name in event.name for name in names)), "other")
+            totals[part] += (end - begin) / 5e3
+    spans.sort()
+    busy, reached = 0.0, spans[0][0]
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    gaps = 1.0 - busy / (reached - spans[0][0])
+    return {f"{part} ms": totals[part] for part in [*PARTS, "other"]} | {"gaps %": 100 * gaps}
+
+
+def run(config: BenchDecodeConfig) -> None:
+    """Run the benchmark on this rank."""
+    launch = start("cuda", timeout_s=config.runtime.timeout_s)
+    set_up_logging(launch.rank)
+    rows = []
+    for kvp, tpa in config.layouts:
+        room = max((context + 8192) * batch for context, batch in config.cases)
+        llm = LLM(
+            HelixConfig(
+                model=replace(config.model, max_position=max(context for context, _ in config.cases) + 8192),
+                parallel=ParallelConfig(kvp=kvp, tpa=tpa),
+                cache=CacheConfig(block_size=config.block_size, num_pages=room // config.block_size // kvp + 64),
+                scheduler=SchedulerConfig(max_batch=max(batch for _, batch in config.cases)),
+                runtime=config.runtime,
+            )
+        )
+        for pages in llm.runner.cache.layers:
+            pages.normal_()
+        for context, batch in config.cases:
+            row = measure(llm, context, batch, config.steps, config.profile)
+            slowest = max(gather_values(int(row["TTL ms"] * 1e6))) / 1e6
+            rows.append({"kvp": kvp, "tpa": tpa, **row, "TTL ms": slowest, "x floor": slowest / row["floor ms"]})
+            cli.say(f"kvp {kvp} x tpa {tpa}, {context} x {batch}: {slowest:.3f} ms")
+        del llm
+        gc.collect()
+        torch.cuda.empty_cache()
+    columns = list(rows[0])
+    report("decode step", columns, [[row[name] for name in columns] for row in rows], dtype="bfloat16")
+    stop()
+
+
+if __name__ == "__main__":
+    cli.main("bench_decode", BenchDecodeConfig, run)

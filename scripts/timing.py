@@ -1,0 +1,79 @@
+"""Time GPU work as it runs in a decode step: inside CUDA graphs, medians over replays, the slowest rank counts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from scripts import cli
+
+HBM_BYTES_PER_US = 4.5e6
+"""What a streaming read of an H200 reaches; floors are bytes over this."""
+
+
+def graph_us(calls: Sequence[Callable[[], Any]], *, repeats: int, iterations: int = 40) -> tuple[float, float]:
+    """Return the median time of one call and its spread (of the middle half of the replays), in microseconds.
+
+    Collective over the world, where there is one. ``calls`` are taken in turn, so that inputs can be rotated past the
+    L2 cache; a graph holds ``iterations`` of them and is replayed ``repeats`` times.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:  # all of them: a message of the next layer belongs in the other slot
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(iterations):
+            calls[index % len(calls)]()
+    times = []
+    for replay in range(repeats + 2):
+        if dist.is_initialized():
+            dist.barrier()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 2:
+            times.append(begin.elapsed_time(end) * 1e3 / iterations)
+    low, middle, high = statistics.quantiles(times, n=4)
+    result = torch.tensor([middle, high - low], device="cuda")
+    if dist.is_initialized():
+        dist.all_reduce(result, dist.ReduceOp.MAX)
+    return float(result[0]), float(result[1])
+
+
+def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], **facts: Any) -> None:
+    """Print a table for people and, last, one JSON line for machines, on rank 0."""
+    if cli.rank() != 0:
+        return
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=160).print(table)
+    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip() or None
+    line = {
+        "bench": title,
+        "gpu": torch.cuda.get_device_name(),
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        "torch": torch.__version__,
+        "commit": commit,
+        **facts,
+        "rows": [dict(zip(columns, row, strict=True)) for row in rows],
+    }
+    print(json.dumps(line), flush=True)

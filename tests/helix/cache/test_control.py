@@ -1,0 +1,398 @@
+"""The control plane by examples: what is found, what is copied, who goes, and who waits."""
+
+import pytest
+
+from helix.cache.keys import BlockKeys
+from helix.cache.movements import CopyTokens, Offload, Onboard
+from helix.cache.retention import Retention
+from tests.helix.cache.world import World, path_of
+
+A, B, C = list(range(100, 200)), list(range(200, 300)), list(range(300, 400))
+
+
+def world(kvp: int = 1, block_size: int = 4, num_pages: int = 32, **settings: object) -> World:
+    return World(kvp, block_size, num_pages, settings)
+
+
+def counted(each: World) -> tuple[int, int, int]:
+    counters = each.cache.counters
+    return counters.blocks_reused, counters.blocks_copied, counters.blocks_onboarded
+
+
+@pytest.mark.parametrize("kvp", [1, 2, 4, 8])
+def test_whole_blocks_then_part_of_one_are_found_whatever_kvp_is(kvp: int) -> None:
+    w = world(kvp)
+    assert w.run(A[:14]) == 0
+    assert w.run(A[:14]) == 13, "everything but the last token"
+    assert w.run(A[:10] + B[:10]) == 10
+    assert w.run(B[:10]) == 0
+    w.check()
+
+
+def test_generated_blocks_are_found_by_the_next_turn() -> None:
+    w = world(kvp=2)
+    w.run(A[:6], made=B[:9])
+    assert w.run(A[:6] + B[:9] + C[:5]) == 15
+
+
+def test_full_blocks_are_found_while_their_sequence_still_runs() -> None:
+    w = world(kvp=2)
+    first = w.start(A[:10])
+    assert first is not None
+    w.compute(first, 9)
+    second = w.start(A[:10])
+    assert second is not None and second.num_computed == 8
+    w.compute(second)
+    w.compute(first)
+    w.check()
+    w.release(first)
+    w.release(second)
+    w.check()
+
+
+def test_another_salt_finds_nothing() -> None:
+    w = world(kvp=2)
+    w.run(A[:12], salt="one")
+    assert w.run(A[:12], salt="two") == 0
+    assert w.run(A[:12]) == 0
+    assert w.run(A[:12], salt="one") == 11
+    w.for_all(lambda cache: cache.clear())
+    assert not w.cache.blocks.tree.roots
+
+
+def test_without_reuse_nothing_is_kept_and_without_partial_reuse_only_whole_blocks_are() -> None:
+    off = world(reuse=False)
+    assert [off.run(A[:14]) for _ in range(2)] == [0, 0]
+    assert off.cache.num_available(0) == off.cache.blocks.device.num_free(0) == 32
+    whole = world(partial_reuse=False)
+    assert [whole.run(A[:14]) for _ in range(2)] == [0, 12]
+    assert whole.run(A[:12]) == 8, "the last block holds the token that must be computed"
+
+
+def test_a_free_leaf_is_taken_over_and_one_in_use_is_copied_by_its_matched_tokens_only() -> None:
+    w = world(kvp=2)
+    w.run(A[:11])
+    running = w.start(A[:10] + B[:1])
+    assert running is not None and running.num_computed == 10
+    assert w.moved == []
+    assert counted(w) == (3, 0, 0)
+    w.compute(running)
+    w.release(running)
+    first = w.start(A[:9] + C[:5])  # of the leaf A[8:10] + B[:1] one token matches
+    second = w.claim(w.keys(A[:9] + B[:5]))
+    assert first is not None and w.cache.counters.blocks_copied == 0
+    w.drop(second)
+    w.compute(first)  # now A[8:9] + C[:3] is a full block in use
+    other = w.start(A[:9] + B[:5])
+    assert other is not None and other.num_computed == 9
+    [copy] = w.moved
+    assert isinstance(copy, CopyTokens) and copy.num_tokens == 1
+    w.compute(other)
+    w.check()
+
+
+def test_of_several_claims_on_one_leaf_the_last_takes_it_over_and_the_others_copy() -> None:
+    w = world(kvp=2)
+    w.run(A[:7])
+    claims = [w.claim(w.keys(A[:6] + [end] * 3)) for end in (1, 2, 3)]
+    w.check(claims)
+    running = [w.admit(each) for each in claims]
+    w.move()
+    assert [type(move) for move in w.moved] == [CopyTokens, CopyTokens]
+    assert [each.num_computed for each in running if each] == [6, 6, 6]
+    for each in running:
+        assert each is not None
+        w.compute(each)
+    w.check()
+
+
+def test_a_claimant_that_goes_before_its_copy_leaves_the_others_right() -> None:
+    w = world(kvp=1, num_pages=6)
+    w.run(A[:7])
+    claims = [w.claim(w.keys(A[:6] + [end] * 3)) for end in (1, 2)]
+    first = w.admit(claims[0])
+    assert first is not None
+    w.release(first)  # preempted: its copy is still to come, and its pages may go to others
+    second = w.admit(claims[1])
+    third = w.admit(w.claim(w.keys(B[:4])))
+    assert second is not None and third is not None
+    w.move()
+    w.compute(third)
+    w.compute(second)
+    w.check()
+    assert w.start(A[:6] + [1] * 3) is not None
+
+
+def test_a_prompt_that_is_cached_whole_computes_its_last_token() -> None:
+    w = world(kvp=2)
+    w.run(A[:8], made=A[8:16])
+    for length in range(1, 17):
+        assert w.run(A[:length]) == length - 1
+
+
+@pytest.mark.parametrize("kvp", [1, 2, 4])
+def test_a_pool_of_exactly_one_requests_size_serves_any_request_after_any_other(kvp: int) -> None:
+    w = world(kvp, num_pages=4)
+    length = 4 * 4 * kvp
+    sequences = [(A * 2)[:length], (A[:6] + B * 2)[:length], (B * 2)[:length], (A[:6] + C * 2)[:length]]
+    for tokens in sequences * 2:
+        w.run(tokens)
+    assert w.cache.fits(length) and not w.cache.fits(length + 1)
+
+
+def test_the_source_of_a_copy_is_given_up_where_it_is_what_is_missing() -> None:
+    w = world(num_pages=4)
+    w.run(A[:16])
+    running = w.start(A[:6] + B[:10])  # block 1 has children: copying would need a fifth page
+    assert running is not None and running.num_computed == 4
+    w.compute(running)
+    w.check()
+
+
+def test_a_request_that_does_not_fit_changes_nothing() -> None:
+    w = world(kvp=2, num_pages=3)
+    w.run(A[:9])
+    running = w.start(B[:12])
+    assert running is not None
+    before = [w.cache.num_available(rank) for rank in range(2)]
+    assert w.start(A[:8] + C[:9]) is None
+    assert [w.cache.num_available(rank) for rank in range(2)] == before
+    w.check()
+    assert not w.extend(running, C[:30])
+    w.check()
+
+
+def test_the_least_recently_used_leaf_goes_first() -> None:
+    w = world(num_pages=6)
+    w.run(A[:8])
+    w.run(B[:8])
+    w.run(A[:8])  # used again
+    w.run(C[:12])  # needs one page more than is free
+    assert w.run(A[:8]) == 7
+    assert w.run(B[:8]) == 4, "its last block went, the one before stayed"
+
+
+def test_blocks_of_low_priority_go_first_and_priorities_end() -> None:
+    for wait, b_stays in ((0.0, True), (60.0, False)):
+        w = world(num_pages=6)
+        w.for_all(lambda cache: cache.advance(100.0))
+        w.run(B[:8], retention=(Retention(priority=90, duration_s=30.0),))
+        w.run(A[:8])
+        w.for_all(lambda cache, now=100.0 + wait: cache.advance(now))
+        assert w.cache.needs_time == b_stays
+        w.run(C[:12])
+        assert w.run(B[:7]) == (6 if b_stays else 4)
+
+
+def test_a_range_of_tokens_has_its_own_priority_and_a_reuse_can_change_it() -> None:
+    w = world(num_pages=8)
+    w.run(A[:16], retention=(Retention(priority=80), Retention(start=8, end=12, priority=5)))
+    priorities = [block.priority for block in w.cache.blocks.tree.walk()]
+    assert priorities == [80, 80, 5, 80]
+    w.run(A[:9])
+    assert [block.priority for block in w.cache.blocks.tree.walk()][:2] == [80, 80]
+    w.run(A[:9], retention=(Retention(end=4, priority=1),))
+    assert [block.priority for block in w.cache.blocks.tree.walk()][:2] == [1, 80]
+
+
+def test_time_never_goes_back() -> None:
+    w = world()
+    w.for_all(lambda cache: cache.advance(50.0))
+    w.for_all(lambda cache: cache.advance(10.0))
+    assert w.cache.blocks.now == 50.0
+
+
+def test_evicted_blocks_go_to_the_host_and_come_back_on_a_match() -> None:
+    w = world(kvp=2, num_pages=3, host_pages=8)
+    w.run(A[:22])
+    assert w.run(B[:22]) == 0
+    assert w.cache.counters.blocks_offloaded >= 5
+    assert w.run(A[:22]) == 21
+    assert w.cache.counters.blocks_onboarded >= 5
+    assert w.cache.counters.blocks_evicted == 0
+
+
+def test_blocks_below_the_threshold_are_dropped_not_offloaded() -> None:
+    w = world(num_pages=4, host_pages=8, offload_min_priority=30)
+    w.run(A[:16], retention=(Retention(priority=20),))
+    w.run(B[:16])
+    assert (w.cache.counters.blocks_offloaded, w.cache.counters.blocks_evicted) == (0, 4)
+    w.run(C[:16])
+    assert w.cache.counters.blocks_offloaded == 4
+
+
+def test_a_block_whose_children_are_on_the_host_follows_them_whatever_its_priority() -> None:
+    w = world(num_pages=2, host_pages=8, offload_min_priority=30)
+    w.run(A[:8], retention=(Retention(end=4, priority=10), Retention(start=4, priority=80)))
+    first = next(w.cache.blocks.tree.walk())
+    w.run(B[:8])
+    assert (first.priority, w.cache.counters.blocks_evicted) == (10, 0)
+    assert w.run(A[:8]) == 7
+
+
+def test_room_on_one_rank_costs_only_blocks_that_lead_to_it() -> None:
+    w = world(kvp=2, num_pages=2)
+    owners = []
+    for tokens in (A[:4], B[:4], C[:4]):  # one block each; A is the oldest
+        running = w.start(tokens)
+        assert running is not None
+        owners.append(running.tables[0].first_owner)
+        w.compute(running)
+        w.release(running)
+    assert owners == [0, 1, 0]
+    w.run([7] * 4)  # begins on rank 1
+    for tokens in ([8] * 4, [9] * 4):
+        w.run(tokens)  # each evicts on its own rank only
+    cached = {tuple(path) for _, path in map(path_of, w.cache.blocks.tree.walk())}
+    assert len(cached) == 4, "no page is free, and none was emptied for nothing"
+
+
+def test_an_old_sequence_goes_from_its_end_though_its_end_is_on_another_rank() -> None:
+    w = world(kvp=2, num_pages=2)
+    w.run(A[:8])  # ends on rank 1
+    w.run(B[:4])  # begins on rank 0
+    assert [w.cache.blocks.device.num_free(rank) for rank in range(2)] == [0, 1]
+    w.run(C[:7])  # begins on rank 1, and needs a page of rank 0
+    cached = {tuple(path[:1]) for _, path in map(path_of, w.cache.blocks.tree.walk())}
+    assert cached == {(B[0],), (C[0],)}, "A is older: its two blocks went, the last one first"
+
+
+def test_the_use_of_a_sequence_is_a_use_of_all_its_blocks() -> None:
+    w = world(num_pages=4)
+    ends = (Retention(start=4, priority=1),)
+    w.run(A[:8], retention=ends)
+    w.run(B[:4])
+    w.run(A[:8], retention=ends)
+    w.run(C[:12])  # the end of A goes for its priority, then B, which is older than the beginning of A
+    cached = [path[:1] for _, path in map(path_of, w.cache.blocks.tree.walk())]
+    assert A[:1] in cached and B[:1] not in cached
+
+
+def test_a_full_host_keeps_what_ranks_higher() -> None:
+    w = world(num_pages=4, host_pages=4)
+    w.run(A[:16], retention=(Retention(priority=80),))
+    w.run(B[:16])
+    w.run(C[:16])
+    assert w.run(A[:16]) == 15
+    assert w.run(B[:16]) == 0
+
+
+def test_a_host_page_matched_in_the_step_that_offloads_it_is_read_after_it_is_written() -> None:
+    w = world(num_pages=4, host_pages=8)
+    w.run(A[:16])
+    other = w.admit(w.claim(w.keys(B[:8])))  # offloads the last two blocks of A
+    assert other is not None
+    w.release(other, keep=False)
+    again = w.admit(w.claim(w.keys(A[:16])))  # and they come back before anything was moved
+    assert again is not None and again.num_computed == 15
+    w.move()
+    kinds = [type(move) for move in w.moved]
+    assert kinds.index(Offload) < kinds.index(Onboard)
+    w.compute(again)
+    w.check()
+
+
+def test_part_of_a_block_on_the_host_is_brought_in_whole_and_stays_there_while_others_need_it() -> None:
+    w = world(num_pages=4, host_pages=8)
+    w.run(A[:15])
+    w.run(B[:16])
+    claims = [w.claim(w.keys(A[:2] + [end] * 3)) for end in (1, 2)]
+    running = [w.admit(each) for each in claims]
+    w.move()
+    for each in running:
+        assert each is not None and each.num_computed == 2
+        w.compute(each)
+    w.check()
+    for each in running:
+        assert each is not None
+        w.release(each)
+    assert w.run(A[:8]) == 7
+
+
+def test_what_one_claim_onboards_another_finds_on_the_device() -> None:
+    w = world(num_pages=8, host_pages=8)
+    w.run(A[:16])
+    w.run(B[:32])
+    claims = [w.claim(w.keys([*A[:13], end])) for end in (1, 2)]
+    running = [w.admit(each) for each in claims]
+    w.move()
+    assert w.cache.counters.blocks_onboarded == 3 + 2, "three whole blocks once, part of the fourth for each"
+    for each in running:
+        assert each is not None
+        w.compute(each)
+    w.check()
+
+
+@pytest.mark.parametrize("kvp", [2, 4, 8])
+def test_sequences_that_share_nothing_begin_on_the_rank_with_most_room(kvp: int) -> None:
+    w = world(kvp, num_pages=4)
+    running = [w.start([1000 * i + j for j in range(3)]) for i in range(2 * kvp)]
+    owners = [each.tables[0].first_owner for each in running if each]
+    assert owners == [*range(kvp)] * 2
+
+
+def test_equal_prompts_that_start_together_begin_on_one_rank_and_share_what_follows() -> None:
+    w = world(kvp=4)
+    twins = [w.start(A[:9]), w.start(A[:9])]
+    for twin in twins:
+        assert twin is not None
+        w.compute(twin)
+    w.check()
+    one, other = [twin for twin in twins if twin]
+    assert one.tables[0].first_owner == other.tables[0].first_owner
+    assert other.tables[0].own == [0, 1]
+    assert w.extend(other, B[:8])
+    w.compute(other)
+    w.check()
+    for twin in (one, other):
+        w.release(twin)
+    w.check()
+    assert w.run(A[:9] + B[:8]) == 16
+
+
+def test_the_same_tokens_on_another_rank_are_computed_and_not_kept() -> None:
+    w = world(kvp=2)
+    short, other = w.start(A[:2]), w.start(A[:2])  # too short to know that they will be equal
+    assert short is not None and other is not None
+    assert short.tables[0].first_owner != other.tables[0].first_owner
+    for each in (short, other):
+        w.compute(each)
+        assert w.extend(each, A[2:9])
+        w.compute(each)
+    w.check()
+    w.release(other)
+    w.release(short)
+    w.check()
+    assert w.run(A[:9]) == 8
+
+
+def test_keys_of_a_waiting_request_are_cut_once() -> None:
+    tokens = A[:10]
+    keys = BlockKeys(tokens, 4)
+    before = [id(key) for key in keys.full]
+    tokens += B[:3]
+    keys.update()
+    assert [id(key) for key in keys.full][:2] == before
+    assert keys.full[2] == keys.part(2, 12)
+    assert (keys.part(2, 11), keys.part(3, 13)) == (keys.full[2][:12], BlockKeys(B[2:3], 1).full[0])
+
+
+def test_the_cache_is_not_cleared_under_a_running_sequence() -> None:
+    w = world()
+    assert w.start(A[:5]) is not None
+    with pytest.raises(RuntimeError, match="while sequences hold pages"):
+        w.cache.clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start": -1}, "retention.start = -1 must be at least 0"),
+        ({"start": 4, "end": 4}, "retention.end = 4 must be above retention.start = 4"),
+        ({"priority": 101}, "retention.priority = 101 must lie in 0..100"),
+        ({"duration_s": 0}, "retention.duration_s = 0 must be positive"),
+    ],
+)
+def test_retention_out_of_range_is_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Retention(**settings)  # type: ignore[arg-type]

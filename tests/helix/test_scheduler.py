@@ -1,0 +1,312 @@
+"""What a step computes: budgets, order, batch slots, preemption. No model runs: pages hold the tokens themselves."""
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helix.cache.control import CacheControl
+from helix.cache.movements import CopyTokens, Movement
+from helix.config import SchedulerConfig
+from helix.detokenize import Detokenizer
+from helix.request import Chunk, RequestOutput, Sequence
+from helix.sampling import SamplingParams
+from helix.scheduler import Scheduler
+from parallel.placement import BlockCyclic
+
+
+def make_scheduler(
+    *, kvp: int = 1, block_size: int = 4, num_pages: int = 100, max_batch: int = 8, prefill_chunk: int = 16
+) -> Scheduler:
+    cache = CacheControl(BlockCyclic(block_size, kvp), num_pages)
+    return Scheduler(SchedulerConfig(max_batch=max_batch, prefill_chunk=prefill_chunk), cache)
+
+
+def make_sequence(index: int, prompt_len: int, num_tokens: int) -> Sequence:
+    return Sequence(
+        index=index,
+        token_ids=[1000 * index + position for position in range(prompt_len)],
+        prompt_len=prompt_len,
+        sampling=SamplingParams(max_tokens=num_tokens),
+        seed=index,
+        max_len=prompt_len + num_tokens,
+        detokenizer=Detokenizer(None),
+        output=RequestOutput(None),
+    )
+
+
+def spans(chunks: Many[Chunk]) -> list[tuple[int, int, int]]:
+    return [(chunk.seq.index, chunk.start, chunk.stop) for chunk in chunks]
+
+
+def advance(scheduler: Scheduler, chunks: Many[Chunk]) -> list[Sequence]:
+    """Do what the engine does with a step, and return the sequences that ended."""
+    done = []
+    scheduler.commit(list(chunks))
+    for chunk in chunks:
+        seq = chunk.seq
+        if chunk.samples:
+            seq.token_ids.append(1000 * seq.index + len(seq.token_ids))
+            if len(seq.token_ids) == seq.max_len:
+                scheduler.finish(seq)
+                done.append(seq)
+    return done
+
+
+def step(scheduler: Scheduler) -> list[tuple[int, int, int]]:
+    chunks = scheduler.schedule().chunks
+    advance(scheduler, chunks)
+    return spans(chunks)
+
+
+@dataclass
+class Run:
+    """A run that checks every step; ``pages`` holds the token that was written to each (rank, page, offset)."""
+
+    scheduler: Scheduler
+    prefill_chunk: int
+    max_batch: int
+    pages: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    ended: list[Sequence] = field(default_factory=list)
+    decisions: list[list[object]] = field(default_factory=list)
+
+    def step(self) -> None:
+        scheduler, before = self.scheduler, list(self.scheduler.running)
+        num_preemptions = scheduler.cache.counters.preemptions
+        planned = scheduler.schedule()
+        chunks = planned.chunks
+        self.move(planned.movements)
+        assert chunks, "nothing to compute though there is work"
+        self.check_order(before, scheduler.cache.counters.preemptions > num_preemptions)
+        self.check_budget(chunks)
+        self.check_slots()
+        for chunk in chunks:
+            self.compute(chunk)
+        self.decisions.append(
+            [
+                (c.seq.index, c.start, c.stop, c.seq.batch_slot, c.seq.blocks.first_owner, *c.seq.blocks.pages)
+                for c in chunks
+            ]
+        )
+        self.ended += advance(scheduler, chunks)
+
+    def check_order(self, before: list[Sequence], preempted: bool) -> None:
+        running, waiting = self.scheduler.running, list(self.scheduler.waiting)
+        order = [seq.index for seq in (*running, *waiting)]
+        assert order == sorted(order), "first come, first served; who is preempted is the latest"
+        if preempted:
+            assert running == before[: len(running)], "nobody takes the place of a preempted sequence in the same step"
+        else:
+            assert running[: len(before)] == before
+
+    def check_budget(self, chunks: list[Chunk]) -> None:
+        prefill = [chunk.stop - chunk.start for chunk in chunks if chunk.stop - chunk.start > 1]
+        assert sum(prefill) <= self.prefill_chunk
+        assert sum(chunk.stop - chunk.start for chunk in chunks) <= self.prefill_chunk + len(self.scheduler.running)
+        computed = {chunk.seq.index for chunk in chunks}
+        assert len(computed) == len(chunks)
+        for seq in self.scheduler.running:
+            if len(seq.token_ids) - seq.num_computed == 1:
+                assert seq.index in computed, "decode rows always run"
+
+    def check_slots(self) -> None:
+        slots = [seq.batch_slot for seq in self.scheduler.running]
+        assert len(set(slots)) == len(slots)
+        assert all(0 <= slot < self.max_batch for slot in slots)
+        assert all(seq.batch_slot == -1 and not seq.blocks.pages for seq in self.scheduler.waiting)
+
+    def move(self, movements: list[Movement]) -> None:
+        for each in movements:
+            assert isinstance(each, CopyTokens), "there is no host tier here"
+            for offset in range(each.num_tokens):
+                self.pages[each.rank, each.target, offset] = self.pages[each.rank, each.source, offset]
+
+    def compute(self, chunk: Chunk) -> None:
+        """Write the chunk's tokens to its pages and read the whole context back, as attention would."""
+        seq, place = chunk.seq, self.scheduler.cache.placement
+        assert chunk.start == seq.num_computed < chunk.stop <= len(seq.token_ids)
+
+        def slot(position: int) -> tuple[int, int, int]:
+            block, offset = divmod(position, place.block_size)
+            return place.owner(position, seq.blocks.first_owner), seq.blocks.pages[block], offset
+
+        for position in range(chunk.start, chunk.stop):
+            self.pages[slot(position)] = seq.token_ids[position]
+        assert [self.pages.get(slot(position)) for position in range(chunk.stop)] == seq.token_ids[: chunk.stop]
+
+
+LOADS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 25), st.integers(0, 12)), min_size=1, max_size=12)
+
+
+@st.composite
+def settings_that_fit(draw: st.DrawFn) -> dict[str, int]:
+    kvp, block_size = draw(st.integers(1, 8)), draw(st.sampled_from([1, 2, 4, 16]))
+    least = -(-BlockCyclic(block_size, kvp).num_blocks(40 + 25) // kvp)  # the longest sequence alone
+    return {
+        "kvp": kvp,
+        "block_size": block_size,
+        "num_pages": least + draw(st.integers(0, 2 * least)),
+        "max_batch": draw(st.integers(1, 6)),
+        "prefill_chunk": draw(st.integers(1, 32)),
+    }
+
+
+def whole_run(settings: dict[str, int], load: list[tuple[int, int, int]]) -> Run:
+    """Run sequences of (prompt, output tokens, step of arrival) to their end."""
+    run = Run(make_scheduler(**settings), settings["prefill_chunk"], settings["max_batch"])
+    arrivals = sorted(load, key=lambda item: item[2])
+    sequences = [make_sequence(index, prompt, made) for index, (prompt, made, _) in enumerate(arrivals)]
+    now = 0
+    while run.scheduler.has_work or now <= arrivals[-1][2]:
+        for seq, (_, _, arrival) in zip(sequences, arrivals, strict=True):
+            if arrival == now:
+                run.scheduler.add(seq)
+        if run.scheduler.has_work:
+            run.step()
+        now += 1
+        assert now < 10_000
+    return run
+
+
+@given(settings=settings_that_fit(), load=LOADS)
+def test_every_run_ends_with_all_tokens_made_and_all_pages_free(
+    settings: dict[str, int], load: list[tuple[int, int, int]]
+) -> None:
+    run = whole_run(settings, load)
+    assert sorted(seq.index for seq in run.ended) == list(range(len(load)))
+    for seq in run.ended:
+        assert seq.token_ids == [1000 * seq.index + position for position in range(seq.max_len)]
+        assert seq.num_computed == seq.max_len - 1
+        assert seq.batch_slot == -1
+    cache = run.scheduler.cache
+    assert [cache.num_available(rank) for rank in range(settings["kvp"])] == [settings["num_pages"]] * settings["kvp"]
+
+
+@given(settings=settings_that_fit(), load=LOADS)
+def test_two_copies_fed_the_same_take_the_same_decisions(
+    settings: dict[str, int], load: list[tuple[int, int, int]]
+) -> None:
+    assert whole_run(settings, load).decisions == whole_run(settings, load).decisions
+
+
+def test_the_properties_are_tried_on_runs_that_preempt() -> None:
+    settings = {"kvp": 2, "block_size": 2, "num_pages": 18, "max_batch": 6, "prefill_chunk": 8}
+    run = whole_run(settings, [(12, 25, 0), (10, 25, 0), (9, 25, 1), (1, 25, 4)])
+    assert run.scheduler.cache.counters.preemptions >= 2
+    assert [seq.index for seq in run.ended] == [0, 1, 2, 3]
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_only_its_end_samples() -> None:
+    scheduler = make_scheduler(prefill_chunk=16)
+    scheduler.add(make_sequence(0, 40, 3))
+    seen = []
+    while scheduler.has_work:
+        chunks = scheduler.schedule().chunks
+        seen.append([(chunk.start, chunk.stop, chunk.samples) for chunk in chunks])
+        advance(scheduler, chunks)
+    prefill = [[(0, 16, False)], [(16, 32, False)], [(32, 40, True)]]
+    assert seen == [*prefill, [(40, 41, True)], [(41, 42, True)]]
+
+
+def test_prompts_share_the_budget_of_a_step_and_decode_rows_come_on_top() -> None:
+    scheduler = make_scheduler(prefill_chunk=16)
+    for index, prompt_len in enumerate((10, 10, 30)):
+        scheduler.add(make_sequence(index, prompt_len, 9))
+    assert step(scheduler) == [(0, 0, 10), (1, 0, 6)]
+    assert step(scheduler) == [(0, 10, 11), (1, 6, 10), (2, 0, 12)]
+    assert step(scheduler) == [(0, 11, 12), (1, 10, 11), (2, 12, 28)]
+    assert step(scheduler) == [(0, 12, 13), (1, 11, 12), (2, 28, 30)]
+    assert step(scheduler) == [(0, 13, 14), (1, 12, 13), (2, 30, 31)]
+
+
+def test_a_later_short_prompt_does_not_overtake_one_that_waits_for_pages() -> None:
+    scheduler = make_scheduler(num_pages=10)
+    for index, prompt_len in enumerate((16, 30, 1)):
+        scheduler.add(make_sequence(index, prompt_len, 2))
+    assert step(scheduler) == [(0, 0, 16)]
+    assert [seq.index for seq in scheduler.waiting] == [1, 2]
+    assert step(scheduler) == [(0, 16, 17)]
+    assert step(scheduler) == [(1, 0, 16)]
+
+
+def test_a_full_batch_makes_others_wait_and_slots_are_used_again_lowest_first() -> None:
+    scheduler = make_scheduler(max_batch=3, prefill_chunk=64)
+    sequences = [make_sequence(index, 4, made) for index, made in enumerate((9, 2, 1, 9, 9))]
+    for seq in sequences[:3]:
+        scheduler.add(seq)
+    assert step(scheduler) == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
+    assert step(scheduler) == [(0, 4, 5), (1, 4, 5)]
+    sequences.append(make_sequence(5, 4, 9))
+    for seq in sequences[3:]:
+        scheduler.add(seq)
+    assert step(scheduler) == [(0, 5, 6), (3, 0, 4), (4, 0, 4)]
+    assert [seq.batch_slot for seq in sequences] == [0, -1, -1, 1, 2, -1]
+
+
+def test_the_latest_sequence_is_preempted_and_computed_again_with_what_it_had_made() -> None:
+    scheduler = make_scheduler(num_pages=6)
+    first, second = make_sequence(0, 8, 12), make_sequence(1, 8, 12)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert step(scheduler) == [(0, 0, 8), (1, 0, 8)]
+    for position in range(8, 12):  # three pages each: the pools are full
+        assert step(scheduler) == [(0, position, position + 1), (1, position, position + 1)]
+    assert scheduler.cache.num_available(0) == 0
+    assert step(scheduler) == [(0, 12, 13)]
+    assert (scheduler.cache.counters.preemptions, list(scheduler.waiting)) == (1, [second])
+    assert (second.num_computed, second.batch_slot, second.blocks.pages) == (0, -1, [])
+    assert second.token_ids == [1000 + position for position in range(13)]
+    while scheduler.running == [first]:
+        spanned = step(scheduler)
+    assert spanned == [(0, 18, 19)]
+    assert step(scheduler) == [(1, 4, 13)], "its first block was still cached"
+    assert step(scheduler) == [(1, 13, 14)]
+
+
+def test_a_step_that_preempts_admits_nobody() -> None:
+    scheduler = make_scheduler(kvp=2, num_pages=2)
+    scheduler.add(make_sequence(0, 8, 8))
+    scheduler.add(make_sequence(1, 2, 5))
+    assert step(scheduler) == [(0, 0, 8), (1, 0, 2)]
+    assert step(scheduler) == [(0, 8, 9)]  # took the page of rank 0 that 1 had; rank 1 has one to spare
+    assert (scheduler.cache.counters.preemptions, scheduler.cache.num_available(1)) == (1, 1)
+    assert step(scheduler) == [(0, 9, 10), (1, 0, 3)]
+
+
+def test_several_preempted_at_once_come_back_in_their_order() -> None:
+    scheduler = make_scheduler(num_pages=6, block_size=4, kvp=1, prefill_chunk=64)
+    sequences = [make_sequence(index, length, 9) for index, length in enumerate((8, 4, 4, 4))]
+    for seq in sequences:
+        scheduler.add(seq)
+    step(scheduler)
+    assert len(scheduler.running) == 4
+    step(scheduler)
+    order = [seq.index for seq in (*scheduler.running, *scheduler.waiting)]
+    assert scheduler.cache.counters.preemptions == 2
+    assert order == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kvp", [2, 4, 8])
+def test_first_owners_balance_short_sequences_over_the_ranks(kvp: int) -> None:
+    scheduler = make_scheduler(kvp=kvp, max_batch=3 * kvp, prefill_chunk=1000)
+    sequences = [make_sequence(index, 3, 1) for index in range(3 * kvp)]
+    for seq in sequences:
+        scheduler.add(seq)
+    scheduler.schedule()
+    owners = [seq.blocks.first_owner for seq in sequences]
+    assert [owners.count(rank) for rank in range(kvp)] == [3] * kvp
+    assert all(one != next_one for one, next_one in pairwise(owners))
+
+
+def test_pages_of_a_finished_sequence_serve_the_next_one_at_once() -> None:
+    scheduler = make_scheduler(num_pages=2, block_size=4)
+    for index in range(3):
+        scheduler.add(make_sequence(index, 7, 2))
+    seen = []
+    while scheduler.has_work:
+        seen += step(scheduler)
+    assert seen == [(index, *span) for index in range(3) for span in ((0, 7), (7, 8))]
+    assert scheduler.cache.counters.preemptions == 0

@@ -1,0 +1,249 @@
+"""What every command shares: rank 0 alone speaks, bad settings end with code 2 and one line, Hydra's flags work."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import cli
+from scripts.generate import GenerateConfig
+
+ROOT = Path(__file__).parents[2]
+GIVEN = ("model.path=DIR", "prompts=in.jsonl")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: what it would have run, its exit code (None: it returned) and what it printed."""
+
+    ran: list[GenerateConfig]
+    code: int | None
+    out: str
+    err: str
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Give ``generate``'s command line in this process, in an empty folder, with a body that only notes its config."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_GRACE_S", 0.0)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, rank: int | None = None, body: Callable[[Any], None] | None = None) -> Ended:
+        configs: list[GenerateConfig] = []
+        monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+        if rank is not None:
+            monkeypatch.setenv("RANK", str(rank))
+        code = None
+        try:
+            cli.main("generate", GenerateConfig, body or configs.append)
+        except SystemExit as end:
+            code = end.code
+        return Ended(configs, code, *capsys.readouterr())
+
+    return run
+
+
+def one_line(ended: Ended) -> str:
+    """The message of a command that was refused as it should be."""
+    assert (ended.code, ended.ran, ended.out) == (2, [], "")
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1
+    return ended.err.removeprefix("error: ").rstrip("\n")
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def names(schema: type) -> str:
+    return ", ".join(field.name for field in fields(schema))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "sampling.max_token=3",
+            "sampling.max_token is not a key; did you mean sampling.max_tokens? sampling has: max_tokens, temperature, "
+            "top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed, stop, stop_token_ids, "
+            "ignore_eos, logprobs",
+        ),
+        ("paralel.kvp=2", "paralel.kvp is not a key; did you mean parallel? there are: " + names(GenerateConfig)),
+        ("zzz=1", "zzz is not a key; there are: " + names(GenerateConfig)),
+        ("+zzz=1", "zzz is not a key; there are: " + names(GenerateConfig)),
+        ("+cache.blocksize=1", "cache.blocksize is not a key; did you mean cache.block_size? cache has: block_size, "),
+        ("~cache.blocks=1", "cache.blocks is not a key; did you mean cache.block_size? cache has: block_size, "),
+        (
+            "sampling.max_tokens.x=1",
+            "sampling.max_tokens.x is not a key: sampling.max_tokens is a value, not a group of keys",
+        ),
+        (
+            "sampling.max_tokens=many",
+            "sampling.max_tokens=many Value 'many' of type 'str' could not be converted to Int",
+        ),
+        ("parallel.kvp=[1,2]", "parallel.kvp"),
+        ("cache=16", "cache=16 Invalid type assigned: int is not a subclass of CacheConfig"),
+        ("sampling=beam", "Could not find 'sampling/beam' Available options in 'sampling': greedy nucleus"),
+        ("model.dtype=int8", "model.dtype = 'int8' must be one of auto, float32, bfloat16, float16"),
+        ("model.load=pickle", "model.load = 'pickle' must be one of checkpoint, dummy"),
+        ("attention.backend=cuda", "attention.backend = 'cuda' must be one of auto, reference, triton"),
+        ("attention.exchange=mpi", "attention.exchange = 'mpi' must be one of auto, "),
+        ("runtime.device=tpu", "runtime.device = 'tpu' must be one of auto, cpu, cuda"),
+        ("cache.block_size=3", "cache.block_size = 3 must be a power of two from 1 to 256"),
+        ("cache.memory_fraction=1.5", "cache.memory_fraction = 1.5 must lie in (0, 1]"),
+        ("scheduler.max_batch=0", "scheduler.max_batch = 0 must be at least 1"),
+        ("parallel.tpa=0", "parallel.tpa = 0 must be at least 1"),
+        ("sampling.top_p=2", "sampling.top_p = 2.0 must lie in (0, 1]"),
+        ("prompt=hello", "give one of prompts (a JSON-lines file) and prompt (one string)"),
+        ("prompts=null", "give one of prompts (a JSON-lines file) and prompt (one string)"),
+        ("prompts", "Error parsing override 'prompts'"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_one_line_that_names_it(command: Command, argument: str, message: str) -> None:
+    assert message in one_line(command(*GIVEN, argument))
+
+
+def test_defaults_are_those_of_the_schema(command: Command) -> None:
+    ended = command(*GIVEN)
+    assert (ended.code, ended.out, ended.err) == (None, "", "")
+    (config,) = ended.ran
+    expected = GenerateConfig(prompts="in.jsonl")
+    expected.model.path = "DIR"
+    assert config == expected
+
+
+def test_presets_compose_and_the_command_line_has_the_last_word(command: Command) -> None:
+    (config,) = command(*GIVEN, "parallel=tp", "sampling=nucleus", "runtime=debug", "sampling.top_p=0.5").ran
+    assert (config.parallel.kvp, config.parallel.tpa) == (1, None)
+    assert (config.sampling.temperature, config.sampling.top_p) == (0.8, 0.5)
+    assert config.runtime.check_ranks
+    (config,) = command(*GIVEN, "parallel=kvp", "sampling.stop=[a,'b c']", "sampling.seed=7").ran
+    assert (config.parallel.kvp, config.parallel.tpa) == (None, 1)
+    assert (config.sampling.stop, config.sampling.seed, config.sampling.temperature) == (["a", "b c"], 7, 0.0)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        f"{field.name}={file.stem}"
+        for field in fields(GenerateConfig)
+        for file in (cli.CONF / field.name).glob("*.yaml")
+    ],
+)
+def test_every_preset_composes(command: Command, preset: str) -> None:
+    weightless = preset.startswith("model=") and not preset.endswith("=default")  # shapes for benchmarks, no path
+    assert len(command(*GIVEN[weightless:], preset).ran) == 1
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_rank_runs_the_command(command: Command) -> None:
+    assert command(*GIVEN, rank=0).ran == command(*GIVEN, rank=3).ran != []
+
+
+def raising(error: Exception) -> Callable[[Any], None]:
+    def body(_: Any) -> None:
+        raise error
+
+    return body
+
+
+@pytest.mark.parametrize("error", [ValueError("tpa = 3:\n  too\tmany"), OSError("tpa = 3: too many")])
+def test_a_refusal_of_the_command_itself_is_one_line_and_code_2(command: Command, error: Exception) -> None:
+    assert one_line(command(*GIVEN, body=raising(error))) == "tpa = 3: too many"
+
+
+def test_other_ranks_wait_for_rank_0_to_speak(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(cli, "_GRACE_S", 20.0)
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    assert command(*GIVEN, "zzz=1", rank=1).code == 2
+    assert waited == [20.0]
+    assert command(*GIVEN, "zzz=1", rank=0).code == 2
+    assert waited == [20.0]
+
+
+def test_a_rank_that_is_alone_with_its_problem_speaks_in_the_end(command: Command) -> None:
+    ended = command(*GIVEN, rank=1, body=raising(ValueError("only here")))
+    assert (ended.code, ended.err) == (2, "error on rank 1: only here\n")
+
+
+def test_a_fault_is_not_taken_for_bad_input(command: Command) -> None:
+    ended = command(*GIVEN, body=raising(ZeroDivisionError("a fault")))
+    assert ended.code == 1
+    assert "ZeroDivisionError: a fault" in ended.err
+
+
+def test_only_rank_0_says_anything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    cli.say("alone")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        cli.say(f"rank {rank}")
+    assert capsys.readouterr().out == "alone\nrank 0\n"
+
+
+# --- Hydra's flags ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--help",), "max_tokens: 16"),
+        (("--cfg", "job"), "max_tokens: 16"),
+        (("--version",), "Hydra 1."),
+    ],
+)
+def test_flags_that_print_do_so_on_rank_0_and_run_nothing(command: Command, flags: tuple[str, ...], text: str) -> None:
+    spoken = command(*GIVEN, *flags, rank=0)
+    assert (spoken.ran, spoken.err) == ([], "")
+    assert spoken.out.count(text) == 1
+    silent = command(*GIVEN, *flags, rank=1)
+    assert (silent.ran, silent.code, silent.out, silent.err) == ([], None, "", "")
+
+
+def test_a_sweep_runs_every_job_on_every_rank(command: Command, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        ended = command("-m", *GIVEN, f"hydra.sweep.dir={tmp_path}/sweep", "sampling.max_tokens=1,2", rank=rank)
+        assert ended.code is None
+        assert [config.sampling.max_tokens for config in ended.ran] == [1, 2]
+
+
+def test_a_folder_of_presets_of_the_users_own_reaches_every_rank(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "sampling").mkdir(parents=True)
+    (tmp_path / "mine" / "sampling" / "short.yaml").write_text("max_tokens: 3\n")
+    for rank in (0, 1):
+        (config,) = command(f"--config-dir={tmp_path}/mine", *GIVEN, "sampling=short", rank=rank).ran
+        assert config.sampling.max_tokens == 3
+
+
+def test_a_run_leaves_no_folder_and_no_log(command: Command, tmp_path: Path) -> None:
+    assert len(command(*GIVEN).ran) == 1
+    assert command(*GIVEN, "--cfg", "job").code is None
+    assert command(*GIVEN, body=raising(ValueError("bad"))).code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_ranks_print_the_composed_settings_once(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*torchrun, "-m", "scripts.generate", "--cfg", "job", *GIVEN, "parallel=tp"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("block_size: 64") == 1
+    assert ended.stdout.count("  kvp: 1\n") == 1
+    assert list(tmp_path.iterdir()) == []
