@@ -40,13 +40,13 @@ from .models.decoder import Decoder, part_of
 from .models.spec import ModelSpec, load_spec
 from .models.tokenizer import load_tokenizer
 from .models.weights import layer_weights, model_weights
+from .prompts import Prompt, PromptReader, as_request
 from .request import Request, RequestOutput, StreamEvent
 from .request import Sequence as RunningSequence
 from .runner import Runner
 from .sampling import SEED_LIMIT, SamplingParams
 from .scheduler import Scheduler
 
-Prompt = str | Sequence[int] | Request
 _log = logging.getLogger(__name__)
 
 
@@ -57,13 +57,14 @@ class LLM:
 
     Args:
         config: the settings of the run.
+        prompts: what it will be asked first, where that is known: when none of them can run, that is said at once.
 
     Raises:
         ValueError: on every rank, in one line, before any model memory is taken, for settings that do not fit the
-            world, the model or the machine, and for a checkpoint that cannot be read.
+            world, the model or the machine, for a checkpoint that cannot be read, and when no prompt can run.
     """
 
-    def __init__(self, config: HelixConfig) -> None:
+    def __init__(self, config: HelixConfig, *, prompts: Sequence[Prompt] = ()) -> None:
         self.config = config
         self.launch: Launch = start(config.runtime.device, timeout_s=config.runtime.timeout_s)
         self.spec: ModelSpec = agree(self._load_spec)
@@ -74,6 +75,8 @@ class LLM:
         attention = select_backend(config.attention.backend, self.launch.device, pdl=self._pdl)
         checkpoint = agree(self._open_checkpoint)
         self.tokenizer = agree(lambda: load_tokenizer(config.model.path) if config.model.path else None)
+        self._prompts = PromptReader(self.spec, self.tokenizer)
+        self._prompts.require_one(prompts)
         self.dtype = self._resolve_dtype()
         self.grid = HelixGrid.create(self.layout)
         self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
@@ -152,7 +155,7 @@ class LLM:
         began = time.perf_counter()
         try:
             for index, prompt in enumerate(prompts):
-                request = prompt if isinstance(prompt, Request) else _as_request(prompt)
+                request = as_request(prompt)
                 try:
                     seq = self._prepare(index, request, request.sampling or default)
                 except ValueError as error:
@@ -294,16 +297,8 @@ class LLM:
 
     def _prepare(self, index: int, request: Request, sampling: SamplingParams) -> RunningSequence:
         """Check a request and turn it into a sequence; ValueError says why it cannot run."""
-        token_ids = self._token_ids(request)
-        vocab, limit = self.spec.vocab_size, self.spec.max_position
-        if not token_ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        wrong = next((token for token in token_ids if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab}")
-        if len(token_ids) >= limit:
-            raise ValueError(f"the prompt has {len(token_ids)} tokens; the model takes at most {limit - 1}")
-        max_len = min(len(token_ids) + sampling.max_tokens, limit)
+        token_ids = self._prompts.token_ids(request)
+        max_len = min(len(token_ids) + sampling.max_tokens, self.spec.max_position)
         if not self.engine.scheduler.cache.fits(max_len - 1):
             room = self.num_pages * self.placement.kvp * self.placement.block_size
             raise ValueError(
@@ -331,33 +326,3 @@ class LLM:
             cache_salt=request.cache_salt,
             retention=request.retention,
         )
-
-    def _token_ids(self, request: Request) -> list[int]:
-        if request.error is not None:
-            raise ValueError(request.error)
-        given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(request, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"a request takes one of prompt, prompt_token_ids and messages, not {given or 'none'}")
-        if request.prompt_token_ids is not None:
-            if not all(type(token) is int for token in request.prompt_token_ids):
-                raise ValueError("prompt_token_ids must be integers")
-            return list(request.prompt_token_ids)
-        if self.tokenizer is None:
-            raise ValueError(f"{given[0]} needs a tokenizer, but the model folder has none; use prompt_token_ids")
-        if request.prompt is not None:
-            try:
-                request.prompt.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(f"the prompt is no valid text: {error}") from error
-            return list(self.tokenizer(request.prompt)["input_ids"])
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError("messages needs a chat template, but the model's tokenizer has none; use prompt")
-        try:
-            ids = self.tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is the model's own program: it may raise anything
-            raise ValueError(f"the chat template refused messages: {error}") from error
-        return list(ids)
-
-
-def _as_request(prompt: str | Sequence[int]) -> Request:
-    return Request(prompt=prompt) if isinstance(prompt, str) else Request(prompt_token_ids=list(prompt))

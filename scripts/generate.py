@@ -6,7 +6,8 @@
 An input line is {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}, with an optional "id",
 "sampling" (settings for that line), "cache_salt" (a string; lines share cached blocks with lines of the same salt only)
 and "retention" ({"start": 0, "end": 1000, "priority": 80, "duration_s": 60}, or a list of such ranges). Output lines
-come in input order. A bad line fails alone, with finish_reason "error"; when all fail the exit code is 2.
+come in input order. A bad line fails alone, with finish_reason "error". Where no line can run, the exit code is 2 and
+nothing is loaded or written.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def run(config: GenerateConfig) -> None:
     set_up_logging(launch.rank)
     from_rank0(lambda: check_writable(config.output, config.metrics, config.cache.events))
     requests = from_rank0(lambda: read_requests(config))
-    llm = LLM(config)
+    llm = LLM(config, prompts=requests)
     with cache_events(llm, config.cache.events):
         outputs = generate(llm, requests)
     text = "".join(output_line(output, index) + "\n" for index, output in enumerate(outputs))

@@ -63,9 +63,9 @@ def run(config: GenerateConfig) -> None:
     if cli.rank() != 0:
         return
     set_up_logging(0)
-    output = json.loads(Path(config.output).read_text("utf-8").splitlines()[0])
+    output = json.loads(Path(config.output).read_text("utf-8").split("\n")[0])
     metrics = json.loads(Path(config.metrics).read_text("utf-8"))
-    prompt = json.loads(Path(config.prompts).read_text("utf-8").splitlines()[0])["prompt"]
+    prompt = json.loads(Path(config.prompts).read_text("utf-8").split("\n")[0])["prompt"]
     torch.set_num_threads(max(torch.get_num_threads(), 2))
     reference = reference_tokens(config.model.path, prompt, len(output["token_ids"]))
     if show(config, metrics, output, reference) != len(reference):
