@@ -1,0 +1,1 @@
+"""KV transfer: a prefill group hands the cache of a sequence to a decode group with another layout."""
