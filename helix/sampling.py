@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .noise import TOKEN_STREAM, gumbel, row_keys
+
 SEED_LIMIT = 2**63
-STREAM_LIMIT = 2**16 - 1
-_NOISE_STREAM = STREAM_LIMIT  # no caller of `uniform` can ask for it, so its numbers never repeat a token's noise
 _WEIGHT_ONE = 2.0**40  # a weight of 1 in fixed point: 2**22 tokens of weight 1 still add up to less than 2**63
 _LOW_32 = 0xFFFFFFFF
 
@@ -176,7 +176,7 @@ class SamplingBatch:
         temperature = [p.temperature if on else 1.0 for p, on in zip(params, random, strict=True)]
         integers = torch.tensor([list(seeds), list(positions), top_k], dtype=torch.int64)
         if any(random):  # many tiny steps: cheaper here than as kernels
-            integers = torch.cat((integers, _row_keys(integers[0], integers[1], _NOISE_STREAM)))
+            integers = torch.cat((integers, row_keys(integers[0], integers[1], TOKEN_STREAM)))
         integers = integers.to(device, non_blocking=True)
         floats = torch.tensor([temperature, [float(on) for on in random], top_p, min_p], dtype=torch.float32)
         floats = floats.to(device, non_blocking=True)
@@ -227,7 +227,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     """
     scores = _scores(logits, batch)
     if not batch.all_greedy:
-        noise = _gumbel(batch.noise_keys, logits.shape[1])
+        noise = gumbel(batch.noise_keys, logits.shape[1])
         if batch.any_greedy:
             noise.mul_(batch.noise_scale[:, None])
         scores = noise.add_(scores)
@@ -255,18 +255,6 @@ def target_probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:
     weights = scores.exp_()  # the greatest of a row is 1
     total = _to_fixed_point(weights).sum(dim=-1, keepdim=True).to(torch.float32).div_(_WEIGHT_ONE)
     return torch.where(batch.noise_scale[:, None] > 0, weights.div_(total), one_hot)
-
-
-def uniform(seeds: Tensor, positions: Tensor, num: int, stream: int = 0) -> Tensor:
-    """Return [B, num] float32 numbers in (0, 1), a function of (seed, position, stream, column) alone.
-
-    seeds (below 2**63) and positions (below 2**48) are [B] int64 on one device. Streams 0..65534 are independent of one
-    another and of the noise in `sample`. Numbers are multiples of 2**-24. Raises ValueError for any other stream.
-    """
-    if not 0 <= stream < STREAM_LIMIT:
-        raise ValueError(f"stream = {stream} must lie in [0, {STREAM_LIMIT})")
-    bits = _hash(_row_keys(seeds, positions, stream), num)
-    return bits.bitwise_right_shift_(8).clamp_(min=1).to(torch.float32).mul_(2.0**-24)
 
 
 def _scores(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -332,33 +320,6 @@ def _top_ids(logits: Tensor, num: int) -> Tensor:
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64).bitwise_left_shift_(32)
     keys += torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
     return logits.shape[1] - 1 - (keys.topk(num, dim=-1).values & _LOW_32)
-
-
-def _gumbel(keys: Tensor, num: int) -> Tensor:
-    """Return [B, num] float32 standard Gumbel noise. Small u decide who wins, and float32 is finest there."""
-    u = _hash(keys, num).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    return u.neg_().log1p_().neg_().log_().neg_()
-
-
-def _hash(keys: Tensor, num: int) -> Tensor:
-    """Return [B, num] int64 in [0, 2**32), different in every column of a row."""
-    columns = _mix_(torch.arange(num, dtype=torch.int64, device=keys.device))
-    return _mix_(columns ^ keys[0][:, None]).bitwise_xor_(keys[1][:, None])
-
-
-def _row_keys(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
-    """Return two 32-bit keys a row, [2, B] int64, from seeds and positions [B] int64 (positions below 2**48)."""
-    keys = torch.tensor([[0x243F6A88], [0x05A308D3]], dtype=torch.int64).to(seeds.device, non_blocking=True)
-    for word in (seeds & _LOW_32, seeds >> 32, positions & _LOW_32, (positions >> 32) | (stream << 16)):
-        keys = _mix_((keys ^ word).add_(0x1E3779B9).bitwise_and_(_LOW_32))
-    return keys
-
-
-def _mix_(x: Tensor) -> Tensor:
-    """Scramble 32-bit integers held in int64, in place, one to one. Multipliers below 2**31 cannot overflow int64."""
-    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        x.bitwise_xor_(x >> shift).mul_(multiplier).bitwise_and_(_LOW_32)
-    return x.bitwise_xor_(x >> 15)
 
 
 def _penalties(

@@ -1,8 +1,7 @@
 """Projections of few rows: a Triton kernel that reads the weights once at memory speed, and the library elsewhere.
 
 A decode step's projections are bound by the bytes of their weights. The kernel gives each program a few output columns
-and all of K, fuses the gate, and, launched programmatically dependent, asks for the first of its weights while the
-kernel before it, an all-reduce or an exchange, still waits for other ranks.
+and all of K, and fuses the gate.
 """
 
 from __future__ import annotations
@@ -15,14 +14,6 @@ import triton
 import triton.language as tl
 
 MAX_ROWS = 64
-PREFETCH_LINES = 0
-
-
-@triton.jit
-def _prefetch(address):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -33,7 +24,7 @@ def _silu_times(gate, up):
 @triton.jit
 def _linear_kernel(
     x, w, bias, out, num_rows, x_stride, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = x[m, :] . w[n, :] (+ bias), or silu(gate) * up of the two halves of w; N counts output columns."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -42,11 +33,6 @@ def _linear_kernel(
     w_row = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if PREFETCH > 0:
-            line = tl.arange(0, PREFETCH)[None, :] * 64  # elements of 2 bytes in a cache line
-            _prefetch((w_row + line).to(tl.int64))
-            if GATED:
-                _prefetch((w_row + N * K + line).to(tl.int64))
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BN, BM], tl.float32)
     acc_up = tl.zeros([BN, BM], tl.float32)
@@ -70,20 +56,19 @@ def _linear_kernel(
 
 @dataclass(frozen=True)
 class LinearTile:
-    """Output columns (BN) and elements of K (BK) a turn, warps, pipeline stages, cache lines a row to ask for early."""
+    """Output columns (BN) of a program, elements of K (BK) a turn, warps and pipeline stages."""
 
     bn: int
     bk: int
     warps: int
     stages: int
-    prefetch: int
 
 
 def choose_tile(depth: int, gated: bool) -> LinearTile:
     """Return the tile over K = depth; on an H200 it is the fastest for 1 to 32 rows of 7B to 9B shapes."""
     if gated:
-        return LinearTile(bn=32, bk=128, warps=2, stages=4, prefetch=PREFETCH_LINES)
-    return LinearTile(bn=32, bk=512 if depth >= 512 else 128, warps=4, stages=4, prefetch=PREFETCH_LINES)
+        return LinearTile(bn=32, bk=128, warps=2, stages=4)
+    return LinearTile(bn=32, bk=512 if depth >= 512 else 128, warps=4, stages=4)
 
 
 def _run(
@@ -96,7 +81,7 @@ def _run(
     _linear_kernel[(-(-columns // tile.bn), -(-rows // bm))](
         x, w, w if bias is None else bias, out, rows, x.stride(0),
         N=columns, K=depth, GATED=gated, HAS_BIAS=bias is not None,
-        BM=bm, BN=tile.bn, BK=tile.bk, PREFETCH=tile.prefetch, PDL=pdl,
+        BM=bm, BN=tile.bn, BK=tile.bk, PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out

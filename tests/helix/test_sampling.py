@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 from torch import Tensor
 
-from helix.sampling import STREAM_LIMIT, SamplingBatch, SamplingParams, _gumbel, sample, target_probabilities, uniform
+from helix.noise import STREAM_LIMIT, gumbel, uniform
+from helix.sampling import SamplingBatch, SamplingParams, sample, target_probabilities
 
 Tokens = Sequence[int]
 
@@ -420,9 +421,9 @@ def test_uniform_numbers_are_uniform_and_inside_the_open_interval() -> None:
 
 
 def test_extreme_hashes_give_numbers_inside_the_open_interval_and_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helix.sampling._hash", lambda keys, num: torch.tensor([[0, 2**32 - 1]]))
+    monkeypatch.setattr("helix.noise._hash", lambda keys, num: torch.tensor([[0, 2**32 - 1]]))
     assert uniform(torch.tensor([0]), torch.tensor([0]), 2).tolist() == [[2**-24, 1 - 2**-24]]
-    noise = _gumbel(torch.zeros(2, 1, dtype=torch.int64), 2)
+    noise = gumbel(torch.zeros(2, 1, dtype=torch.int64), 2)
     torch.testing.assert_close(noise, torch.tensor([[33 * math.log(2), -math.log(24 * math.log(2))]]))
 
 
@@ -562,7 +563,7 @@ def test_sorting_and_noise_are_skipped_when_no_row_needs_them(monkeypatch: pytes
     sample(random_logits(2, 50), make_batch([SamplingParams(temperature=1.0, top_k=5, min_p=0.1), SamplingParams()]))
     monkeypatch.setattr(Tensor, "topk", refuse)
     sample(random_logits(2, 50), make_batch([SamplingParams(temperature=1.0, min_p=0.1), SamplingParams(top_k=4)]))
-    monkeypatch.setattr("helix.sampling._gumbel", refuse)
+    monkeypatch.setattr("helix.sampling.gumbel", refuse)
     sample(random_logits(2, 50), make_batch([SamplingParams(), SamplingParams(top_p=0.5)]))
 
 
