@@ -6,7 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-python -m scripts.make_checkpoint quickstart/model --family llama
+if [[ ! -d quickstart/model ]]; then
+    python -m scripts.make_checkpoint quickstart/model.part --family llama --force
+    mv quickstart/model.part quickstart/model # whole or not at all, so that a broken-off run is made good by the next
+fi
 python -c 'import json, pathlib; print(json.dumps({"prompt": pathlib.Path("LICENSE").read_text("utf-8")}))' \
     >quickstart/prompts.jsonl
 torchrun --standalone --nproc-per-node 4 -m scripts.quickstart "$@"
