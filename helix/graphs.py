@@ -136,10 +136,6 @@ class DecodeGraphs:
         """Return the float32 logits [B, V] of the step launched last. Collective over the world."""
         return self._decoder.gather_logits(self._last.local_logits[:num_rows])
 
-    def keep(self, row_seq: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Leave tokens that were chosen outside the graphs for the next step: [B] batch slots and their tokens."""
-        self._last_tokens[row_seq] = token_ids
-
     def _capture(self, graph: _Graph) -> None:
         graph.inputs.copy_(
             torch.tensor([[0], [0], [-1], [self._padding_slot], [0]], dtype=torch.int64).expand(5, graph.size)

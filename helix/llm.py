@@ -94,7 +94,7 @@ class LLM:
         )
         self.runner, self.num_pages = self._make_runner(decoder)
         if self.faults is not None and config.runtime.graphs:
-            self.runner.capture(self.faults)
+            self.runner.capture()
         cache = CacheControl(
             self.placement,
             self.num_pages,
@@ -275,6 +275,7 @@ class LLM:
             max_batch=scheduler.max_batch,
             max_len=self.spec.max_position,
             share_qkv_rows=self.config.attention.share_qkv_rows,
+            faults=self.faults,
         )
         num_pages = cache.num_pages
         if num_pages is None:

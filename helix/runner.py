@@ -46,11 +46,6 @@ class RankLost(RuntimeError):
     """A rank did not arrive where others waited for it; the message names it, the operation and the layer."""
 
 
-def is_decode(chunks: list[Chunk]) -> bool:
-    """Return whether every chunk is one row that samples."""
-    return all(chunk.samples and chunk.stop - chunk.start == 1 for chunk in chunks)
-
-
 class Runner:
     """Holds the device state of a rank between steps: page tables, pages, the model.
 
@@ -62,6 +57,7 @@ class Runner:
         max_batch: rows of the page table.
         max_len: the longest sequence, in tokens.
         share_qkv_rows: steps of at least so many rows share the QKV projection; 0 is never.
+        faults: where this rank's kernels note waits that they gave up; None where no kernel waits.
     """
 
     def __init__(
@@ -74,6 +70,7 @@ class Runner:
         max_batch: int,
         max_len: int,
         share_qkv_rows: int,
+        faults: Faults | None = None,
     ) -> None:
         self.decoder, self.exchange, self.cache, self.placement = decoder, exchange, cache, placement
         self.grid: HelixGrid = decoder.grid
@@ -83,21 +80,21 @@ class Runner:
         self._host_table: npt.NDArray[np.int32] = np.zeros((max_batch, width), np.int32)
         self._tables: list[tuple[BlockTable | None, int]] = [(None, 0)] * max_batch
         self._graphs: DecodeGraphs | None = None
-        self._faults: Faults | None = None
+        self.faults = faults
 
-    def capture(self, faults: Faults) -> None:
+    def capture(self) -> None:
         """Capture the decode steps of every batch bucket; ``cache`` must not be replaced afterwards.
 
-        Collective over the world.
+        Collective over the world; needs CUDA, and faults.
         """
-        self._faults = faults
+        assert self.faults is not None
         self._graphs = DecodeGraphs(
             self.decoder,
             self.exchange,
             self.cache,
             self._page_table,
             block_size=self.placement.block_size,
-            faults=faults,
+            faults=self.faults,
             max_batch=self._page_table.shape[0],
         )
 
@@ -106,7 +103,7 @@ class Runner:
 
         Collective over the world: every rank calls it with the same chunks.
         """
-        if self._graphs is not None and is_decode(chunks):
+        if self._graphs is not None and self.can_launch(chunks):
             self.launch(chunks)
             return self._graphs.logits(len(chunks))
         host = self._host_rows(chunks)
@@ -133,13 +130,13 @@ class Runner:
 
     def can_launch(self, chunks: list[Chunk]) -> bool:
         """Return whether ``launch`` can run these chunks: decode rows alone, and graphs that hold them."""
-        return self._graphs is not None and is_decode(chunks)
+        return self._graphs is not None and all(chunk.samples and chunk.stop - chunk.start == 1 for chunk in chunks)
 
     def check_faults(self, word: int | None = None) -> None:
         """Raise RankLost when a kernel gave up waiting for a rank; ``word`` is the fault word where it is known."""
-        if self._faults is None:
+        if self.faults is None:
             return
-        fault = Faults.decode(int(self._faults.word) if word is None else word)
+        fault = Faults.decode(int(self.faults.word) if word is None else word)
         if fault is not None:
             group = self.grid.world_group if fault.operation == ALL_REDUCE else self.grid.kvp_group
             assert group is not None

@@ -26,8 +26,6 @@ import triton.language as tl
 
 from .launch import host_group
 
-GRANULE = 16
-"""Bytes that one thread stores or loads at once."""
 _PEER_BITS = 8
 
 
@@ -84,7 +82,8 @@ class SymmetricBuffer:
 def shares_memory(group: dist.ProcessGroup | None, device: torch.device) -> bool:
     """Return whether all ranks of a group can write in each other's GPU memory: one host, peer access between all.
 
-    Collective over the world: every rank calls it, each for its own group, and all of a group get the same answer.
+    Collective over the world: every rank calls it, each for its own group. The answer is this rank's own (peer
+    access is asked of its driver): take the minimum over the world before acting on it.
     """
     if group is None or device.type != "cuda" or not dist.is_initialized():
         return False

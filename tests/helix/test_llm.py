@@ -13,7 +13,9 @@ import helix.engine
 from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from helix.engine import RankMismatch
+from helix.runner import RankLost
 from helix.sampling import SampledTokens
+from parallel.symmetric import Faults
 from scripts.make_checkpoint import EOS_ID, make_checkpoint
 
 VOCAB = 320
@@ -482,3 +484,19 @@ def test_a_rank_that_decides_otherwise_is_found_and_named(
 ) -> None:
     message = f"step {at_step}: rank 1 decided otherwise than rank 0 (1 of 2 ranks differ from it)"
     assert ranks(2).run(rank_body, path, tampered) == [([], message)] * 2
+
+
+def fault_body(path: Path) -> str:
+    """Run eagerly where a kernel has noted that it gave up waiting for KVP rank 1 in layer 7's exchange."""
+    llm = make_llm(path, kvp=2)
+    llm.runner.faults = Faults(torch.device("cpu"))
+    llm.runner.faults.word.fill_((7 * 4 + 1) << 8 | 2)
+    try:
+        llm.generate(PROMPTS[:1], greedy(2))
+    except RankLost as lost:
+        return str(lost)
+    return ""
+
+
+def test_a_fault_fails_the_step_without_graphs_too(path: Path, ranks: Callable[..., Any]) -> None:
+    assert ranks(2).run(fault_body, path) == ["rank 1 never arrived at the exchange of layer 7"] * 2
