@@ -76,10 +76,19 @@ def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor, pages: torch.Tensor,
 
 
 @triton.jit
+def _load_sum(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constexpr):
+    """Load values, or the sums of SUMMANDS of them that stand ``stride`` apart, as DTYPE."""
+    total = tl.load(source + at, mask=mask, other=0.0)
+    for s in tl.static_range(1, SUMMANDS):
+        total += tl.load(source + s * stride + at, mask=mask, other=0.0)
+    return total.to(DTYPE)
+
+
+@triton.jit
 def _rope_append_kernel(
-    qkv, q, q_norm, k_norm, cos, sin, pages, slots, qkv_row_stride, page_stride, kv_stride, head_stride, eps,
-    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    qkv, q, q_norm, k_norm, cos, sin, pages, slots, num_rows, page_stride, kv_stride, head_stride, eps,
+    SUMMANDS: tl.constexpr, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -90,8 +99,9 @@ def _rope_append_kernel(
     if is_q or slot >= 0:
         d = tl.arange(0, D_PAD)
         real = d < D
-        source = qkv + row * qkv_row_stride + head * D
-        x = tl.load(source + d, mask=real, other=0.0)
+        columns: tl.constexpr = (NUM_Q + 2 * NUM_KV) * D
+        source = qkv + row * columns + head * D
+        x = _load_sum(source, num_rows * columns, d, real, SUMMANDS, q.dtype.element_ty)
         kv_head = tl.where(is_v, head - NUM_Q - NUM_KV, head - NUM_Q)
         page = pages + (slot // BLOCK_SIZE) * page_stride + kv_head * head_stride + (slot % BLOCK_SIZE) * D + d
         if is_v:
@@ -105,7 +115,7 @@ def _rope_append_kernel(
                 sign = tl.where(first, -1.0, 1.0)
             turns = d < 2 * HALF
             value = x.to(tl.float32)
-            partner = tl.load(source + other, mask=turns, other=0.0).to(tl.float32)
+            partner = _load_sum(source, num_rows * columns, other, turns, SUMMANDS, q.dtype.element_ty).to(tl.float32)
             if NORM:
                 weight = q_norm if is_q else k_norm
                 scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
@@ -113,7 +123,7 @@ def _rope_append_kernel(
                 partner *= scale * tl.load(weight + other, mask=turns, other=0.0).to(tl.float32)
             c = tl.load(cos + row * HALF + angle, mask=turns, other=1.0)
             s = tl.load(sin + row * HALF + angle, mask=turns, other=0.0)
-            turned = (value * c + sign * partner * s).to(qkv.dtype.element_ty)
+            turned = (value * c + sign * partner * s).to(q.dtype.element_ty)
             if is_q:
                 tl.store(q + (row * NUM_Q + head) * D + d, turned, mask=real)
             else:
@@ -135,7 +145,7 @@ def rope_append(
     """Normalise and rotate Q and K, write K and V of owned rows into their pages, and return Q, in one Triton launch.
 
     Args:
-        qkv: [R, (Q + 2 K) D], as the fused projection leaves it.
+        qkv: [S, R, (Q + 2 K) D], packed, as the fused projection leaves it: the sum over S, in the pages' dtype.
         cos, sin: [R, rotary_dim / 2] float32, packed.
         pages: [P, 2, K, block_size, D], one layer's pages.
         slot: [R] int64, page * block_size + offset, or -1.
@@ -147,14 +157,14 @@ def rope_append(
     Returns:
         q [R, Q, D], packed.
     """
-    rows, (num_kv_heads, block_size, head_dim) = qkv.shape[0], pages.shape[2:]
-    q = qkv.new_empty((rows, num_heads, head_dim))
+    (summands, rows), (num_kv_heads, block_size, head_dim) = qkv.shape[:2], pages.shape[2:]
+    q = pages.new_empty((rows, num_heads, head_dim))
     if rows:
         q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
         _rope_append_kernel[(rows, num_heads + 2 * num_kv_heads)](
             qkv, q, q_norm, k_norm, cos, sin, pages, slot,
-            qkv.stride(0), pages.stride(0), pages.stride(1), pages.stride(2), eps,
-            NUM_Q=num_heads, NUM_KV=num_kv_heads, D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
+            rows, pages.stride(0), pages.stride(1), pages.stride(2), eps,
+            SUMMANDS=summands, NUM_Q=num_heads, NUM_KV=num_kv_heads, D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
             HALF=cos.shape[-1], BLOCK_SIZE=block_size, INTERLEAVED=interleaved, NORM=norms is not None, PDL=pdl,
             num_warps=1, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

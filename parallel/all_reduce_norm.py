@@ -33,7 +33,10 @@ MAX_FUSED_BYTES = 1 << 20
 
 
 @triton.jit
-def _add_norm_kernel(x, residual, weight, normed, eps, H: tl.constexpr, H_PAD: tl.constexpr, PDL: tl.constexpr):
+def _add_norm_kernel(
+    x, residual, weight, normed, num_rows, eps, H: tl.constexpr, H_PAD: tl.constexpr, SUMMANDS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -41,6 +44,10 @@ def _add_norm_kernel(x, residual, weight, normed, eps, H: tl.constexpr, H_PAD: t
     i = tl.arange(0, H_PAD)
     mask = i < H
     total = tl.load(x + row * H + i, mask=mask, other=0.0).to(tl.float32)
+    for s in tl.static_range(1, SUMMANDS):
+        total += tl.load(x + (s * num_rows + row) * H + i, mask=mask, other=0.0).to(tl.float32)
+    if SUMMANDS > 1:
+        total = total.to(residual.dtype.element_ty).to(tl.float32)
     total += tl.load(residual + row * H + i, mask=mask, other=0.0).to(tl.float32)
     stream = total.to(residual.dtype.element_ty)
     tl.store(residual + row * H + i, stream, mask=mask)
@@ -67,14 +74,40 @@ def _scale_word(a, b, word, scale, DTYPE: tl.constexpr):
     return pack(a * scale * low, b * scale * high, DTYPE)
 
 
-@triton.jit(do_not_specialize=["rank", "slot", "place", "timeout_ns"])
+@triton.jit
+def _load_sum(x, num_rows, row, at, on, H: tl.constexpr, SUMMANDS: tl.constexpr, DTYPE: tl.constexpr):
+    """Load a row of x as four words of DTYPE a granule: its own, or the sum of SUMMANDS float32 rows."""
+    if SUMMANDS == 1:
+        row_bytes: tl.constexpr = H * DTYPE.primitive_bitwidth // 8
+        return load_granules(x.to(tl.int64) + row * row_bytes + at, on)
+    else:
+        tl.static_assert(DTYPE.primitive_bitwidth == 16)
+        a0 = tl.zeros(at.shape, tl.float32)
+        a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
+        for s in tl.static_range(SUMMANDS):
+            source = x.to(tl.int64) + (s * num_rows + row) * (4 * H) + 2 * at  # eight values of 4 bytes a granule
+            w0, w1, w2, w3 = load_granules(source, on)
+            a0 += w0.to(tl.float32, bitcast=True)
+            a1 += w1.to(tl.float32, bitcast=True)
+            a2 += w2.to(tl.float32, bitcast=True)
+            a3 += w3.to(tl.float32, bitcast=True)
+            w0, w1, w2, w3 = load_granules(source + 16, on)
+            a4 += w0.to(tl.float32, bitcast=True)
+            a5 += w1.to(tl.float32, bitcast=True)
+            a6 += w2.to(tl.float32, bitcast=True)
+            a7 += w3.to(tl.float32, bitcast=True)
+        return pack(a0, a1, DTYPE), pack(a2, a3, DTYPE), pack(a4, a5, DTYPE), pack(a6, a7, DTYPE)
+
+
+@triton.jit(do_not_specialize=["num_rows", "rank", "slot", "place", "timeout_ns"])
 def _fused_kernel(
-    x, residual, weight, normed, peers, faults, rank, slot, place, timeout_ns, eps,
-    CAPACITY: tl.constexpr, N: tl.constexpr, H: tl.constexpr, GRANULES: tl.constexpr, PDL: tl.constexpr,
+    x, residual, weight, normed, peers, faults, num_rows, rank, slot, place, timeout_ns, eps,
+    CAPACITY: tl.constexpr, N: tl.constexpr, H: tl.constexpr, GRANULES: tl.constexpr, SUMMANDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: all of it stays in registers as granules, four words or eight values a thread."""
     row = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = x.dtype.element_ty
+    dtype: tl.constexpr = residual.dtype.element_ty
     row_bytes: tl.constexpr = H * dtype.primitive_bitwidth // 8
     source_bytes: tl.constexpr = CAPACITY * row_bytes
     addresses = peers.to(tl.pointer_type(tl.int64))
@@ -85,7 +118,7 @@ def _fused_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     deadline = deadline_of(timeout_ns, faults) + tl.zeros([GRANULES], tl.int64)
-    w0, w1, w2, w3 = load_granules(x.to(tl.int64) + row * row_bytes + at, on)
+    w0, w1, w2, w3 = _load_sum(x, num_rows, row, at, on, H, SUMMANDS, dtype)
     w0, w1, w2, w3 = not_empty(w0), not_empty(w1), not_empty(w2), not_empty(w3)
     base = (slot.to(tl.int64) * N * CAPACITY + row) * row_bytes + at
     for n in tl.static_range(N):
@@ -176,34 +209,38 @@ class AllReduceNorm:
         """Return RMSNorm(residual + sum of x over the group) * weight, and store the sum in ``residual``.
 
         Args:
-            x: [R, h], this rank's summand, packed; overwritten where the message is large.
+            x: [R, h] in residual's dtype, this rank's summand, packed; overwritten where the message is large. Or
+                [S, R, h], float32 where S > 1: it is the sum of these, rounded to residual's dtype (of 2 bytes).
             residual: [R, h], packed, equal on all ranks; replaced by residual + the sum.
             weight: [h], of the norm.
             eps: of the norm.
             index: which call of the step this is, counted from 0; layer = index // 2.
 
         Returns:
-            [R, h] in x's dtype, equal on all ranks bit for bit.
+            [R, h] in residual's dtype, equal on all ranks bit for bit.
         """
-        rows, normed = x.shape[0], torch.empty_like(x)
+        rows, normed = residual.shape[0], torch.empty_like(residual)
         if rows == 0:
             return normed
-        h = self._hidden_size
+        h, summands = self._hidden_size, x.shape[0] if x.dim() == 3 else 1
         if self._buffer is None or not self.is_fused(rows) or self._faults is None or self._group is None:
-            all_reduce_(x, self._group)
+            if self._group is not None:
+                x = x.sum(0).to(residual.dtype) if summands > 1 else x
+                all_reduce_(x, self._group)
+                summands = 1
             if not x.is_cuda:
-                return F.rms_norm(residual.add_(x), (h,), weight, eps)
+                return F.rms_norm(residual.add_(x.view_as(residual)), (h,), weight, eps)
             _add_norm_kernel[(rows,)](
-                x, residual, weight, normed, eps, H=h, H_PAD=triton.next_power_of_2(h), PDL=self._pdl,
-                num_warps=8, **_launch(self._pdl),
+                x, residual, weight, normed, rows, eps, H=h, H_PAD=triton.next_power_of_2(h), SUMMANDS=summands,
+                PDL=self._pdl, num_warps=8, **_launch(self._pdl),
             )  # fmt: skip
             return normed
         granules = max(32, triton.next_power_of_2(-(-self._row_bytes // 16)))  # one a thread: see push_granules
         _fused_kernel[(rows,)](
-            x, residual, weight, normed, self._buffer.peers, self._faults.word, self._group.rank(),
+            x, residual, weight, normed, self._buffer.peers, self._faults.word, rows, self._group.rank(),
             index % 2, index // 2 * 4 + OPERATION, self._timeout_ns, eps,
-            CAPACITY=self._capacity, N=self._group.size(), H=h, GRANULES=granules, PDL=self._pdl,
-            num_warps=min(16, granules // 32), **_launch(self._pdl),
+            CAPACITY=self._capacity, N=self._group.size(), H=h, GRANULES=granules, SUMMANDS=summands,
+            PDL=self._pdl, num_warps=min(16, granules // 32), **_launch(self._pdl),
         )  # fmt: skip
         return normed
 

@@ -29,10 +29,10 @@ from scripts import cli
 from scripts.timing import HBM_BYTES_PER_US, report
 
 PARTS = {
-    "attention": ("_few_rows_kernel", "_split_kernel", "_merge_splits_kernel"),
+    "attention": ("_split_kernel", "_merge_splits_kernel"),
     "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
     "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
-    "GEMMs": ("_linear_kernel", "gemm", "gemv", "cublas", "nvjet", "splitK"),
+    "GEMMs": ("_stream_kernel", "gemm", "gemv", "cublas", "nvjet", "splitK"),
     "append": ("_rope_append_kernel",),
 }
 
@@ -106,25 +106,28 @@ def measure(llm: LLM, context: int, batch: int, steps: int, profile: bool) -> di
 
 
 def parts_of(run: Any) -> dict[str, float]:
-    """Profile a few steps: milliseconds a step in each part, and the share of time in which no kernel ran."""
+    """Profile a few steps: milliseconds that each part adds to a step, and the share of time in which no kernel ran.
+
+    Kernels overlap (each is launched before the one before it has ended), so what one adds is the time from the end of
+    whatever ended before it to its own end.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run(5)
         torch.cuda.synchronize()
-    spans = []
+    spans = sorted(
+        (event.time_range.end, event.time_range.start, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.elapsed_us() > 0
+    )
     totals: dict[str, float] = defaultdict(float)
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.elapsed_us() > 0:
-            begin, end = event.time_range.start, event.time_range.end
-            spans.append((begin, end))
-            part = next((part for part, names in PARTS.items() if any(name in event.name for name in names)), "other")
-            totals[part] += (end - begin) / 5e3
-    spans.sort()
-    busy, reached = 0.0, spans[0][0]
-    for begin, end in spans:
-        busy += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    gaps = 1.0 - busy / (reached - spans[0][0])
-    return {f"{part} ms": totals[part] for part in [*PARTS, "other"]} | {"gaps %": 100 * gaps}
+    began = reached = min(begin for _, begin, _ in spans)
+    gaps = 0.0
+    for end, begin, name in spans:
+        part = next((part for part, names in PARTS.items() if any(each in name for each in names)), "other")
+        totals[part] += (end - max(reached, begin)) / 5e3
+        gaps += max(0.0, begin - reached)
+        reached = end
+    return {f"{part} ms": totals[part] for part in [*PARTS, "other"]} | {"gaps %": 100 * gaps / (reached - began)}
 
 
 def run(config: BenchDecodeConfig) -> None:

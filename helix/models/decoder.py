@@ -25,7 +25,7 @@ from parallel.all_reduce_norm import AllReduceNorm
 from parallel.collectives import all_gather
 from parallel.grid import HelixGrid, Layout, split_evenly
 
-from .linear import gated_linear, linear
+from .linear import gated_linear, linear, split_linear
 from .spec import ModelSpec
 from .weights import Part, Weight, layer_weights, model_weights
 
@@ -141,9 +141,10 @@ class Decoder:
             q = self._project_qkv(weights, normed, cos, sin, rows, pages[layer], share)
             part, lse = self._attention(q, pages[layer], rows, self._scale)
             merged = exchange(part, lse, layer=layer).reshape(-1, self._merged_len)
-            projected = linear(merged, weights["o"], pdl=self._pdl)
+            projected = split_linear(merged, weights["o"], pdl=self._pdl)
             normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * layer)
-            projected = linear(gated_linear(normed, weights["gate_up"], pdl=self._pdl), weights["down"], pdl=self._pdl)
+            hidden = gated_linear(normed, weights["gate_up"], pdl=self._pdl)
+            projected = split_linear(hidden, weights["down"], pdl=self._pdl)
             normed = self._sum_and_norm(projected, stream, next_norm, 2 * layer + 1)
         return normed
 
@@ -204,7 +205,7 @@ class Decoder:
             slot = slot[share.mine]
             slot[share.num_mine :] = -1
         D, num_q, num_kv = self.spec.head_dim, self.num_heads, self.num_kv_heads
-        flat = linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl)
+        flat = split_linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl)
         interleaved = self.spec.rope.interleaved
         if flat.is_cuda:
             norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if self.spec.qk_norm else None
@@ -212,7 +213,7 @@ class Decoder:
                 flat, cos, sin, pages, slot, num_heads=num_q, norms=norms, interleaved=interleaved, pdl=self._pdl
             )
         else:
-            q, k, v = flat.unflatten(-1, (-1, D)).split((num_q, num_kv, num_kv), 1)
+            q, k, v = flat[0].unflatten(-1, (-1, D)).split((num_q, num_kv, num_kv), 1)
             if self.spec.qk_norm:
                 q, k = self._norm(q, weights["q_norm"]), self._norm(k, weights["k_norm"])
             q = rotate(q, cos, sin, interleaved=interleaved)

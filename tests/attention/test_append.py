@@ -55,6 +55,6 @@ def test_one_kernel_does_what_the_steps_do(norm, interleaved, half):
     append(rotate(k, cos, sin, interleaved=interleaved), v, expected_pages, slot)
     expected = rotate(q, cos, sin, interleaved=interleaved)
     norms = (*weights, 1e-5) if norm else None
-    ours = rope_append(qkv, cos, sin, pages, slot, num_heads=heads, norms=norms, interleaved=interleaved)
+    ours = rope_append(qkv.unsqueeze(0), cos, sin, pages, slot, num_heads=heads, norms=norms, interleaved=interleaved)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pages, expected_pages, rtol=1e-5, atol=1e-5)

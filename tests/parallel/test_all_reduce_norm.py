@@ -22,7 +22,7 @@ def oracle(seed, world, rows, hidden, dtype):
     return stream, stream * scale * weight
 
 
-def body(shapes, dtype, fused):
+def body(shapes, dtype, fused, summands=1):
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank) if torch.cuda.device_count() >= world else torch.device("cpu")
     results = []
@@ -34,6 +34,9 @@ def body(shapes, dtype, fused):
         )  # fmt: skip
         for index in range(4):
             x, residual, weight = (t.to(device) for t in inputs(index, rank, rows, hidden, dtype))
+            if summands > 1:
+                shares = torch.randint(-8, 8, (summands - 1, rows, hidden), device=device).float()
+                x = torch.cat((shares, (x.float() - shares.sum(0)).unsqueeze(0)))
             normed = op(x, residual, weight, EPS, index=index)
         results.append((residual.cpu(), normed.cpu()))
         assert faults is None or int(faults.word) == 0
@@ -58,13 +61,31 @@ def test_collective_path_equals_the_oracle_on_every_rank(ranks, world):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_fused_kernel_equals_the_oracle_on_every_rank(ranks, world, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "summands"),
+    [(torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float16, 1), (torch.float16, 2), (torch.float32, 1)],
+    ids=str,
+)
+def test_fused_kernel_equals_the_oracle_on_every_rank(ranks, world, dtype, summands):
     pool = ranks(world)
     if pool.device_type != "cuda":
         pytest.skip(f"needs {world} GPUs")
     shapes = [(1, 4096), (3, 3584), (32, 4096), (17, 64), (128, 4096), (300, 4096), (2, 8192)]
-    check(pool.run(body, shapes, dtype, True), shapes, dtype)
+    check(pool.run(body, shapes, dtype, True, summands), shapes, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("summands", [1, 3])
+def test_a_group_of_one_adds_its_summands(summands):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    op = AllReduceNorm(None, hidden_size=4096, dtype=dtype, device=device)
+    x, residual, weight = (t.to(device) for t in inputs(0, 0, 5, 4096, dtype))
+    parts = x.float().expand(summands, 5, 4096).div(summands).contiguous() if summands > 1 else x
+    expected = residual.double() + x.double()
+    normed = op(parts, residual, weight, EPS)
+    torch.testing.assert_close(residual.double(), expected, rtol=1e-2, atol=1e-2)
+    scale = torch.rsqrt(expected.square().mean(-1, keepdim=True) + EPS)
+    torch.testing.assert_close(normed.double(), expected * scale * weight.double(), rtol=3e-2, atol=3e-2)
 
 
 def stress_body(rounds):
