@@ -33,6 +33,7 @@ from parallel.symmetric import (
 OPERATION = 1
 """What a Fault's ``operation`` says for this kernel."""
 MAX_ROWS = 256
+MAX_SLICES = 4
 
 
 @triton.jit
@@ -56,33 +57,35 @@ def _weighed(word, weight):
 
 
 @triton.jit
-def _merged_splits(part, part_lse, row, head, rows, heads, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+def _merged_splits(part, part_lse, row, head, g, rows, heads, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
                    GRANULES: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Merge one head's float32 splits into its granules' words, [1, GRANULES], and its lse [1, 1]."""
-    TURN: tl.constexpr = min(SPLITS_PAD, 1024 // GRANULES)
+    """Merge one head's float32 splits into the words of granules g [1, G] of its GRANULES, and its lse [1, 1]."""
+    G: tl.constexpr = g.shape[1]
+    TURN: tl.constexpr = min(SPLITS_PAD, 1024 // G)
     VALUES: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # of one granule on the wire; float32 in the splits
     all_s = tl.arange(0, SPLITS_PAD)
-    cells = (all_s.to(tl.int64) * rows + row) * heads + head
-    lse = tl.load(part_lse + cells, mask=all_s < SPLITS, other=float("-inf"))
-    top = tl.max(lse, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp(lse - shift), 0)
-    scale = 1.0 / tl.where(total == 0.0, 1.0, total)
-
-    g = tl.arange(0, GRANULES)[None, :]
-    b0 = tl.zeros([TURN, GRANULES], tl.float32)
+    b0 = tl.zeros([TURN, G], tl.float32)
     b1, b2, b3, b4, b5, b6, b7 = b0, b0, b0, b0, b0, b0, b0
     for first in tl.static_range(0, SPLITS_PAD, TURN):
         s = first + tl.arange(0, TURN)[:, None]
         cell = (s.to(tl.int64) * rows + row) * heads + head + g * 0
-        weight = tl.exp(tl.load(part_lse + cell, mask=s < SPLITS, other=float("-inf")) - shift) * scale
         on = ((s < SPLITS) & (g >= 0)).to(tl.int32)  # no load waits for a weight; _weighed drops what is empty
         address = part.to(tl.int64) + (cell * GRANULES + g) * VALUES * 4
         x0, x1, x2, x3 = load_granules(address, on)
+        if VALUES == 8:
+            x4, x5, x6, x7 = load_granules(address + 16, on)
+        own_lse = tl.load(part_lse + cell, mask=s < SPLITS, other=float("-inf"))
+        if first == 0:
+            lse = tl.load(part_lse + (all_s.to(tl.int64) * rows + row) * heads + head, mask=all_s < SPLITS,
+                          other=float("-inf"))  # fmt: skip
+            top = tl.max(lse, 0)
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.sum(tl.exp(lse - shift), 0)
+            scale = 1.0 / tl.where(total == 0.0, 1.0, total)
+        weight = tl.exp(own_lse - shift) * scale
         b0, b1 = b0 + _weighed(x0, weight), b1 + _weighed(x1, weight)
         b2, b3 = b2 + _weighed(x2, weight), b3 + _weighed(x3, weight)
         if VALUES == 8:
-            x4, x5, x6, x7 = load_granules(address + 16, on)
             b4, b5 = b4 + _weighed(x4, weight), b5 + _weighed(x5, weight)
             b6, b7 = b6 + _weighed(x6, weight), b7 + _weighed(x7, weight)
     a0, a1, a2, a3, a4, a5, a6, a7 = tl.reduce((b0, b1, b2, b3, b4, b5, b6, b7), 0, _sum8)
@@ -106,23 +109,24 @@ def _weigh(a, b, word, weight, decay, DTYPE: tl.constexpr):
 def _exchange_kernel(
     part, part_lse, merged, peers, faults, clock, rank, layer, layers, place, timeout_ns, rows, merged_heads,
     HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, CAPACITY: tl.constexpr, PADDED: tl.constexpr,
-    PUSH: tl.constexpr, PUSH_PAD: tl.constexpr, MERGE: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-    PDL: tl.constexpr,
+    SLOT_BYTES: tl.constexpr, PUSH: tl.constexpr, PUSH_PAD: tl.constexpr, MERGE: tl.constexpr, SLICES: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # programs start in the order of their index, all of a row before the next, on every rank: what a resident program
-    # waits for is resident or done at its sender
-    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # A program takes some heads of a row, and one slice of their granules; every slice has an lse word of its own.
+    # Programs start in the order of their index, all of a row before the next, on every rank: what a resident program
+    # waits for is resident or done at its sender.
+    tile, slice, row = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES, tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = merged.dtype.element_ty
     head_bytes: tl.constexpr = D * dtype.primitive_bitwidth // 8
     granules: tl.constexpr = head_bytes // 16
+    part_of_head: tl.constexpr = granules // SLICES
     lse_at: tl.constexpr = N * CAPACITY * PADDED * head_bytes  # O of all sources, then their lse
-    slot_bytes: tl.constexpr = lse_at + N * CAPACITY * PADDED * 4
     addresses = peers.to(tl.pointer_type(tl.int64))
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    slot = ((tl.load(clock).to(tl.int64) * layers + layer) & 1) * slot_bytes
-    g = tl.arange(0, granules)[None, :]
+    slot = ((tl.load(clock).to(tl.int64) * layers + layer) & 1) * SLOT_BYTES
+    g = slice * part_of_head + tl.arange(0, part_of_head)[None, :]
 
     # push: heads [tile * PUSH, ...) of this row to their owners
     small: tl.constexpr = HEADS // N
@@ -135,7 +139,7 @@ def _exchange_kernel(
     there = (i < PUSH) & (head < HEADS)
     if SPLITS > 1:
         w0, w1, w2, w3, lse = _merged_splits(
-            part, part_lse, row, tile, rows, HEADS, SPLITS, SPLITS_PAD, granules, dtype
+            part, part_lse, row, tile, g, rows, HEADS, SPLITS, SPLITS_PAD, granules, dtype
         )
     else:
         on_all = (there & (g >= 0)).to(tl.int32)
@@ -143,7 +147,7 @@ def _exchange_kernel(
         lse = tl.load(part_lse + row * HEADS + head, mask=there, other=0.0)
     target = tl.load(addresses + owner, mask=there, other=0) + slot
     cell = (rank.to(tl.int64) * CAPACITY + row) * PADDED + index
-    lse_to = (target + lse_at + cell * 4).to(tl.pointer_type(tl.int32))
+    lse_to = (target + lse_at + (cell * SLICES + slice) * 4).to(tl.pointer_type(tl.int32))
     tl.store(lse_to, not_empty(lse.to(tl.int32, bitcast=True)), mask=there)
     w0, w1, w2, w3 = not_empty(w0), not_empty(w1), not_empty(w2), not_empty(w3)
     # A granule must be sent once: a second copy could land after the receiver has emptied the slot. A plain store is
@@ -159,14 +163,14 @@ def _exchange_kernel(
     mine = tl.load(addresses + rank) + slot
     own = tile * MERGE + tl.arange(0, MERGE)[:, None]
     on = ((own < merged_heads) & (g >= 0)).to(tl.int32)
-    deadline = deadline_of(timeout_ns, faults) + tl.zeros([MERGE, granules], tl.int64)
-    top = tl.full([MERGE, granules], float("-inf"), tl.float32)
-    total = tl.zeros([MERGE, granules], tl.float32)
+    deadline = deadline_of(timeout_ns, faults) + tl.zeros([MERGE, part_of_head], tl.int64)
+    top = tl.full([MERGE, part_of_head], float("-inf"), tl.float32)
+    total = tl.zeros([MERGE, part_of_head], tl.float32)
     a0, a1, a2, a3, a4, a5, a6, a7 = total, total, total, total, total, total, total, total
-    missing = tl.full([MERGE, granules], -1, tl.int32)
+    missing = tl.full([MERGE, part_of_head], -1, tl.int32)
     for n in tl.static_range(N):
         cell = (n * CAPACITY + row) * PADDED + own + g * 0
-        word, late = poll_word(mine + lse_at + cell * 4, deadline, on)
+        word, late = poll_word(mine + lse_at + (cell * SLICES + slice) * 4, deadline, on)
         r0, r1, r2, r3, late_o = poll_granules(mine + cell * head_bytes + g * 16, deadline, on)
         missing = tl.where(((late | late_o) != 0) & (missing < 0), n, missing)
         lse_n = _as_float(word)
@@ -186,10 +190,10 @@ def _exchange_kernel(
         pack(a4 * scale, a5 * scale, dtype), pack(a6 * scale, a7 * scale, dtype), on,
     )  # fmt: skip
     tl.debug_barrier()  # all polls of this program are done: its granules may be emptied
-    empty = tl.full([MERGE, granules], -1, tl.int32)
+    empty = tl.full([MERGE, part_of_head], -1, tl.int32)
     for n in tl.static_range(N):
         cell = (n * CAPACITY + row) * PADDED + own + g * 0
-        push_word(mine + lse_at + cell * 4, empty, on)
+        push_word(mine + lse_at + (cell * SLICES + slice) * 4, empty, on)
         push_granules(mine + cell * head_bytes + g * 16, empty, empty, empty, empty, on)
     note_fault(faults, tl.max(tl.max(missing, 1), 0), place)
 
@@ -231,8 +235,8 @@ class FusedExchange:
         self._num_heads, self._head_dim, self._num_layers, self._dtype = num_heads, head_dim, num_layers, dtype
         self._padded = -(-num_heads // self._kvp)
         self._merged = num_heads // self._kvp + (self._rank < num_heads % self._kvp)
-        slot = self._kvp * MAX_ROWS * self._padded * (head_dim * dtype.itemsize + 4)
-        self._buffer = SymmetricBuffer(group, 2 * slot, device)
+        self._slot_bytes = self._kvp * MAX_ROWS * self._padded * (head_dim * dtype.itemsize + 4 * MAX_SLICES)
+        self._buffer = SymmetricBuffer(group, 2 * self._slot_bytes, device)
         self._clock = torch.zeros(1, dtype=torch.int32, device=device)
         self._faults, self._pdl = faults, pdl
         self._timeout_ns = int(timeout_s * 1e9)
@@ -249,15 +253,15 @@ class FusedExchange:
             return merged
         granules = head_dim * self._dtype.itemsize // 16
         push = 1 if splits > 1 else _heads_of_a_program(rows, heads, granules)
-        programs = -(-heads // push)
-        _exchange_kernel[(programs, rows)](
+        programs, slices = -(-heads // push), _slices_of_a_head(rows, heads, granules)
+        _exchange_kernel[(programs * slices, rows)](
             part_SRQD, lse_SRQ, merged, self._buffer.peers, self._faults.word, self._clock,
             self._rank, layer, self._num_layers, layer * 4 + OPERATION, self._timeout_ns, rows, self._merged,
             HEADS=heads, D=head_dim, N=self._kvp, CAPACITY=MAX_ROWS, PADDED=self._padded,
-            PUSH=push, PUSH_PAD=1 if splits > 1 else max(push, 32 // granules),
-            MERGE=triton.next_power_of_2(-(-self._padded // programs)),
+            SLOT_BYTES=self._slot_bytes, PUSH=push, PUSH_PAD=1 if splits > 1 else max(push, 32 * slices // granules),
+            MERGE=triton.next_power_of_2(-(-self._padded // programs)), SLICES=slices,
             SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PDL=self._pdl,
-            num_warps=4 if splits > 1 else max(1, min(4, push * granules // 32)),
+            num_warps=4 if splits > 1 else max(1, min(4, push * granules // slices // 32)),
             **({"launch_pdl": True} if self._pdl else {}),
         )  # fmt: skip
         return merged
@@ -275,3 +279,11 @@ def _heads_of_a_program(rows: int, heads: int, granules: int) -> int:
     while push > 1 and rows * -(-heads // push) < 32:
         push //= 2
     return push
+
+
+def _slices_of_a_head(rows: int, heads: int, granules: int) -> int:
+    """Return into how many slices a head is cut, so that few heads occupy many programs; the same on every rank."""
+    slices = 1
+    while slices < MAX_SLICES and granules // slices > 4 and rows * heads * slices < 64:
+        slices *= 2
+    return slices

@@ -29,10 +29,10 @@ from scripts import cli
 from scripts.timing import HBM_BYTES_PER_US, report
 
 PARTS = {
-    "attention": ("_split_kernel", "_merge_splits_kernel"),
+    "attention": ("_stream_kv_kernel", "_split_kernel", "_merge_splits_kernel"),
     "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
     "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
-    "GEMMs": ("_stream_kernel", "gemm", "gemv", "cublas", "nvjet", "splitK"),
+    "GEMMs": ("_stream_weights_kernel", "gemm", "gemv", "cublas", "nvjet", "splitK"),
     "append": ("_rope_append_kernel",),
 }
 

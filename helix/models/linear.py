@@ -28,7 +28,7 @@ _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit
-def _stream_kernel(
+def _stream_weights_kernel(
     w, x, bias, out, num_rows, columns, num_turns,
     BM: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -123,7 +123,7 @@ def _stream(
     columns, (rows, depth) = w.shape[1], x.shape
     bm, half = max(8, triton.next_power_of_2(rows)), BN // parts
     out = torch.empty((splits, rows, columns), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    _stream_kernel[(-(-columns // half), splits)](
+    _stream_weights_kernel[(-(-columns // half), splits)](
         _tiles(w, [parts, half, BK]), _tiles(x, [bm, BK]), x if bias is None else bias, out,
         rows, columns, -(-depth // BK),
         BM=bm, STAGES=STAGE_BYTES // ((BN + bm) * BK * x.element_size()), SPLITS=splits,
