@@ -115,7 +115,7 @@ def _merge_splits_kernel(
         # no load waits for another: what an empty split left in memory is read, and dropped by its weight
         o = tl.load(part + cell[:, None] * D + d[None, :], mask=(s < SPLITS)[:, None] & (d < D)[None, :], other=0.0)
         weight = tl.exp(tl.load(part_lse + cell, mask=s < SPLITS, other=float("-inf")) - shift)[:, None]
-        acc += tl.where(weight > 0.0, o * weight, 0.0)
+        acc += tl.where(weight > 0.0, o, 0.0) * weight
     merged = tl.sum(acc, 0) / tl.where(total == 0.0, 1.0, total)
     here = row * num_heads + head
     tl.store(out + here * D + d, merged.to(out.dtype.element_ty), mask=d < D)
