@@ -70,6 +70,7 @@ class _Graph:
         self.inputs = torch.zeros((5, size), dtype=torch.int64, device=device)
         self.staging = [torch.zeros((5, size), dtype=torch.int64, pin_memory=True) for _ in range(_STAGES)]
         self.results = [torch.zeros(size + 1, dtype=torch.int64, pin_memory=True) for _ in range(_STAGES)]
+        self.query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
         self.graph = torch.cuda.CUDAGraph()
         self.local_logits: torch.Tensor
         self.output: torch.Tensor
@@ -82,7 +83,7 @@ class DecodeGraphs:
 
     Args:
         decoder, exchange, cache: what a step runs on; captured by address, so none may be replaced afterwards.
-        page_table: [max_batch, P] int32, the runner's own.
+        page_table: [max_batch, P] int32, the runner's own; of padding rows, which see nothing, nothing is read.
         block_size: tokens a page.
         faults: where kernels note waits that they gave up.
         max_batch: the largest bucket.
@@ -152,18 +153,17 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _step(self, graph: _Graph) -> None:
         token_ids, positions, slot, row_seq, visible_len = graph.inputs.unbind(0)
-        token_ids = torch.where(token_ids < 0, self._last_tokens[row_seq], token_ids)
         rows = Rows(
             positions=positions,
-            row_seq=row_seq.clamp(max=self._page_table.shape[0] - 1).to(torch.int32),
+            row_seq=row_seq.to(torch.int32),
             visible_len=visible_len.to(torch.int32),
             slot=slot,
             page_table=self._page_table,
-            query_start=torch.arange(graph.size + 1, dtype=torch.int32, device=token_ids.device),
+            query_start=graph.query_start,
             max_rows=1,
             max_visible_len=self._longest,
         )
-        hidden = self._decoder.forward(token_ids, rows, self._cache.layers, self._exchange)
+        hidden = self._decoder.forward(token_ids, rows, self._cache.layers, self._exchange, chosen=self._last_tokens)
         graph.local_logits = self._decoder.local_logits(hidden)
         tokens = self._decoder.greedy(graph.local_logits)
         self._last_tokens[row_seq] = tokens

@@ -25,6 +25,7 @@ from parallel.all_reduce_norm import AllReduceNorm
 from parallel.grid import HelixGrid
 from parallel.launch import Launch, agree, from_rank0, minimum, start, stop
 from parallel.placement import BlockCyclic
+from parallel.sharded_argmax import ShardedArgmax
 from parallel.symmetric import Faults, can_launch_dependently, shares_memory
 
 from .cache.control import CacheControl
@@ -230,7 +231,7 @@ class LLM:
             checkpoint.close()
 
     def _make_decoder(self, attention: PartialAttention) -> Decoder:
-        """Make this rank's model; its all-reduces are fused where all ranks share GPU memory."""
+        """Make this rank's model; its collectives are fused where all ranks share GPU memory."""
         near = minimum(int(shares_memory(self.grid.world_group, self.launch.device))) == 1
         reduce_norm = AllReduceNorm(
             self.grid.world_group,
@@ -242,6 +243,15 @@ class LLM:
             timeout_s=self.config.runtime.timeout_s,
             pdl=self._pdl,
         )
+        argmax = ShardedArgmax(
+            self.grid.world_group,
+            vocab=part_of(self.spec, self.layout, self.launch.rank).vocab,
+            vocab_size=self.spec.vocab_size,
+            device=self.launch.device,
+            fused=near,
+            faults=self.faults,
+            timeout_s=self.config.runtime.timeout_s,
+        )
         return Decoder(
             self.spec,
             self.grid,
@@ -249,6 +259,7 @@ class LLM:
             device=self.launch.device,
             attention=attention,
             reduce_norm=reduce_norm,
+            argmax=argmax,
             pdl=self._pdl,
         )
 

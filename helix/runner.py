@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 from attention.exchange import Exchange
+from attention.fused_exchange import OPERATION as EXCHANGE
 from attention.rows import Rows
 from parallel.all_reduce_norm import OPERATION as ALL_REDUCE
 from parallel.grid import HelixGrid
 from parallel.placement import BlockCyclic, IntArray
+from parallel.sharded_argmax import OPERATION as ARGMAX
 from parallel.symmetric import Faults
 
 from .cache.pages import PagedCache
@@ -138,11 +140,15 @@ class Runner:
             return
         fault = Faults.decode(int(self.faults.word) if word is None else word)
         if fault is not None:
-            group = self.grid.world_group if fault.operation == ALL_REDUCE else self.grid.kvp_group
+            group = self.grid.kvp_group if fault.operation == EXCHANGE else self.grid.world_group
             assert group is not None
             peer = dist.get_process_group_ranks(group)[fault.peer]
-            what = "all-reduce" if fault.operation == ALL_REDUCE else "exchange"
-            raise RankLost(f"rank {peer} never arrived at the {what} of layer {fault.layer}")
+            what = {
+                ALL_REDUCE: f"all-reduce of layer {fault.layer}",
+                EXCHANGE: f"exchange of layer {fault.layer}",
+                ARGMAX: "choice of tokens",
+            }
+            raise RankLost(f"rank {peer} never arrived at the {what[fault.operation]}")
 
     def warm_up(self, num_rows: int) -> None:
         """Run a step of rows that see nothing and store nothing, so that its peak memory is known.

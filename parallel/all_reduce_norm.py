@@ -121,7 +121,7 @@ def _fused_kernel(
     w0, w1, w2, w3 = _load_sum(x, num_rows, row, at, on, H, SUMMANDS, dtype)
     w0, w1, w2, w3 = not_empty(w0), not_empty(w1), not_empty(w2), not_empty(w3)
     base = (slot.to(tl.int64) * N * CAPACITY + row) * row_bytes + at
-    for n in tl.static_range(N):
+    for n in tl.static_range(1, N):
         peer = (rank + n) % N
         push_granules(tl.load(addresses + peer) + base + rank.to(tl.int64) * source_bytes, w0, w1, w2, w3, on)
     s0, s1, s2, s3 = load_granules(residual.to(tl.int64) + row * row_bytes + at, on)
@@ -130,7 +130,9 @@ def _fused_kernel(
     a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
     missing = tl.full([GRANULES], -1, tl.int32)
     for n in tl.static_range(N):
-        r0, r1, r2, r3, late = poll_granules(mine + n * source_bytes, deadline, on)
+        own = n == rank
+        r0, r1, r2, r3, late = poll_granules(mine + n * source_bytes, deadline, tl.where(own, 0, on))
+        r0, r1, r2, r3 = tl.where(own, w0, r0), tl.where(own, w1, r1), tl.where(own, w2, r2), tl.where(own, w3, r3)
         missing = tl.where((late != 0) & (missing < 0), n, missing)
         a0, a1 = _add_word(a0, a1, r0, dtype)
         a2, a3 = _add_word(a2, a3, r1, dtype)
@@ -157,7 +159,7 @@ def _fused_kernel(
     tl.debug_barrier()
     empty = tl.full([GRANULES], -1, tl.int32)
     for n in tl.static_range(N):
-        push_granules(mine + n * source_bytes, empty, empty, empty, empty, on)
+        push_granules(mine + n * source_bytes, empty, empty, empty, empty, tl.where(n == rank, 0, on))
     note_fault(faults, tl.max(missing, 0), place)
 
 

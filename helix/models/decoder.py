@@ -24,7 +24,9 @@ from attention.rows import Rows
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.collectives import all_gather
 from parallel.grid import HelixGrid, Layout, split_evenly
+from parallel.sharded_argmax import ShardedArgmax
 
+from .embed import embed
 from .linear import gated_linear, linear, split_linear
 from .spec import ModelSpec
 from .weights import Part, Weight, layer_weights, model_weights
@@ -85,6 +87,7 @@ class Decoder:
         device: torch.device,
         attention: PartialAttention,
         reduce_norm: AllReduceNorm | None = None,
+        argmax: ShardedArgmax | None = None,
         pdl: bool = False,
     ) -> None:
         self.spec, self.grid, self.dtype, self.device = spec, grid, dtype, device
@@ -95,6 +98,9 @@ class Decoder:
         self._attention, self._pdl = attention, pdl
         self._reduce_norm = reduce_norm or AllReduceNorm(
             grid.world_group, hidden_size=spec.hidden_size, dtype=dtype, device=device
+        )
+        self._argmax = argmax or ShardedArgmax(
+            grid.world_group, vocab=self.part.vocab, vocab_size=spec.vocab_size, device=device
         )
         self._scale = spec.head_dim**-0.5
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
@@ -121,6 +127,8 @@ class Decoder:
         pages: Sequence[torch.Tensor],
         exchange: Exchange,
         share: RowShare | None = None,
+        *,
+        chosen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run all layers over one step's rows and return their final hidden states, normalised: [R, h].
 
@@ -130,11 +138,18 @@ class Decoder:
             pages: one tensor [P, 2, K, block_size, D] a layer; K and V of owned rows are appended to it.
             exchange: the exchange over the KVP group.
             share: how the KVP ranks share the QKV projection; None where each projects every row.
+            chosen: [B] int64 on CUDA; a token id of -1 means the token there of the row's sequence.
         """
-        stream = F.embedding(token_ids, self.top["embedding"])
-        angle = rows.positions.unsqueeze(1).to(torch.float32) * self._inv_freq
-        cos, sin = angle.cos() * self.spec.rope.attention_scaling, angle.sin() * self.spec.rope.attention_scaling
-        normed = self._norm(stream, self.layers[0]["input_norm"])
+        stream, normed, cos, sin = embed(
+            token_ids,
+            rows.positions,
+            embedding=self.top["embedding"],
+            weight=self.layers[0]["input_norm"],
+            eps=self.spec.rms_eps,
+            rope=self.spec.rope,
+            inv_freq=self._inv_freq,
+            chosen=None if chosen is None else (chosen, rows.row_seq),
+        )
         next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
         exchange.begin_step()
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
@@ -168,17 +183,8 @@ class Decoder:
 
     @torch.inference_mode()
     def greedy(self, local: torch.Tensor) -> torch.Tensor:
-        """Return the most likely token of each row from every rank's slice, the lowest of equals: [L] int64.
-
-        One int64 a row and rank travels: the logit's bits in the order of its value, then the token id counted down.
-        """
-        best, index = local.float().max(-1)
-        bits = (best + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, its equal
-        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-        start, last = self.part.vocab[0], self.spec.vocab_size - 1
-        keys = (ordered << 32) | (last - start - index)
-        winner = all_gather(keys, self.grid.world_group).amax(0)
-        return last - (winner & 0xFFFFFFFF)
+        """Return the most likely token of each row from every rank's slice, the lowest of equals: [L] int64."""
+        return self._argmax(local)
 
     def _sum_and_norm(
         self, projected: torch.Tensor, stream: torch.Tensor, weight: torch.Tensor, index: int

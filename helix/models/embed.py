@@ -1,0 +1,74 @@
+"""What a step does before its first layer: the rows' embeddings, their norm, and the angles of their positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from .spec import RopeSpec
+
+
+@triton.jit
+def _embed_kernel(
+    token_ids, chosen, row_seq, positions, embedding, weight, inv_freq, stream, normed, cos, sin, eps, scaling,
+    H: tl.constexpr, H_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, HAS_CHOSEN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(token_ids + row)
+    if HAS_CHOSEN:
+        token = tl.where(token < 0, tl.load(chosen + tl.load(row_seq + row)), token)
+    i = tl.arange(0, H_PAD)
+    x = tl.load(embedding + token * H + i, mask=i < H, other=0.0)
+    tl.store(stream + row * H + i, x, mask=i < H)
+    value = x.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / H + eps)
+    value *= tl.load(weight + i, mask=i < H, other=0.0).to(tl.float32)
+    tl.store(normed + row * H + i, value.to(normed.dtype.element_ty), mask=i < H)
+    pair = tl.arange(0, HALF_PAD)
+    angle = tl.load(positions + row).to(tl.float32) * tl.load(inv_freq + pair, mask=pair < HALF, other=0.0)
+    tl.store(cos + row * HALF + pair, libdevice.cos(angle) * scaling, mask=pair < HALF)
+    tl.store(sin + row * HALF + pair, libdevice.sin(angle) * scaling, mask=pair < HALF)
+
+
+def embed(
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    embedding: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    rope: RopeSpec,
+    inv_freq: torch.Tensor,
+    chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the stream [R, h], its RMSNorm [R, h], and cos and sin of the positions' angles.
+
+    Args:
+        token_ids, positions: [R] int64.
+        embedding: [V, h]; weight: [h] of the norm, eps its.
+        rope: how positions turn; inv_freq is its own, on the device.
+        chosen: tokens [B] int64 and the row of it [R] that stands for a token id of -1; CUDA alone.
+
+    Returns:
+        stream and normed in the embedding's dtype; cos, sin [R, rotary_dim / 2] float32, scaled.
+    """
+    if not token_ids.is_cuda:
+        stream = F.embedding(token_ids, embedding)
+        angle = positions.unsqueeze(1).to(torch.float32) * inv_freq
+        normed = F.rms_norm(stream, weight.shape, weight, eps)
+        return stream, normed, angle.cos() * rope.attention_scaling, angle.sin() * rope.attention_scaling
+    rows, hidden, half = token_ids.shape[0], embedding.shape[1], inv_freq.shape[0]
+    stream, normed = embedding.new_empty((2, rows, hidden)).unbind(0)
+    cos, sin = inv_freq.new_empty((2, rows, half)).unbind(0)
+    if rows:
+        last, row_seq = chosen or (token_ids, token_ids)
+        _embed_kernel[(rows,)](
+            token_ids, last, row_seq, positions, embedding, weight, inv_freq, stream, normed, cos, sin,
+            eps, rope.attention_scaling,
+            H=hidden, H_PAD=triton.next_power_of_2(hidden), HALF=half, HALF_PAD=triton.next_power_of_2(half),
+            HAS_CHOSEN=chosen is not None, num_warps=8,
+        )  # fmt: skip
+    return stream, normed, cos, sin
