@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import many_rows, stream_kv
 from .rows import Rows
-from .stream_kv import stream_attention, supports
 
 LOG2_E = 1.4426950408889634
 MIN_SPLIT_TOKENS = 64
@@ -154,8 +154,10 @@ class SplitKV:
         num_rows, num_heads, head_dim = q_RQD.shape
         num_kv_heads, block_size = pages.shape[2], pages.shape[3]
         group = num_heads // num_kv_heads
-        if supports(pages, rows.max_rows * group):
-            return stream_attention(q_RQD, pages, rows, scale, processors=self._processors, pdl=self._pdl)
+        if stream_kv.supports(pages, rows.max_rows * group):
+            return stream_kv.stream_attention(q_RQD, pages, rows, scale, processors=self._processors, pdl=self._pdl)
+        if many_rows.supports(pages, group):
+            return many_rows.many_rows_attention(q_RQD, pages, rows, scale, processors=self._processors, pdl=self._pdl)
         tile = choose_tile(rows, group, num_kv_heads, head_dim, q_RQD.dtype, self._processors)
         tiles = -(-rows.max_rows // tile.rows)
         runs = rows.query_start.shape[0] - 1

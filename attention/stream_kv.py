@@ -47,7 +47,7 @@ def _fetch(kv, tiles, bar, stage, token, last, row0, table, v_rows, page_rows, o
 
 
 @gluon.jit
-def _keep(tile, token, end, layout: gl.constexpr):
+def keep_seen(tile, token, end, layout: gl.constexpr):
     """Zero the rows of a tile of V that stand past the end: 0 x what lies there might be NaN."""
     t = token + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, layout))
     value = tile.load(layout)
@@ -141,8 +141,8 @@ def _stream_kv_kernel(
         p_s.index(0).permute((1, 0)).store(p0.to(dtype))
         p_s.index(1).permute((1, 0)).store(p1.to(dtype))
         if at + 2 * TILE > end:
-            _keep(v0, at, end, lines)
-            _keep(v1, at + TILE, end, lines)
+            keep_seen(v0, at, end, lines)
+            keep_seen(v1, at + TILE, end, lines)
         fence_async_shared()
         acc = acc * decay[None, :]
         acc = warpgroup_mma(v0.permute((1, 0)), p_s.index(0).permute((1, 0)), acc, is_async=True)
@@ -167,8 +167,8 @@ def _stream_kv_kernel(
         gl.store(to, value.to(out.dtype.element_ty), mask=real[None, :] & (o_d < D)[:, None])
 
 
-def supports(pages: torch.Tensor, columns: int) -> bool:
-    """Return whether the kernel can read these pages, for so many rows x heads that read one KV head together."""
+def fits(pages: torch.Tensor) -> bool:
+    """Return whether these pages can be read in tiles by the tensor memory engine of a Hopper GPU."""
     block_size, head_dim = pages.shape[3:]
     return (
         pages.is_cuda
@@ -177,8 +177,20 @@ def supports(pages: torch.Tensor, columns: int) -> bool:
         and pages.is_contiguous()
         and block_size % TILE == 0
         and head_dim in (64, 128, 256)
-        and columns <= MAX_COLUMNS
     )
+
+
+def page_tiles(pages: torch.Tensor) -> TensorDescriptor:
+    """Describe pages [P, 2, K, block_size, D] as rows of D, in tiles of TILE tokens."""
+    flat = pages.view(-1, pages.shape[-1])
+    block = [TILE, pages.shape[-1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[pages.dtype])
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), block, layout)
+
+
+def supports(pages: torch.Tensor, columns: int) -> bool:
+    """Return whether the kernel can read these pages, for so many rows x heads that read one KV head together."""
+    return fits(pages) and columns <= MAX_COLUMNS
 
 
 def stream_attention(
@@ -195,11 +207,8 @@ def stream_attention(
     dtype = torch.float32 if splits > 1 else q_RQD.dtype
     part = torch.empty((splits, num_rows, num_heads, head_dim), dtype=dtype, device=q_RQD.device)
     lse = torch.empty((splits, num_rows, num_heads), dtype=torch.float32, device=q_RQD.device)
-    flat = pages.view(-1, head_dim)
-    layout = gl.NVMMASharedLayout.get_default_for([TILE, head_dim], _ELEMENTS[pages.dtype])
-    kv = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [TILE, head_dim], layout)
     _stream_kv_kernel[(runs, num_kv_heads, splits)](
-        kv, q_RQD, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, lse,
+        page_tiles(pages), q_RQD, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, lse,
         q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_rows, num_heads, num_kv_heads,
         GROUP=group, BLOCK_SIZE=block_size, M=max(8, triton.next_power_of_2(rows.max_rows * group)),
         SPLITS=splits, STAGES=STAGE_BYTES // (4 * TILE * head_dim * pages.element_size()), PDL=pdl,

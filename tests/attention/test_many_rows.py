@@ -1,0 +1,55 @@
+"""The kernel of prefill chunks: it runs on Hopper alone; elsewhere ``split_kv`` serves the same interface."""
+
+import pytest
+import torch
+
+from attention import many_rows, stream_kv
+from attention.merge import merge_splits
+from attention.partial import select_backend
+from attention.reference import partial_attention
+from tests.attention.cases import make_case, shard
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 1), (4, 4), (14, 2), (24, 2)])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_it_equals_the_reference(dtype, head_dim, heads, kv_heads, block_size):
+    lengths = [1, 70, 129, 700, 1291]
+    case = make_case(
+        heads, lengths=lengths, num_rows=[1, 70, 128, 300, 9], heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        block_size=block_size, kvp=2, dtype=dtype,
+    )  # fmt: skip
+    for rank in range(2):
+        pages, rows = shard(case, rank, "cuda")
+        assert many_rows.supports(pages, heads // kv_heads)
+        assert not stream_kv.supports(pages, rows.max_rows * heads // kv_heads)
+        q, scale = case.q.cuda(), head_dim**-0.5
+        out, lse = merge_splits(*select_backend("triton", q.device)(q, pages, rows, scale), q.dtype)
+        plain, _ = partial_attention(q, pages, rows, scale)
+        exact, exact_lse = partial_attention(q.float(), pages.float(), rows, scale)
+        ours, theirs = (out.float() - exact[0]).abs().max(), (plain[0].float() - exact[0]).abs().max()
+        assert ours <= 2 * theirs + 4e-3
+        torch.testing.assert_close(lse, exact_lse[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 2048, 5000])
+def test_chunks_of_every_length_see_what_is_theirs(length):
+    case = make_case(
+        length, lengths=[length], num_rows=[min(length, 513)], heads=8, kv_heads=2, head_dim=128, block_size=64,
+        kvp=1, dtype=torch.bfloat16,
+    )  # fmt: skip
+    pages, rows = shard(case, 0, "cuda")
+    q = case.q.cuda()
+    out, lse = merge_splits(*select_backend("triton", q.device)(q, pages, rows, 0.3), q.dtype)
+    exact, exact_lse = partial_attention(q.float(), pages.float(), rows, 0.3)
+    torch.testing.assert_close(out.float(), exact[0], rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(lse, exact_lse[0], rtol=1e-4, atol=1e-3)
