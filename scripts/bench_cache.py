@@ -15,18 +15,14 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from helix.cache.control import CacheControl
 from helix.cache.keys import BlockKeys
@@ -40,6 +36,7 @@ from helix.sampling import SamplingParams
 from parallel.launch import set_up_logging
 from parallel.placement import BlockCyclic
 from scripts import cli
+from scripts.timing import commit, device_name, show
 
 VOCAB = 150_000
 
@@ -264,25 +261,6 @@ def bench_decode(config: BenchCacheConfig) -> dict[str, Any]:
     }
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table on rank 0, one row for each dict."""
-    if cli.rank() != 0:
-        return
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
-
-
-def commit() -> str:
-    """Return the checkout's commit, or nothing."""
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()
-
-
 def run(config: BenchCacheConfig) -> None:
     """Run what the machine can, print tables, and one JSON line last."""
     set_up_logging(cli.rank())
@@ -290,7 +268,7 @@ def run(config: BenchCacheConfig) -> None:
     match, admission = bench_match(config), bench_admission(config)
     figures: dict[str, Any] = {
         "benchmark": "cache",
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": device_name(),
         "commit": commit(),
         "block_size": config.cache.block_size,
         "repeats": config.repeats,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +55,41 @@ def graph_us(calls: Sequence[Callable[[], Any]], *, repeats: int, iterations: in
     return float(result[0]), float(result[1])
 
 
-def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], **facts: Any) -> None:
-    """Print a table for people and, last, one JSON line for machines, on rank 0."""
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table for people on rank 0: a column for each key, a row for each mapping; None is a dash."""
     if cli.rank() != 0:
         return
     table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="right")
+    for column in rows[0] if rows else ():
+        table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*("-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+                        for cell in row.values()))  # fmt: skip
     Console(width=160).print(table)
+
+
+def commit() -> str | None:
+    """Return the checkout's commit, None where it is unknown."""
     head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip() or None
+    return subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def device_name() -> str:
+    """Return the name of this rank's GPU, or cpu."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], **facts: Any) -> None:
+    """Print a table for people and, last, one JSON line for machines, on rank 0."""
+    named = [dict(zip(columns, row, strict=True)) for row in rows]
+    show(title, named)
     line = {
         "bench": title,
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": device_name(),
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": commit(),
         **facts,
-        "rows": [dict(zip(columns, row, strict=True)) for row in rows],
+        "rows": named,
     }
-    print(json.dumps(line), flush=True)
+    cli.say(json.dumps(line))
