@@ -1,0 +1,182 @@
+"""One shard's inputs in the forms that each library wants, and each library's decode attention over them.
+
+All of them read the same bytes: pages [P, 2, K, block_size, D] are FlashInfer's HND layout as they are, and the same
+memory seen as [2, B, K, S, D] is SDPA's dense cache (of other tokens, which does not matter to the clock).
+``agree_on`` compares the results where it does matter.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from attention.rows import Rows
+from helix.config import check_at_least
+from parallel.launch import minimum
+from scripts.timing import HBM_BYTES_PER_US
+
+Attend = Callable[[], Any]
+WORKSPACE_BYTES = 256 << 20
+CUDA_CORE_GROUPS = (1, 2, 3, 4, 6, 8)
+"""The GQA groups that FlashInfer's decode kernel without tensor cores is compiled for."""
+MAX_COPIES = 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one decode step on one shard: sequences, their local tokens, query and KV heads, elements a head,
+    tokens a page.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "tokens", "heads", "kv_heads", "head_dim", "block_size"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads = {self.heads} of a shape must be a multiple of its kv_heads = {self.kv_heads}")
+        if self.tokens % self.block_size:
+            raise ValueError(f"tokens = {self.tokens} of a shape must be a multiple of block_size = {self.block_size}")
+
+    def kv_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of K and V."""
+        return 2 * self.batch * self.tokens * self.kv_heads * self.head_dim * dtype.itemsize
+
+    def floor_us(self, dtype: torch.dtype) -> float:
+        """Return the time to read K and V once, in microseconds."""
+        return self.kv_bytes(dtype) / HBM_BYTES_PER_US
+
+    def num_copies(self, dtype: torch.dtype, total_bytes: int) -> int:
+        """Return how many copies of K and V make up ``total_bytes``: 2 to MAX_COPIES."""
+        return max(2, min(MAX_COPIES, -(-total_bytes // self.kv_bytes(dtype))))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random inputs of a shape: q [B, Q, D], pages [C, P, 2, K, block_size, D] in C copies, and a step's rows."""
+
+    shape: Shape
+    q: torch.Tensor
+    pages: torch.Tensor
+    rows: Rows
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.shape.head_dim**-0.5
+
+    def dense(self, copy: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the memory of one copy as dense K and V [B, K, S, D]."""
+        s = self.shape
+        k, v = self.pages[copy].view(2, s.batch, s.kv_heads, s.tokens, s.head_dim)
+        return k, v
+
+    def gathered(self, copy: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V [B, K, S, D] of the tokens that one copy's pages hold."""
+        s = self.shape
+        pages = self.pages[copy][self.rows.page_table.long()]  # [B, P / B, 2, K, block_size, D]
+        k, v = (pages[:, :, i].transpose(1, 2).reshape(s.batch, s.kv_heads, s.tokens, s.head_dim) for i in (0, 1))
+        return k, v
+
+
+def make_case(shape: Shape, copies: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Return random inputs; the pages of the sequences are shuffled, alike in all copies."""
+    pages_per_seq = shape.tokens // shape.block_size
+    num_pages = shape.batch * pages_per_seq
+    page_shape = (copies, num_pages, 2, shape.kv_heads, shape.block_size, shape.head_dim)
+    table = torch.randperm(num_pages, device=device, dtype=torch.int32).view(shape.batch, pages_per_seq)
+    index = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
+    rows = Rows(
+        positions=torch.full((shape.batch,), shape.tokens - 1, device=device),
+        row_seq=index[:-1],
+        visible_len=torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=device),
+        slot=torch.full((shape.batch,), -1, device=device),
+        page_table=table,
+        query_start=index,
+        max_rows=1,
+        max_visible_len=shape.tokens,
+    )
+    q = torch.randn(shape.batch, shape.heads, shape.head_dim, dtype=dtype, device=device)
+    return Case(shape, q, torch.empty(page_shape, dtype=dtype, device=device).normal_(), rows)
+
+
+def agree_on(case: Case, out_BQD: torch.Tensor) -> None:
+    """Raise AssertionError unless a result over copy 0 is that of float32 attention, within the dtype's rounding."""
+    k, v = case.gathered(0)
+    group = case.shape.heads // case.shape.kv_heads
+    expected = torch.empty_like(out_BQD, dtype=torch.float32)
+    for head in range(case.shape.kv_heads):  # a KV head at a time: float32 copies of all would not fit everywhere
+        heads = slice(head * group, (head + 1) * group)
+        scores = case.q[:, heads].float() @ k[:, head].float().transpose(1, 2) * case.scale
+        expected[:, heads] = scores.softmax(-1) @ v[:, head].float()
+    torch.testing.assert_close(out_BQD.float(), expected, rtol=0.02, atol=0.1 * float(expected.std()))
+
+
+def sdpa(case: Case, copy: int) -> Attend:
+    """Return a call of torch's attention over one dense copy: [B, Q, 1, D], without lse."""
+    k, v = case.dense(copy)
+    return partial(scaled_dot_product_attention, case.q.unsqueeze(2), k, v, scale=case.scale, enable_gqa=True)
+
+
+def flashinfer_runs(flashinfer: Any, case: Case) -> list[Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+    """Return FlashInfer's ways to decode, planned for CUDA graphs: out [B, Q, D] and lse [B, Q] (base 2) of a pages.
+
+    With tensor cores, and without where the GQA group allows it.
+    """
+    shape, table, device = case.shape, case.rows.page_table, case.q.device
+    last_page_len = torch.full((shape.batch,), shape.block_size, dtype=torch.int32, device=device)
+    indptr = case.rows.query_start * table.shape[1]
+    runs = []
+    for tensor_cores in (True, False):
+        if not tensor_cores and shape.heads // shape.kv_heads not in CUDA_CORE_GROUPS:
+            continue
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            "HND",
+            use_cuda_graph=True,
+            use_tensor_cores=tensor_cores,
+            paged_kv_indptr_buffer=torch.empty_like(indptr),
+            paged_kv_indices_buffer=torch.empty(table.numel(), dtype=torch.int32, device=device),
+            paged_kv_last_page_len_buffer=torch.empty_like(last_page_len),
+        )
+        wrapper.plan(
+            indptr,
+            table.flatten(),
+            last_page_len,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.block_size,
+            q_data_type=case.q.dtype,
+            kv_data_type=case.q.dtype,
+            sm_scale=case.scale,
+        )
+        runs.append(partial(wrapper.run, case.q, return_lse=True))
+    return runs
+
+
+def load_flashinfer(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
+    """Return FlashInfer, or None and why it cannot run here; it compiles its kernels on the way, which takes minutes.
+
+    Collective over the world: all ranks have it, or none.
+    """
+    module, reason = None, "it is missing on another rank"
+    try:
+        module = importlib.import_module("flashinfer")
+        case = make_case(Shape(1, 64, 8, 1, head_dim, 64), 1, dtype, device)
+        for run in flashinfer_runs(module, case):
+            agree_on(case, run(case.pages[0])[0])
+    except Exception as error:  # whatever it is, it is told, and must not stop the other columns
+        module, reason = None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return (module, "") if minimum(int(module is not None)) == 1 else (None, reason)
