@@ -1,9 +1,9 @@
 """Partial attention of many rows for Hopper: prefill chunks, at the tensor cores' speed.
 
 A program takes a tile of 128 rows x heads of one KV head (the GQA group is packed into the tile) and streams the local
-shard through shared memory. The products of a turn overlap the softmax of the next: while the tensor cores add P V of one
-tile of tokens, the other units exponentiate the scores of the next (FlashAttention-3, arXiv 2407.08608, section 3.2).
-The mask is each row's own ``visible_len``, and only tiles of tokens that some row does not see whole are masked.
+shard through shared memory. The products of a turn overlap the softmax of the next: while the tensor cores add P V of
+one tile of tokens, the other units exponentiate the scores of the next (FlashAttention-3, arXiv 2407.08608, section
+3.2). The mask is each row's own ``visible_len``; only tiles of tokens that some row does not see whole are masked.
 """
 
 from __future__ import annotations
