@@ -10,6 +10,7 @@ device, as the runtime does. Layouts are [kvp, tpa], cases [context in tokens, b
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -17,10 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 from helix.cache.pool import BlockTable
 from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from helix.detokenize import Detokenizer
+from helix.graphs import DecodeGraphs
 from helix.llm import LLM
 from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
@@ -69,16 +73,55 @@ def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
     return sequences
 
 
-def floor_us(llm: LLM, context: int, batch: int) -> float:
-    """Return the time to read this rank's weights and KV once, all layers and the output head."""
+def floors_us(llm: LLM, context: int, batch: int) -> tuple[float, float]:
+    """Return the times to read this rank's KV and its weights once: all layers, and the output head."""
     spec, decoder = llm.spec, llm.runner.decoder
     local = llm.placement.local_len(context, 0)
     kv = 2 * decoder.num_kv_heads * spec.head_dim * local * batch * llm.dtype.itemsize * spec.num_layers
-    return (kv + decoder.layer_bytes + decoder.top["lm_head"].nbytes) / HBM_BYTES_PER_US
+    return kv / HBM_BYTES_PER_US, (decoder.layer_bytes + decoder.top["lm_head"].nbytes) / HBM_BYTES_PER_US
 
 
-def measure(llm: LLM, context: int, batch: int, steps: int, profile: bool) -> dict[str, Any]:
-    """Return TTL and parts of one case, in milliseconds."""
+@triton.jit
+def _stamp_kernel(times, step, at_end: tl.constexpr, LENGTH: tl.constexpr):
+    now = tl.load(step)
+    tl.store(times + 2 * (now % LENGTH) + at_end, tl.extra.cuda.globaltimer())
+    if at_end:
+        tl.store(step, now + 1)
+
+
+class Stamps:
+    """Notes on the device when each captured step begins and ends, so that the time between steps needs no profiler."""
+
+    LENGTH = 256
+
+    def __init__(self) -> None:
+        self._times = torch.zeros(2 * self.LENGTH, dtype=torch.int64, device="cuda")
+        self._step = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def wrap(self) -> None:
+        """Put a stamp before and after every step that is captured from now on."""
+        step = DecodeGraphs._step
+
+        def stamped(graphs: DecodeGraphs, *args: Any) -> None:
+            self._put(False)
+            step(graphs, *args)
+            self._put(True)
+
+        DecodeGraphs._step = stamped  # type: ignore[method-assign]
+
+    def between_us(self, steps: int) -> float:
+        """Return the median time from the end of a step to the beginning of the next, over the last steps."""
+        torch.cuda.synchronize()
+        last, times = int(self._step), self._times.view(-1, 2).tolist()
+        kept = [times[number % self.LENGTH] for number in range(last - min(steps, self.LENGTH), last)]
+        return statistics.median(b[0] - a[1] for a, b in itertools.pairwise(kept)) / 1e3
+
+    def _put(self, at_end: bool) -> None:
+        _stamp_kernel[(1,)](self._times, self._step, at_end, self.LENGTH, num_warps=1)
+
+
+def measure(llm: LLM, context: int, batch: int, steps: int, profile: bool, stamps: Stamps) -> dict[str, Any]:
+    """Return TTL and parts of one case, in milliseconds, and the time between two steps."""
     sequences = filled_sequences(llm, context, batch)
     runner = llm.runner
     pending = runner.launch([Chunk(seq, context - 1, context) for seq in sequences])
@@ -100,13 +143,23 @@ def measure(llm: LLM, context: int, batch: int, steps: int, profile: bool) -> di
     run(10)
     ttl = statistics.median(run(steps) for _ in range(3))
     runner.check_faults()
-    floor = floor_us(llm, context, batch) / 1e3
-    row: dict[str, Any] = {"context": context, "batch": batch, "TTL ms": ttl, "floor ms": floor, "x floor": ttl / floor}
+    between = stamps.between_us(steps)
+    kv, weights = (each / 1e3 for each in floors_us(llm, context, batch))
+    row: dict[str, Any] = {
+        "context": context,
+        "batch": batch,
+        "TTL ms": ttl,
+        "floor ms": kv + weights,
+        "x floor": ttl / (kv + weights),
+        "KV floor ms": kv,
+        "weights floor ms": weights,
+        "between %": between / ttl / 10,
+    }
     return row | (parts_of(run) if profile else {})
 
 
 def parts_of(run: Any) -> dict[str, float]:
-    """Profile a few steps: milliseconds that each part adds to a step, and the share of time in which no kernel ran.
+    """Profile a few steps: milliseconds that each part adds to a step, and the share of a step without any kernel.
 
     Kernels overlap (each is launched before the one before it has ended), so what one adds is the time from the end of
     whatever ended before it to its own end.
@@ -125,9 +178,11 @@ def parts_of(run: Any) -> dict[str, float]:
     for end, begin, name in spans:
         part = next((part for part, names in PARTS.items() if any(each in name for each in names)), "other")
         totals[part] += (end - max(reached, begin)) / 5e3
-        gaps += max(0.0, begin - reached)
+        if "_embed_kernel" not in name and "Mem" not in name and "_stamp" not in name:  # between steps: see Stamps
+            gaps += max(0.0, begin - reached)
         reached = end
-    return {f"{part} ms": totals[part] for part in [*PARTS, "other"]} | {"gaps %": 100 * gaps / (reached - began)}
+    parts = {f"{part} ms": totals[part] for part in [*PARTS, "other"]}
+    return parts | {"gaps inside %": 100 * gaps / (reached - began)}
 
 
 def run(config: BenchDecodeConfig) -> None:
@@ -135,6 +190,8 @@ def run(config: BenchDecodeConfig) -> None:
     launch = start("cuda", timeout_s=config.runtime.timeout_s)
     set_up_logging(launch.rank)
     rows = []
+    stamps = Stamps()
+    stamps.wrap()
     for kvp, tpa in config.layouts:
         room = max((context + 8192) * batch for context, batch in config.cases)
         llm = LLM(
@@ -149,7 +206,7 @@ def run(config: BenchDecodeConfig) -> None:
         for pages in llm.runner.cache.layers:
             pages.normal_()
         for context, batch in config.cases:
-            row = measure(llm, context, batch, config.steps, config.profile)
+            row = measure(llm, context, batch, config.steps, config.profile, stamps)
             slowest = max(gather_values(int(row["TTL ms"] * 1e6))) / 1e6
             rows.append({"kvp": kvp, "tpa": tpa, **row, "TTL ms": slowest, "x floor": slowest / row["floor ms"]})
             cli.say(f"kvp {kvp} x tpa {tpa}, {context} x {batch}: {slowest:.3f} ms")
