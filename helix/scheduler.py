@@ -67,7 +67,7 @@ class Scheduler:
         """
         step = Step()
         budget, preempted = self._continue_running(step)
-        if not preempted:
+        if not (preempted and step.chunks):
             self._admit_waiting(step, budget)
         self.cache.offload_ahead()
         step.movements = self.cache.take_movements()

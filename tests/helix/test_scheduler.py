@@ -276,6 +276,18 @@ def test_a_step_that_preempts_admits_nobody() -> None:
     assert step(scheduler) == [(0, 9, 10), (1, 0, 3)]
 
 
+def test_a_sequence_that_makes_again_what_is_cached_runs_in_the_pages_that_it_needs() -> None:
+    """Its blocks are in the tree and in pages of its own at once, until it is preempted and shares them."""
+    scheduler = make_scheduler(block_size=1, num_pages=15)
+    run = Run(scheduler, prefill_chunk=16, max_batch=8)
+    for _ in range(2):
+        scheduler.add(make_sequence(0, 8, 8))
+        while scheduler.has_work:
+            run.step()
+    assert [len(seq.token_ids) for seq in run.ended] == [16, 16]
+    assert scheduler.cache.counters.preemptions == 1
+
+
 def test_several_preempted_at_once_come_back_in_their_order() -> None:
     scheduler = make_scheduler(num_pages=6, block_size=4, kvp=1, prefill_chunk=64)
     sequences = [make_sequence(index, length, 9) for index, length in enumerate((8, 4, 4, 4))]
