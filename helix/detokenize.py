@@ -9,8 +9,9 @@ Every rank runs the same detokenizer on the same tokens, since a stop string dec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +42,9 @@ class Detokenizer:
         if not all(stop):
             raise ValueError(f"sampling.stop = {list(stop)!r} must not contain an empty string")
         self._tokenizer = tokenizer
+        self._decode = _decode_with(tokenizer, skip_special_tokens)
         self._stop = list(stop)
         self._longest_stop = max((len(s) for s in stop), default=0)
-        self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []  # token ids: the context, then the pending tokens
         self._num_context = 0
         self._num_read = 0  # characters of the window's text that were passed on to the search for stop strings
@@ -101,19 +102,15 @@ class Detokenizer:
             del self._window[self._num_context :]
         return delta
 
-    def _decode(self, token_ids: list[int]) -> str:
-        assert self._tokenizer is not None
-        text: str = self._tokenizer.decode(
-            token_ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return text
-
     def _release(self, delta: str) -> str:
         """Pass text on, up to a stop string or to what may be the beginning of one.
 
         The string whose end comes first wins, then the one that begins first: the choice that reading character by
         character would make, however the text is split into tokens.
         """
+        if not self._stop:
+            self._pieces.append(delta)
+            return delta
         text = self._held + delta
         found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
@@ -129,3 +126,15 @@ class Detokenizer:
         """Return the length of the longest end of the text that begins a stop string."""
         longest = min(self._longest_stop - 1, len(text))
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)
+
+
+def _decode_with(tokenizer: PreTrainedTokenizerBase | None, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+    """Return what turns ids into text: where transformers adds nothing, its Rust tokenizer: a sixth of the time."""
+    if tokenizer is None:
+        return lambda _: ""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind: Any = type(tokenizer)
+    if issubclass(kind, Fast) and kind.decode is Fast.decode and kind._decode is Fast._decode:
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    return partial(tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)

@@ -103,6 +103,15 @@ def oracle(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_tokenizer_with_a_decode_of_its_own_is_asked(byte_level: PreTrainedTokenizerFast) -> None:
+    class Shouting(PreTrainedTokenizerFast):
+        def _decode(self, *args: Any, **settings: Any) -> str:
+            return super()._decode(*args, **settings).upper()
+
+    shouting = Shouting(tokenizer_object=byte_level.backend_tokenizer)
+    assert "".join(run(Detokenizer(shouting), b"words")) == "WORDS"
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_byte_tokens_add_up_to_the_whole_text(byte_level: PreTrainedTokenizerFast, text: str) -> None:
     ids = list(text.encode())
