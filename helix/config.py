@@ -185,12 +185,14 @@ class RuntimeConfig:
         check_ranks: compare a digest of the decision state over all ranks every step (debugging; costs a collective).
         timeout_s: bound of a collective, in seconds.
         graphs: on GPUs, capture the decode steps of every batch bucket at the start.
+        look_ahead: launch a decode step before the tokens of the one before it are read; not with check_ranks.
     """
 
     device: str = "auto"
     check_ranks: bool = False
     timeout_s: float = 600.0
     graphs: bool = True
+    look_ahead: bool = True
 
     def __post_init__(self) -> None:
         check_choice("runtime.device", self.device, DEVICES)

@@ -1,10 +1,29 @@
-"""The step loop: schedule, run, sample, commit. Every rank runs it in lockstep on the same sequences."""
+"""The step loop: schedule, run, sample, commit. Every rank runs it in lockstep on the same sequences.
+
+A decode step is launched before the host has read the tokens of the one before it, so that the device goes on while the
+host appends tokens, makes text and decides who stops. One step of look-ahead is enough for that. What keeps the results
+what they would be without it:
+
+ 1. A launched row takes its token from the device, where the step before left it, and its position is the scheduler's
+    count: the one after its row in that step. Rows that would pass a sequence's ``max_len`` are never launched.
+ 2. Tokens are read, and blocks enter the prefix tree under them, one step after the other, in order. What a launched
+    step computes for a sequence that turns out to have stopped before is dropped unread.
+ 3. Such a sequence keeps its batch slot and pages until that step has ended as well. So a page that is free, or cached
+    for others, is never one that a launched step may still write, whoever takes it next: a later step, the page mover,
+    or a copy that other machines make.
+ 4. Page movements of a step are started before it is launched and after the one before it was: the mover's streams wait
+    for everything launched so far, and the next launch for them.
+ 5. Only decode rows of plain greedy sequences are launched ahead. Where anything else is due the step in flight is read
+    first. That a sequence stopped is known when the next step is already launched: one that waits for its place starts
+    a step later than it would, and a page for the dropped row may have cost a cached block. No token depends on either.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +32,7 @@ from parallel.launch import from_rank0, gather_values
 
 from .cache.movements import as_ints
 from .cache.mover import PageMover
+from .graphs import PendingTokens
 from .metrics import RunMetrics
 from .request import Sequence, StreamEvent, TokenLogprobs
 from .runner import Runner
@@ -26,6 +46,22 @@ class RankMismatch(RuntimeError):
     """Two ranks took different decisions."""
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was given to the device.
+
+    Attributes:
+        choice: the tokens that the device chose, on their way here, or the logits of the rows that sample.
+    """
+
+    step: Step
+    choice: PendingTokens | torch.Tensor
+
+    def holds(self, seq: Sequence) -> bool:
+        """Return whether the step computes rows of a sequence."""
+        return any(chunk.seq is seq for chunk in self.step.chunks)
+
+
 class Engine:
     """Runs sequences to their end.
 
@@ -36,6 +72,7 @@ class Engine:
         runner: how to compute it on this rank.
         mover: how to move this rank's pages.
         eos_token_ids: ids that end a sequence, unless it ignores them.
+        look_ahead: launch decode steps before the tokens of the step before are read; not with check_ranks.
         check_ranks: compare the decision state over ranks at every step.
         clock: seconds, for the metrics; rank 0's also tells when retention ends.
     """
@@ -47,11 +84,14 @@ class Engine:
         mover: PageMover,
         *,
         eos_token_ids: tuple[int, ...],
+        look_ahead: bool = True,
         check_ranks: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scheduler, self.runner, self.mover = scheduler, runner, mover
         self._eos = frozenset(eos_token_ids)
+        self._looks_ahead = look_ahead and not check_ranks
+        self._flight: Flight | None = None  # launched, not read yet
         self._check_ranks = check_ranks
         self._clock = clock
         self._started: dict[Sequence, float] = {}
@@ -78,7 +118,19 @@ class Engine:
             self._share_time_now = True
 
     def abort_all(self) -> None:
-        """Drop every sequence; its pages are free or cached. After a step that failed, nothing stays cached."""
+        """Drop every sequence; its pages are free or cached. After a step that failed, nothing stays cached.
+
+        Raises:
+            RankLost: when the step in flight finds that.
+        """
+        flight, self._flight = self._flight, None
+        try:
+            if flight is not None:
+                self._read(flight)
+        finally:
+            self._drop_all()
+
+    def _drop_all(self) -> None:
         for seq in list(self.scheduler.running):
             self.scheduler.finish(seq, keep=not self._in_step)
         self.scheduler.waiting.clear()
@@ -96,6 +148,17 @@ class Engine:
         """
         self._share_time()
         self._in_step = True
+        flight = self._flight = self._flight or self._depart()
+        self._flight = self._depart_ahead(flight)
+        events = self._land(flight)
+        if self._flight is not None and all(chunk.seq.has_ended for chunk in self._flight.step.chunks):  # for nobody
+            self._land(self._flight)
+            self._flight = None
+        self._in_step = False
+        return events
+
+    def _depart(self) -> Flight:
+        """Give the device whatever is due."""
         step = self.scheduler.schedule()
         if not step.chunks:
             raise RuntimeError(f"{len(self.scheduler.waiting)} sequences wait and none can run")
@@ -103,26 +166,51 @@ class Engine:
         if self._check_ranks:  # before any collective whose shape the step decides
             self._compare_ranks(step, None)
         self.mover.execute(step.movements)
-        seqs = [chunk.seq for chunk in step.chunks if chunk.samples]
-        if self.runner.can_launch(step.chunks) and all(seq.sampling.is_plain for seq in seqs):
-            ids, fault = self.runner.launch(step.chunks).wait()
-            tokens: SampledTokens | None = SampledTokens.plain(ids)
-            self.runner.check_faults(fault)
-        else:
-            logits = self.runner.run(step.chunks)
-            tokens = self._sample(logits, seqs) if seqs else None
-            self.runner.check_faults()
-        self.scheduler.commit(step.chunks)
+        if self.runner.can_launch(step.chunks) and all(chunk.seq.sampling.is_plain for chunk in step.chunks):
+            return Flight(step, self.runner.launch(step.chunks))
+        return Flight(step, self.runner.run(step.chunks))
+
+    def _depart_ahead(self, flight: Flight) -> Flight | None:
+        """Give the device the step after one that is not read yet, where that is known already."""
+        if not (self._looks_ahead and isinstance(flight.choice, PendingTokens)):
+            return None
+        step = self.scheduler.look_ahead(flight.step)
+        if step is None:
+            return None
+        self.mover.execute(step.movements)
+        return Flight(step, self.runner.launch(step.chunks))
+
+    def _land(self, flight: Flight) -> list[StreamEvent]:
+        """Wait for a step and return what is new; what it computed for sequences that ended before is dropped."""
+        tokens, chunks = self._read(flight), flight.step.chunks
+        going_on = []
+        for chunk in chunks:
+            if chunk.seq.has_ended:
+                self.scheduler.finish(chunk.seq)
+            else:
+                going_on.append(chunk)
+        if not going_on:
+            return []
+        self.scheduler.commit(going_on)
         if self._check_ranks:
-            self._compare_ranks(step, tokens)
+            self._compare_ranks(flight.step, tokens)
         metrics = self.metrics
-        for chunk in step.chunks:
+        for chunk in going_on:
             metrics.prefill_tokens += chunk.stop - chunk.start if chunk.start < chunk.seq.prompt_len else 0
         metrics.prefill_total = max(metrics.prefill_total, metrics.prefill_tokens)
         metrics.num_steps += 1
-        events = [] if tokens is None else self._commit(seqs, tokens)
-        self._in_step = False
-        return events
+        return [] if tokens is None else self._commit([chunk.seq for chunk in chunks if chunk.samples], tokens)
+
+    def _read(self, flight: Flight) -> SampledTokens | None:
+        """Wait for a step and return the tokens of its rows that sample; None where none does."""
+        if isinstance(flight.choice, PendingTokens):
+            ids, fault = flight.choice.wait()
+            self.runner.check_faults(fault)
+            return SampledTokens.plain(ids)
+        seqs = [chunk.seq for chunk in flight.step.chunks if chunk.samples]
+        tokens = self._sample(flight.choice, seqs) if seqs else None
+        self.runner.check_faults()
+        return tokens
 
     def _share_time(self) -> None:
         """Tell the cache rank 0's time: when a request brings retention, and now and then while a priority may end."""
@@ -156,6 +244,8 @@ class Engine:
         events = []
         logprobs = None if tokens.logprobs is None else _host_logprobs(tokens, seqs)
         for row, (seq, token) in enumerate(zip(seqs, tokens.token_ids.tolist(), strict=True)):
+            if seq.has_ended:
+                continue
             if seq.output.logprobs is not None and logprobs is not None:
                 seq.output.logprobs.append(logprobs[row])
             events.append(self._append(seq, token))
@@ -188,7 +278,8 @@ class Engine:
         place = self.runner.placement
         for rank in range(place.kvp):
             self.metrics.tokens_per_rank[rank] += place.local_len(seq.num_computed, rank, seq.blocks.first_owner)
-        self.scheduler.finish(seq)
+        if self._flight is None or not self._flight.holds(seq):  # else when that has landed
+            self.scheduler.finish(seq)
         del self._started[seq], self._last_token[seq]
 
     def _record_time(self, seq: Sequence, now: float) -> None:

@@ -49,15 +49,31 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class PendingTokens:
-    """Tokens of a launched step, on their way to the host."""
+    """Tokens of a launched step, on their way to the host.
+
+    Attributes:
+        host: int64, a token a row, and last the word in which the step's kernels noted a fault.
+        done: when they are there; None where they are already.
+        num_rows: the rows that are no padding.
+    """
 
     host: torch.Tensor
-    done: torch.cuda.Event
+    done: torch.cuda.Event | None
     num_rows: int
+
+    @classmethod
+    def send(cls, output: torch.Tensor) -> PendingTokens:
+        """Send a step's tokens and fault word, computed on the current stream, to the host."""
+        if not output.is_cuda:
+            return cls(output, None, len(output) - 1)
+        host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+        host.copy_(output, non_blocking=True)
+        return cls(host, torch.cuda.current_stream(output.device).record_event(), len(output) - 1)
 
     def wait(self) -> tuple[list[int], int]:
         """Wait for the step; return its greedy tokens, and the word in which its kernels noted a fault (0: none)."""
-        self.done.synchronize()
+        if self.done is not None:
+            self.done.synchronize()
         *tokens, fault = self.host.tolist()
         return tokens[: self.num_rows], int(fault)
 

@@ -109,6 +109,7 @@ class LLM:
             self.runner,
             agree(lambda: PageMover(self.runner.cache, config.cache.host_pages, self.grid.kvp_rank)),
             eos_token_ids=self.spec.eos_token_ids,
+            look_ahead=config.runtime.look_ahead,
             check_ranks=config.runtime.check_ranks,
         )
         self._entropy = from_rank0(lambda: secrets.randbelow(SEED_LIMIT))

@@ -129,10 +129,19 @@ class Sequence:
         """The tokens made so far."""
         return self.token_ids[self.prompt_len :]
 
+    @property
+    def has_ended(self) -> bool:
+        """True once a token was its last."""
+        return bool(self.output.finish_reason)
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Positions [start, stop) of a sequence, computed in one step."""
+    """Positions [start, stop) of a sequence, computed in one step.
+
+    A decode row may be launched before its token is known; the token is then the one that the device chose last for the
+    sequence's batch slot.
+    """
 
     seq: Sequence
     start: int
@@ -141,4 +150,4 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """True when the chunk reaches the end, so that its last row's logits choose the next token."""
-        return self.stop == len(self.seq.token_ids)
+        return self.stop >= len(self.seq.token_ids)

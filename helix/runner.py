@@ -44,6 +44,15 @@ class _LocalRows:
     slot: IntArray
 
 
+@dataclass(frozen=True, slots=True)
+class _UploadedTable:
+    """What the device knows of a sequence's pages: of so many pages, this rank's own."""
+
+    blocks: BlockTable | None = None
+    num_pages: int = 0
+    num_local: int = 0
+
+
 class RankLost(RuntimeError):
     """A rank did not arrive where others waited for it; the message names it, the operation and the layer."""
 
@@ -80,8 +89,9 @@ class Runner:
         width = -(-placement.num_blocks(max_len) // placement.kvp)
         self._page_table = torch.zeros((max_batch, width), dtype=torch.int32, device=decoder.device)
         self._host_table: npt.NDArray[np.int32] = np.zeros((max_batch, width), np.int32)
-        self._tables: list[tuple[BlockTable | None, int]] = [(None, 0)] * max_batch
+        self._tables: list[_UploadedTable] = [_UploadedTable()] * max_batch
         self._graphs: DecodeGraphs | None = None
+        self._last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=decoder.device)
         self.faults = faults
 
     def capture(self) -> None:
@@ -120,19 +130,31 @@ class Runner:
         return self.decoder.gather_logits(self.decoder.local_logits(hidden[rows]))
 
     def launch(self, chunks: list[Chunk]) -> PendingTokens:
-        """Launch a decode step from its graph; its greedy tokens come to the host on their own.
+        """Launch a decode step, from its graph where there are graphs; its greedy tokens come to the host on their own.
 
-        Collective over the world. ``can_launch`` must hold for the chunks.
+        Collective over the world. ``can_launch`` must hold for the chunks; the token of one that is not known yet is
+        the one that the last launched step chose for its batch slot. With graphs, nothing here waits for the device.
         """
-        assert self._graphs is not None
         host = self._host_rows(chunks)
         self._upload_tables(chunks)
+        if self._graphs is None:
+            return self._launch_eagerly(host)
         local = self._local_rows(host)
         return self._graphs.launch(DecodeRows(host.token_ids, host.positions, local.slot, host.row_seq, local.visible))
 
     def can_launch(self, chunks: list[Chunk]) -> bool:
-        """Return whether ``launch`` can run these chunks: decode rows alone, and graphs that hold them."""
-        return self._graphs is not None and all(chunk.samples and chunk.stop - chunk.start == 1 for chunk in chunks)
+        """Return whether ``launch`` can run these chunks: decode rows alone."""
+        return all(chunk.stop - chunk.start == 1 and chunk.samples for chunk in chunks)
+
+    @torch.inference_mode()
+    def _launch_eagerly(self, host: _HostRows) -> PendingTokens:
+        rows, token_ids = self._rows(host), self._to_device(host.token_ids)
+        slots = rows.row_seq.long()
+        token_ids = torch.where(token_ids < 0, self._last_tokens[slots], token_ids)
+        hidden = self.decoder.forward(token_ids, rows, self.cache.layers, self.exchange, self._share(host))
+        tokens = self._last_tokens[slots] = self.decoder.greedy(self.decoder.local_logits(hidden))
+        fault = tokens.new_zeros(1) if self.faults is None else self.faults.word.long()
+        return PendingTokens.send(torch.cat((tokens, fault)))
 
     def check_faults(self, word: int | None = None) -> None:
         """Raise RankLost when a kernel gave up waiting for a rank; ``word`` is the fault word where it is known."""
@@ -166,14 +188,18 @@ class Runner:
         self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(self._page_table.shape[0], -1)))
 
     def _host_rows(self, chunks: list[Chunk]) -> _HostRows:
-        counts = [chunk.stop - chunk.start for chunk in chunks]
-        tokens = [token for chunk in chunks for token in chunk.seq.token_ids[chunk.start : chunk.stop]]
+        starts = np.array([chunk.start for chunk in chunks])
+        counts = np.array([chunk.stop for chunk in chunks]) - starts
+        query_start = np.concatenate(([0], counts.cumsum()))
+        tokens: list[int] = []
+        for chunk in chunks:
+            tokens += chunk.seq.token_ids[chunk.start : chunk.stop] or [-1]  # -1: not known yet
         return _HostRows(
-            token_ids=np.array(tokens, np.int64),
-            positions=np.concatenate([np.arange(chunk.start, chunk.stop, dtype=np.int64) for chunk in chunks]),
-            row_seq=np.repeat(np.array([chunk.seq.batch_slot for chunk in chunks], np.int64), counts),
-            first_owner=np.repeat(np.array([chunk.seq.blocks.first_owner for chunk in chunks], np.int64), counts),
-            query_start=np.cumsum([0, *counts], dtype=np.int64),
+            token_ids=np.array(tokens),
+            positions=np.arange(len(tokens)) + np.repeat(starts - query_start[:-1], counts),
+            row_seq=np.repeat(np.array([chunk.seq.batch_slot for chunk in chunks]), counts),
+            first_owner=np.repeat(np.array([chunk.seq.blocks.first_owner for chunk in chunks]), counts),
+            query_start=query_start,
         )
 
     def _local_rows(self, host: _HostRows) -> _LocalRows:
@@ -225,10 +251,12 @@ class Runner:
         pages: list[int] = []
         for chunk in chunks:
             slot, blocks = chunk.seq.batch_slot, chunk.seq.blocks
-            table, known = self._tables[slot]
-            known = known if table is blocks else 0
+            table = self._tables[slot]
+            if table.blocks is blocks and table.num_pages == len(blocks.pages):
+                continue
+            known = table.num_local if table.blocks is blocks else 0
             new = blocks.local_pages(self.grid.kvp_rank, self.placement.kvp, start=known)
-            self._tables[slot] = (blocks, known + len(new))
+            self._tables[slot] = _UploadedTable(blocks, len(blocks.pages), known + len(new))
             slots += [slot] * len(new)
             columns += range(known, known + len(new))
             pages += new
@@ -238,4 +266,8 @@ class Runner:
             self._page_table[where[0], where[1]] = where[2].to(torch.int32)
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.decoder.device)
+        """Copy to the device in stream order; from memory that is not pinned the host would wait for the stream."""
+        host = torch.from_numpy(array)
+        if self.decoder.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.decoder.device, non_blocking=True)

@@ -47,6 +47,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._prefill_chunk = config.prefill_chunk
         self._free_slots = list(range(config.max_batch))
+        self._blocked: Sequence | None = None  # the first that waits, while nothing was freed since it did not fit
 
     @property
     def has_work(self) -> bool:
@@ -72,6 +73,29 @@ class Scheduler:
         self.cache.offload_ahead()
         step.movements = self.cache.take_movements()
         return step
+
+    def look_ahead(self, launched: Step) -> Step | None:
+        """Choose the step after one of decode rows alone that is launched and whose tokens are not known yet.
+
+        It has a row of every sequence that may go on, at the position after its launched one; who stopped before is
+        known later. None where the launched step has to be committed first, since ``schedule`` may do something else
+        then: a running sequence has no row in it, one waits that may fit now or soon, or a page is missing. Waiting
+        sequences that did not fit hold nothing up before something is freed.
+        """
+        if len(launched.chunks) < len(self.running):
+            return None
+        chunks = [
+            Chunk(chunk.seq, chunk.stop, chunk.stop + 1)
+            for chunk in launched.chunks
+            if chunk.stop + 1 < chunk.seq.max_len and not chunk.seq.has_ended
+        ]
+        something_ends = len(chunks) < len(launched.chunks)
+        if not chunks or (self.waiting and (something_ends or self.waiting[0] is not self._blocked)):
+            return None
+        if not all(self.cache.extend(chunk.seq.blocks, chunk.stop) for chunk in chunks):
+            return None
+        self.cache.offload_ahead()
+        return Step(chunks, self.cache.take_movements())
 
     def commit(self, chunks: list[Chunk]) -> None:
         """Note that chunks are computed, and cache the blocks that they filled."""
@@ -124,6 +148,7 @@ class Scheduler:
                 budget -= self._start(seq, table, budget, step)
         for _, claim in claims:
             self.cache.drop(claim)
+        self._blocked = self.waiting[0] if self.waiting and budget else None
 
     def _claim_waiting(self, budget: int) -> deque[tuple[Sequence, Claim]]:
         """Claim for those that the batch slots and the budget can take, the first in the queue first."""
@@ -158,3 +183,4 @@ class Scheduler:
         self.cache.release(seq.blocks, seq.num_computed if keep else 0)
         heapq.heappush(self._free_slots, seq.batch_slot)
         seq.batch_slot = -1
+        self._blocked = None

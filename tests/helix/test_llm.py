@@ -463,7 +463,7 @@ def rank_body(path: Path, tampered: str) -> tuple[list[list[int]], str]:
     elif llm.launch.rank == 1 and tampered == "slot":
         scheduler._free_slots = scheduler._free_slots[1:]
     try:
-        outputs = llm.generate(PROMPTS[:3], greedy(12))
+        outputs = llm.generate(PROMPTS[:3], drawn(12, 1))
     except RankMismatch as mismatch:
         return [], str(mismatch)
     finally:
@@ -474,7 +474,7 @@ def rank_body(path: Path, tampered: str) -> tuple[list[list[int]], str]:
 def test_ranks_that_agree_pass_the_check_and_make_the_tokens_of_one_rank(
     llm: LLM, path: Path, ranks: Callable[..., Any]
 ) -> None:
-    expected = [output.token_ids for output in llm.generate(PROMPTS[:3], greedy(12))]
+    expected = [output.token_ids for output in llm.generate(PROMPTS[:3], drawn(12, 1))]
     assert ranks(2).run(rank_body, path, "") == [(expected, "")] * 2
 
 

@@ -14,7 +14,7 @@ from helix.config import SchedulerConfig
 from helix.detokenize import Detokenizer
 from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
-from helix.scheduler import Scheduler
+from helix.scheduler import Scheduler, Step
 from parallel.placement import BlockCyclic
 
 
@@ -322,3 +322,51 @@ def test_pages_of_a_finished_sequence_serve_the_next_one_at_once() -> None:
         seen += step(scheduler)
     assert seen == [(index, *span) for index in range(3) for span in ((0, 7), (7, 8))]
     assert scheduler.cache.counters.preemptions == 0
+
+
+# --- the step after one that is launched ------------------------------------------------------------------------------
+
+
+def test_the_step_after_a_launched_one_has_the_next_row_of_all_that_go_on_and_waits_for_what_is_freed() -> None:
+    scheduler = make_scheduler(max_batch=2, prefill_chunk=64)
+    first, second, third = (make_sequence(index, 4, made) for index, made in enumerate((9, 9, 9)))
+    for seq in (first, second, third):
+        scheduler.add(seq)
+    step(scheduler)
+    launched = scheduler.schedule()
+    ahead = scheduler.look_ahead(launched)
+    assert ahead is not None, "the third has no slot, so it holds nothing up"
+    assert (spans(launched.chunks), spans(ahead.chunks)) == ([(0, 4, 5), (1, 4, 5)], [(0, 5, 6), (1, 5, 6)])
+    assert len(first.blocks.pages) == 2 and all(chunk.samples for chunk in ahead.chunks)
+    advance(scheduler, launched.chunks)
+    first.output.finish_reason = "stop"
+    assert scheduler.look_ahead(ahead) is None, "the third will have its place"
+    scheduler.finish(first)
+    assert scheduler.look_ahead(Step(ahead.chunks[1:])) is None, "and has it now"
+    advance(scheduler, ahead.chunks[1:])
+    assert step(scheduler) == [(1, 6, 7), (2, 0, 4)]
+
+
+def test_nothing_is_launched_ahead_past_the_end_nor_where_that_would_preempt() -> None:
+    scheduler = make_scheduler(num_pages=3)
+    scheduler.add(make_sequence(0, 4, 8))
+    scheduler.add(make_sequence(1, 4, 3))
+    assert step(scheduler) == [(0, 0, 4), (1, 0, 4)]
+    assert step(scheduler) == [(0, 4, 5)], "one of the two could have the last page"
+    scheduler = make_scheduler(num_pages=3)
+    scheduler.add(make_sequence(0, 4, 8))
+    step(scheduler)
+    launched, seen = scheduler.schedule(), []
+    while (ahead := scheduler.look_ahead(launched)) is not None:
+        seen += spans(ahead.chunks)
+        advance(scheduler, launched.chunks)
+        launched = ahead
+    assert seen == [(0, position, position + 1) for position in range(5, 11)], "the last of 12 is never computed"
+    scheduler = make_scheduler(num_pages=4)
+    for index in range(2):
+        scheduler.add(make_sequence(index, 7, 9))
+    step(scheduler)
+    launched = scheduler.schedule()
+    assert spans(launched.chunks) == [(0, 7, 8), (1, 7, 8)]
+    assert scheduler.look_ahead(launched) is None
+    assert scheduler.cache.counters.preemptions == 0 and len(scheduler.running) == 2

@@ -34,6 +34,7 @@ def test_after_a_step_that_failed_nothing_is_cached(llm: LLM, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(llm.runner, "run", fail)
+        patch.setattr(llm.runner, "launch", fail)
         with pytest.raises(RuntimeError, match="the device is gone"):
             llm.generate([PROMPT], SAMPLING)
     cache = llm.engine.scheduler.cache
