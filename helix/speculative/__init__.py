@@ -1,0 +1,1 @@
+"""Speculative decoding: drafters, the draft length that follows the batch, verification."""
