@@ -17,9 +17,11 @@ from parallel.placement import BlockCyclic
 
 from .cache.retention import MAX_PRIORITY
 from .sampling import SamplingParams
+from .speculative.schedule import DraftLenSchedule
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOADS = ("checkpoint", "dummy")
+METHODS = ("none", "ngram", "draft_model")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -177,6 +179,63 @@ class SchedulerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DraftModelConfig:
+    """The model that drafts: of any supported family, with the target's vocabulary and dtype.
+
+    Attributes:
+        path, load, config: as those of the model itself.
+    """
+
+    path: str = ""
+    load: str = "checkpoint"
+    config: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            self.as_model()
+        except ValueError as error:
+            raise ValueError(f"speculative.{error}") from error
+
+    def as_model(self) -> ModelConfig:
+        """Return it as the settings of a model."""
+        return ModelConfig(path=self.path, load=self.load, config=self.config)
+
+
+@dataclass(kw_only=True, slots=True)
+class SpeculativeConfig:
+    """Whether and how to draft tokens that the model verifies several at a time.
+
+    Attributes:
+        method: ngram looks a sequence's last tokens up in the sequence itself; draft_model asks a smaller model.
+        max_draft_len: the most tokens that a sequence drafts in a step.
+        draft_len_schedule: "up to this batch size" -> draft length, above the last 0; None is always max_draft_len.
+        ngram_max, ngram_min: the longest and the shortest run of last tokens that is looked up.
+        model: the draft model.
+    """
+
+    method: str = "none"
+    max_draft_len: int = 4
+    draft_len_schedule: Any = None  # dict[int, int] | None: of that type OmegaConf 2.3 takes no override of a dict
+    ngram_max: int = 4
+    ngram_min: int = 2
+    model: DraftModelConfig = field(default_factory=DraftModelConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("speculative.method", self.method, METHODS)
+        check_at_least("speculative.ngram_min", self.ngram_min, 1)
+        if self.ngram_max < self.ngram_min:
+            raise ValueError(
+                f"speculative.ngram_max = {self.ngram_max} must be at least speculative.ngram_min = {self.ngram_min}"
+            )
+        self.draft_len_schedule = self.schedule.lengths
+
+    @property
+    def schedule(self) -> DraftLenSchedule:
+        """The draft length by batch size."""
+        return DraftLenSchedule(self.max_draft_len, self.draft_len_schedule)
+
+
+@dataclass(kw_only=True, slots=True)
 class RuntimeConfig:
     """Where and how carefully to run.
 
@@ -209,4 +268,5 @@ class HelixConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -34,10 +34,13 @@ from .cache.movements import as_ints
 from .cache.mover import PageMover
 from .graphs import PendingTokens
 from .metrics import RunMetrics
-from .request import Sequence, StreamEvent, TokenLogprobs
+from .request import Chunk, Sequence, StreamEvent, TokenLogprobs
 from .runner import Runner
-from .sampling import SampledTokens, SamplingBatch, sample
+from .sampling import SampledTokens, sample
 from .scheduler import Scheduler, Step
+from .speculative.counters import SpeculativeCounters
+from .speculative.speculator import Speculator
+from .speculative.verify import num_accepted, sampling_batch
 
 SHARE_TIME_EVERY = 64  # steps between two readings of the shared clock, while some priority ends at a time
 
@@ -71,6 +74,7 @@ class Engine:
         scheduler: what to compute next.
         runner: how to compute it on this rank.
         mover: how to move this rank's pages.
+        speculator: what drafts; None decodes one token a sequence and step.
         eos_token_ids: ids that end a sequence, unless it ignores them.
         look_ahead: launch decode steps before the tokens of the step before are read; not with check_ranks.
         check_ranks: compare the decision state over ranks at every step.
@@ -83,12 +87,15 @@ class Engine:
         runner: Runner,
         mover: PageMover,
         *,
+        speculator: Speculator | None = None,
         eos_token_ids: tuple[int, ...],
         look_ahead: bool = True,
         check_ranks: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.scheduler, self.runner, self.mover = scheduler, runner, mover
+        self.scheduler, self.runner, self.mover, self.speculator = scheduler, runner, mover, speculator
+        if speculator is not None:
+            scheduler.on_leave = speculator.drop
         self._eos = frozenset(eos_token_ids)
         self._looks_ahead = look_ahead and not check_ranks
         self._flight: Flight | None = None  # launched, not read yet
@@ -106,6 +113,8 @@ class Engine:
         cache = self.scheduler.cache
         self._share_time_now = cache.needs_time
         self.metrics = RunMetrics([0] * self.runner.placement.kvp, cache.reset_counters(), cache.occupancy)
+        if self.speculator is not None:
+            self.metrics.speculative = self.speculator.counters = SpeculativeCounters()
         return self.metrics
 
     def add(self, seq: Sequence) -> None:
@@ -163,22 +172,35 @@ class Engine:
         if not step.chunks:
             raise RuntimeError(f"{len(self.scheduler.waiting)} sequences wait and none can run")
         self._note_reuse(step)
+        if self.speculator is not None:
+            self.speculator.propose(step, self.scheduler)
         if self._check_ranks:  # before any collective whose shape the step decides
             self._compare_ranks(step, None)
         self.mover.execute(step.movements)
         if self.runner.can_launch(step.chunks) and all(chunk.seq.sampling.is_plain for chunk in step.chunks):
-            return Flight(step, self.runner.launch(step.chunks))
-        return Flight(step, self.runner.run(step.chunks))
+            return self._launched(step)
+        flight = Flight(step, self.runner.run(step.chunks))
+        self.metrics.padding_rows += self.runner.num_padding
+        return flight
+
+    def _launched(self, step: Step) -> Flight:
+        flight = Flight(step, self.runner.launch(step.chunks))
+        self.metrics.padding_rows += self.runner.num_padding
+        return flight
 
     def _depart_ahead(self, flight: Flight) -> Flight | None:
         """Give the device the step after one that is not read yet, where that is known already."""
         if not (self._looks_ahead and isinstance(flight.choice, PendingTokens)):
             return None
+        if self.speculator is not None and self.speculator.is_due(len(flight.step.chunks)):
+            return None  # drafts follow known tokens
         step = self.scheduler.look_ahead(flight.step)
         if step is None:
             return None
         self.mover.execute(step.movements)
-        return Flight(step, self.runner.launch(step.chunks))
+        if self.speculator is not None and not self.speculator.skip(step):
+            return None
+        return self._launched(step)
 
     def _land(self, flight: Flight) -> list[StreamEvent]:
         """Wait for a step and return what is new; what it computed for sequences that ended before is dropped."""
@@ -199,16 +221,16 @@ class Engine:
             metrics.prefill_tokens += chunk.stop - chunk.start if chunk.start < chunk.seq.prompt_len else 0
         metrics.prefill_total = max(metrics.prefill_total, metrics.prefill_tokens)
         metrics.num_steps += 1
-        return [] if tokens is None else self._commit([chunk.seq for chunk in chunks if chunk.samples], tokens)
+        return [] if tokens is None else self._commit([chunk for chunk in chunks if chunk.samples], tokens)
 
     def _read(self, flight: Flight) -> SampledTokens | None:
-        """Wait for a step and return the tokens of its rows that sample; None where none does."""
+        """Wait for a step and return the tokens of its rows that choose; None where none does."""
         if isinstance(flight.choice, PendingTokens):
             ids, fault = flight.choice.wait()
             self.runner.check_faults(fault)
             return SampledTokens.plain(ids)
-        seqs = [chunk.seq for chunk in flight.step.chunks if chunk.samples]
-        tokens = self._sample(flight.choice, seqs) if seqs else None
+        choosing = [chunk for chunk in flight.step.chunks if chunk.samples]
+        tokens = sample(flight.choice, sampling_batch(choosing, flight.choice.device)) if choosing else None
         self.runner.check_faults()
         return tokens
 
@@ -228,28 +250,31 @@ class Engine:
                 seq.output.cached_tokens = seq.num_computed
                 self.metrics.prefill_total -= seq.num_computed
 
-    def _sample(self, logits: torch.Tensor, seqs: list[Sequence]) -> SampledTokens:
-        batch = SamplingBatch.from_requests(
-            [seq.sampling for seq in seqs],
-            [seq.seed for seq in seqs],
-            [len(seq.token_ids) for seq in seqs],
-            prompt_token_ids=[seq.distinct_prompt_ids for seq in seqs],
-            output_token_ids=[seq.output_ids if seq.sampling.has_penalties else None for seq in seqs],
-            device=logits.device,
-        )
-        return sample(logits, batch)
-
-    def _commit(self, seqs: list[Sequence], tokens: SampledTokens) -> list[StreamEvent]:
+    def _commit(self, chunks: list[Chunk], tokens: SampledTokens) -> list[StreamEvent]:
+        """Add to each sequence the drafts that its rows confirm and the token that follows them, up to its end."""
         now = self._clock()
-        events = []
-        logprobs = None if tokens.logprobs is None else _host_logprobs(tokens, seqs)
-        for row, (seq, token) in enumerate(zip(seqs, tokens.token_ids.tolist(), strict=True)):
+        events: list[StreamEvent] = []
+        logprobs = None if tokens.logprobs is None else _host_logprobs(tokens, chunks)
+        ids, row = tokens.token_ids.tolist(), 0
+        for chunk in chunks:
+            seq, drafts, first_row = chunk.seq, chunk.drafts, row
+            row += 1 + len(drafts)
             if seq.has_ended:
                 continue
-            if seq.output.logprobs is not None and logprobs is not None:
-                seq.output.logprobs.append(logprobs[row])
-            events.append(self._append(seq, token))
-            self._record_time(seq, now)
+            is_decode, first = chunk.is_decode, len(events)
+            accepted = num_accepted(drafts, ids[first_row : first_row + len(drafts)])
+            for at in range(first_row, first_row + 1 + accepted):
+                if seq.output.logprobs is not None and logprobs is not None:
+                    seq.output.logprobs.append(logprobs[at])
+                events.append(self._append(seq, ids[at]))
+                if events[-1].output is not None:
+                    break
+            made = len(events) - first
+            if drafts:
+                self.scheduler.commit_accepted(seq)
+            if is_decode and self.metrics.speculative is not None:
+                self.metrics.speculative.note(len(drafts), accepted, made)
+            self._record_time(seq, now, made)
             if events[-1].output is not None:
                 self._finish(seq)
         return events
@@ -282,12 +307,14 @@ class Engine:
             self.scheduler.finish(seq)
         del self._started[seq], self._last_token[seq]
 
-    def _record_time(self, seq: Sequence, now: float) -> None:
-        self.metrics.decode_tokens += 1
+    def _record_time(self, seq: Sequence, now: float, num_tokens: int) -> None:
+        """Note when tokens came; those of one step share the time that it took."""
+        self.metrics.decode_tokens += num_tokens
         if seq in self._last_token:
-            self.metrics.ttl_s.append(now - self._last_token[seq])
+            self.metrics.ttl_s += [(now - self._last_token[seq]) / num_tokens] * num_tokens
         else:
             self.metrics.ttft_s.append(now - self._started[seq])
+            self.metrics.ttl_s += [0.0] * (num_tokens - 1)
         self._last_token[seq] = now
 
     def _compare_ranks(self, step: Step, tokens: SampledTokens | None) -> None:
@@ -298,7 +325,7 @@ class Engine:
         for chunk in step.chunks:
             seq = chunk.seq
             state = [seq.index, chunk.start, chunk.stop, seq.batch_slot, seq.blocks.first_owner, *seq.blocks.pages]
-            digest.update(np.array(state, np.int64).tobytes())
+            digest.update(np.array([*state, -1, *chunk.drafts], np.int64).tobytes())
         if tokens is not None:
             digest.update(tokens.token_ids.cpu().numpy().tobytes())
         values = gather_values(int.from_bytes(digest.digest(), "little"))
@@ -310,9 +337,10 @@ class Engine:
             )
 
 
-def _host_logprobs(tokens: SampledTokens, seqs: list[Sequence]) -> list[TokenLogprobs]:
+def _host_logprobs(tokens: SampledTokens, chunks: list[Chunk]) -> list[TokenLogprobs]:
     """Return each row's log-probabilities on the host, with as many alternatives as its request asked for."""
     assert tokens.logprobs is not None
+    seqs = [chunk.seq for chunk in chunks for _ in range(1 + len(chunk.drafts))]
     tops: list[dict[int, float]] = [{} for _ in seqs]
     if tokens.top_ids is not None and tokens.top_logprobs is not None:
         pairs = zip(seqs, tokens.top_ids.tolist(), tokens.top_logprobs.tolist(), strict=True)

@@ -1,15 +1,21 @@
-"""Whole-step CUDA graphs for decode: one row a sequence, one graph a batch bucket.
+"""Whole-step CUDA graphs for decode: one graph a batch bucket, and one a pair of batch bucket and draft length.
 
 Everything that changes between steps is data: token ids, positions, lengths and slots are copied into the graph's own
 inputs. A row's token may come from the device, where the graph leaves the tokens that it chose, so a step can be
 launched before the host has read the one before it. Padding rows see nothing and store nothing.
 
-All ranks capture the same buckets in the same order, and replay the same bucket at every step.
+A graph has equally many rows for each sequence, its run: one for plain decode, 1 + draft length for verification. A
+sequence with fewer rows has padding at the head of its run, so that the last row of every run is real and chooses the
+token that the device keeps for the sequence.
+
+All ranks capture the same graphs in the same order, and replay the same one at every step. Without CUDA a step runs as
+it is written, on the same inputs and outputs, so that all but the capture itself is tested there.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,9 +41,12 @@ def buckets_up_to(max_batch: int) -> list[int]:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """A decode step's rows on the host, one a sequence, int64 [B] each.
+    """A decode step's rows on the host, int64 [R] each; rows of one sequence are neighbours and ascend in position.
 
     A token id of -1 means: the token that the device chose last for this batch slot.
+
+    Attributes:
+        counts: int64 [B], the rows of each sequence.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -45,49 +54,67 @@ class DecodeRows:
     slot: npt.NDArray[np.int64]
     row_seq: npt.NDArray[np.int64]
     visible_len: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+    def fill(self, inputs: npt.NDArray[np.int64], run_len: int, padding_slot: int) -> None:
+        """Write the rows into a graph's inputs [5, runs * run_len]: each sequence's at the end of its run."""
+        inputs[:] = np.array([[0], [0], [-1], [padding_slot], [0]])
+        rows = (self.token_ids, self.positions, self.slot, self.row_seq, self.visible_len)
+        if len(self.token_ids) == len(self.counts) * run_len:
+            inputs[:, : len(self.token_ids)] = rows
+            return
+        stops = np.cumsum(self.counts)
+        run_stops = np.arange(1, len(self.counts) + 1) * run_len
+        places = np.arange(len(self.token_ids)) + np.repeat(run_stops - stops, self.counts)
+        inputs[3, : run_stops[-1]] = np.repeat(self.row_seq[stops - 1], run_len)  # a run has one page table
+        inputs[:, places] = rows
 
 
 @dataclass(frozen=True)
 class PendingTokens:
-    """Tokens of a launched step, on their way to the host.
+    """Greedy tokens of a launched step, on their way to the host.
 
     Attributes:
-        host: int64, a token a row, and last the word in which the step's kernels noted a fault.
+        host: int64, the tokens of all rows of the graph, then the word in which its kernels noted a fault.
         done: when they are there; None where they are already.
-        num_rows: the rows that are no padding.
+        rows: which rows are wanted.
+        on_device: the next step may ask the device for them.
     """
 
     host: torch.Tensor
     done: torch.cuda.Event | None
-    num_rows: int
+    rows: list[int]
+    on_device: bool = True
 
     @classmethod
     def send(cls, output: torch.Tensor) -> PendingTokens:
         """Send a step's tokens and fault word, computed on the current stream, to the host."""
         if not output.is_cuda:
-            return cls(output, None, len(output) - 1)
+            return cls(output, None, list(range(len(output) - 1)))
         host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
         host.copy_(output, non_blocking=True)
-        return cls(host, torch.cuda.current_stream(output.device).record_event(), len(output) - 1)
+        done = torch.cuda.current_stream(output.device).record_event()
+        return cls(host, done, list(range(len(output) - 1)))
 
     def wait(self) -> tuple[list[int], int]:
-        """Wait for the step; return its greedy tokens, and the word in which its kernels noted a fault (0: none)."""
+        """Wait for the step; return the tokens of the wanted rows, and the fault word (0: none)."""
         if self.done is not None:
             self.done.synchronize()
-        *tokens, fault = self.host.tolist()
-        return tokens[: self.num_rows], int(fault)
+        tokens = self.host.tolist()
+        return [tokens[row] for row in self.rows], int(tokens[-1])
 
 
-class _Graph:
-    """One bucket's graph and its inputs and outputs."""
+class DecodeGraph:
+    """A graph of ``num_runs`` runs of ``run_len`` rows, its inputs and outputs."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.size = size
-        self.inputs = torch.zeros((5, size), dtype=torch.int64, device=device)
-        self.staging = [torch.zeros((5, size), dtype=torch.int64, pin_memory=True) for _ in range(_STAGES)]
-        self.results = [torch.zeros(size + 1, dtype=torch.int64, pin_memory=True) for _ in range(_STAGES)]
-        self.query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self.graph = torch.cuda.CUDAGraph()
+    def __init__(self, num_runs: int, run_len: int, device: torch.device) -> None:
+        self.num_runs, self.run_len, self.num_rows = num_runs, run_len, num_runs * run_len
+        on_gpu = device.type == "cuda"
+        self.inputs = torch.zeros((5, self.num_rows), dtype=torch.int64, device=device)
+        self.staging = [torch.zeros((5, self.num_rows), dtype=torch.int64, pin_memory=on_gpu) for _ in range(_STAGES)]
+        self.results = [torch.zeros(self.num_rows + 1, dtype=torch.int64, pin_memory=on_gpu) for _ in range(_STAGES)]
+        self.query_start = torch.arange(0, self.num_rows + 1, run_len, dtype=torch.int32, device=device)
+        self.graph = torch.cuda.CUDAGraph() if on_gpu else None
         self.local_logits: torch.Tensor
         self.output: torch.Tensor
 
@@ -103,6 +130,7 @@ class DecodeGraphs:
         block_size: tokens a page.
         faults: where kernels note waits that they gave up.
         max_batch: the largest bucket.
+        drafts: the pairs (batch bucket, draft length) to capture beside the steps without drafts.
     """
 
     def __init__(
@@ -115,6 +143,7 @@ class DecodeGraphs:
         block_size: int,
         faults: Faults,
         max_batch: int,
+        drafts: Iterable[tuple[int, int]] = (),
     ) -> None:
         self._decoder, self._exchange, self._cache, self._page_table = decoder, exchange, cache, page_table
         self._longest = min(page_table.shape[1], cache.layers[0].shape[0]) * block_size
@@ -123,39 +152,52 @@ class DecodeGraphs:
         self._last_tokens = torch.zeros(max_batch + 1, dtype=torch.int64, device=device)  # the last is padding's
         self._padding_slot = max_batch
         self._launches = 0
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs = [_Graph(size, device) for size in buckets_up_to(max_batch)]
-        for graph in reversed(self._graphs):  # the largest first: the smaller ones find its memory
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        sizes = [(size, 1) for size in buckets_up_to(max_batch)] + [(size, 1 + length) for size, length in drafts]
+        self.graphs = [DecodeGraph(*size, device) for size in sorted(sizes)]
+        for graph in sorted(self.graphs, key=lambda graph: -graph.num_rows):  # the smaller ones find its memory
             self._capture(graph)
-        _log.info("captured decode graphs for batches of %s", ", ".join(str(graph.size) for graph in self._graphs))
+        names = [f"{graph.num_runs} x {graph.run_len}" for graph in self.graphs]
+        _log.info("captured decode graphs of sequences x rows %s", ", ".join(names))
 
-    def launch(self, rows: DecodeRows) -> PendingTokens:
+    def find(self, num_runs: int, longest: int) -> DecodeGraph | None:
+        """Return the graph for so many sequences of at most ``longest`` rows: the bucket's shortest runs that do."""
+        bucket = next(graph.num_runs for graph in self.graphs if graph.num_runs >= num_runs)
+        return next((each for each in self.graphs if each.num_runs == bucket and each.run_len >= longest), None)
+
+    def launch(self, graph: DecodeGraph, rows: DecodeRows, wanted: list[int]) -> PendingTokens:
         """Launch a step on the current stream; its greedy tokens stay on the device for the next one.
 
-        At most 3 launched steps may be waited for at a time.
+        ``wanted`` are the graph's rows whose tokens the host asks for. At most 3 launched steps may be waited for at a
+        time.
         """
-        num_rows = len(rows.token_ids)
-        graph = next(each for each in self._graphs if each.size >= num_rows)
         stage = self._launches % _STAGES
         self._launches += 1
-        staging = graph.staging[stage].numpy()
-        staging[:, num_rows:] = np.array([[0], [0], [-1], [self._padding_slot], [0]])
-        staging[:, :num_rows] = (rows.token_ids, rows.positions, rows.slot, rows.row_seq, rows.visible_len)
+        rows.fill(graph.staging[stage].numpy(), graph.run_len, self._padding_slot)
         graph.inputs.copy_(graph.staging[stage], non_blocking=True)
-        graph.graph.replay()
-        graph.results[stage].copy_(graph.output, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        done = None
+        if graph.graph is None:
+            self._step(graph)
+            graph.results[stage].copy_(graph.output)
+        else:
+            graph.graph.replay()
+            graph.results[stage].copy_(graph.output, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
         self._last = graph
-        return PendingTokens(graph.results[stage], done, num_rows)
+        return PendingTokens(graph.results[stage], done, wanted)
 
-    def logits(self, num_rows: int) -> torch.Tensor:
-        """Return the float32 logits [B, V] of the step launched last. Collective over the world."""
-        return self._decoder.gather_logits(self._last.local_logits[:num_rows])
+    def logits(self, rows: list[int]) -> torch.Tensor:
+        """Return the float32 logits [len(rows), V] of rows of the step launched last. Collective over the world."""
+        local = self._last.local_logits
+        whole = rows == list(range(len(rows)))
+        return self._decoder.gather_logits(local[: len(rows)] if whole else local[rows])
 
-    def _capture(self, graph: _Graph) -> None:
+    def _capture(self, graph: DecodeGraph) -> None:
+        if graph.graph is None:
+            return
         graph.inputs.copy_(
-            torch.tensor([[0], [0], [-1], [self._padding_slot], [0]], dtype=torch.int64).expand(5, graph.size)
+            torch.tensor([[0], [0], [-1], [self._padding_slot], [0]], dtype=torch.int64).expand(5, graph.num_rows)
         )
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -167,7 +209,7 @@ class DecodeGraphs:
             self._step(graph)
 
     @torch.inference_mode()
-    def _step(self, graph: _Graph) -> None:
+    def _step(self, graph: DecodeGraph) -> None:
         token_ids, positions, slot, row_seq, visible_len = graph.inputs.unbind(0)
         rows = Rows(
             positions=positions,
@@ -176,11 +218,15 @@ class DecodeGraphs:
             slot=slot,
             page_table=self._page_table,
             query_start=graph.query_start,
-            max_rows=1,
+            max_rows=graph.run_len,
             max_visible_len=self._longest,
         )
-        hidden = self._decoder.forward(token_ids, rows, self._cache.layers, self._exchange, chosen=self._last_tokens)
+        chosen: torch.Tensor | None = self._last_tokens
+        if not token_ids.is_cuda:
+            token_ids, chosen = torch.where(token_ids < 0, self._last_tokens[row_seq], token_ids), None
+        hidden = self._decoder.forward(token_ids, rows, self._cache.layers, self._exchange, chosen=chosen)
         graph.local_logits = self._decoder.local_logits(hidden)
         tokens = self._decoder.greedy(graph.local_logits)
-        self._last_tokens[row_seq] = tokens
+        last = slice(graph.run_len - 1, None, graph.run_len)
+        self._last_tokens[row_seq[last]] = tokens[last]
         graph.output = torch.cat((tokens, self._faults.word.to(torch.int64)))

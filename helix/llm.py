@@ -8,14 +8,10 @@ Start it under torchrun, or plainly for a world of one.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
-import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 
@@ -35,18 +31,19 @@ from .cache.pages import PagedCache, free_bytes
 from .config import HelixConfig
 from .detokenize import Detokenizer
 from .engine import Engine
+from .graphs import buckets_up_to
 from .metrics import RunMetrics
-from .models.checkpoint import Checkpoint, fill_dummy
 from .models.decoder import Decoder, part_of
-from .models.spec import ModelSpec, load_spec
+from .models.loading import fill, open_checkpoint, read_spec
+from .models.spec import ModelSpec
 from .models.tokenizer import load_tokenizer
-from .models.weights import layer_weights, model_weights
 from .prompts import Prompt, PromptReader, as_request
 from .request import Request, RequestOutput, StreamEvent
 from .request import Sequence as RunningSequence
 from .runner import Runner
 from .sampling import SEED_LIMIT, SamplingParams
 from .scheduler import Scheduler
+from .speculative.loading import DrafterLoader
 
 _log = logging.getLogger(__name__)
 
@@ -68,13 +65,14 @@ class LLM:
     def __init__(self, config: HelixConfig, *, prompts: Sequence[Prompt] = ()) -> None:
         self.config = config
         self.launch: Launch = start(config.runtime.device, timeout_s=config.runtime.timeout_s)
-        self.spec: ModelSpec = agree(self._load_spec)
+        self.spec: ModelSpec = agree(lambda: read_spec(config.model))
         self.layout = config.parallel.resolve(self.launch.world_size, self.spec.num_kv_heads)
         part_of(self.spec, self.layout, self.launch.rank)
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
         self._pdl = can_launch_dependently(self.launch.device)
         attention = select_backend(config.attention.backend, self.launch.device, pdl=self._pdl)
-        checkpoint = agree(self._open_checkpoint)
+        checkpoint = agree(lambda: open_checkpoint(config.model, self.spec))
+        self._drafting = agree(lambda: DrafterLoader(config, self.spec))
         self.tokenizer = agree(lambda: load_tokenizer(config.model.path) if config.model.path else None)
         self._prompts = PromptReader(self.spec, self.tokenizer)
         self._prompts.require_one(prompts)
@@ -82,7 +80,8 @@ class LLM:
         self.grid = HelixGrid.create(self.layout)
         self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
         decoder = self._make_decoder(attention)
-        agree(lambda: self._fill(decoder, checkpoint))
+        agree(lambda: fill(decoder, checkpoint))
+        self._drafting.load_weights(decoder, attention, faults=self.faults, pdl=self._pdl)
         self.exchange = make_exchange(
             config.attention.exchange,
             group=self.grid.kvp_group,
@@ -94,8 +93,10 @@ class LLM:
             pdl=self._pdl,
         )
         self.runner, self.num_pages = self._make_runner(decoder)
+        speculator = self._drafting.make_speculator(self.num_pages * self.layout.kvp)
         if self.faults is not None and config.runtime.graphs:
-            self.runner.capture()
+            buckets = buckets_up_to(config.scheduler.max_batch)
+            self.runner.capture(speculator.schedule.reachable(buckets) if speculator is not None else ())
         cache = CacheControl(
             self.placement,
             self.num_pages,
@@ -108,6 +109,7 @@ class LLM:
             Scheduler(config.scheduler, cache),
             self.runner,
             agree(lambda: PageMover(self.runner.cache, config.cache.host_pages, self.grid.kvp_rank)),
+            speculator=speculator,
             eos_token_ids=self.spec.eos_token_ids,
             look_ahead=config.runtime.look_ahead,
             check_ranks=config.runtime.check_ranks,
@@ -192,20 +194,6 @@ class LLM:
         """Leave the world. Collective."""
         stop()
 
-    def _load_spec(self) -> ModelSpec:
-        config = self.config.model
-        if config.config is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "config.json").write_text(json.dumps(config.config), "utf-8")
-                return load_spec(folder, max_position=config.max_position)
-        if not config.path:
-            raise ValueError("model.path is empty: give a Hugging Face checkpoint folder")
-        return load_spec(config.path, max_position=config.max_position)
-
-    def _open_checkpoint(self) -> Checkpoint | None:
-        config = self.config.model
-        return Checkpoint(Path(config.path), self.spec) if config.load == "checkpoint" else None
-
     def _resolve_dtype(self) -> torch.dtype:
         name = self.config.model.dtype
         if name == "auto":
@@ -213,23 +201,6 @@ class LLM:
             _log.info("model.dtype=auto: %s, for device %s", name, self.launch.device.type)
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-
-    def _fill(self, decoder: Decoder, checkpoint: Checkpoint | None) -> None:
-        """Read or make this rank's weights."""
-        groups = [("", model_weights(self.spec, decoder.part), decoder.top)]
-        for layer, parameters in enumerate(decoder.layers):
-            groups.append((f"{layer}.", layer_weights(self.spec, layer, decoder.part), parameters))
-        generator = torch.Generator(self.launch.device)
-        for prefix, weights, parameters in groups:
-            for role, weight in weights.items():
-                if checkpoint is not None:
-                    checkpoint.read(weight, parameters[role])
-                else:
-                    # a seed a weight: ranks that hold copies of one weight make equal ones
-                    generator.manual_seed(zlib.crc32(f"{prefix}{role}".encode()))
-                    fill_dummy(role, parameters[role], generator)
-        if checkpoint is not None:
-            checkpoint.close()
 
     def _make_decoder(self, attention: PartialAttention) -> Decoder:
         """Make this rank's model; its collectives are fused where all ranks share GPU memory."""
@@ -292,12 +263,14 @@ class LLM:
         num_pages = cache.num_pages
         if num_pages is None:
             if self.launch.device.type == "cuda":
-                runner.warm_up(scheduler.prefill_chunk + scheduler.max_batch)
+                num_choices = scheduler.max_batch * (1 + self._drafting.max_draft_len)
+                runner.warm_up(scheduler.prefill_chunk + num_choices, num_choices)
             page_bytes = PagedCache.page_bytes(
                 self.spec.num_layers, decoder.num_kv_heads, cache.block_size, self.spec.head_dim, self.dtype
             )
             free = free_bytes(self.launch.device, cache.memory_fraction, self.launch.local_world_size)
             useful = scheduler.max_batch * -(-self.placement.num_blocks(self.spec.max_position) // self.layout.kvp)
+            page_bytes += self.layout.kvp * self._drafting.page_bytes  # a draft model's cache holds as many tokens
             num_pages = min(minimum(free // page_bytes), useful)
             if num_pages < 1:
                 raise ValueError(

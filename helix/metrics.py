@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .cache.counters import CacheCounters
+from .speculative.counters import SpeculativeCounters
 
 PERCENTILES = (50, 90, 99)
 
@@ -34,6 +35,8 @@ class RunMetrics:
         decode_tokens: output tokens made.
         ttft_s: from a request's arrival to its first token, one entry a request.
         ttl_s: between two tokens of a request, one entry a token after its first.
+        padding_rows: rows that the target computed for nobody, to fill a graph.
+        speculative: what speculation did; None without it.
         tokens_per_rank: tokens whose K and V each KVP rank held when their requests ended, summed over requests.
     """
 
@@ -46,9 +49,11 @@ class RunMetrics:
     num_requests: int = 0
     num_errors: int = 0
     num_steps: int = 0
+    padding_rows: int = 0
     elapsed_s: float = 0.0
     ttft_s: list[float] = field(default_factory=list)
     ttl_s: list[float] = field(default_factory=list)
+    speculative: SpeculativeCounters | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures in the form of metrics.json."""
@@ -56,6 +61,7 @@ class RunMetrics:
             "requests": self.num_requests,
             "errors": self.num_errors,
             "steps": self.num_steps,
+            "padding_rows": self.padding_rows,
             "preemptions": self.cache.preemptions,
             "prefill_tokens": self.prefill_tokens,
             "output_tokens": self.decode_tokens,
@@ -65,4 +71,5 @@ class RunMetrics:
             "ttl_ms": percentiles_ms(self.ttl_s),
             "tokens_per_kvp_rank": self.tokens_per_rank,
             "cache": {**self.cache.as_dict(), "pages_per_kvp_rank": self.occupancy()},
+            "speculative": None if self.speculative is None else self.speculative.as_dict(),
         }

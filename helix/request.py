@@ -137,17 +137,36 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Positions [start, stop) of a sequence, computed in one step.
+    """Positions [start, stop) of a sequence, computed in one step, and the drafts that are computed with them.
 
     A decode row may be launched before its token is known; the token is then the one that the device chose last for the
     sequence's batch slot.
+
+    Attributes:
+        drafts: tokens that may come next, at positions [stop, stop + len(drafts)); only of a chunk that samples.
     """
 
     seq: Sequence
     start: int
     stop: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """True when the chunk reaches the end, so that its last row's logits choose the next token."""
         return self.stop >= len(self.seq.token_ids)
+
+    @property
+    def is_decode(self) -> bool:
+        """True for one token that chooses the next."""
+        return self.stop - self.start == 1 and self.samples
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are computed."""
+        return self.stop - self.start + len(self.drafts)
+
+    @property
+    def num_choices(self) -> int:
+        """How many of the last rows choose a token: that of the last known token, and one a draft."""
+        return 1 + len(self.drafts) if self.samples else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,9 @@ class Runner:
         max_len: the longest sequence, in tokens.
         share_qkv_rows: steps of at least so many rows share the QKV projection; 0 is never.
         faults: where this rank's kernels note waits that they gave up; None where no kernel waits.
+
+    Attributes:
+        num_padding: rows that the last step computed for nobody, to fill its graph.
     """
 
     def __init__(
@@ -93,11 +97,18 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=decoder.device)
         self.faults = faults
+        self.num_padding = 0
 
-    def capture(self) -> None:
+    @property
+    def max_batch(self) -> int:
+        """The most sequences that a step may hold."""
+        return self._page_table.shape[0]
+
+    def capture(self, drafts: Iterable[tuple[int, int]] = ()) -> None:
         """Capture the decode steps of every batch bucket; ``cache`` must not be replaced afterwards.
 
-        Collective over the world; needs CUDA, and faults.
+        Collective over the world; needs faults. ``drafts`` are the pairs (batch bucket, draft length) to capture beside
+        the steps without drafts.
         """
         assert self.faults is not None
         self._graphs = DecodeGraphs(
@@ -107,30 +118,31 @@ class Runner:
             self._page_table,
             block_size=self.placement.block_size,
             faults=self.faults,
-            max_batch=self._page_table.shape[0],
+            max_batch=self.max_batch,
+            drafts=drafts,
         )
 
     def run(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Compute a step and return the logits of the chunks that sample: float32 [number of them, V].
+        """Compute a step and return the logits of the rows that choose tokens: float32 [sum of num_choices, V].
 
         Collective over the world: every rank calls it with the same chunks.
         """
         if self._graphs is not None and self.can_launch(chunks):
-            self.launch(chunks)
-            return self._graphs.logits(len(chunks))
+            return self._graphs.logits(self.launch(chunks).rows)
+        self.num_padding = 0
         host = self._host_rows(chunks)
         self._upload_tables(chunks)
         hidden = self.decoder.forward(
             self._to_device(host.token_ids), self._rows(host), self.cache.layers, self.exchange, self._share(host)
         )
-        last = [stop - 1 for chunk, stop in zip(chunks, host.query_start[1:].tolist(), strict=True) if chunk.samples]
-        if not last:
+        choosing = _choosing_rows(chunks, host.query_start[1:].tolist())
+        if not choosing:
             return hidden.new_empty((0, self.decoder.spec.vocab_size), dtype=torch.float32)
-        rows = torch.tensor(last, dtype=torch.int64, device=hidden.device)
+        rows = torch.tensor(choosing, dtype=torch.int64, device=hidden.device)
         return self.decoder.gather_logits(self.decoder.local_logits(hidden[rows]))
 
     def launch(self, chunks: list[Chunk]) -> PendingTokens:
-        """Launch a decode step, from its graph where there are graphs; its greedy tokens come to the host on their own.
+        """Launch a step, from its graph where there are any; greedy tokens of the rows that choose come to the host.
 
         Collective over the world. ``can_launch`` must hold for the chunks; the token of one that is not known yet is
         the one that the last launched step chose for its batch slot. With graphs, nothing here waits for the device.
@@ -139,15 +151,39 @@ class Runner:
         self._upload_tables(chunks)
         if self._graphs is None:
             return self._launch_eagerly(host)
+        graph = self._graphs.find(len(chunks), max(chunk.num_rows for chunk in chunks))
+        assert graph is not None
         local = self._local_rows(host)
-        return self._graphs.launch(DecodeRows(host.token_ids, host.positions, local.slot, host.row_seq, local.visible))
+        rows = DecodeRows(
+            host.token_ids, host.positions, local.slot, host.row_seq, local.visible, np.diff(host.query_start)
+        )
+        self.num_padding = graph.num_rows - len(host.token_ids)
+        stops = range(graph.run_len, graph.num_rows + 1, graph.run_len)
+        return self._graphs.launch(graph, rows, _choosing_rows(chunks, stops))
+
+    def greedy(self, chunks: list[Chunk]) -> PendingTokens:
+        """Launch a step whose chunks all choose a token, or compute it where no graph holds it.
+
+        Collective over the world. Returns the greedy tokens of the rows that choose.
+        """
+        if self.can_launch(chunks):
+            return self.launch(chunks)
+        tokens = self.run(chunks).argmax(-1).cpu()
+        return PendingTokens(torch.cat((tokens, tokens.new_zeros(1))), None, list(range(len(tokens))), on_device=False)
 
     def can_launch(self, chunks: list[Chunk]) -> bool:
-        """Return whether ``launch`` can run these chunks: decode rows alone."""
-        return all(chunk.stop - chunk.start == 1 and chunk.samples for chunk in chunks)
+        """Return whether ``launch`` can run these chunks: all choose tokens, and a graph holds their rows.
+
+        Without graphs it runs those that choose one token each.
+        """
+        if not all(chunk.samples for chunk in chunks):
+            return False
+        most = max(chunk.num_rows for chunk in chunks)
+        return most == 1 if self._graphs is None else self._graphs.find(len(chunks), most) is not None
 
     @torch.inference_mode()
     def _launch_eagerly(self, host: _HostRows) -> PendingTokens:
+        self.num_padding = 0
         rows, token_ids = self._rows(host), self._to_device(host.token_ids)
         slots = rows.row_seq.long()
         token_ids = torch.where(token_ids < 0, self._last_tokens[slots], token_ids)
@@ -172,8 +208,8 @@ class Runner:
             }
             raise RankLost(f"rank {peer} never arrived at the {what[fault.operation]}")
 
-    def warm_up(self, num_rows: int) -> None:
-        """Run a step of rows that see nothing and store nothing, so that its peak memory is known.
+    def warm_up(self, num_rows: int, num_choices: int) -> None:
+        """Run a step of rows that see nothing and store nothing, and choose, so that its peak memory is known.
 
         Collective over the world.
         """
@@ -185,15 +221,16 @@ class Runner:
         hidden = self.decoder.forward(
             self._to_device(host.token_ids), rows, self.cache.layers, self.exchange, self._share(host)
         )
-        self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(self._page_table.shape[0], -1)))
+        self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(num_choices, -1)))
 
     def _host_rows(self, chunks: list[Chunk]) -> _HostRows:
         starts = np.array([chunk.start for chunk in chunks])
-        counts = np.array([chunk.stop for chunk in chunks]) - starts
+        counts = np.array([chunk.num_rows for chunk in chunks])
         query_start = np.concatenate(([0], counts.cumsum()))
         tokens: list[int] = []
         for chunk in chunks:
             tokens += chunk.seq.token_ids[chunk.start : chunk.stop] or [-1]  # -1: not known yet
+            tokens += chunk.drafts
         return _HostRows(
             token_ids=np.array(tokens),
             positions=np.arange(len(tokens)) + np.repeat(starts - query_start[:-1], counts),
@@ -271,3 +308,11 @@ class Runner:
         if self.decoder.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.decoder.device, non_blocking=True)
+
+
+def _choosing_rows(chunks: list[Chunk], stops: Iterable[int]) -> list[int]:
+    """Return the rows that choose tokens: the last ones of each chunk, which end before ``stops``."""
+    rows: list[int] = []
+    for chunk, stop in zip(chunks, stops, strict=False):
+        rows += range(stop - chunk.num_choices, stop)
+    return rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .cache.control import CacheControl, Claim
@@ -48,6 +49,7 @@ class Scheduler:
         self._prefill_chunk = config.prefill_chunk
         self._free_slots = list(range(config.max_batch))
         self._blocked: Sequence | None = None  # the first that waits, while nothing was freed since it did not fit
+        self.on_leave: Callable[[Sequence], None] = _ignore  # told of every sequence that ends or is preempted
 
     @property
     def has_work(self) -> bool:
@@ -103,10 +105,28 @@ class Scheduler:
             chunk.seq.num_computed = chunk.stop
             self.cache.commit(chunk.seq.blocks, chunk.stop)
 
+    def extend_for_drafts(self, seq: Sequence, num_drafts: int) -> int:
+        """Give a running sequence the pages of drafts after its last token; return how many drafts have them.
+
+        Drafts take pages after everything else in a step, and preempt nobody: where pages are short they are fewer.
+        """
+        while num_drafts and not self.cache.extend(seq.blocks, len(seq.token_ids) + num_drafts):
+            num_drafts -= 1
+        return num_drafts
+
+    def commit_accepted(self, seq: Sequence) -> None:
+        """Note that all but a sequence's last token are computed, accepted drafts among them, and cache their blocks.
+
+        What was computed of rejected drafts needs no undoing: the rows that come next overwrite it.
+        """
+        seq.num_computed = len(seq.token_ids) - 1
+        self.cache.commit(seq.blocks, seq.num_computed)
+
     def finish(self, seq: Sequence, *, keep: bool = True) -> None:
         """Take a sequence out; what it computed stays cached, unless ``keep`` is False."""
         self.running.remove(seq)
         self._free(seq, keep)
+        self.on_leave(seq)
 
     def _continue_running(self, step: Step) -> tuple[int, bool]:
         """Give running sequences their chunks; return what is left of the budget, and whether any was preempted."""
@@ -184,3 +204,7 @@ class Scheduler:
         heapq.heappush(self._free_slots, seq.batch_slot)
         seq.batch_slot = -1
         self._blocked = None
+
+
+def _ignore(seq: Sequence) -> None:
+    pass

@@ -49,6 +49,12 @@ def show(config: GenerateConfig, metrics: dict[str, Any], output: dict[str, Any]
         table.add_row(f"tokens held by rank {rank}", str(held))
     table.add_row("TTFT", f"{metrics['ttft_ms']['mean']:.1f} ms")
     table.add_row("TTL (median)", f"{metrics['ttl_ms']['p50']:.1f} ms")
+    if (drafts := metrics["speculative"]) is not None:
+        table.add_row("drafted tokens, accepted", f"{drafts['drafted']}, {drafts['accepted']}")
+        table.add_row("accepted a draft (mean)", f"{drafts['mean_accepted_len']:.2f}")
+        table.add_row("tokens a step of the model", f"{drafts['tokens_per_target_step']:.2f}")
+        for length, steps in drafts["steps_per_draft_len"].items():
+            table.add_row(f"steps with draft length {length}", str(steps))
     equal = sum(ours == theirs for ours, theirs in zip(output["token_ids"], reference, strict=False))
     table.add_row("tokens equal to the transformers reference", f"{equal}/{len(reference)}")
     Console().print(table)

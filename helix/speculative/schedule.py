@@ -54,6 +54,8 @@ class DraftLenSchedule:
 
 
 def _check(lengths: Mapping[int, int], max_draft_len: int) -> None:
+    if not isinstance(lengths, Mapping):
+        raise ValueError(f"{NAME} = {lengths!r} must map batch sizes to draft lengths, such as {{4: 4, 8: 2}}")
     if not lengths:
         raise ValueError(f"{NAME} is empty; give batch sizes and lengths such as {{4: 4, 8: 2}}, or leave it out")
     for up_to, length in lengths.items():

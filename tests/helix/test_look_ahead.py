@@ -272,7 +272,7 @@ class Watch:
                 watch.log.append(("wait", number))
                 return super().wait()
 
-        return Watched(pending.host, pending.done, pending.num_rows)
+        return Watched(pending.host, pending.done, pending.rows)
 
 
 def test_a_step_is_launched_before_the_tokens_of_the_last_are_read(model: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_fault_in_any_launched_step_is_raised_and_the_next_call_runs(model: Pa
         nonlocal launches
         launches += 1
         pending = original(chunks)
-        return Faulty(pending.host, pending.done, pending.num_rows) if launches == 4 else pending
+        return Faulty(pending.host, pending.done, pending.rows) if launches == 4 else pending
 
     def check_faults(word: int | None = None) -> None:
         if word:

@@ -143,6 +143,43 @@ def test_every_preset_composes(command: Command, preset: str) -> None:
     assert len(command(*GIVEN[weightless:], preset).ran) == 1
 
 
+def test_a_draft_length_schedule_is_given_on_the_command_line_and_sorted(command: Command) -> None:
+    schedule = "speculative.draft_len_schedule={32:1,4:3,8:2}"
+    (config,) = command(*GIVEN, "speculative=ngram", "speculative.max_draft_len=3", schedule).ran
+    assert (config.speculative.method, config.speculative.max_draft_len) == ("ngram", 3)
+    assert list(config.speculative.draft_len_schedule.items()) == [(4, 3), (8, 2), (32, 1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speculative=medusa"], "Could not find 'speculative/medusa' Available options in 'speculative': draft_model"),
+        (["speculative.method=medusa"], "speculative.method = 'medusa' must be one of none, ngram, draft_model"),
+        (
+            ["speculative.draft_len_schedule={0:1}"],
+            "speculative.draft_len_schedule has batch size 0, must be at least 1",
+        ),
+        (["speculative.draft_len_schedule={4:-1}"], "speculative.draft_len_schedule[4] = -1 must be at least 0"),
+        (["speculative.draft_len_schedule={4:5}"], "[4] = 5 exceeds speculative.max_draft_len = 4; lower it or raise"),
+        (
+            ["speculative.draft_len_schedule={}"],
+            "speculative.draft_len_schedule is empty; give batch sizes and lengths",
+        ),
+        (["speculative.draft_len_schedule={a:1}"], "speculative.draft_len_schedule has 'a': 1; batch sizes and draft"),
+        (["speculative.draft_len_schedule=4"], "speculative.draft_len_schedule = 4 must map batch sizes to draft"),
+        (["speculative.ngram_max=1"], "speculative.ngram_max = 1 must be at least speculative.ngram_min = 2"),
+        (
+            ["speculative.model.paht=x"],
+            "did you mean speculative.model.path? speculative.model has: path, load, config",
+        ),
+    ],
+)
+def test_speculation_that_cannot_be_is_refused_in_one_line(
+    command: Command, arguments: list[str], message: str
+) -> None:
+    assert message in one_line(command(*GIVEN, *arguments))
+
+
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 

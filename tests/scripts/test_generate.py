@@ -200,9 +200,11 @@ def check_metrics(metrics: dict[str, Any], outputs: list[dict[str, Any]]) -> Non
         "requests": 5,
         "errors": 1,
         "steps": 12,
+        "padding_rows": 0,
         "preemptions": 0,
         "prefill_tokens": prompts,
         "output_tokens": made,
+        "speculative": None,
     }
     assert sum(held) == prompts + made - 4, "the last token of each is never stored"
     assert len(held) == 2
@@ -216,6 +218,21 @@ def check_metrics(metrics: dict[str, Any], outputs: list[dict[str, Any]]) -> Non
 
 
 # --- the command in one process ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_speculation_changes_no_line_and_is_in_the_metrics(model: Path, command: Command, method: str) -> None:
+    plain = command(f"model.path={model}", "prompt=hello hello", "sampling.max_tokens=9", *SMALL)
+    drafted = command(
+        f"model.path={model}", "prompt=hello hello", "sampling.max_tokens=9", *SMALL, f"speculative={method}",
+        f"speculative.model.path={model}", "speculative.max_draft_len=4",
+        "speculative.draft_len_schedule={4:4,8:2,32:1}", "metrics=metrics.json",
+    )  # fmt: skip
+    assert (drafted.code, drafted.out) == (None, plain.out)
+    figures = json.loads(Path("metrics.json").read_text("utf-8"))["speculative"]
+    assert set(figures["steps_per_draft_len"]) == {"4"}
+    if method == "draft_model":
+        assert (figures["drafted"], figures["accepted"], figures["tokens_per_target_step"]) == (6, 6, 4.0)
 
 
 def test_without_an_output_file_the_lines_are_printed(model: Path, command: Command) -> None:

@@ -38,13 +38,14 @@ def test_a_length_may_be_0_between_others_and_may_rise() -> None:
         (4, {4: -1}, "[4] = -1 must be at least 0 (0 drafts nothing)"),
         (2, {8: 1, 4: 3}, "[4] = 3 exceeds speculative.max_draft_len = 2; lower it or raise that"),
         (4, {}, " is empty; give batch sizes and lengths such as {4: 4, 8: 2}, or leave it out"),
+        (4, 4, " = 4 must map batch sizes to draft lengths, such as {4: 4, 8: 2}"),
         (4, {4.5: 1}, "has 4.5: 1; batch sizes and draft lengths must be integers"),
         (4, {"4": 1}, "has '4': 1; batch sizes and draft lengths must be integers"),
         (4, {4: True}, "has 4: True; batch sizes and draft lengths must be integers"),
         (4, {4: None}, "has 4: None; batch sizes and draft lengths must be integers"),
     ],
 )
-def test_an_invalid_schedule_is_refused_by_name(max_draft_len: int, lengths: dict[Any, Any], message: str) -> None:
+def test_an_invalid_schedule_is_refused_by_name(max_draft_len: int, lengths: Any, message: str) -> None:
     with pytest.raises(ValueError) as refused:
         DraftLenSchedule(max_draft_len, lengths)
     assert str(refused.value).startswith("speculative.draft_len_schedule") and str(refused.value).endswith(message)

@@ -1,0 +1,55 @@
+"""From a model's settings to a filled decoder: its spec, its weights, and random ones where it has none."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+
+from ..config import ModelConfig
+from .checkpoint import Checkpoint, fill_dummy
+from .decoder import Decoder
+from .spec import ModelSpec, load_spec
+from .weights import layer_weights, model_weights
+
+
+def read_spec(config: ModelConfig) -> ModelSpec:
+    """Return the spec of the model that the settings name.
+
+    Raises:
+        ValueError: in one line that begins with the setting, when there is no such model or it is not supported.
+    """
+    if config.config is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config.config), "utf-8")
+            return load_spec(folder, max_position=config.max_position)
+    if not config.path:
+        raise ValueError("model.path is empty: give a Hugging Face checkpoint folder")
+    return load_spec(config.path, max_position=config.max_position)
+
+
+def open_checkpoint(config: ModelConfig, spec: ModelSpec) -> Checkpoint | None:
+    """Return the checkpoint to read, checked against the spec; None where weights are random."""
+    return Checkpoint(Path(config.path), spec) if config.load == "checkpoint" else None
+
+
+def fill(decoder: Decoder, checkpoint: Checkpoint | None) -> None:
+    """Read this rank's weights, and close the checkpoint; or make them, the same ones where ranks hold copies."""
+    spec = decoder.spec
+    groups = [("", model_weights(spec, decoder.part), decoder.top)]
+    for layer, parameters in enumerate(decoder.layers):
+        groups.append((f"{layer}.", layer_weights(spec, layer, decoder.part), parameters))
+    generator = torch.Generator(decoder.device)
+    for prefix, weights, parameters in groups:
+        for role, weight in weights.items():
+            if checkpoint is not None:
+                checkpoint.read(weight, parameters[role])
+            else:
+                # a seed a weight: ranks that hold copies of one weight make equal ones
+                generator.manual_seed(zlib.crc32(f"{prefix}{role}".encode()))
+                fill_dummy(role, parameters[role], generator)
+    if checkpoint is not None:
+        checkpoint.close()

@@ -1,0 +1,122 @@
+"""From the settings to a speculator, in the order that memory asks for: checks, a draft model's weights, its pages."""
+
+from __future__ import annotations
+
+from attention.exchange import NoExchange
+from attention.partial import PartialAttention
+from parallel.grid import HelixGrid, Layout
+from parallel.launch import agree
+from parallel.placement import BlockCyclic
+from parallel.symmetric import Faults
+
+from ..cache.pages import PagedCache
+from ..config import HelixConfig
+from ..models.decoder import Decoder
+from ..models.loading import fill, open_checkpoint, read_spec
+from ..models.spec import ModelSpec
+from ..runner import Runner
+from .draft_model import DraftModel
+from .ngram import NgramDrafter
+from .speculator import Speculator
+
+
+class DrafterLoader:
+    """Makes the speculator of a run, and the draft model where there is one.
+
+    Args:
+        config: the settings of the run.
+        target: the model that is drafted for.
+
+    Raises:
+        ValueError: in one line, when the draft model cannot be read, or its vocabulary is not the target's.
+    """
+
+    def __init__(self, config: HelixConfig, target: ModelSpec) -> None:
+        self._config, self._target = config, target
+        self._runner: Runner | None = None
+        self._spec: ModelSpec | None = None
+        if config.speculative.method == "draft_model":
+            model = config.speculative.model.as_model()
+            try:
+                self._spec = read_spec(model)
+                self._checkpoint = open_checkpoint(model, self._spec)
+            except ValueError as error:
+                name = "speculative." if str(error).startswith("model.") else "speculative.model: "
+                raise ValueError(f"{name}{error}") from error
+            if self._spec.vocab_size != target.vocab_size:
+                raise ValueError(
+                    f"speculative.model has a vocabulary of {self._spec.vocab_size} tokens and the model one of "
+                    f"{target.vocab_size}; a draft model must share the model's tokenizer"
+                )
+
+    @property
+    def max_draft_len(self) -> int:
+        """The most tokens that a sequence drafts in a step; 0 without speculation."""
+        config = self._config.speculative
+        return 0 if config.method == "none" else config.max_draft_len
+
+    def load_weights(
+        self, target: Decoder, attention: PartialAttention, *, faults: Faults | None, pdl: bool = False
+    ) -> None:
+        """Load the draft model beside a target's decoder, with its dtype and on its device. Collective over the world.
+
+        Raises:
+            ValueError: on every rank, when a file cannot be read.
+        """
+        if self._spec is None:
+            return
+        scheduler, alone = self._config.scheduler, HelixGrid(Layout(), rank=0, kvp_group=None, world_group=None)
+        decoder = Decoder(self._spec, alone, dtype=target.dtype, device=target.device, attention=attention, pdl=pdl)
+        agree(lambda: fill(decoder, self._checkpoint))
+        self._runner = Runner(
+            decoder,
+            NoExchange(target.dtype, pdl=pdl),
+            self._cache(decoder, 1),
+            BlockCyclic(self._config.cache.block_size, 1),
+            max_batch=scheduler.max_batch,
+            max_len=min(self._spec.max_position, self._target.max_position),
+            share_qkv_rows=0,
+            faults=faults,
+        )
+        self._group = target.grid.world_group
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the draft model's cache; 0 where there is no draft model."""
+        if self._runner is None:
+            return 0
+        return self._runner.cache.pages[:, 0].nbytes
+
+    def make_speculator(self, num_pages: int) -> Speculator | None:
+        """Return what drafts, with so many pages for a draft model's cache; None without speculation.
+
+        Collective over the world.
+        """
+        config = self._config.speculative
+        if config.method == "none":
+            return None
+        if self._runner is None:
+            return Speculator(config.schedule, NgramDrafter(config.ngram_min, config.ngram_max))
+        runner = self._runner
+        runner.cache = agree(lambda: self._cache(runner.decoder, num_pages))
+        drafter = DraftModel(
+            runner,
+            num_pages=num_pages,
+            prefill_chunk=self._config.scheduler.prefill_chunk,
+            max_draft_len=config.max_draft_len,
+            group=self._group,
+        )
+        if runner.faults is not None and self._config.runtime.graphs:
+            drafter.capture()
+        return Speculator(config.schedule, drafter)
+
+    def _cache(self, decoder: Decoder, num_pages: int) -> PagedCache:
+        return PagedCache(
+            num_layers=decoder.spec.num_layers,
+            num_pages=num_pages,
+            num_kv_heads=decoder.num_kv_heads,
+            block_size=self._config.cache.block_size,
+            head_dim=decoder.spec.head_dim,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )

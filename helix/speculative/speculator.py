@@ -1,0 +1,66 @@
+"""Gives the decoding sequences of a step their drafts: how many, from whom, and pages for them.
+
+Nothing here depends on what one rank alone can see: the draft length is looked up from the step, drafts are equal on
+all ranks by the drafter's contract, and pages are the control plane's.
+"""
+
+from __future__ import annotations
+
+from ..request import Chunk, Sequence
+from ..scheduler import Scheduler, Step
+from .counters import SpeculativeCounters
+from .drafter import Drafter
+from .schedule import DraftLenSchedule
+
+
+class Speculator:
+    """Drafts for an engine's steps.
+
+    Args:
+        schedule: draft lengths by batch size.
+        drafter: what drafts.
+
+    Attributes:
+        counters: what was done since they were last replaced.
+    """
+
+    def __init__(self, schedule: DraftLenSchedule, drafter: Drafter) -> None:
+        self.schedule, self.drafter = schedule, drafter
+        self.counters = SpeculativeCounters()
+
+    def propose(self, step: Step, scheduler: Scheduler) -> None:
+        """Put drafts into a step's chunks, and into its movements what makes room for them.
+
+        Collective over the world where the drafter is. The host must know every token of the sequences that decode.
+        A sequence drafts no further than to its end: its last token is never computed.
+        """
+        decoding = [number for number, chunk in enumerate(step.chunks) if chunk.is_decode]
+        if not decoding:
+            return
+        length = self.schedule.draft_len(len(decoding))
+        self.counters.steps[length] += 1
+        if not length:
+            return
+        seqs = [step.chunks[number].seq for number in decoding]
+        limits = [min(length, seq.max_len - len(seq.token_ids) - 1) for seq in seqs]
+        for number, seq, drafts in zip(decoding, seqs, self.drafter.draft(seqs, limits), strict=True):
+            room = scheduler.extend_for_drafts(seq, len(drafts)) if drafts else 0
+            if room:
+                chunk = step.chunks[number]
+                step.chunks[number] = Chunk(seq, chunk.start, chunk.stop, tuple(drafts[:room]))
+        step.movements += scheduler.cache.take_movements()
+
+    def is_due(self, num_decoding: int) -> bool:
+        """Return whether a step of so many decoding sequences asks for drafts."""
+        return self.schedule.draft_len(num_decoding) > 0
+
+    def skip(self, step: Step) -> bool:
+        """Count a step of decode rows alone as one without drafts; False, and uncounted, where it asks for some."""
+        if self.is_due(len(step.chunks)):
+            return False
+        self.counters.steps[0] += 1
+        return True
+
+    def drop(self, seq: Sequence) -> None:
+        """Forget a sequence that ended or was preempted."""
+        self.drafter.drop(seq)
