@@ -71,6 +71,8 @@ def _stream_kv_kernel(
     # the step's sizes were uploaded before its first layer; rows of a run ascend, so the last one sees most
     first, stop = gl.load(query_start + run), gl.load(query_start + run + 1)
     if first >= stop:
+        if PDL:
+            gdc_wait()  # a kernel that ends without waiting would let the next one pass the one before
         return
     longest = gl.load(visible_len + stop - 1)
     settled = gl.load(visible_len + first) - 1  # tokens before it were cached by earlier steps

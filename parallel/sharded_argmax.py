@@ -36,25 +36,29 @@ def _chunk_kernel(logits, keys, columns, row_stride, last_id, CHUNKS: tl.constex
 @triton.jit(do_not_specialize=["rank", "timeout_ns"])
 def _choose_kernel(
     keys, tokens, peers, faults, rank, timeout_ns, last_id, CAPACITY: tl.constexpr, N: tl.constexpr,
-    CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    N_PAD: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
 ):  # fmt: skip
     """tokens[row]: the id of the largest key of all chunks of all ranks."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, CHUNKS_PAD)
     best = tl.max(tl.load(keys + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=-(1 << 63)), 0)
     if N > 1:
-        n = tl.arange(0, N)
+        n = tl.arange(0, N_PAD)
+        there = n < N
         addresses = peers.to(tl.pointer_type(tl.int64))
-        to = (tl.load(addresses + n) + (rank.to(tl.int64) * CAPACITY + row) * 16).to(tl.pointer_type(tl.int64))
-        tl.store(to, tl.zeros([N], tl.int64) + best)  # neither half of a key is ever EMPTY
-        tl.store(to + 1, tl.zeros([N], tl.int64))
+        to = (tl.load(addresses + n, mask=there, other=0) + (rank.to(tl.int64) * CAPACITY + row) * 16).to(
+            tl.pointer_type(tl.int64)
+        )
+        tl.store(to, tl.zeros([N_PAD], tl.int64) + best, mask=there)  # neither half of a key is ever EMPTY
+        tl.store(to + 1, tl.zeros([N_PAD], tl.int64), mask=there)
         mine = tl.load(addresses + rank) + (n.to(tl.int64) * CAPACITY + row) * 16
-        on = tl.full([N], 1, tl.int32)
-        deadline = deadline_of(timeout_ns, faults) + tl.zeros([N], tl.int64)
+        on = there.to(tl.int32)
+        deadline = deadline_of(timeout_ns, faults) + tl.zeros([N_PAD], tl.int64)
         low, high, _, _, late = poll_granules(mine, deadline, on)
-        best = tl.max((low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32), 0)
+        received = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
+        best = tl.max(tl.where(there, received, -(1 << 63)), 0)
         tl.debug_barrier()
-        empty = tl.full([N], -1, tl.int32)
+        empty = tl.full([N_PAD], -1, tl.int32)
         push_granules(mine, empty, empty, empty, empty, on)
         note_fault(faults, tl.max(tl.where(late != 0, n, -1), 0), 2)
     tl.store(tokens + row, last_id - (best & 0xFFFFFFFF))
@@ -69,7 +73,7 @@ class ShardedArgmax:
 
     Args:
         group: the ranks that hold slices; None is a group of one.
-        vocab: the ids [start, stop) of this rank's slice.
+        vocab: the ids [start, stop) of this rank's slice; at least one.
         vocab_size: ids in all; below 2**31.
         device: this rank's.
         fused: use symmetric memory; needs a group that ``shares_memory``, and faults.
@@ -97,7 +101,7 @@ class ShardedArgmax:
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the token ids [R] int64, equal on all ranks, of this rank's slice of the logits [R, V_local]."""
         rows, columns = logits.shape
-        if not logits.is_cuda or columns == 0 or rows == 0:
+        if not logits.is_cuda or rows == 0:
             return self._gathered(self._keys(logits))
         chunks = -(-columns // CHUNK)
         keys = torch.empty((rows, chunks), dtype=torch.int64, device=logits.device)
@@ -107,18 +111,16 @@ class ShardedArgmax:
         if self._group is not None and not fused:
             return self._gathered(keys.amax(1))
         tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-        buffer, faults = self._buffer, self._faults
+        buffer, faults, ranks = self._buffer, self._faults, self._group.size() if self._group else 1
         _choose_kernel[(rows,)](
             keys, tokens, buffer.peers if buffer else 0, faults.word if faults else tokens,
             self._group.rank() if self._group else 0, self._timeout_ns, self._last,
-            CAPACITY=MAX_FUSED_ROWS, N=self._group.size() if self._group else 1,
+            CAPACITY=MAX_FUSED_ROWS, N=ranks, N_PAD=triton.next_power_of_2(ranks),
             CHUNKS=chunks, CHUNKS_PAD=triton.next_power_of_2(chunks), num_warps=1,
         )  # fmt: skip
         return tokens
 
     def _keys(self, logits: torch.Tensor) -> torch.Tensor:
-        if logits.shape[1] == 0:
-            return logits.new_full((logits.shape[0],), torch.iinfo(torch.int64).min, dtype=torch.int64)
         best, index = logits.float().max(-1)
         bits = (best + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, its equal
         ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)

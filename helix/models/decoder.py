@@ -53,11 +53,17 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
     """Return the slices of a model that a rank keeps.
 
     Raises:
-        ValueError: when the layout does not fit the model's heads, or asks a dense model for expert parallelism.
+        ValueError: when the layout does not fit the model's sizes, or asks a dense model for expert parallelism.
     """
     layout.check_heads(spec.num_heads, spec.num_kv_heads)
     if layout.ep != 1:
         raise ValueError(f"parallel.ep = {layout.ep}, but {spec.family} models have no experts; use parallel.ep=1")
+    smallest = min(spec.ffn_size, spec.vocab_size)
+    if smallest < layout.world_size:
+        raise ValueError(
+            f"{layout.world_size} ranks cannot split a model of ffn_size {spec.ffn_size} and vocab_size "
+            f"{spec.vocab_size}: each needs one of both at least; use fewer ranks"
+        )
     tpa_rank, kvp_rank, world = rank // layout.kvp, rank % layout.kvp, layout.world_size
     return Part(
         q_heads=layout.query_heads(spec.num_heads, spec.num_kv_heads, tpa_rank),

@@ -50,6 +50,8 @@ def _stream_weights_kernel(
     w_parts = gl.allocate_shared_memory(w.dtype, [STAGES, PARTS, HALF, BK], w.layout)
     w_tiles = w_parts._reinterpret(w.dtype, [STAGES, BN, BK], x.layout)
     x_tiles = gl.allocate_shared_memory(w.dtype, [STAGES, BM, BK], x.layout)
+    # made here, so that it shares no memory with tiles: a warp may be done while another's products still read them
+    sums = gl.allocate_shared_memory(gl.float32, [BN, BM], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
@@ -83,7 +85,6 @@ def _stream_weights_kernel(
     dtype: gl.constexpr = out.dtype.element_ty
     n = n0 + gl.arange(0, HALF, layout=gl.SliceLayout(1, flat))
     m = gl.arange(0, BM, layout=gl.SliceLayout(0, flat))
-    sums = gl.allocate_shared_memory(gl.float32, [BN, BM], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
     sums.store(acc)
     value = sums.slice(0, HALF, dim=0).load(flat)
     if PARTS == 2:

@@ -44,13 +44,13 @@ def check(results, vocab_size, dtype):
             assert torch.equal(tokens, lowest_of_equals)
 
 
-@pytest.mark.parametrize(("world", "vocab_size"), [(2, 3), (4, 3), (4, 101)])
+@pytest.mark.parametrize(("world", "vocab_size"), [(2, 3), (4, 5), (4, 101)])
 def test_every_rank_chooses_the_lowest_of_the_largest(ranks, world, vocab_size):
     check(ranks(world).run(body, vocab_size, torch.float32, False), vocab_size, torch.float32)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fused", [True, False])
 def test_kernels_choose_the_same_over_a_large_vocabulary(ranks, world, dtype, fused):
