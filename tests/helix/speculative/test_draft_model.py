@@ -54,7 +54,7 @@ def requests(num_tokens: int = 24) -> list[Request]:
 
 def greedy_requests() -> list[Request]:
     """Ends far apart, so that the batch shrinks to one and stays there for a while."""
-    lengths = (40, 9, 16, 23)
+    lengths = (28, 6, 11, 17)
     return [
         Request(prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=length, ignore_eos=True))
         for prompt, length in zip(PROMPTS, lengths, strict=True)
@@ -84,7 +84,7 @@ def parity_body(path: str, draft: str, kvp: int, tpa: int, runs: list[tuple[int,
 @pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2)])
 def test_a_draft_model_equal_to_the_target_is_always_right(ranks, model, kvp, tpa):
     runs = [(16, False, {"max_draft_len": 4}), (1, True, {"max_draft_len": 3}), (64, True, {"max_draft_len": 8})]
-    results = ranks(kvp * tpa).run(parity_body, model, model, kvp, tpa, runs if kvp < 8 else runs[1:2])
+    results = ranks(kvp * tpa).run(parity_body, model, model, kvp, tpa, runs if tpa == 1 else runs[:1], timeout_s=250)
     assert all(result == results[0] for result in results)
     for drafted, accepted, _ in results[0]:
         assert drafted == accepted > 20

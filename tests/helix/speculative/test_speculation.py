@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helix.cache.control import CacheControl
-from helix.config import SchedulerConfig
+from helix.config import DraftModelConfig, SchedulerConfig
 from helix.llm import LLM
 from helix.request import Request, RequestOutput
 from helix.sampling import SamplingParams
@@ -268,6 +268,44 @@ def test_the_draft_length_follows_a_batch_that_shrinks_from_40_to_1(model: str) 
         limit = next((k for n, k in lengths.items() if batch <= n), 0)
         assert longest == limit or batch <= 4, "a batch of more than 4 has a sequence that is not at its end"
         assert longest <= limit
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_steps_without_drafts_look_ahead_between_steps_that_draft(
+    model: str, plain: LLM, method: str, graphs: bool
+) -> None:
+    """Sequences end by length and, unforeseen, by a stop token, so that the draft length goes up and down."""
+    known = run(plain, PROMPTS, greedy(48))
+    stops = [[], [], [known[2].token_ids[20]], [], [known[4].token_ids[9]]]
+    asked = [
+        Request(prompt_token_ids=prompt, sampling=greedy(length, stop_token_ids=stop))
+        for prompt, length, stop in zip(PROMPTS, (48, 11, 40, 30, 40), stops, strict=True)
+    ]
+    expected = run(plain, asked)
+    assert {output.finish_reason for output in expected} == {"stop", "length"}
+    settings = {"max_draft_len": 3, "draft_len_schedule": {1: 3, 2: 0, 3: 2, 5: 0}, "method": method}
+    settings["model"] = DraftModelConfig(path=model)
+    llm = make_llm(model, look_ahead=True, graphs=graphs, cache={"reuse": False}, speculative=settings)
+    if method == "ngram":
+        use(llm, Recorded(expected, 0.6))
+    depart_ahead, ahead = llm.engine._depart_ahead, []
+
+    def spy(flight: Any) -> Any:
+        ahead.append(depart_ahead(flight))
+        return ahead[-1]
+
+    llm.engine._depart_ahead = spy  # type: ignore[method-assign]
+    assert told(run(llm, asked)) == told(expected)
+    counters = llm.metrics.speculative
+    assert counters is not None
+    assert set(counters.steps) == {0, 2, 3}
+    launched = [flight for flight in ahead if flight is not None]
+    assert len(launched) > 5 and not any(chunk.drafts for flight in launched for chunk in flight.step.chunks)
+    assert counters.tokens == sum(len(output.token_ids) for output in expected) - len(PROMPTS)
+    if method == "draft_model":
+        assert counters.drafted > 10
+        assert 0 <= counters.drafted - counters.accepted < 3, "only what stands behind a stop token in its run"
 
 
 def test_metrics_say_what_speculation_was_worth(plain: LLM, llm: LLM) -> None:

@@ -70,6 +70,7 @@ def p_value(counts: Counter[Tokens], expected: dict[Tokens, float]) -> float:
     return float(torch.special.gammaincc(freedom, torch.tensor(total / 2, dtype=torch.float64)))
 
 
+@pytest.mark.slow
 def test_twenty_thousand_samples_have_the_targets_distribution(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = str(make_checkpoint(tmp_path_factory.mktemp("verify") / "model", layers=1, hidden=32, heads=4, ffn=64))
     settings = {"max_batch": 500, "num_pages": 1100, "prefill_chunk": 2000}

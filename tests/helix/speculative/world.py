@@ -50,8 +50,13 @@ class Recorded:
         return [token if rng.random() < self._p else (token + 1) % VOCAB for token in known]
 
 
-def make_llm(path: str, *, kvp: int = 1, tpa: int = 1, graphs: bool = False, **settings: Any) -> LLM:
-    """An LLM of small steps whose ranks compare their decisions; ``graphs`` runs a graph's steps on the CPU too."""
+def make_llm(
+    path: str, *, kvp: int = 1, tpa: int = 1, graphs: bool = False, look_ahead: bool = False, **settings: Any
+) -> LLM:
+    """An LLM of small steps whose ranks compare their decisions, or look ahead where no drafts are due.
+
+    ``graphs`` runs a graph's steps on the CPU too.
+    """
     speculative = SpeculativeConfig(**settings.pop("speculative", {}))
     block_size = settings.pop("block_size", 16)
     llm = LLM(
@@ -67,7 +72,7 @@ def make_llm(path: str, *, kvp: int = 1, tpa: int = 1, graphs: bool = False, **s
                 max_batch=settings.pop("max_batch", 8), prefill_chunk=settings.pop("prefill_chunk", 64)
             ),
             speculative=speculative,
-            runtime=RuntimeConfig(check_ranks=True, graphs=graphs),
+            runtime=RuntimeConfig(check_ranks=not look_ahead, graphs=graphs),
         )
     )
     assert not settings
