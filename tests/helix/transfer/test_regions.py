@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix.transfer.regions import CacheMap, Side, build_regions, shared_blocks
+from helix.transfer.regions import CacheMap, PagePairs, Side, build_regions, shared_blocks, split_blocks
 from parallel.grid import Layout
 from parallel.placement import BlockCyclic
 
@@ -52,12 +52,31 @@ class Group:
 layouts = st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (3, 2), (1, 8)])
 
 
-@settings(max_examples=150)
+def copies(source, target, blocks, source_pages, target_pages, tokens, num_pages):
+    """All copies as regions; or, where pools have ``num_pages``, whole blocks by their indices in prepared lists."""
+    if num_pages is None:
+        return build_regions(source, target, blocks, source_pages, target_pages, tokens)
+    pairs = PagePairs(source, target, (num_pages, num_pages))
+    if pairs.heads[0] >= pairs.heads[1]:
+        return []
+    whole, cut = split_blocks(source.block_size, blocks, tokens)
+    lists = [
+        np.concatenate([first + step * np.arange(count) for first, _, step, count in rows]) for rows in pairs.strides()
+    ]
+    ours, theirs = pairs.indices(source_pages[whole], target_pages[whole])
+    sizes = np.full(len(ours), pairs.item_bytes)
+    rest = build_regions(source, target, blocks[cut], source_pages[cut], target_pages[cut], tokens)
+    return [*zip(lists[0][ours], lists[1][theirs], sizes, strict=True), *rest]
+
+
+@settings(max_examples=200)
 @given(
     layouts, layouts, st.sampled_from([1, 4, 16]), st.integers(1, 40), st.integers(0, 45), st.booleans(),
-    st.integers(0, 2**31),
+    st.booleans(), st.integers(0, 2**31),
 )  # fmt: skip
-def test_every_token_and_head_is_written_once_and_nothing_else(ours, theirs, block_size, length, cached, packed, seed):
+def test_every_token_and_head_is_written_once_and_nothing_else(
+    ours, theirs, block_size, length, cached, packed, by_index, seed
+):
     tokens = (min(cached, length), length)
     random = np.random.default_rng(seed)
     num_blocks = -(-length // block_size)
@@ -76,7 +95,8 @@ def test_every_token_and_head_is_written_once_and_nothing_else(ours, theirs, blo
         for receiver in range(target.side.layout.world_size):
             blocks = shared_blocks(source.side, sender, target.side, receiver, tokens)
             pages = [np.array([group.pages[block] for block in blocks], np.int64) for group in groups]
-            for src, dst, size in build_regions(source.maps[sender], target.maps[receiver], blocks, *pages, tokens):
+            ends = source.maps[sender], target.maps[receiver]
+            for src, dst, size in copies(*ends, blocks, *pages, tokens, num_blocks if by_index else None):
                 memory[dst : dst + size] = before[src : src + size]
                 writes[dst : dst + size] += 1
     expected = np.zeros(at, np.int64)
@@ -125,6 +145,8 @@ def test_ends_and_arrays_that_do_not_fit_are_refused():
         build_regions(one, cache_map(2, 100, (0, 2)), pages, pages, pages, (0, 128))
     with pytest.raises(ValueError, match="block_size = 32 here and 16 there must be equal"):
         build_regions(one, cache_map(3, 100, (0, 2), 16), pages, pages, pages, (0, 128))
+    with pytest.raises(ValueError, match="source_pages, target_pages = 4, 3 entries must be equally many"):
+        PagePairs(one, one, (100, 100)).indices(pages, pages[:3])
     side = [Side(Layout(), BlockCyclic(size, 1), 0, num_kv_heads=4) for size in (16, 32)]
     with pytest.raises(ValueError, match="block sizes 16 and 32"):
         shared_blocks(side[0], 0, side[1], 0, (0, 64))

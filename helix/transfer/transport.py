@@ -1,0 +1,220 @@
+"""How bytes move between the pools of two ranks: one-sided writes through NIXL and its UCX back end.
+
+The pool is registered once. When a sender connects to a receiver's pool it prepares, once, the lists of all pages of
+both; whole blocks are then pairs of indices, and only blocks that are cut at the ends of a range are described anew.
+CPU and GPU memory take the same path (UCX picks shared memory, NVLink, RDMA or TCP).
+
+No thread of NIXL's runs: it would keep a core busy (97% of one, idle). So ``progress`` is called in every loop of a
+receiver, and ``Write.poll`` in every loop of a sender.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from parallel.grid import Range
+from parallel.placement import IntArray
+
+from ..cache.pages import PagedCache
+from .protocol import DONE, UNKNOWN, Pool
+from .regions import CacheMap, PagePairs, build_regions, split_blocks
+
+RUNNING = "running"
+_log = logging.getLogger(__name__)
+
+
+def import_nixl() -> Any:
+    """Return the nixl package, its log records sent to ours; ValueError says how to get it."""
+    try:
+        import nixl
+    except ImportError as error:
+        raise ValueError(
+            f"KV transfer needs NIXL, which cannot be imported ({error}); install it with: pip install -e .[transfer]"
+        ) from error
+    logger = logging.getLogger("nixl")  # it prints INFO records to standard output, where output lines go
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.WARNING)
+    return nixl
+
+
+class Write:
+    """Bytes on their way to one receiver.
+
+    Attributes:
+        reason: what went wrong, if anything did.
+    """
+
+    def __init__(self, agent: Any, peer: str) -> None:
+        self._agent, self._peer = agent, peer
+        self._handles: list[Any] = []
+        self._state = DONE
+        self.reason = ""
+
+    def start(self, handle: Any) -> None:
+        """Add a transfer of NIXL's and start it."""
+        self._handles.append(handle)
+        if self._state == DONE:
+            self._state = RUNNING
+        try:
+            self._agent.transfer(handle)
+        except Exception as error:  # nixl has an exception class of its own for each way to fail
+            self._break(f"a write to {self._peer} could not be started: {error}")
+
+    def poll(self) -> str:
+        """Return running, done, or unknown: something may still land."""
+        still: list[Any] = []
+        for handle in self._handles:
+            try:
+                state = self._agent.check_xfer_state(handle)
+            except Exception as error:
+                state = "ERR"
+                self._break(f"a write to {self._peer} broke off: {error}")
+            if state == "PROC":
+                still.append(handle)
+                continue
+            if state != "DONE":
+                self._break(f"a write to {self._peer} broke off")
+            self._release(handle)
+        self._handles = still
+        if self._state == RUNNING and not still:
+            self._state = DONE
+        return self._state
+
+    def abandon(self) -> None:
+        """Give up what still runs."""
+        if self._handles:
+            self._break(f"a write to {self._peer} was given up")
+        for handle in self._handles:
+            self._release(handle)
+        self._handles = []
+
+    def _break(self, reason: str) -> None:
+        self._state, self.reason = UNKNOWN, self.reason or reason
+
+    def _release(self, handle: Any) -> None:
+        try:
+            handle.release()
+        except Exception as error:
+            _log.debug("releasing a write to %s: %s", self._peer, error)
+
+
+class Peer:
+    """A receiver's pool, ready to be written.
+
+    Attributes:
+        rank: the receiver's, in its group.
+    """
+
+    def __init__(self, agent: Any, pool: Pool, source: CacheMap, target: CacheMap, mine: Pool, *, rank: int) -> None:
+        self.rank = rank
+        self._agent, self._pool, self._mine = agent, pool, mine
+        self._pairs = PagePairs(source, target, (mine.num_pages, pool.num_pages))
+        self._name: str = agent.add_remote_agent(pool.metadata)
+        agent.make_connection(self._name)
+        ours, theirs = self._pairs.strides()
+        self._ours = agent.prep_xfer_dlist("NIXL_INIT_AGENT", _with_device(ours, mine.device), mine.memory)
+        self._theirs = agent.prep_xfer_dlist(self._name, _with_device(theirs, pool.device), pool.memory)
+
+    def write(self, blocks: IntArray, source_pages: IntArray, target_pages: IntArray, tokens: Range) -> Write:
+        """Start writing the tokens of some blocks; everything in them has been computed.
+
+        Args:
+            blocks: [n] int64, ascending global blocks that both ranks own.
+            source_pages, target_pages: [n] int64, their pages.
+            tokens: the half-open range of positions to write; it may cut the first and the last block.
+        """
+        write = Write(self._agent, f"decode rank {self.rank}")
+        pairs = self._pairs
+        whole, cut = split_blocks(pairs.source.block_size, blocks, tokens)
+        if whole.any():
+            ours, theirs = pairs.indices(source_pages[whole], target_pages[whole])
+            write.start(self._agent.make_prepped_xfer("WRITE", self._ours, ours, self._theirs, theirs))
+        if cut.any():
+            regions = build_regions(
+                pairs.source, pairs.target, blocks[cut], source_pages[cut], target_pages[cut], tokens
+            )
+            ours, theirs = (
+                self._agent.get_xfer_descs(_descriptors(regions, column, pool.device), pool.memory)
+                for column, pool in enumerate((self._mine, self._pool))
+            )
+            write.start(self._agent.initialize_xfer("WRITE", ours, theirs, self._name))
+        return write
+
+    def ping(self, message: bytes) -> None:
+        """Send a few bytes to the receiver, which makes the connection."""
+        self._agent.send_notif(self._name, message)
+
+    def close(self) -> None:
+        """Forget the receiver."""
+        for handle in (self._ours, self._theirs):
+            handle.release()
+        self._agent.remove_remote_agent(self._name)
+
+
+class Transport:
+    """This rank's end: its pool, registered.
+
+    Args:
+        name: unique among all ranks of both groups.
+        cache: the rank's pages, which stay where they are.
+
+    Raises:
+        ValueError: where NIXL is not installed or its UCX back end does not start.
+    """
+
+    def __init__(self, name: str, cache: PagedCache) -> None:
+        nixl = import_nixl()
+        config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        try:
+            self._agent = nixl.nixl_agent(name, config)
+            self._registered = self._agent.register_memory(cache.pages)
+        except Exception as error:
+            raise ValueError(f"NIXL cannot use the cache's memory: {error}") from error
+        if "UCX" not in self._agent.backends:
+            raise ValueError("NIXL has no UCX back end here; install it with: pip install -e .[transfer]")
+        self._pages = pages = cache.pages  # peers write there: it must live as long as this does
+        step = pages.stride(0) * pages.element_size()
+        self.pool = Pool(
+            metadata=self._agent.get_agent_metadata(),
+            layers=pages.data_ptr() + np.arange(pages.shape[0], dtype=np.int64) * step,
+            page_bytes=pages.stride(1) * pages.element_size(),
+            num_pages=pages.shape[1],
+            memory="VRAM" if pages.is_cuda else "DRAM",
+            device=pages.device.index or 0,
+        )
+
+    def connect(self, pool: Pool, source: CacheMap, target: CacheMap, *, rank: int) -> Peer:
+        """Return a receiver's pool, ready to be written.
+
+        Raises:
+            ValueError: when NIXL cannot reach it.
+        """
+        try:
+            return Peer(self._agent, pool, source, target, self.pool, rank=rank)
+        except Exception as error:
+            raise ValueError(f"NIXL cannot reach the pool of decode rank {rank}: {error}") from error
+
+    def progress(self) -> dict[str, list[bytes]]:
+        """Let connections and writes of others go on; returns the pings that have arrived, by sender."""
+        pings: dict[str, list[bytes]] = self._agent.get_new_notifs()
+        return pings
+
+    def close(self) -> None:
+        """Unregister the pool: from here on nobody can write it."""
+        self._agent.deregister_memory(self._registered)
+
+
+def _with_device(strides: IntArray, device: int) -> IntArray:
+    """Return [n, 5]: address, bytes, device, step, count."""
+    return np.insert(strides, 2, device, axis=1)
+
+
+def _descriptors(regions: IntArray, column: int, device: int) -> IntArray:
+    """Return one side of regions as [n, 3]: address, bytes, device."""
+    made = np.empty((len(regions), 3), np.int64)
+    made[:, 0], made[:, 1], made[:, 2] = regions[:, column], regions[:, 2], device
+    return made
