@@ -3,6 +3,9 @@
 A process started without torchrun is a world of one. Where CUDA is there, the default process group carries NCCL for
 GPU tensors and gloo for host objects, so agreement between hosts never waits for a GPU.
 
+A launched world may be split in two: its first ranks then are a world of their own, and so are the rest. Nothing is
+collective over both, so neither waits for the other; ``Launch.store`` is how they find each other.
+
 Whatever only one rank can see (a file, free memory, an exception) passes through ``agree``, ``from_rank0`` or
 ``minimum`` before anything collective depends on it: then no rank waits for another that has left.
 """
@@ -11,29 +14,39 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from .collectives import all_gather
 
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
+_split_store: Store | None = None
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun's environment says of this process. Ranks and sizes count processes."""
+    """What torchrun's environment says of this process. Ranks and sizes count processes, of its part of a split world.
+
+    Attributes:
+        part: 0, or 1 for the second part of a split world.
+        store: the key-value store of a split world, for both parts; else None.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     device: torch.device
+    part: int = 0
+    store: Store | None = None
 
     @property
     def speaks(self) -> bool:
@@ -41,30 +54,46 @@ class Launch:
         return self.rank == 0
 
 
-def start(device: str = "auto", *, timeout_s: float = 600.0) -> Launch:
+def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> Launch:
     """Join the world that the environment describes and pick this rank's device.
 
     Collective over the world. ``auto`` is CUDA when every rank of every node has a GPU of its own, else the CPU.
     ``timeout_s`` bounds every later collective, in seconds. Calling it in a process whose default group exists
-    already (a test harness) joins that one.
+    already (a test harness) joins that one. The first ``split`` ranks become one world and the others another one;
+    with 0 there is one.
 
     Raises:
         ValueError: on all ranks, when ``cuda`` is asked for and a rank has no GPU of its own.
     """
     if device not in DEVICES:
         raise ValueError(f"runtime.device = {device!r} must be one of {', '.join(DEVICES)}")
+    global _split_store
     env = os.environ
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank, local_world_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    if split and not 0 < split < world_size:
+        raise ValueError(
+            f"transfer.prefill_ranks = {split} must leave ranks that decode, but {world_size} started; "
+            f"lower it or start more than {split}"
+        )
     has_gpu = device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
     if has_gpu:
         torch.cuda.set_device(local_rank)
-    if world_size > 1 and not dist.is_initialized():
+    one_host = local_world_size == world_size
+    part = int(split > 0 and rank >= split)
+    if split:
+        rank, world_size = (rank - split, world_size - split) if part else (rank, split)
+    if (world_size > 1 or split) and not dist.is_initialized():
         env.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast: it is not allowed everywhere
-        if local_world_size == world_size:
+        if one_host:
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: stay on loopback, whatever its name resolves to
+        if split:
+            _split_store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            store=PrefixStore(f"part{part}", _split_store) if _split_store is not None else None,
+            rank=rank,
+            world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
             device_id=torch.device("cuda", local_rank) if has_gpu else None,
         )
@@ -75,13 +104,15 @@ def start(device: str = "auto", *, timeout_s: float = 600.0) -> Launch:
             f"for {local_world_size} ranks; use runtime.device=cpu or fewer ranks"
         )
     chosen = torch.device("cuda", local_rank) if all_have_gpus else torch.device("cpu")
-    return Launch(rank, world_size, local_rank, local_world_size, chosen)
+    return Launch(rank, world_size, local_rank, local_world_size, chosen, part, _split_store if split else None)
 
 
 def stop() -> None:
     """Leave the world; the counterpart of ``start``, called by every rank."""
+    global _split_store
     if dist.is_initialized():
         dist.destroy_process_group()
+    _split_store = None
 
 
 def set_up_logging(rank: int) -> None:
@@ -141,6 +172,14 @@ def from_rank0(step: Callable[[], T]) -> T:
 def minimum(value: int) -> int:
     """Return the smallest of the ranks' values, on every rank."""
     return min(gather_values(value))
+
+
+def minimums(values: Sequence[int]) -> list[int]:
+    """Return the smallest of the ranks' values at each place, on every rank; equally many values on all of them."""
+    if not dist.is_initialized():
+        return list(values)
+    least: list[int] = all_gather(torch.tensor(values, dtype=torch.int64), host_group()).amin(0).tolist()
+    return least
 
 
 def gather_values(value: int) -> list[int]:

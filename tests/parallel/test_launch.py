@@ -1,9 +1,14 @@
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from parallel.collectives import all_gather, all_reduce_, all_to_all
-from parallel.launch import agree, from_rank0, gather_values, minimum, start
+from parallel.grid import HelixGrid, Layout
+from parallel.launch import agree, from_rank0, gather_values, minimum, minimums, start, stop
 
 
 def collectives_body():
@@ -64,17 +69,51 @@ def test_rank_0_decides_for_all(ranks):
 
 
 def values_body():
-    return minimum(10 - dist.get_rank()), gather_values(dist.get_rank() ** 2)
+    rank = dist.get_rank()
+    return minimum(10 - rank), minimums([rank, 5 - rank, -rank]), gather_values(rank**2)
 
 
 def test_minimum_and_values_are_the_same_everywhere(ranks):
-    assert ranks(4).run(values_body) == [(7, [0, 1, 4, 9])] * 4
+    assert ranks(4).run(values_body) == [(7, [0, 2, -3], [0, 1, 4, 9])] * 4
 
 
 def test_a_world_of_one_needs_no_group():
     assert (agree(lambda: 5), from_rank0(lambda: 6), minimum(7), gather_values(8)) == (5, 6, 7, [8])
+    assert minimums([3, 1]) == [3, 1]
 
 
 def test_unknown_device_is_refused():
     with pytest.raises(ValueError, match="runtime.device = 'tpu' must be one of auto, cpu, cuda"):
         start("tpu")
+
+
+def split_world(rank, world_size, split, port):
+    """What one process sees of a world of its own making that is split in two."""
+    places = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
+    launch = start("cpu", timeout_s=60, split=split)
+    assert start("cpu", timeout_s=60, split=split) == launch
+    if launch.part and launch.speaks:
+        launch.store.set("address", "here")
+    found = launch.store.get("address").decode()
+    values = gather_values(100 * launch.part + launch.rank)
+    grid = HelixGrid.create(Layout(kvp=launch.world_size))
+    stop()
+    return launch.part, launch.rank, launch.world_size, values, grid.rank, found
+
+
+def test_the_parts_of_a_split_world_are_worlds_and_find_each_other():
+    context = get_context("forkserver")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ProcessPoolExecutor(3, mp_context=context) as pool:
+        jobs = [pool.submit(split_world, rank, 3, 1, str(store.port)) for rank in range(3)]
+        seen = [job.result(timeout=60) for job in jobs]
+    assert seen == [(0, 0, 1, [0], 0, "here"), (1, 0, 2, [100, 101], 0, "here"), (1, 1, 2, [100, 101], 1, "here")]
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_a_split_that_leaves_no_ranks_is_refused(split, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match=f"transfer.prefill_ranks = {split} must leave ranks that decode, but 1 start"):
+        start("cpu", split=split)
