@@ -79,6 +79,9 @@ class Engine:
         look_ahead: launch decode steps before the tokens of the step before are read; not with check_ranks.
         check_ranks: compare the decision state over ranks at every step.
         clock: seconds, for the metrics; rank 0's also tells when retention ends.
+
+    Attributes:
+        in_step: True inside ``step``, and after one that failed.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class Engine:
         self._last_token: dict[Sequence, float] = {}
         self._steps_since_time = 0
         self._share_time_now = False
-        self._in_step = False
+        self.in_step = False
         self.metrics = self.reset_metrics()
 
     def reset_metrics(self) -> RunMetrics:
@@ -117,14 +120,55 @@ class Engine:
             self.metrics.speculative = self.speculator.counters = SpeculativeCounters()
         return self.metrics
 
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence waits or runs."""
+        return self.scheduler.has_work
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
+        self.note_arrival(seq)
+        self.compute(seq)
+
+    def note_arrival(self, seq: Sequence) -> None:
+        """Start the clock of a sequence, which ``compute`` queues or ``go_on`` continues."""
         self._started[seq] = self._clock()
         self.metrics.num_requests += 1
-        self.metrics.prefill_total += seq.prompt_len
-        self.scheduler.add(seq)
         if seq.retention:
             self._share_time_now = True
+
+    def compute(self, seq: Sequence) -> None:
+        """Queue a sequence that has arrived, its prompt to be computed here."""
+        self.metrics.prefill_total += seq.prompt_len
+        self.scheduler.add(seq)
+
+    def go_on(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> StreamEvent:
+        """Continue a held sequence whose prompt and first token another group computed; return what is new of it."""
+        seq.was_admitted = True
+        seq.output.cached_tokens = seq.blocks.num_reused
+        self.scheduler.run_held(seq)
+        if seq.output.logprobs is not None and logprobs is not None:
+            seq.output.logprobs.append(logprobs)
+        event = self._append(seq, token)
+        self._record_time(seq, self._clock(), 1)
+        if event.output is not None:
+            self._finish(seq)
+        return event
+
+    def fail(self, seq: Sequence, reason: str) -> StreamEvent:
+        """End a sequence that neither waits nor runs with an error, alone."""
+        self._forget(seq)
+        self.metrics.num_errors += 1
+        seq.output.finish_reason, seq.output.error = "error", reason
+        return StreamEvent(seq.index, [], "", seq.output)
+
+    def drop(self, seq: Sequence) -> None:
+        """Take out a sequence that waits or runs."""
+        if seq in self.scheduler.running:
+            self.scheduler.finish(seq)
+        else:
+            self.scheduler.waiting.remove(seq)
+        self._forget(seq)
 
     def abort_all(self) -> None:
         """Drop every sequence; its pages are free or cached. After a step that failed, nothing stays cached.
@@ -141,34 +185,42 @@ class Engine:
 
     def _drop_all(self) -> None:
         for seq in list(self.scheduler.running):
-            self.scheduler.finish(seq, keep=not self._in_step)
+            self.scheduler.finish(seq, keep=not self.in_step)
         self.scheduler.waiting.clear()
         self._started.clear()
         self._last_token.clear()
-        if self._in_step:  # pages that it should have written or moved may hold anything
+        if self.in_step:  # pages that it should have written or moved may hold anything
             self.scheduler.cache.clear()
-            self._in_step = False
+            self.in_step = False
 
-    def step(self) -> list[StreamEvent]:
+    def step(self, *, may_wait: bool = False) -> list[StreamEvent]:
         """Compute one step and return what is new of the sequences that got a token.
+
+        ``may_wait``: pages are held for others, so that it may have to wait for them; it then computes nothing.
 
         Raises:
             RankMismatch: with check_ranks, when ranks disagree.
         """
         self._share_time()
-        self._in_step = True
-        flight = self._flight = self._flight or self._depart()
+        self.in_step = True
+        flight = self._flight = self._flight or self._depart(may_wait)
+        if flight is None:
+            self.in_step = False
+            return []
         self._flight = self._depart_ahead(flight)
         events = self._land(flight)
         if self._flight is not None and all(chunk.seq.has_ended for chunk in self._flight.step.chunks):  # for nobody
             self._land(self._flight)
             self._flight = None
-        self._in_step = False
+        self.in_step = False
         return events
 
-    def _depart(self) -> Flight:
-        """Give the device whatever is due."""
+    def _depart(self, may_wait: bool) -> Flight | None:
+        """Give the device whatever is due; None where nothing is and that may be."""
         step = self.scheduler.schedule()
+        if not step.chunks and may_wait:
+            self.mover.execute(step.movements)
+            return None
         if not step.chunks:
             raise RuntimeError(f"{len(self.scheduler.waiting)} sequences wait and none can run")
         self._note_reuse(step)
@@ -305,7 +357,11 @@ class Engine:
             self.metrics.tokens_per_rank[rank] += place.local_len(seq.num_computed, rank, seq.blocks.first_owner)
         if self._flight is None or not self._flight.holds(seq):  # else when that has landed
             self.scheduler.finish(seq)
-        del self._started[seq], self._last_token[seq]
+        self._forget(seq)
+
+    def _forget(self, seq: Sequence) -> None:
+        self._started.pop(seq, None)
+        self._last_token.pop(seq, None)
 
     def _record_time(self, seq: Sequence, now: float, num_tokens: int) -> None:
         """Note when tokens came; those of one step share the time that it took."""

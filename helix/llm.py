@@ -12,6 +12,9 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,7 +31,8 @@ from .cache.control import CacheControl
 from .cache.events import Listener
 from .cache.mover import PageMover
 from .cache.pages import PagedCache, free_bytes
-from .config import HelixConfig
+from .cache.retention import Retention
+from .config import HelixConfig, ParallelConfig
 from .detokenize import Detokenizer
 from .engine import Engine
 from .graphs import buckets_up_to
@@ -45,7 +49,29 @@ from .sampling import SEED_LIMIT, SamplingParams
 from .scheduler import Scheduler
 from .speculative.loading import DrafterLoader
 
+if TYPE_CHECKING:
+    from .transfer.protocol import Ask
+    from .transfer.receiver import Receiver
+    from .transfer.sender import Sender
+
 _log = logging.getLogger(__name__)
+
+
+def enter(config: HelixConfig) -> Launch:
+    """Join this rank's world: the launched one, or its part of it where ``transfer.prefill_ranks`` splits it.
+
+    Collective over the launched world; calling it again changes nothing.
+    """
+    runtime = config.runtime
+    return start(runtime.device, timeout_s=runtime.timeout_s, split=config.transfer.prefill_ranks)
+
+
+def config_of_part(config: HelixConfig, part: int) -> HelixConfig:
+    """Return the settings of this rank's group: the first part of a split world has a layout of its own."""
+    if not config.transfer.prefill_ranks or part:
+        return config
+    prefill = config.transfer.prefill
+    return replace(config, parallel=ParallelConfig(kvp=prefill.kvp, tpa=prefill.tpa))
 
 
 class LLM:
@@ -63,8 +89,8 @@ class LLM:
     """
 
     def __init__(self, config: HelixConfig, *, prompts: Sequence[Prompt] = ()) -> None:
-        self.config = config
-        self.launch: Launch = start(config.runtime.device, timeout_s=config.runtime.timeout_s)
+        self.launch: Launch = enter(config)
+        self.config = config = config_of_part(config, self.launch.part)
         self.spec: ModelSpec = agree(lambda: read_spec(config.model))
         self.layout = config.parallel.resolve(self.launch.world_size, self.spec.num_kv_heads)
         part_of(self.spec, self.layout, self.launch.rank)
@@ -116,6 +142,26 @@ class LLM:
         )
         self._entropy = from_rank0(lambda: secrets.randbelow(SEED_LIMIT))
         self._num_seeded = 0
+        self._sender: Sender | None = None
+        self._receiver: Receiver | None = None
+        if config.transfer.enabled:
+            self._meet()
+
+    @property
+    def prefills(self) -> bool:
+        """True in a prefill group, which serves another group: call ``serve``; nothing else runs there."""
+        transfer = self.config.transfer
+        return transfer.role == "prefill" or (transfer.prefill_ranks > 0 and self.launch.part == 0)
+
+    def serve(self) -> None:
+        """Compute what the decode group asks for until it is closed. Collective over a prefill group.
+
+        Raises:
+            OSError: when the decode group is gone.
+        """
+        if self._sender is None:
+            raise RuntimeError("only a prefill group serves; see transfer.role and transfer.prefill_ranks")
+        self._sender.run()
 
     @property
     def metrics(self) -> RunMetrics:
@@ -152,10 +198,13 @@ class LLM:
         Collective: every rank iterates it with equal prompts, to its end or to the same event. One stream at a time:
         RuntimeError while another is open.
         """
-        if self.engine.scheduler.has_work:
+        if self._sender is not None:
+            raise RuntimeError("a prefill group takes its prompts from the decode group; call serve()")
+        front = self._receiver or self.engine
+        if front.has_work:
             raise RuntimeError("another stream of this LLM is open; iterate it to its end or close it first")
         default = sampling or self.config.sampling
-        metrics = self.engine.reset_metrics()
+        metrics = front.reset_metrics()
         began = time.perf_counter()
         try:
             for index, prompt in enumerate(prompts):
@@ -168,15 +217,15 @@ class LLM:
                     failed = RequestOutput(request.id, finish_reason="error", error=str(error))
                     yield StreamEvent(index, [], "", failed)
                 else:
-                    self.engine.add(seq)
-            while self.engine.scheduler.has_work:
-                events = self.engine.step()
+                    front.add(seq)
+            while front.has_work:
+                events = front.step()
                 metrics.elapsed_s = time.perf_counter() - began
                 if on_step is not None:
                     on_step(metrics)
                 yield from events
         finally:
-            self.engine.abort_all()
+            front.abort_all()
 
     def listen(self, listener: Listener) -> None:
         """Call a function on this rank with every block that is stored, removed or moved from now on.
@@ -191,8 +240,44 @@ class LLM:
         self.engine.scheduler.cache.unlisten(listener)
 
     def close(self) -> None:
-        """Leave the world. Collective."""
+        """Leave the other group, where there is one, and the world. Collective."""
+        if self._receiver is not None:
+            self._receiver.close()
         stop()
+
+    def _meet(self) -> None:
+        """Connect to the other group of a transfer."""
+        try:
+            from .transfer.facts import make_facts
+            from .transfer.meeting import Group, meet_decode_group, meet_prefill_group
+        except ImportError as error:
+            raise ValueError(
+                f"KV transfer needs more ({error}); install it with: pip install -e .[transfer]"
+            ) from error
+        config = self.config
+        weights = Path(config.model.path) if config.model.load == "checkpoint" else None
+        facts = from_rank0(
+            lambda: make_facts(
+                self.spec,
+                block_size=config.cache.block_size,
+                dtype=str(self.dtype).removeprefix("torch."),
+                weights=weights,
+            )
+        )
+        group = Group(
+            config=config.transfer,
+            launch=self.launch,
+            layout=self.layout,
+            placement=self.placement,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            facts=facts,
+            engine=self.engine,
+        )
+        if self.prefills:
+            self._sender = meet_decode_group(group, self._prepare_asked)
+        else:
+            self._receiver = meet_prefill_group(group)
 
     def _resolve_dtype(self) -> torch.dtype:
         name = self.config.model.dtype
@@ -280,6 +365,13 @@ class LLM:
             _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, num_pages * cache.block_size)
         runner.cache = agree(lambda: paged_cache(num_pages))
         return runner, num_pages
+
+    def _prepare_asked(self, ask: Ask) -> RunningSequence:
+        """Turn what a decode group asks for into a sequence that ends with its first token."""
+        sampling = replace(SamplingParams(**ask.sampling), max_tokens=1, seed=ask.seed, stop=[])
+        retention = tuple(Retention(**each) for each in ask.retention)
+        request = Request(prompt_token_ids=ask.token_ids.tolist(), cache_salt=ask.salt, retention=retention)
+        return self._prepare(ask.id, request, sampling)
 
     def _prepare(self, index: int, request: Request, sampling: SamplingParams) -> RunningSequence:
         """Check a request and turn it into a sequence; ValueError says why it cannot run."""

@@ -37,12 +37,14 @@ class RunMetrics:
         ttl_s: between two tokens of a request, one entry a token after its first.
         padding_rows: rows that the target computed for nobody, to fill a graph.
         speculative: what speculation did; None without it.
+        transfer: gives what KV transfers did; None where there are none.
         tokens_per_rank: tokens whose K and V each KVP rank held when their requests ended, summed over requests.
     """
 
     tokens_per_rank: list[int]
     cache: CacheCounters = field(default_factory=CacheCounters)
     occupancy: Callable[[], list[dict[str, int]]] = list
+    transfer: Callable[[], dict[str, Any]] | None = None
     prefill_tokens: int = 0
     prefill_total: int = 0
     decode_tokens: int = 0
@@ -72,4 +74,5 @@ class RunMetrics:
             "tokens_per_kvp_rank": self.tokens_per_rank,
             "cache": {**self.cache.as_dict(), "pages_per_kvp_rank": self.occupancy()},
             "speculative": None if self.speculative is None else self.speculative.as_dict(),
+            **({} if self.transfer is None else {"transfer": self.transfer()}),
         }

@@ -100,6 +100,7 @@ class Sequence:
         cache_salt, retention: the request's.
         keys: its blocks' keys, made when it is queued.
         was_admitted: True from its first admission on; later ones resume it.
+        keeps_pages: it keeps its pages when it ends, until whoever reads them releases them.
         distinct_prompt_ids: sorted ids of the prompt where a repetition penalty needs them, else None.
     """
 
@@ -118,6 +119,7 @@ class Sequence:
     retention: tuple[Retention, ...] = ()
     keys: BlockKeys | None = None
     was_admitted: bool = False
+    keeps_pages: bool = False
     distinct_prompt_ids: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:

@@ -58,9 +58,13 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the pools must be able to hold ``seq.max_len`` tokens."""
+        self.cut_keys(seq)
+        self.waiting.append(seq)
+
+    def cut_keys(self, seq: Sequence) -> None:
+        """Give a sequence the keys of its blocks, once."""
         if seq.keys is None:
             seq.keys = BlockKeys(seq.token_ids, self.cache.placement.block_size, seq.cache_salt)
-        self.waiting.append(seq)
 
     def schedule(self) -> Step:
         """Choose the next step: one decode row of each sequence that is past its prompt, and prefill chunks.
@@ -127,6 +131,29 @@ class Scheduler:
         self.running.remove(seq)
         self._free(seq, keep)
         self.on_leave(seq)
+
+    # --- sequences that another group prefills ------------------------------------------------------------------------
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that could be held or admitted beside those that run."""
+        return len(self._free_slots)
+
+    def hold(self, seq: Sequence, table: BlockTable) -> None:
+        """Give a sequence its pages and a batch slot; it does not run before ``run_held``."""
+        seq.blocks, seq.batch_slot, seq.num_computed = table, heapq.heappop(self._free_slots), table.num_reused
+
+    def run_held(self, seq: Sequence) -> None:
+        """Let a sequence run whose tokens are all computed, and cache its blocks."""
+        seq.num_computed = len(seq.token_ids)
+        self.cache.commit(seq.blocks, seq.num_computed)
+        self.running.append(seq)
+
+    def free_slot(self, seq: Sequence) -> None:
+        """Take back the batch slot of a held sequence; what becomes of its pages is the caller's to say."""
+        heapq.heappush(self._free_slots, seq.batch_slot)
+        seq.batch_slot = -1
+        self._blocked = None
 
     def _continue_running(self, step: Step) -> tuple[int, bool]:
         """Give running sequences their chunks; return what is left of the budget, and whether any was preempted."""
@@ -200,10 +227,9 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def _free(self, seq: Sequence, keep: bool) -> None:
-        self.cache.release(seq.blocks, seq.num_computed if keep else 0)
-        heapq.heappush(self._free_slots, seq.batch_slot)
-        seq.batch_slot = -1
-        self._blocked = None
+        if not seq.keeps_pages:
+            self.cache.release(seq.blocks, seq.num_computed if keep else 0)
+        self.free_slot(seq)
 
 
 def _ignore(seq: Sequence) -> None:

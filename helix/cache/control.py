@@ -97,6 +97,7 @@ class CacheControl:
         self._reuse, self._partial_reuse = reuse, reuse and partial_reuse
         self._host_pages, self._offload_min_priority = host_pages, offload_min_priority
         self.blocks = self._new_store(CacheCounters())
+        self._detached: set[tuple[int, int]] = set()  # (rank, page): out of use, see ``detach``
         self._starting: dict[tuple[str, bytes], list[int]] = {}  # first block -> [its rank, sequences computing it]
 
     def _new_store(self, counters: CacheCounters) -> BlockStore:
@@ -363,10 +364,32 @@ class CacheControl:
         if table.tail is None:
             return
         self.commit(table, num_computed)
-        self._unannounce(table)
         first_own = table.num_cached + self._keep_rest(table, num_computed)
         for number in (*table.own, *range(first_own, len(table.pages))):
             self.blocks.device.give((number + table.first_owner) % self.placement.kvp, table.pages[number])
+        self._empty(table)
+
+    def detach(self, table: BlockTable) -> list[tuple[int, int]]:
+        """Take a sequence out whose pages another group may still write, and empty its table.
+
+        Its own pages are returned as (rank, page). They stay out of use, whatever happens, until ``reattach``.
+        """
+        kvp = self.placement.kvp
+        numbers = (*table.own, *range(table.num_cached, len(table.pages)))
+        pages = [((number + table.first_owner) % kvp, table.pages[number]) for number in numbers]
+        self._detached.update(pages)
+        self._empty(table)
+        return pages
+
+    def reattach(self, pages: list[tuple[int, int]]) -> None:
+        """Make pages free that ``detach`` took out of use."""
+        for rank, page in pages:
+            self._detached.remove((rank, page))
+            self.blocks.device.give(rank, page)
+
+    def _empty(self, table: BlockTable) -> None:
+        assert table.tail is not None
+        self._unannounce(table)
         self.blocks.unpin(table.tail, used=True)
         table.pages.clear()
         table.own.clear()
@@ -393,3 +416,5 @@ class CacheControl:
             raise RuntimeError("the cache cannot be cleared while sequences hold pages of it")
         self.blocks = self._new_store(old.counters)
         self.blocks.follow(old)
+        for rank, page in self._detached:
+            self.blocks.device.remove(rank, page)

@@ -69,6 +69,10 @@ class PagePool:
         """Give a page back."""
         self._free[rank].append(page)
 
+    def remove(self, rank: int, page: int) -> None:
+        """Take a certain page of a rank; ValueError where it is not free."""
+        self._free[rank].remove(page)
+
     def free_pages(self, rank: int) -> list[int]:
         """Return the free pages of a rank, the next one first."""
         return list(self._free[rank])

@@ -1,0 +1,107 @@
+"""What two groups must agree on before one writes into the other's cache, and which process a rank is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..models.spec import ModelSpec
+
+_SAMPLES = 16  # places of each weight file that are read
+_SAMPLE_BYTES = 4096
+
+
+def make_facts(spec: ModelSpec, *, block_size: int, dtype: str, weights: Path | None) -> dict[str, Any]:
+    """Return what must be equal in both groups, by the name of its setting.
+
+    Args:
+        weights: the checkpoint's folder; None where weights are made up.
+    """
+    return {
+        "cache.block_size": block_size,
+        "model.dtype": dtype,
+        "model's layers": spec.num_layers,
+        "model's KV heads": spec.num_kv_heads,
+        "model's head size": spec.head_dim,
+        "model's vocabulary": spec.vocab_size,
+        "model's fingerprint": fingerprint(spec, weights),
+    }
+
+
+def find_mismatch(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> str | None:
+    """Return what the two groups do not agree on, with both values; None where they do."""
+    for name in [*decode, *(name for name in prefill if name not in decode)]:
+        here, there = decode.get(name), prefill.get(name)
+        if here != there or type(here) is not type(there):
+            return f"{name} = {here} in the decode group and {there} in the prefill group; make them equal"
+    return None
+
+
+def fingerprint(spec: ModelSpec, weights: Path | None) -> str:
+    """Return a short hash of a model: its shape, and its weight files' names, sizes and bytes at a few places."""
+    digest = hashlib.blake2b(digest_size=8)
+    sizes = [spec.family, spec.hidden_size, spec.num_heads, spec.ffn_size, spec.rms_eps, spec.rope.attention_scaling]
+    digest.update(repr(sizes).encode() + spec.rope.inv_freq.numpy().tobytes())
+    for file in sorted(weights.glob("*.safetensors")) if weights is not None else []:
+        num_bytes = file.stat().st_size
+        digest.update(f"{file.name} {num_bytes}".encode())
+        with file.open("rb") as opened:
+            for sample in range(_SAMPLES):
+                opened.seek(num_bytes * sample // _SAMPLES)
+                digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, told apart from a later one of the same number.
+
+    Attributes:
+        machine: equal where processes can look each other up; empty where that is not known.
+        pid: its number there.
+        started: when it started, in the kernel's ticks.
+    """
+
+    machine: str
+    pid: int
+    started: int
+
+    @staticmethod
+    def current() -> Process:
+        """Return this process."""
+        pid = os.getpid()
+        state = _state(pid)
+        return Process(_machine() if state else "", pid, state[1] if state else 0)
+
+    def has_ended(self) -> bool:
+        """Return True when the process is known to run no more; what it was writing has landed, or never will.
+
+        Only processes of this machine can be known; for others it is False.
+        """
+        if not self.machine or self.machine != _machine():
+            return False
+        state = _state(self.pid)
+        return state is None or state[0] in "ZX" or state[1] != self.started
+
+
+def _machine() -> str:
+    """Return a name that processes share which see each other's numbers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _state(pid: int) -> tuple[str, int] | None:
+    """Return a process's state and the time of its start; None where there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    rest = re.sub(r".*\) ", "", text, count=1, flags=re.DOTALL).split()  # its name may hold anything
+    return rest[0], int(rest[19])

@@ -1,0 +1,311 @@
+"""How the two groups find each other, agree on what they must agree on, and connect their pools.
+
+1. The decode group's rank 0 listens: at ``transfer.address``, or, where one world is split, at a port that it tells
+   through the world's own store, with a secret made for this run.
+2. Every prefill rank connects to it, proves that it knows the secret, and says hello with its facts.
+3. Where a fact differs, both groups end with an error that holds both values. Otherwise the decode group answers with
+   the pools of all its ranks, and stops listening.
+4. Every prefill rank connects to the pools that it will write, and is ready; the decode ranks let NIXL make progress
+   until all are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from parallel.grid import Layout
+from parallel.launch import Launch, agree, from_rank0, host_group
+from parallel.placement import BlockCyclic
+
+from ..config import TransferConfig
+from ..engine import Engine
+from ..request import Sequence
+from .channel import SECRET_VARIABLE, Channel, ChannelLost, Listener, check_secret, connect, wait_for
+from .facts import Process, find_mismatch
+from .protocol import Ask, Hello, Message, Pool, Ready, Refuse, Welcome, pool_dict
+from .receiver import Receiver, Writer
+from .regions import CacheMap, Side
+from .sender import Sender, Target
+from .transport import Peer, Transport
+
+STORE_KEY = "helix/transfer"
+TURN_S = 0.05
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Group:
+    """This rank and its group.
+
+    Attributes:
+        config: the settings of transfer.
+        facts: what both groups must agree on.
+        head_dim: of the model.
+    """
+
+    config: TransferConfig
+    launch: Launch
+    layout: Layout
+    placement: BlockCyclic
+    num_kv_heads: int
+    head_dim: int
+    facts: dict[str, Any]
+    engine: Engine
+
+    def side(self, layout: Layout) -> Side:
+        """Return a group of some layout as one end of a transfer."""
+        return Side(layout, BlockCyclic(self.placement.block_size, layout.kvp), 0, self.num_kv_heads)
+
+    def cache_map(self, pool: Pool, layout: Layout, rank: int) -> CacheMap:
+        """Return where a rank's pages lie; ValueError when the pool is not one of this model."""
+        token_bytes = self.head_dim * self.engine.runner.cache.pages.element_size()
+        heads = self.side(layout).heads(rank)
+        made = CacheMap(pool.layers, pool.page_bytes, token_bytes, self.placement.block_size, heads)
+        if pool.page_bytes != 2 * made.kv_bytes or len(pool.layers) != self.facts["model's layers"]:
+            raise ValueError(f"the pool of decode rank {rank} has {len(pool.layers)} layers of {pool.page_bytes} bytes")
+        return made
+
+
+def _make_transport(group: Group, role: str) -> Transport:
+    name = f"{role}-{group.launch.rank}-{secrets.token_hex(4)}"
+    return agree(lambda: Transport(name, group.engine.runner.cache))
+
+
+# --- the decode group -------------------------------------------------------------------------------------------------
+
+
+def meet_prefill_group(group: Group) -> Receiver:
+    """Wait for the prefill group and return what asks it. Collective over the decode group.
+
+    Raises:
+        ValueError: on all ranks, when NIXL, the address or the secret cannot be used, nobody comes, or the groups do
+            not agree.
+    """
+    transport = _make_transport(group, "decode")
+    pools = _gather(transport.pool)
+    hellos: dict[int, tuple[Hello, Channel]] = {}
+    deadline = time.monotonic() + group.config.connect_timeout_s
+
+    def collect() -> int:
+        host, port, secret = _where_to_listen(group)
+        listener = Listener(host, port, secret)
+        _announce(group, listener, secret)
+        try:
+            hellos.update(_collect_hellos(group, listener, deadline))
+        finally:
+            listener.close()
+        for _, channel in hellos.values():
+            channel.send(Welcome(group.layout.kvp, group.layout.tpa, [pool_dict(pool) for pool in pools]))
+        return len(hellos)
+
+    num_writers = from_rank0(collect)
+    writers = [
+        Writer(channel, Process(hello.machine, hello.pid, hello.started))
+        for _, (hello, channel) in sorted(hellos.items())
+    ]
+    ready: set[int] = set()
+    while not from_rank0(lambda: _all_ready(writers, ready, deadline)):
+        transport.progress()
+    transport.progress()
+    _log.info("transfer: %d prefill ranks are connected", num_writers)
+    return Receiver(group.engine, group.config, num_writers=num_writers, writers=writers, transport=transport)
+
+
+def _gather(pool: Pool) -> list[Pool]:
+    if not dist.is_initialized():
+        return [pool]
+    pools: list[Pool] = [pool] * dist.get_world_size()
+    dist.all_gather_object(pools, pool, group=host_group())
+    return pools
+
+
+def _where_to_listen(group: Group) -> tuple[str, int, bytes]:
+    config = group.config
+    port = config.host_and_port()[1] if config.address is not None else 0
+    return config.bind, port, _secret(group.launch) or secrets.token_bytes(32)
+
+
+def _secret(launch: Launch) -> bytes | None:
+    """Return the secret of the environment; a split world that has none makes its own."""
+    value = os.environ.get(SECRET_VARIABLE)
+    return None if launch.store is not None and not value else check_secret(value)
+
+
+def _announce(group: Group, listener: Listener, secret: bytes) -> None:
+    """Tell the other part of a split world where to go; its store is this world's own, and nobody else's."""
+    if group.launch.store is not None:
+        config = group.config
+        host = config.host_and_port()[0] if config.address is not None else config.bind
+        place = {"host": host, "port": listener.port, "secret": secret.hex()}
+        group.launch.store.set(STORE_KEY, json.dumps(place))
+    else:
+        _log.info("transfer: waiting for the prefill group at %s:%d", group.config.bind, listener.port)
+
+
+def _collect_hellos(group: Group, listener: Listener, deadline: float) -> dict[int, tuple[Hello, Channel]]:
+    """Return each prefill rank's hello and channel; refuse all where one does not fit."""
+    waiting: list[Channel] = []
+    hellos: dict[int, tuple[Hello, Channel]] = {}
+    world_size = 0
+    while not hellos or len(hellos) < world_size:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{len(hellos)} prefill ranks have come within transfer.connect_timeout_s = "
+                f"{group.config.connect_timeout_s:g} s; start the prefill group, or raise it"
+            )
+        waiting += listener.poll(TURN_S)
+        for channel in list(waiting):
+            message = _one_message(channel)
+            if message is None and channel.lost is None:
+                continue
+            waiting.remove(channel)
+            problem = channel.lost or _wrong(group, message, hellos, world_size)
+            if isinstance(message, Hello) and problem is None:
+                world_size = message.world_size
+                hellos[message.rank] = message, channel
+                continue
+            _log.warning("refused a prefill rank at %s: %s", channel.name, problem)
+            if isinstance(message, Hello) and find_mismatch(group.facts, message.facts) is not None:
+                _refuse([channel, *waiting, *(each for _, each in hellos.values())], problem or "")
+                raise ValueError(problem)
+            channel.close()
+    return hellos
+
+
+def _one_message(channel: Channel) -> Message | None:
+    messages = channel.receive()
+    return messages[0] if messages else None
+
+
+def _wrong(
+    group: Group, message: Message | None, hellos: dict[int, tuple[Hello, Channel]], world_size: int
+) -> str | None:
+    """Return what is wrong with a first message; None where it is a hello that fits."""
+    if not isinstance(message, Hello):
+        return f"it began with a {type(message).__name__}"
+    mismatch = find_mismatch(group.facts, message.facts)
+    if mismatch is not None:
+        return mismatch
+    if message.rank in hellos or world_size not in (0, message.world_size):
+        return f"it is rank {message.rank} of {message.world_size}, and {len(hellos)} of {world_size} have come already"
+    return None
+
+
+def _refuse(channels: list[Channel], reason: str) -> None:
+    for channel in channels:
+        channel.send(Refuse(reason))
+        channel.flush()
+        channel.close()
+
+
+def _all_ready(writers: list[Writer], ready: set[int], deadline: float) -> bool:
+    wait_for([writer.channel for writer in writers], TURN_S)
+    for number, writer in enumerate(writers):
+        writer.channel.flush()
+        if any(isinstance(message, Ready) for message in writer.channel.receive()):
+            ready.add(number)
+        elif writer.channel.lost is not None and number not in ready:
+            raise ValueError(f"prefill rank {number} left before it was ready: {writer.channel.lost}")
+    if time.monotonic() > deadline:
+        raise ValueError(f"{len(ready)} of {len(writers)} prefill ranks were ready in time")
+    return len(ready) == len(writers)
+
+
+# --- the prefill group ------------------------------------------------------------------------------------------------
+
+
+def meet_decode_group(group: Group, prepare: Callable[[Ask], Sequence]) -> Sender:
+    """Connect to the decode group and return what serves it. Collective over the prefill group.
+
+    Args:
+        prepare: turns a request into a sequence that ends with its first token; ValueError says why it cannot.
+
+    Raises:
+        ValueError: on all ranks, when NIXL or the secret cannot be used, nobody listens, or the groups do not agree.
+    """
+    transport = _make_transport(group, "prefill")
+
+    def join() -> tuple[Channel, Layout, list[Pool]]:
+        host, port, secret = _where_to_go(group)
+        channel = connect(host, port, secret, group.config.connect_timeout_s)
+        process = Process.current()
+        channel.send(
+            Hello(
+                rank=group.launch.rank,
+                world_size=group.launch.world_size,
+                facts=group.facts,
+                kvp=group.layout.kvp,
+                tpa=group.layout.tpa,
+                machine=process.machine,
+                pid=process.pid,
+                started=process.started,
+            )
+        )
+        welcome = _await_welcome(channel, group.config.connect_timeout_s)
+        return channel, Layout(kvp=welcome.kvp, tpa=welcome.tpa), welcome.parsed()
+
+    channel, layout, pools = agree(join)
+    peers = agree(lambda: _connect_pools(group, transport, layout, pools))
+    for peer in peers:
+        peer.ping(b"hello")
+    channel.send(Ready())
+    _log.info("transfer: connected to %d decode ranks", len(pools))
+    return Sender(
+        group.engine,
+        source=group.side(group.layout),
+        target=Target(layout, min(pool.num_pages for pool in pools)),
+        rank=group.launch.rank,
+        channel=channel,
+        peers=peers,
+        prepare=prepare,
+    )
+
+
+def _where_to_go(group: Group) -> tuple[str, int, bytes]:
+    store = group.launch.store
+    if store is None:
+        secret = _secret(group.launch)
+        assert secret is not None
+        return *group.config.host_and_port(), secret
+    store.wait([STORE_KEY], timedelta(seconds=group.config.connect_timeout_s))
+    place = json.loads(store.get(STORE_KEY))
+    return place["host"], place["port"], bytes.fromhex(place["secret"])
+
+
+def _await_welcome(channel: Channel, timeout_s: float) -> Welcome:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        channel.flush()
+        wait_for([channel], TURN_S)
+        message = _one_message(channel)
+        if isinstance(message, Welcome):
+            return message
+        if isinstance(message, Refuse):
+            raise ValueError(message.reason)
+        if channel.lost is not None:
+            raise ChannelLost(f"the decode group at {channel.name} left before it answered: {channel.lost}")
+    raise ChannelLost(f"the decode group at {channel.name} did not answer within {timeout_s:g} s")
+
+
+def _connect_pools(group: Group, transport: Transport, layout: Layout, pools: list[Pool]) -> list[Peer]:
+    """Return the pools that this rank writes: those with heads of its own, unless another rank sends them."""
+    rank = group.launch.rank
+    if not group.side(group.layout).sends(rank):
+        return []
+    source = group.cache_map(transport.pool, group.layout, rank)
+    peers = []
+    for number, pool in enumerate(pools):
+        target = group.cache_map(pool, layout, number)
+        if max(source.heads[0], target.heads[0]) < min(source.heads[1], target.heads[1]):
+            peers.append(transport.connect(pool, source, target, rank=number))
+    return peers

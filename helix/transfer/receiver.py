@@ -1,0 +1,470 @@
+"""The decode group's side: ask the prefill group for prompts, go on with what arrives, survive what does not.
+
+It stands in front of the engine and takes its place in ``LLM``. Every rank of the group runs it on the same sequences;
+rank 0 alone is connected to the prefill ranks, and what it hears goes to all ranks in one broadcast a step, while
+anything is asked or quarantined. The life of a request:
+
+ 1. Its cached prefix is claimed and its pages are allocated as the scheduler does it, for all candidates before any.
+ 2. When every rank has done what it still had to do with those pages, rank 0 asks every prefill rank for the rest.
+ 3. The prefill ranks write. Each of them, a *writer*, reports one end state.
+ 4. All done: the blocks enter the prefix tree, the first token is appended, the sequence decodes.
+ 5. Otherwise its pages are free again, except where a writer's end is unknown: those are quarantined until that writer
+    reports an end after all, or its process is known to have ended. The request is computed here, or fails alone.
+
+A page is therefore never published before every writer is done, and never free while one may still write it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+
+from parallel.launch import from_rank0, minimum
+
+from ..cache.control import Claim
+from ..config import TransferConfig
+from ..engine import Engine
+from ..metrics import RunMetrics
+from ..request import Sequence, StreamEvent, TokenLogprobs
+from .channel import Channel, wait_for
+from .counters import TransferCounters
+from .facts import Process
+from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Progress
+from .transport import Transport
+
+IDLE_S = 0.02
+CLOSE_S = 5.0
+OPEN, SILENT, GONE = "open", "silent", "gone"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A prefill rank as rank 0 sees it."""
+
+    channel: Channel
+    process: Process
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The connection to a writer has ended."""
+
+    writer: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A writer's process is known to have ended: nothing that it wrote is still under way."""
+
+    writer: int
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Nothing was heard for too long."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Something was heard again after a silence."""
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """Sequences wait for pages that have been quarantined for too long."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A writer's message about a transfer."""
+
+    writer: int
+    message: End | First
+
+
+News = Said | Lost | Ended | Silence | Heard | Stuck
+
+
+@dataclass(eq=False)
+class Inbound:
+    """A request that is asked for.
+
+    Attributes:
+        waits_for: the writers that have not reported an end state.
+        unknown: those whose end is unknown.
+        problems: what the writers that are not done said.
+    """
+
+    seq: Sequence
+    waits_for: set[int]
+    first: First | None = None
+    first_heard: float = 0.0
+    unknown: set[int] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Quarantine:
+    """Pages that some writers may still write."""
+
+    pages: list[tuple[int, int]]
+    writers: set[int]
+
+
+class Receiver:
+    """The decode group's requests. Every method is collective over the decode group.
+
+    Args:
+        engine: decodes; computes prompts too, where a transfer fails.
+        config: the settings.
+        num_writers: prefill ranks.
+        writers: how to talk to them, in rank order, on rank 0; empty elsewhere.
+        transport: this rank's pool.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: TransferConfig,
+        *,
+        num_writers: int,
+        writers: list[Writer],
+        transport: Transport,
+    ) -> None:
+        self._engine, self._config = engine, config
+        self._all_writers = frozenset(range(num_writers))
+        self._writers, self._transport = writers, transport
+        self._link = OPEN
+        self._waiting: deque[Sequence] = deque()
+        self._inbound: dict[int, Inbound] = {}
+        self._quarantined: dict[int, Quarantine] = {}
+        self._next_id = 0
+        self._aborting = False
+        # what only rank 0 knows
+        self._told_lost: set[int] = set()
+        self._told_ended: set[int] = set()
+        self._told_silence = False
+        self._last_heard = time.monotonic()
+        self._stuck_since: float | None = None
+        self.counters = TransferCounters()
+
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence waits, is on its way, or runs."""
+        return bool(self._waiting or self._inbound or self._engine.has_work)
+
+    def reset_metrics(self) -> RunMetrics:
+        """Start a new set of counters and return it."""
+        metrics = self._engine.reset_metrics()
+        self.counters = TransferCounters()
+        metrics.transfer = self.counters.as_dict
+        return metrics
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence."""
+        self._engine.note_arrival(seq)
+        self._waiting.append(seq)
+
+    def step(self) -> list[StreamEvent]:
+        """Ask, listen, and compute one step; return what is new of the sequences that got a token or ended."""
+        events = self._ask()
+        events += self._hear()
+        if self._engine.has_work:
+            events += self._engine.step(may_wait=bool(self._inbound or self._quarantined))
+        return events
+
+    def abort_all(self) -> None:
+        """Drop every sequence. Waits until the writers have ended, or for ``timeout_s``; the rest is quarantined."""
+        self._waiting.clear()
+        failed = self._engine.in_step  # another rank may be anywhere: nothing collective now
+        self._aborting = True
+        for number, inbound in list(self._inbound.items()):
+            self._tell(Cancel(number))
+            if failed:
+                self._end_early(number, inbound, set(inbound.waits_for), "")
+        while self._inbound:
+            self._hear()
+        self._aborting = False
+        self._engine.abort_all()
+
+    def close(self) -> None:
+        """Say goodbye to the prefill group and let nobody write here any more."""
+        self._tell(Bye())
+        deadline = time.monotonic() + CLOSE_S
+        for writer in self._writers:
+            while not writer.channel.flush() and time.monotonic() < deadline:
+                time.sleep(IDLE_S)
+            writer.channel.close()
+        self._transport.close()
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> list[StreamEvent]:
+        """Hold pages for waiting sequences and ask the prefill group for their prompts."""
+        if self._link != OPEN:
+            events = [self._give_up(seq, f"the prefill group is {self._link}") for seq in self._waiting]
+            self._waiting.clear()
+            return [event for event in events if event is not None]
+        held = self._hold()
+        if not held:
+            return []
+        engine = self._engine
+        engine.mover.execute(engine.scheduler.cache.take_movements())
+        engine.mover.synchronize()
+        if engine.runner.cache.pages.is_cuda:
+            torch.cuda.synchronize(engine.runner.cache.pages.device)
+        minimum(0)  # every rank has read, written and moved what it had to on the pages that others write now
+        for seq in held:
+            self._inbound[self._next_id] = Inbound(seq, set(self._all_writers))
+            self._tell(_ask_of(self._next_id, seq))
+            self._next_id += 1
+        return []
+
+    def _hold(self) -> list[Sequence]:
+        """Claim for all candidates, then give them pages and batch slots, first come first served.
+
+        Sequences that the scheduler has to resume come first: while one waits, nothing is held.
+        """
+        scheduler = self._engine.scheduler
+        if scheduler.waiting or not self._waiting:
+            return []
+        cache, held = scheduler.cache, list[Sequence]()
+        claims: deque[tuple[Sequence, Claim]] = deque()
+        for seq in list(self._waiting)[: scheduler.num_free_slots]:
+            scheduler.cut_keys(seq)
+            assert seq.keys is not None
+            claims.append((seq, cache.claim(seq.keys, seq.retention)))
+        while claims:
+            seq, claim = claims.popleft()
+            table = cache.admit(claim, seq.prompt_len)
+            if table is None and claims:  # those behind it may have claimed what it needs
+                while claims:
+                    cache.drop(claims.pop()[1])
+                table = cache.admit(claim, seq.prompt_len)
+            if table is None:
+                cache.drop(claim)
+                break
+            self._waiting.popleft()
+            scheduler.hold(seq, table)
+            held.append(seq)
+        return held
+
+    def _tell(self, message: Ask | Cancel | Bye) -> None:
+        if not self._inbound:
+            self._last_heard = time.monotonic()
+        for writer in self._writers:
+            writer.channel.send(message)
+
+    # --- listening ----------------------------------------------------------------------------------------------------
+
+    def _hear(self) -> list[StreamEvent]:
+        """Share what rank 0 has heard and act on it."""
+        if not (self._inbound or self._quarantined):
+            return []
+        self._transport.progress()
+        events: list[StreamEvent] = []
+        for news in from_rank0(self._listen):
+            events += self._act(news)
+        return events
+
+    def _listen(self) -> list[News]:
+        """Return what has happened since; waits a little when there is nothing else to do. Rank 0 alone."""
+        if not self._engine.scheduler.running:
+            wait_for([writer.channel for writer in self._writers], IDLE_S)
+        news: list[News] = []
+        now = time.monotonic()
+        for number, writer in enumerate(self._writers):
+            for message in writer.channel.receive():
+                self._last_heard = now
+                if isinstance(message, (End, First)) and self._is_sound(number, message):
+                    news.append(Said(number, message))
+                elif not isinstance(message, (End, First, Progress)):
+                    _log.warning("dropped a %s from prefill rank %d", type(message).__name__, number)
+            writer.channel.flush()
+            if writer.channel.lost and number not in self._told_lost:
+                self._told_lost.add(number)
+                news.append(Lost(number, writer.channel.lost))
+            if writer.channel.lost and number not in self._told_ended and writer.process.has_ended():
+                self._told_ended.add(number)
+                news.append(Ended(number))
+        return news + self._watch(now)
+
+    def _watch(self, now: float) -> list[News]:
+        """Return what the clock says: silence, its end, and a wait for pages that is too long."""
+        news: list[News] = []
+        silent = bool(self._inbound) and now - self._last_heard > self._config.timeout_s
+        if silent and not self._told_silence:
+            self._told_silence = True
+            news.append(Silence())
+        if self._told_silence and now - self._last_heard < self._config.timeout_s and self._link == SILENT:
+            self._told_silence = False
+            news.append(Heard())
+        scheduler = self._engine.scheduler
+        stands = bool(scheduler.waiting or self._waiting) and not (scheduler.running or self._inbound)
+        stuck = stands and bool(self._quarantined)
+        self._stuck_since = (self._stuck_since or now) if stuck else None
+        if self._stuck_since is not None and now - self._stuck_since > self._config.timeout_s:
+            self._stuck_since = None
+            news.append(Stuck())
+        return news
+
+    def _is_sound(self, writer: int, message: End | First) -> bool:
+        """Return whether a message about a transfer makes sense; says so in the log where it does not."""
+        inbound, problem = self._inbound.get(message.id), ""
+        if isinstance(message, First):
+            vocabulary = self._engine.runner.decoder.spec.vocab_size
+            if inbound is None or inbound.first is not None or writer != 0:
+                problem = "which is not waited for"
+            elif max(message.token, *message.top_ids.tolist(), 0) >= vocabulary or (message.top_ids < 0).any():
+                problem = f"with ids outside the vocabulary of {vocabulary}"
+            elif (message.seed, message.num_drawn) != (inbound.seq.seed, 1):
+                problem = f"drawn under seed {message.seed}, not {inbound.seq.seed}"
+        else:
+            waits_for = inbound.waits_for if inbound is not None else set[int]()
+            quarantined = self._quarantined.get(message.id)
+            if writer not in waits_for and (quarantined is None or writer not in quarantined.writers):
+                problem = "which has ended"
+        if problem:
+            what = type(message).__name__
+            _log.warning("dropped a %s from prefill rank %d for request %d, %s", what, writer, message.id, problem)
+        return not problem
+
+    # --- acting on what was heard; alike on all ranks -----------------------------------------------------------------
+
+    def _act(self, news: News) -> list[StreamEvent]:
+        if isinstance(news, Said) and isinstance(news.message, First):
+            if inbound := self._inbound.get(news.message.id):
+                inbound.first, inbound.first_heard = news.message, time.perf_counter()
+        elif isinstance(news, Said) and isinstance(news.message, End):
+            return self._end(news.writer, news.message)
+        elif isinstance(news, Lost):
+            _log.warning("the connection to prefill rank %d is lost: %s", news.writer, news.reason)
+            self._link = GONE
+            return self._end_all(f"prefill rank {news.writer} is lost: {news.reason}")
+        elif isinstance(news, Ended):
+            for number in list(self._quarantined):
+                self._lift(number, news.writer)
+        elif isinstance(news, Silence):
+            _log.warning("the prefill group has been silent for %g s", self._config.timeout_s)
+            self._link = SILENT if self._link == OPEN else self._link
+            return self._end_all(f"the prefill group has been silent for {self._config.timeout_s:g} s")
+        elif isinstance(news, Heard):
+            _log.warning("the prefill group is heard again")
+            self._link = OPEN if self._link == SILENT else self._link
+        elif isinstance(news, Stuck):
+            seq = (self._engine.scheduler.waiting or self._waiting).popleft()
+            pages = sum(len(each.pages) for each in self._quarantined.values())
+            return [self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")]
+        return []
+
+    def _end(self, writer: int, end: End) -> list[StreamEvent]:
+        """Note a writer's end state; the last one decides."""
+        inbound = self._inbound.get(end.id)
+        if inbound is None:
+            if end.state != UNKNOWN:
+                self._lift(end.id, writer)
+            return []
+        inbound.waits_for.discard(writer)
+        if end.state == UNKNOWN:
+            inbound.unknown.add(writer)
+        if end.state != DONE:
+            if not inbound.problems and inbound.waits_for:
+                self._tell(Cancel(end.id))
+            inbound.problems.append(end.reason or end.state)
+        if inbound.waits_for:
+            return []
+        if inbound.first is None and not inbound.problems:
+            inbound.problems.append("its first token never came")
+        if inbound.problems or self._aborting:
+            return self._end_early(end.id, inbound, inbound.unknown, (inbound.problems or [FAILED])[0])
+        del self._inbound[end.id]
+        return [self._publish(inbound)]
+
+    def _end_all(self, reason: str) -> list[StreamEvent]:
+        """Wait for no writer any more: what has not ended is unknown."""
+        events: list[StreamEvent] = []
+        for number, inbound in list(self._inbound.items()):
+            self._tell(Cancel(number))
+            events += self._end_early(number, inbound, inbound.unknown | inbound.waits_for, reason)
+        return events
+
+    def _end_early(self, number: int, inbound: Inbound, unknown: set[int], reason: str) -> list[StreamEvent]:
+        """Free or quarantine the pages of a transfer that is not done, and give its request up."""
+        del self._inbound[number]
+        seq, scheduler = inbound.seq, self._engine.scheduler
+        if unknown:
+            pages = scheduler.cache.detach(seq.blocks)
+            self._quarantined[number] = Quarantine(pages, set(unknown))
+            self.counters.pages_quarantined += len(pages)
+            _log.warning(
+                "request %d: %d pages are quarantined until %d prefill ranks have ended",
+                number,
+                len(pages),
+                len(unknown),
+            )
+        else:
+            scheduler.cache.release(seq.blocks, seq.blocks.num_reused)
+        scheduler.free_slot(seq)
+        event = None if self._aborting else self._give_up(seq, reason)
+        return [] if event is None else [event]
+
+    def _lift(self, number: int, writer: int) -> None:
+        """Note that a writer cannot write a quarantined transfer's pages any more; free them after the last one."""
+        quarantine = self._quarantined.get(number)
+        if quarantine is None:
+            return
+        quarantine.writers.discard(writer)
+        if not quarantine.writers:
+            del self._quarantined[number]
+            self._engine.scheduler.cache.reattach(quarantine.pages)
+            self.counters.pages_released += len(quarantine.pages)
+            _log.warning("request %d: its %d quarantined pages are free again", number, len(quarantine.pages))
+
+    def _publish(self, inbound: Inbound) -> StreamEvent:
+        """Go on with a prompt that has arrived whole."""
+        seq, first = inbound.seq, inbound.first
+        assert first is not None
+        self.counters.requests += 1
+        self.counters.tokens_received += seq.prompt_len - seq.blocks.num_reused
+        self.counters.tokens_cached += seq.blocks.num_reused
+        self.counters.handover_s.append(time.perf_counter() - inbound.first_heard)
+        logprobs = None
+        if first.logprob is not None:
+            top = dict(zip(first.top_ids.tolist(), first.top_logprobs.tolist(), strict=True))
+            logprobs = TokenLogprobs(first.token, first.logprob, top)
+        return self._engine.go_on(seq, first.token, logprobs)
+
+    def _give_up(self, seq: Sequence, reason: str) -> StreamEvent | None:
+        """Compute a request here whose transfer failed, or end it."""
+        if not self._config.retry:
+            return self._fail(seq, f"the transfer of its prompt failed: {reason}")
+        _log.warning("request %s is computed by the decode group: %s", seq.output.id or seq.index, reason)
+        self.counters.retried += 1
+        self._engine.compute(seq)
+        return None
+
+    def _fail(self, seq: Sequence, reason: str) -> StreamEvent:
+        self.counters.failed += 1
+        return self._engine.fail(seq, reason)
+
+
+def _ask_of(number: int, seq: Sequence) -> Ask:
+    sampling = asdict(seq.sampling)
+    return Ask(
+        id=number,
+        token_ids=np.array(seq.token_ids, np.int32),
+        start=seq.blocks.num_reused,
+        first_owner=seq.blocks.first_owner,
+        pages=np.array(seq.blocks.pages, np.int64),
+        sampling=sampling,
+        seed=seq.seed,
+        salt=seq.cache_salt,
+        retention=[asdict(each) for each in seq.retention],
+    )

@@ -1,0 +1,305 @@
+"""The prefill group's loop: compute what is asked for, write its blocks as they fill, and report how that ended.
+
+Every rank of the group hears the same messages in the same order, each over a connection of its own, and runs the same
+scheduler. What must happen alike on all ranks:
+
+ 1. Once a loop the ranks reduce, in one small collective, how many messages each has heard and how many of its
+    transfers have ended, in the order in which they were asked for.
+ 2. A message is acted on in the loop in which the last rank is known to have it. A rank whose connection is lost
+    reduces the count to LOST, and all give up together.
+ 3. Pages of a prompt are released in the loop in which all ranks' writes of it have ended; until then they are its own.
+
+Everything else (posting writes, polling them, reporting an end state) is one rank's own business.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from parallel.grid import Layout
+from parallel.launch import minimums
+from parallel.placement import BlockCyclic, IntArray
+
+from ..engine import Engine
+from ..request import Sequence, StreamEvent
+from .channel import Channel, ChannelLost, wait_for
+from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message, Progress
+from .regions import Side, shared_blocks
+from .transport import RUNNING, Peer, Write
+
+LOST = -1
+IDLE_S = 0.02
+POLL_S = 0.001
+GIVE_UP_S = 5.0  # how long writes to a group that is gone may take to end
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The decode group as every prefill rank sees it: its layout, and pages a rank."""
+
+    layout: Layout
+    num_pages: int
+
+
+@dataclass(eq=False)
+class Sending:
+    """One prompt on its way.
+
+    Attributes:
+        seq: its sequence here; None where it cannot run.
+        pages: the page of each block here, known once it is admitted.
+        posted: tokens below it are written, or on their way, or cached at the receiver.
+        writes: those on their way.
+        dropped: it is to be computed no further; alike on all ranks.
+        stopping: why this rank writes no more of it; empty while it does.
+        broken: a write of this rank may still land, though it failed.
+        state: this rank's end state, once it is reported.
+    """
+
+    ask: Ask
+    seq: Sequence | None
+    target: Side
+    pages: IntArray | None = None
+    posted: int = 0
+    writes: list[Write] = field(default_factory=list)
+    dropped: bool = False
+    stopping: str = ""
+    broken: bool = False
+    state: str | None = None
+
+
+class Sender:
+    """One prefill rank. Every method is collective over the prefill group.
+
+    Args:
+        engine: computes the prompts.
+        source: the group's own layout and rule of ownership; ``first_owner`` is each prompt's own.
+        target: the decode group.
+        rank: this process's, in the prefill group.
+        channel: to the decode group's rank 0.
+        peers: the decode ranks that this rank writes to.
+        prepare: turns a request into a sequence that ends with its first token; ValueError says why it cannot.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        source: Side,
+        target: Target,
+        rank: int,
+        channel: Channel,
+        peers: list[Peer],
+        prepare: Callable[[Ask], Sequence],
+    ) -> None:
+        self._engine, self._source, self._target = engine, source, target
+        self._rank, self._channel, self._peers, self._prepare = rank, channel, peers, prepare
+        self._inbox: deque[Message] = deque()
+        self._num_heard = self._num_done = 0
+        self._sendings: deque[Sending] = deque()  # in the order of their requests, from the first that holds pages
+        self._num_released = 0
+        self._last_id = -1
+        self._lost: str | None = None
+        self._give_up_at: float | None = None
+        self._closing = False
+
+    def run(self) -> None:
+        """Serve the decode group until it says goodbye.
+
+        Raises:
+            ChannelLost: on all ranks, when the decode group is gone.
+        """
+        while not self._closing or self._sendings:
+            self._wait()
+            self._hear()
+            if self._engine.has_work:
+                self._tell_first(self._engine.step(may_wait=bool(self._sendings)))
+            self._send()
+        if self._lost is not None:
+            raise ChannelLost(f"the decode group is gone: {self._lost}")
+
+    def _wait(self) -> None:
+        """Sleep while nothing is computed: briefly while writes are under way or prompts wait for pages."""
+        if not self._engine.scheduler.running:
+            wait_for([self._channel], POLL_S if self._sendings else IDLE_S)
+
+    # --- what is heard ------------------------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        new = self._channel.receive()
+        self._channel.flush()
+        self._inbox += new
+        self._num_heard += len(new)
+        lost = self._channel.lost and self._num_done == self._num_heard and not self._closing
+        heard, ended = minimums([LOST if lost else self._num_heard, self._num_ended()])
+        self._release(ended)
+        if heard == LOST:
+            self._lose()
+            return
+        while self._num_done < heard:
+            self._num_done += 1
+            self._act(self._inbox.popleft())
+
+    def _act(self, message: Message) -> None:
+        if isinstance(message, Ask):
+            self._ask(message)
+        elif isinstance(message, Cancel):
+            for sending in self._sendings:
+                if sending.ask.id == message.id:
+                    self._stop(sending, "the decode group cancelled it")
+        elif isinstance(message, Bye):
+            self._closing = True
+        else:
+            _log.warning("dropped a %s: it is none of a decode group's messages", type(message).__name__)
+
+    def _ask(self, ask: Ask) -> None:
+        if ask.id <= self._last_id:
+            _log.warning("dropped a duplicate of request %d", ask.id)
+            return
+        self._last_id = ask.id
+        sending = Sending(ask, None, Side(self._target.layout, self._source.placement, 0, self._source.num_kv_heads))
+        self._sendings.append(sending)
+        try:
+            placement = self._source.placement
+            ask.check_pages(placement.block_size, self._target.layout.kvp, self._target.num_pages)
+            sending.target = Side(
+                self._target.layout,
+                BlockCyclic(placement.block_size, self._target.layout.kvp),
+                ask.first_owner,
+                self._source.num_kv_heads,
+            )
+            sending.seq = self._prepare(ask)
+        except (ValueError, TypeError) as problem:  # TypeError: settings of another name or type
+            _log.warning("request %d cannot run in the prefill group: %s", ask.id, problem)
+            sending.stopping = f"the prefill group cannot run it: {problem}"
+            return
+        sending.seq.keeps_pages = True
+        sending.posted = ask.start
+        self._engine.add(sending.seq)
+
+    def _stop(self, sending: Sending, reason: str) -> None:
+        """Compute and write no more of a prompt; what is under way ends first. Called alike on all ranks."""
+        self._drop(sending)
+        sending.stopping = sending.stopping or reason
+
+    def _drop(self, sending: Sending) -> None:
+        seq = sending.seq
+        if seq is not None and not sending.dropped and not seq.output.finish_reason:
+            self._engine.drop(seq)
+        sending.dropped = True
+
+    def _lose(self) -> None:
+        if self._lost is None:
+            self._lost = self._channel.lost or "another rank of this group lost its connection"
+            self._give_up_at = time.monotonic() + GIVE_UP_S
+            for sending in self._sendings:
+                self._stop(sending, "the decode group is gone")
+        self._closing = True
+
+    # --- what is told -------------------------------------------------------------------------------------------------
+
+    def _tell_first(self, events: list[StreamEvent]) -> None:
+        """Tell the first tokens that a step made, and how far other prompts are; rank 0 does."""
+        if self._rank != 0:
+            return
+        for event in events:
+            self._channel.send(_first(event, next(s for s in self._sendings if s.ask.id == event.index)))
+        for sending in self._sendings:
+            seq = sending.seq
+            if seq is not None and not seq.output.finish_reason and seq.num_computed:
+                self._channel.send(Progress(sending.ask.id, seq.num_computed))
+
+    # --- what is written ----------------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        """Post writes of the blocks that are computed since, poll those under way, report what has ended."""
+        due = [sending for sending in self._sendings if self._computed(sending) > sending.posted]
+        if due and self._engine.runner.cache.pages.is_cuda:
+            torch.cuda.current_stream(self._engine.runner.cache.pages.device).synchronize()
+        for sending in due:
+            self._post(sending, self._computed(sending))
+        for sending in self._sendings:
+            if sending.state is None:
+                self._poll(sending)
+
+    def _computed(self, sending: Sending) -> int:
+        """Return how many tokens could be written: whole blocks, and the end of the prompt."""
+        seq = sending.seq
+        if seq is None or sending.stopping or sending.broken or not seq.blocks.pages:
+            return 0
+        size = self._source.placement.block_size
+        return seq.num_computed if seq.num_computed == seq.prompt_len else seq.num_computed // size * size
+
+    def _post(self, sending: Sending, stop: int) -> None:
+        ask, seq = sending.ask, sending.seq
+        assert seq is not None
+        if sending.pages is None:
+            sending.pages = np.array(seq.blocks.pages, np.int64)
+        tokens = sending.posted, stop
+        source = Side(self._source.layout, self._source.placement, seq.blocks.first_owner, self._source.num_kv_heads)
+        for peer in self._peers:
+            blocks = shared_blocks(source, self._rank, sending.target, peer.rank, tokens)
+            if len(blocks):
+                sending.writes.append(peer.write(blocks, sending.pages[blocks], ask.pages[blocks], tokens))
+        sending.posted = stop
+
+    def _poll(self, sending: Sending) -> None:
+        """Report the end state of a transfer on this rank once no write of it is under way."""
+        if self._give_up_at is not None and time.monotonic() > self._give_up_at:
+            for write in sending.writes:
+                write.abandon()
+        states = [write.poll() for write in sending.writes]
+        for write, state in zip(sending.writes, states, strict=True):
+            if state == UNKNOWN and not sending.broken:
+                sending.broken, sending.stopping = True, sending.stopping or write.reason
+                _log.warning("request %d: %s", sending.ask.id, write.reason)
+        sending.writes = [w for w, state in zip(sending.writes, states, strict=True) if state == RUNNING]
+        all_posted = sending.posted == len(sending.ask.token_ids)
+        if sending.writes or not (all_posted or sending.stopping):
+            return
+        sending.state = UNKNOWN if sending.broken else FAILED if sending.stopping else DONE
+        self._channel.send(End(sending.ask.id, sending.state, "" if sending.state == DONE else sending.stopping))
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _num_ended(self) -> int:
+        """Return how many transfers have ended on this rank, counted in order."""
+        count = self._num_released
+        for sending in self._sendings:
+            if sending.state is None:
+                break
+            count += 1
+        return count
+
+    def _release(self, ended: int) -> None:
+        """Release the pages of the transfers that have ended on every rank."""
+        while self._num_released < ended:
+            self._num_released += 1
+            sending = self._sendings.popleft()
+            self._drop(sending)  # its writes broke off on every rank before its prompt was computed
+            if sending.seq is not None:
+                self._engine.scheduler.cache.release(sending.seq.blocks, sending.seq.num_computed)
+
+
+def _first(event: StreamEvent, sending: Sending) -> First:
+    seq = sending.seq
+    assert seq is not None
+    told = seq.output.logprobs[-1] if seq.output.logprobs else None
+    top = {} if told is None else told.top
+    return First(
+        id=sending.ask.id,
+        token=event.token_ids[-1],
+        seed=seq.seed,
+        num_drawn=1,
+        logprob=None if told is None else told.logprob,
+        top_ids=np.array(list(top), np.int64),
+        top_logprobs=np.array(list(top.values()), np.float64),
+    )

@@ -1,0 +1,94 @@
+"""Two worlds of rank processes that meet on loopback: one prefills, the other decodes, with real NIXL between them."""
+
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+
+from scripts.make_checkpoint import make_checkpoint
+from tests.ranks import RankFailure, RankPool
+
+
+def free_ports(count: int = 3) -> list[int]:
+    """Return ports that nobody listens on, below those that the kernel gives to outgoing connections."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+    return ports
+
+
+@dataclass
+class Groups:
+    """A prefill pool and a decode pool."""
+
+    prefill: RankPool
+    decode: RankPool
+
+    def run(
+        self, prefill_body: Callable[..., Any], decode_body: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+    ) -> tuple[list[Any] | RankFailure, list[Any]]:
+        """Run both bodies at once with free ports and ``args``; return what each group's ranks returned.
+
+        A group of prefill ranks may fail: its failure then stands in the place of its results.
+        """
+        ports, box = free_ports(), list[Any]()
+
+        def prefill() -> None:
+            try:
+                box.append(self.prefill.run(prefill_body, ports, *args, timeout_s=timeout_s))
+            except RankFailure as failure:
+                box.append(failure)
+
+        thread = threading.Thread(target=prefill)
+        thread.start()
+        try:
+            decoded = self.decode.run(decode_body, ports, *args, timeout_s=timeout_s)
+        except RankFailure as failure:
+            self.prefill.kill()  # it may wait long for a group that is gone
+            thread.join()
+            failure.add_note(f"the prefill group: {box[0]}")
+            raise
+        thread.join()
+        return box[0], decoded
+
+
+@pytest.fixture(scope="session")
+def prefill_pools() -> Iterator[dict[int, RankPool]]:
+    """The session's rank processes that prefill, by world size."""
+    pools: dict[int, RankPool] = {}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def groups(ranks: Callable[[int], RankPool], prefill_pools: dict[int, RankPool]) -> Callable[[int, int], Groups]:
+    """``groups(2, 4)``: 2 ranks that prefill and 4 that decode."""
+
+    def make(num_prefill: int, num_decode: int) -> Groups:
+        if num_prefill not in prefill_pools:
+            prefill_pools[num_prefill] = RankPool(num_prefill)
+        return Groups(prefill_pools[num_prefill], ranks(num_decode))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny checkpoint."""
+
+    @cache
+    def make() -> str:
+        path = tmp_path_factory.mktemp("transfer") / "model"
+        make_checkpoint(path, layers=2)
+        return str(path)
+
+    return make()

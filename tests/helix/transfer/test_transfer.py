@@ -1,0 +1,96 @@
+"""Tokens after a transfer are those of a run that computes everything itself: real NIXL between two groups of ranks."""
+
+import itertools
+from random import Random
+
+import pytest
+
+from helix.request import Request
+from helix.sampling import SamplingParams
+from tests.helix.transfer.worlds import assert_idle, leave, make_llm
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
+BLOCK_SIZES = (1, 16, 64)
+GREEDY = SamplingParams(max_tokens=5, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0.9, seed=11, repetition_penalty=1.2, logprobs=2)
+
+
+def prompts_for(block_size):
+    """A first batch, with a partial last block, a full one and a short prompt; and one that finds much of it cached."""
+    random = Random(block_size)
+    long, full = random.choices(range(256), k=70), random.choices(range(256), k=64)
+    cold = [(long, GREEDY), (full, DRAWN), ([random.randrange(256)], GREEDY), (long[:9], DRAWN)]
+    warm = [(long, GREEDY), (long[:50] + full[:7], DRAWN), (full + long[:3], GREEDY)]
+    return [cold, warm]
+
+
+def told(outputs):
+    """Tokens, and log-probabilities as far as float32 on another layout gives the same."""
+    return [
+        (
+            o.token_ids,
+            o.finish_reason,
+            o.error,
+            [[e.token_id, sorted(e.top)] for e in o.logprobs or []],
+            o.prompt_tokens,
+        )
+        for o in outputs
+    ], [[e.logprob for e in o.logprobs or []] for o in outputs]
+
+
+def generate(llm, batches):
+    results = []
+    for batch in batches:
+        outputs = llm.generate([Request(prompt_token_ids=list(ids), sampling=sampling) for ids, sampling in batch])
+        results.append((*told(outputs), [o.cached_tokens for o in outputs]))
+    return results
+
+
+def aggregated_body(path, runs):
+    return [
+        generate(make_llm(path, None, None, (1, 1), block_size=size, num_pages=1024 // size), prompts_for(size))
+        for size in runs
+    ]
+
+
+def prefill_body(ports, path, prefill, decode, runs):
+    for port, size in zip(ports, runs, strict=True):
+        llm = make_llm(path, port, "prefill", prefill, block_size=size, num_pages=1024 // size)
+        llm.serve()
+        assert_idle(llm)
+    return True
+
+
+def decode_body(ports, path, prefill, decode, runs):
+    results = []
+    for port, size in zip(ports, runs, strict=True):
+        llm = make_llm(path, port, "decode", decode, block_size=size, num_pages=1024 // size)
+        results.append((generate(llm, prompts_for(size)), llm.metrics.as_dict()["transfer"]))
+        leave(llm)
+    return results
+
+
+@pytest.fixture(scope="module")
+def expected(model, rank_pools):
+    """What a run that transfers nothing gives, by block size."""
+    from tests.ranks import RankPool
+
+    pool = rank_pools.setdefault(1, RankPool(1))
+    return dict(zip(BLOCK_SIZES, pool.run(aggregated_body, model, BLOCK_SIZES)[0], strict=True))
+
+
+@pytest.mark.parametrize(("prefill", "decode"), list(itertools.product(LAYOUTS, LAYOUTS)), ids=str)
+def test_tokens_equal_those_of_the_aggregated_run(groups, model, expected, prefill, decode):
+    pools = groups(prefill[0] * prefill[1], decode[0] * decode[1])
+    served, results = pools.run(prefill_body, decode_body, model, prefill, decode, BLOCK_SIZES)
+    assert served == [True] * (prefill[0] * prefill[1])
+    for result in results:
+        for size, (batches, counters) in zip(BLOCK_SIZES, result, strict=True):
+            for (tokens, logprobs, _), (wanted, wanted_logprobs, _) in zip(batches, expected[size], strict=True):
+                assert tokens == wanted and all(error is None for _, _, error, *_ in tokens)
+                for ours, theirs in zip(logprobs, wanted_logprobs, strict=True):
+                    assert ours == pytest.approx(theirs, abs=1e-4)
+            found = batches[1][2]
+            assert found[0] == 69 and found[1] >= 50, "the second batch finds the first one's blocks"
+            assert counters["requests"] == 3 and counters["retried"] == counters["failed"] == 0
+            assert counters["tokens_received"] == 70 + 57 + 67 - sum(found)
