@@ -331,6 +331,10 @@ class TransferConfig:
         """True where prompts are computed by another group than the one that decodes."""
         return self.prefill_ranks > 0 or self.role is not None
 
+    def prefills(self, part: int) -> bool:
+        """Return whether the ranks of a part of the world prefill for others (0, or 1 for the second part)."""
+        return self.role == "prefill" or (self.prefill_ranks > 0 and part == 0)
+
     def host_and_port(self) -> tuple[str, int]:
         """Return the two parts of ``address``; ValueError where it has others."""
         host, _, port = (self.address or "").rpartition(":")

@@ -21,7 +21,7 @@ import torch
 from attention.exchange import Heads, make_exchange
 from attention.partial import PartialAttention, select_backend
 from parallel.all_reduce_norm import AllReduceNorm
-from parallel.grid import HelixGrid
+from parallel.grid import HelixGrid, Layout
 from parallel.launch import Launch, agree, from_rank0, minimum, start, stop
 from parallel.placement import BlockCyclic
 from parallel.sharded_argmax import ShardedArgmax
@@ -91,9 +91,10 @@ class LLM:
     def __init__(self, config: HelixConfig, *, prompts: Sequence[Prompt] = ()) -> None:
         self.launch: Launch = enter(config)
         self.config = config = config_of_part(config, self.launch.part)
+        if config.transfer.enabled:
+            agree(self._require_transfer)
         self.spec: ModelSpec = agree(lambda: read_spec(config.model))
-        self.layout = config.parallel.resolve(self.launch.world_size, self.spec.num_kv_heads)
-        part_of(self.spec, self.layout, self.launch.rank)
+        self.layout = self._resolve_layout()
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
         self._pdl = can_launch_dependently(self.launch.device)
         attention = select_backend(config.attention.backend, self.launch.device, pdl=self._pdl)
@@ -150,8 +151,7 @@ class LLM:
     @property
     def prefills(self) -> bool:
         """True in a prefill group, which serves another group: call ``serve``; nothing else runs there."""
-        transfer = self.config.transfer
-        return transfer.role == "prefill" or (transfer.prefill_ranks > 0 and self.launch.part == 0)
+        return self.config.transfer.prefills(self.launch.part)
 
     def serve(self) -> None:
         """Compute what the decode group asks for until it is closed. Collective over a prefill group.
@@ -245,15 +245,21 @@ class LLM:
             self._receiver.close()
         stop()
 
-    def _meet(self) -> None:
-        """Connect to the other group of a transfer."""
+    def _require_transfer(self) -> None:
+        """Raise ValueError, before anything is loaded, where transfers cannot work."""
         try:
-            from .transfer.facts import make_facts
-            from .transfer.meeting import Group, meet_decode_group, meet_prefill_group
+            from .transfer.meeting import require
         except ImportError as error:
             raise ValueError(
                 f"KV transfer needs more ({error}); install it with: pip install -e .[transfer]"
             ) from error
+        require(self.launch)
+
+    def _meet(self) -> None:
+        """Connect to the other group of a transfer."""
+        from .transfer.facts import make_facts
+        from .transfer.meeting import Group, meet_decode_group, meet_prefill_group
+
         config = self.config
         weights = Path(config.model.path) if config.model.load == "checkpoint" else None
         facts = from_rank0(
@@ -278,6 +284,16 @@ class LLM:
             self._sender = meet_decode_group(group, self._prepare_asked)
         else:
             self._receiver = meet_prefill_group(group)
+
+    def _resolve_layout(self) -> Layout:
+        try:
+            layout = self.config.parallel.resolve(self.launch.world_size, self.spec.num_kv_heads)
+            part_of(self.spec, layout, self.launch.rank)
+        except ValueError as error:
+            if self.launch.store is None or not self.prefills:
+                raise
+            raise ValueError(str(error).replace("parallel.", "transfer.prefill.")) from error
+        return layout
 
     def _resolve_dtype(self) -> torch.dtype:
         name = self.config.model.dtype

@@ -115,11 +115,11 @@ def stop() -> None:
     _split_store = None
 
 
-def set_up_logging(rank: int) -> None:
+def set_up_logging(rank: int, name: str = "rank") -> None:
     """Send log records to standard error: from INFO on rank 0, from WARNING elsewhere, tagged with the rank."""
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s rank {rank} %(levelname)s %(message)s",
+        format=f"%(asctime)s {name} {rank} %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         force=True,
     )

@@ -29,17 +29,28 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from parallel.launch import Launch
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 BAD_INPUT = 2
 # Hydra's flags that run the command, in other ways than plainly; all others only print.
 RUN_FLAGS = ("-r", "--run", "-m", "--multirun", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
+_PART_GRACE_S = 2.0
 _GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
+_rank_of_part: int | None = None
 Config = TypeVar("Config")
 
 
 def rank() -> int:
-    """Return this process's rank as torchrun set it; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    """Return this process's rank as torchrun set it, or in its part of a split world; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0)) if _rank_of_part is None else _rank_of_part
+
+
+def enter_part(launch: Launch) -> None:
+    """Where a world is split, speak for this rank's part of it from now on: rank 0 is then the part's own."""
+    global _rank_of_part
+    if launch.store is not None:
+        _rank_of_part = launch.rank
 
 
 def say(text: str) -> None:
@@ -53,8 +64,11 @@ def fail(problem: Exception | str) -> NoReturn:
 
     Called by every rank with the same problem. The others wait a little: torchrun ends all ranks as soon as one has
     ended, and the one that speaks must be first. A rank that outlives the wait is alone with its problem and speaks.
+    In a split world rank 0 of the second part waits a moment for the first part's, which may have the same problem.
     """
     who = ""
+    if rank() == 0 and os.environ.get("RANK", "0") != "0":
+        time.sleep(_PART_GRACE_S)
     if rank() != 0:
         time.sleep(_GRACE_S)
         who = f" on rank {rank()}"

@@ -3,6 +3,9 @@
     torchrun --standalone --nproc-per-node 4 -m scripts.generate model.path=DIR parallel.kvp=2 parallel.tpa=2 \
         prompts=in.jsonl output=out.jsonl metrics=metrics.json sampling.max_tokens=64 cache.block_size=16
 
+With transfer.prefill_ranks=2 (and transfer.prefill.kvp, transfer.prefill.tpa) the first 2 ranks compute prompts and the
+others decode; with transfer.role and transfer.address two worlds do (docs/transfer.md).
+
 An input line is {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}, with an optional "id",
 "sampling" (settings for that line), "cache_salt" (a string; lines share cached blocks with lines of the same salt only)
 and "retention" ({"start": 0, "end": 1000, "priority": 80, "duration_s": 60}, or a list of such ranges). Output lines
@@ -24,10 +27,10 @@ from typing import Any
 from helix.cache.events import CacheEvent
 from helix.cache.retention import Retention
 from helix.config import HelixConfig
-from helix.llm import LLM
+from helix.llm import LLM, enter
 from helix.request import Request, RequestOutput
 from helix.sampling import SamplingParams
-from parallel.launch import from_rank0, gather_values, set_up_logging, start
+from parallel.launch import Launch, from_rank0, gather_values, set_up_logging
 from scripts import cli
 from scripts.progress import RunProgress
 
@@ -52,6 +55,14 @@ class GenerateConfig(HelixConfig):
     metrics: str | None = None
 
     def __post_init__(self) -> None:
+        if self.transfer.role == "prefill":
+            given = [name for name in ("prompts", "prompt", "output", "metrics") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f"{given[0]} = {getattr(self, given[0])} belongs to the decode group: a world of "
+                    "transfer.role=prefill takes its prompts from there; leave it out"
+                )
+            return
         if (self.prompts is None) == (self.prompt is None):
             raise ValueError("give one of prompts (a JSON-lines file) and prompt (one string)")
 
@@ -228,9 +239,21 @@ def cache_events(llm: LLM, path: str | None) -> Iterator[None]:
 
 
 def run(config: GenerateConfig) -> None:
-    """Run the command on this rank."""
-    launch = start(config.runtime.device, timeout_s=config.runtime.timeout_s)
-    set_up_logging(launch.rank)
+    """Run the command on this rank: serve in a prefill group, else generate."""
+    launch = enter(config)
+    cli.enter_part(launch)
+    prefills = config.transfer.prefills(launch.part)
+    set_up_logging(launch.rank, "prefill rank" if prefills else "rank")
+    if prefills:
+        llm = LLM(config)
+        llm.serve()
+        llm.close()
+    else:
+        run_requests(config, launch)
+
+
+def run_requests(config: GenerateConfig, launch: Launch) -> None:
+    """Read the requests, generate, and write what came of them."""
     from_rank0(lambda: check_writable(config.output, config.metrics, config.cache.events))
     requests = from_rank0(lambda: read_requests(config))
     llm = LLM(config, prompts=requests)
@@ -244,6 +267,7 @@ def run(config: GenerateConfig) -> None:
         from_rank0(lambda: write_text(config.output or "", text))
     if config.metrics is not None:
         from_rank0(lambda: write_text(config.metrics or "", metrics))
+    llm.close()
     failed = [output for output in outputs if output.error is not None]
     if len(failed) == len(outputs):
         raise ValueError(
@@ -251,7 +275,6 @@ def run(config: GenerateConfig) -> None:
         )
     if failed and launch.speaks:
         print(f"{len(failed)} of {len(outputs)} prompts failed: {failed[0].error}", file=sys.stderr)
-    llm.close()
 
 
 if __name__ == "__main__":

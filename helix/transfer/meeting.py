@@ -36,7 +36,7 @@ from .protocol import Ask, Hello, Message, Pool, Ready, Refuse, Welcome, pool_di
 from .receiver import Receiver, Writer
 from .regions import CacheMap, Side
 from .sender import Sender, Target
-from .transport import Peer, Transport
+from .transport import Peer, Transport, import_nixl
 
 STORE_KEY = "helix/transfer"
 TURN_S = 0.05
@@ -74,6 +74,12 @@ class Group:
         if pool.page_bytes != 2 * made.kv_bytes or len(pool.layers) != self.facts["model's layers"]:
             raise ValueError(f"the pool of decode rank {rank} has {len(pool.layers)} layers of {pool.page_bytes} bytes")
         return made
+
+
+def require(launch: Launch) -> None:
+    """Raise ValueError, in one line, when NIXL is missing or the environment lacks the secret."""
+    import_nixl()
+    _secret(launch)
 
 
 def _make_transport(group: Group, role: str) -> Transport:
@@ -267,6 +273,7 @@ def meet_decode_group(group: Group, prepare: Callable[[Ask], Sequence]) -> Sende
         rank=group.launch.rank,
         channel=channel,
         peers=peers,
+        transport=transport,
         prepare=prepare,
     )
 

@@ -195,14 +195,25 @@ class Receiver:
         self._engine.abort_all()
 
     def close(self) -> None:
-        """Say goodbye to the prefill group and let nobody write here any more."""
+        """Say goodbye to the prefill group, let it leave first, and let nobody write here any more."""
         self._tell(Bye())
         deadline = time.monotonic() + CLOSE_S
-        for writer in self._writers:
-            while not writer.channel.flush() and time.monotonic() < deadline:
-                time.sleep(IDLE_S)
-            writer.channel.close()
+        while not from_rank0(lambda: self._have_left(deadline)):
+            self._transport.progress()
         self._transport.close()
+
+    def _have_left(self, deadline: float) -> bool:
+        """Return whether every writer has closed its connection, or had the time to. Rank 0 alone."""
+        channels = [writer.channel for writer in self._writers if writer.channel.lost is None]
+        wait_for(channels, IDLE_S)
+        for channel in channels:
+            channel.flush()
+            channel.receive()
+        if time.monotonic() < deadline and any(channel.lost is None for channel in channels):
+            return False
+        for channel in channels:
+            channel.close()
+        return True
 
     # --- asking -------------------------------------------------------------------------------------------------------
 

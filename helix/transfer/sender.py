@@ -32,7 +32,7 @@ from ..request import Sequence, StreamEvent
 from .channel import Channel, ChannelLost, wait_for
 from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message, Progress
 from .regions import Side, shared_blocks
-from .transport import RUNNING, Peer, Write
+from .transport import RUNNING, Peer, Transport, Write
 
 LOST = -1
 IDLE_S = 0.02
@@ -86,6 +86,7 @@ class Sender:
         rank: this process's, in the prefill group.
         channel: to the decode group's rank 0.
         peers: the decode ranks that this rank writes to.
+        transport: this rank's pool.
         prepare: turns a request into a sequence that ends with its first token; ValueError says why it cannot.
     """
 
@@ -98,10 +99,12 @@ class Sender:
         rank: int,
         channel: Channel,
         peers: list[Peer],
+        transport: Transport,
         prepare: Callable[[Ask], Sequence],
     ) -> None:
         self._engine, self._source, self._target = engine, source, target
         self._rank, self._channel, self._peers, self._prepare = rank, channel, peers, prepare
+        self._transport = transport
         self._inbox: deque[Message] = deque()
         self._num_heard = self._num_done = 0
         self._sendings: deque[Sending] = deque()  # in the order of their requests, from the first that holds pages
@@ -123,6 +126,10 @@ class Sender:
             if self._engine.has_work:
                 self._tell_first(self._engine.step(may_wait=bool(self._sendings)))
             self._send()
+        for peer in self._peers:
+            peer.close()
+        self._transport.close()
+        self._channel.close()
         if self._lost is not None:
             raise ChannelLost(f"the decode group is gone: {self._lost}")
 

@@ -206,6 +206,7 @@ class Transport:
     def close(self) -> None:
         """Unregister the pool: from here on nobody can write it."""
         self._agent.deregister_memory(self._registered)
+        del self._agent, self._registered
 
 
 def _with_device(strides: IntArray, device: int) -> IntArray:
