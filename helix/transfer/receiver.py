@@ -294,9 +294,9 @@ class Receiver:
         for number, writer in enumerate(self._writers):
             for message in writer.channel.receive():
                 self._last_heard = now
-                if isinstance(message, (End, First)) and self._is_sound(number, message):
+                if isinstance(message, End) or (isinstance(message, First) and self._is_sound(number, message)):
                     news.append(Said(number, message))
-                elif not isinstance(message, (End, First, Progress)):
+                elif not isinstance(message, (First, Progress)):
                     _log.warning("dropped a %s from prefill rank %d", type(message).__name__, number)
             writer.channel.flush()
             if writer.channel.lost and number not in self._told_lost:
@@ -326,25 +326,18 @@ class Receiver:
             news.append(Stuck())
         return news
 
-    def _is_sound(self, writer: int, message: End | First) -> bool:
-        """Return whether a message about a transfer makes sense; says so in the log where it does not."""
-        inbound, problem = self._inbound.get(message.id), ""
-        if isinstance(message, First):
-            vocabulary = self._engine.runner.decoder.spec.vocab_size
-            if inbound is None or inbound.first is not None or writer != 0:
-                problem = "which is not waited for"
-            elif max(message.token, *message.top_ids.tolist(), 0) >= vocabulary or (message.top_ids < 0).any():
-                problem = f"with ids outside the vocabulary of {vocabulary}"
-            elif (message.seed, message.num_drawn) != (inbound.seq.seed, 1):
-                problem = f"drawn under seed {message.seed}, not {inbound.seq.seed}"
-        else:
-            waits_for = inbound.waits_for if inbound is not None else set[int]()
-            quarantined = self._quarantined.get(message.id)
-            if writer not in waits_for and (quarantined is None or writer not in quarantined.writers):
-                problem = "which has ended"
+    def _is_sound(self, writer: int, first: First) -> bool:
+        """Return whether a first token can be one; says so in the log where it cannot."""
+        inbound, problem = self._inbound.get(first.id), ""
+        vocabulary = self._engine.runner.decoder.spec.vocab_size
+        if inbound is None or inbound.first is not None or writer != 0:
+            problem = "which is not waited for"
+        elif max(first.token, *first.top_ids.tolist(), 0) >= vocabulary or (first.top_ids < 0).any():
+            problem = f"with ids outside the vocabulary of {vocabulary}"
+        elif (first.seed, first.num_drawn) != (inbound.seq.seed, 1):
+            problem = f"drawn under seed {first.seed}, not {inbound.seq.seed}"
         if problem:
-            what = type(message).__name__
-            _log.warning("dropped a %s from prefill rank %d for request %d, %s", what, writer, message.id, problem)
+            _log.warning("dropped a First from prefill rank %d for request %d, %s", writer, first.id, problem)
         return not problem
 
     # --- acting on what was heard; alike on all ranks -----------------------------------------------------------------
@@ -377,12 +370,15 @@ class Receiver:
 
     def _end(self, writer: int, end: End) -> list[StreamEvent]:
         """Note a writer's end state; the last one decides."""
-        inbound = self._inbound.get(end.id)
-        if inbound is None:
+        inbound, quarantine = self._inbound.get(end.id), self._quarantined.get(end.id)
+        if quarantine is not None and writer in quarantine.writers:
             if end.state != UNKNOWN:
                 self._lift(end.id, writer)
             return []
-        inbound.waits_for.discard(writer)
+        if inbound is None or writer not in inbound.waits_for:
+            _log.warning("dropped an End from prefill rank %d for request %d, which has ended", writer, end.id)
+            return []
+        inbound.waits_for.remove(writer)
         if end.state == UNKNOWN:
             inbound.unknown.add(writer)
         if end.state != DONE:

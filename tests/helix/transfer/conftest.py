@@ -33,31 +33,42 @@ class Groups:
     decode: RankPool
 
     def run(
-        self, prefill_body: Callable[..., Any], decode_body: Callable[..., Any], *args: Any, timeout_s: float = 120.0
-    ) -> tuple[list[Any] | RankFailure, list[Any]]:
+        self,
+        prefill_body: Callable[..., Any],
+        decode_body: Callable[..., Any],
+        *args: Any,
+        fails: str = "",
+        timeout_s: float = 120.0,
+    ) -> tuple[list[Any], list[Any]]:
         """Run both bodies at once with free ports and ``args``; return what each group's ranks returned.
 
-        A group of prefill ranks may fail: its failure then stands in the place of its results.
+        The group that ``fails`` names, prefill or decode, must fail; its results are then empty.
         """
-        ports, box = free_ports(), list[Any]()
+        ports, problems = free_ports(), dict[str, RankFailure]()
+        results: dict[str, list[Any]] = {"prefill": [], "decode": []}
 
-        def prefill() -> None:
+        def call(name: str, pool: RankPool, other: RankPool, body: Callable[..., Any]) -> None:
             try:
-                box.append(self.prefill.run(prefill_body, ports, *args, timeout_s=timeout_s))
+                results[name] = pool.run(body, ports, *args, timeout_s=timeout_s)
             except RankFailure as failure:
-                box.append(failure)
+                problems[name] = failure
+                if name != fails:
+                    other.kill()  # it may wait long for a group that is gone
 
-        thread = threading.Thread(target=prefill)
-        thread.start()
-        try:
-            decoded = self.decode.run(decode_body, ports, *args, timeout_s=timeout_s)
-        except RankFailure as failure:
-            self.prefill.kill()  # it may wait long for a group that is gone
+        threads = [
+            threading.Thread(target=call, args=("prefill", self.prefill, self.decode, prefill_body)),
+            threading.Thread(target=call, args=("decode", self.decode, self.prefill, decode_body)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
             thread.join()
-            failure.add_note(f"the prefill group: {box[0]}")
-            raise
-        thread.join()
-        return box[0], decoded
+        for name, problem in problems.items():
+            if name != fails:
+                problem.add_note(f"({name} group; failed: {', '.join(problems)})")
+                raise problem
+        assert not fails or fails in problems, f"the {fails} group did not fail"
+        return results["prefill"], results["decode"]
 
 
 @pytest.fixture(scope="session")
