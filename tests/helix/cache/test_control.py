@@ -396,3 +396,29 @@ def test_the_cache_is_not_cleared_under_a_running_sequence() -> None:
 def test_retention_out_of_range_is_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Retention(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("clear", [False, True], ids=["kept", "cleared"])
+def test_detached_pages_are_never_given_out_until_they_are_reattached(clear: bool) -> None:
+    w = world(kvp=2, num_pages=8)
+    w.run(A[:12])
+    running = w.start(A[:8] + B[:10])  # two blocks are shared, three are its own
+    assert running is not None
+    own = [(block % 2, page) for block, page in enumerate(running.tables[0].pages)][2:]
+    pages = [cache.detach(table) for cache, table in zip(w.caches, running.tables, strict=True)]
+    w.running.remove(running)
+    assert [sorted(each) for each in pages] == [sorted(own)] * 2
+    if clear:
+        w.for_all(lambda cache: cache.clear())
+    held = []
+    while (each := w.start([1000 + len(held)])) is not None:
+        held.append((each.tables[0].first_owner, each.tables[0].pages[0]))
+        w.compute(each)
+    assert len(set(held)) == 2 * 8 - 3 and not set(held) & set(own)
+    for each in list(w.running):
+        w.release(each, keep=False)
+    for cache, detached in zip(w.caches, pages, strict=True):
+        cache.reattach(detached)
+    assert [w.cache.num_available(rank) for rank in range(2)] == [8, 8]
+    w.check()
+    assert w.run(list(range(2000, 2060))) == 0, "a sequence can have every page again"
