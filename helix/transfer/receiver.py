@@ -232,6 +232,8 @@ class Receiver:
         if engine.runner.cache.pages.is_cuda:
             torch.cuda.synchronize(engine.runner.cache.pages.device)
         minimum(0)  # every rank has read, written and moved what it had to on the pages that others write now
+        if not self._inbound:
+            self._last_heard = time.monotonic()  # nothing was waited for before
         for seq in held:
             self._inbound[self._next_id] = Inbound(seq, set(self._all_writers))
             self._tell(_ask_of(self._next_id, seq))
@@ -268,8 +270,6 @@ class Receiver:
         return held
 
     def _tell(self, message: Ask | Cancel | Bye) -> None:
-        if not self._inbound:
-            self._last_heard = time.monotonic()
         for writer in self._writers:
             writer.channel.send(message)
 
@@ -314,7 +314,7 @@ class Receiver:
         if silent and not self._told_silence:
             self._told_silence = True
             news.append(Silence())
-        if self._told_silence and now - self._last_heard < self._config.timeout_s and self._link == SILENT:
+        if self._told_silence and self._last_heard == now:
             self._told_silence = False
             news.append(Heard())
         scheduler = self._engine.scheduler

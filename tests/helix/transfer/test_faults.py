@@ -282,6 +282,20 @@ def test_a_late_write_after_a_time_out_finds_no_page_in_use(groups, model, expec
         assert "pages are quarantined" in log and "quarantined pages are free again" in log
 
 
+def idle_decode_body(ports, path, _, layout):
+    llm = make_llm(path, ports[0], "decode", layout, timeout_s=0.5)
+    llm.generate(requests()[:1])
+    time.sleep(1.0)
+    outputs, _, counters = decode_and_log(llm)
+    leave(llm)
+    return outputs, counters["retried"]
+
+
+def test_a_group_that_was_not_asked_for_long_is_not_silent(groups, model, expected):
+    _, decoded = groups(1, 1).run(plain_prefill_body, idle_decode_body, model, (1, 1), (1, 1))
+    assert decoded == [(expected, 0)]
+
+
 # --- messages that do not belong --------------------------------------------------------------------------------------
 
 
