@@ -32,8 +32,9 @@ from ..engine import Engine
 from ..request import Sequence
 from .channel import SECRET_VARIABLE, Channel, ChannelLost, Listener, check_secret, connect, wait_for
 from .facts import Process, find_mismatch
+from .hearing import Hearing, Writer
 from .protocol import Ask, Hello, Message, Pool, Ready, Refuse, Welcome, pool_dict
-from .receiver import Receiver, Writer
+from .receiver import Receiver
 from .regions import CacheMap, Side
 from .sender import Sender, Target
 from .transport import Peer, Transport, import_nixl
@@ -124,7 +125,9 @@ def meet_prefill_group(group: Group) -> Receiver:
         transport.progress()
     transport.progress()
     _log.info("transfer: %d prefill ranks are connected", num_writers)
-    return Receiver(group.engine, group.config, num_writers=num_writers, writers=writers, transport=transport)
+    vocabulary = group.facts["model's vocabulary"]
+    hearing = Hearing(writers, timeout_s=group.config.timeout_s, vocabulary=vocabulary)
+    return Receiver(group.engine, group.config, num_writers=num_writers, hearing=hearing, transport=transport)
 
 
 def _gather(pool: Pool) -> list[Pool]:

@@ -31,65 +31,14 @@ from ..config import TransferConfig
 from ..engine import Engine
 from ..metrics import RunMetrics
 from ..request import Sequence, StreamEvent, TokenLogprobs
-from .channel import Channel, wait_for
 from .counters import TransferCounters
-from .facts import Process
-from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Progress
+from .hearing import Ended, Heard, Hearing, Lost, News, Said, Silence, Stuck
+from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First
 from .transport import Transport
 
-IDLE_S = 0.02
 CLOSE_S = 5.0
 OPEN, SILENT, GONE = "open", "silent", "gone"
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A prefill rank as rank 0 sees it."""
-
-    channel: Channel
-    process: Process
-
-
-@dataclass(frozen=True)
-class Lost:
-    """The connection to a writer has ended."""
-
-    writer: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A writer's process is known to have ended: nothing that it wrote is still under way."""
-
-    writer: int
-
-
-@dataclass(frozen=True)
-class Silence:
-    """Nothing was heard for too long."""
-
-
-@dataclass(frozen=True)
-class Heard:
-    """Something was heard again after a silence."""
-
-
-@dataclass(frozen=True)
-class Stuck:
-    """Sequences wait for pages that have been quarantined for too long."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """A writer's message about a transfer."""
-
-    writer: int
-    message: End | First
-
-
-News = Said | Lost | Ended | Silence | Heard | Stuck
 
 
 @dataclass(eq=False)
@@ -125,34 +74,22 @@ class Receiver:
         engine: decodes; computes prompts too, where a transfer fails.
         config: the settings.
         num_writers: prefill ranks.
-        writers: how to talk to them, in rank order, on rank 0; empty elsewhere.
+        hearing: rank 0's connections to them.
         transport: this rank's pool.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        config: TransferConfig,
-        *,
-        num_writers: int,
-        writers: list[Writer],
-        transport: Transport,
+        self, engine: Engine, config: TransferConfig, *, num_writers: int, hearing: Hearing, transport: Transport
     ) -> None:
         self._engine, self._config = engine, config
         self._all_writers = frozenset(range(num_writers))
-        self._writers, self._transport = writers, transport
+        self._hearing, self._transport = hearing, transport
         self._link = OPEN
         self._waiting: deque[Sequence] = deque()
         self._inbound: dict[int, Inbound] = {}
         self._quarantined: dict[int, Quarantine] = {}
         self._next_id = 0
         self._aborting = False
-        # what only rank 0 knows
-        self._told_lost: set[int] = set()
-        self._told_ended: set[int] = set()
-        self._told_silence = False
-        self._last_heard = time.monotonic()
-        self._stuck_since: float | None = None
         self.counters = TransferCounters()
 
     @property
@@ -186,7 +123,7 @@ class Receiver:
         failed = self._engine.in_step  # another rank may be anywhere: nothing collective now
         self._aborting = True
         for number, inbound in list(self._inbound.items()):
-            self._tell(Cancel(number))
+            self._hearing.tell(Cancel(number))
             if failed:
                 self._end_early(number, inbound, set(inbound.waits_for), "")
         while self._inbound:
@@ -196,24 +133,11 @@ class Receiver:
 
     def close(self) -> None:
         """Say goodbye to the prefill group, let it leave first, and let nobody write here any more."""
-        self._tell(Bye())
+        self._hearing.tell(Bye())
         deadline = time.monotonic() + CLOSE_S
-        while not from_rank0(lambda: self._have_left(deadline)):
+        while not from_rank0(lambda: self._hearing.have_left(deadline)):
             self._transport.progress()
         self._transport.close()
-
-    def _have_left(self, deadline: float) -> bool:
-        """Return whether every writer has closed its connection, or had the time to. Rank 0 alone."""
-        channels = [writer.channel for writer in self._writers if writer.channel.lost is None]
-        wait_for(channels, IDLE_S)
-        for channel in channels:
-            channel.flush()
-            channel.receive()
-        if time.monotonic() < deadline and any(channel.lost is None for channel in channels):
-            return False
-        for channel in channels:
-            channel.close()
-        return True
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -233,10 +157,10 @@ class Receiver:
             torch.cuda.synchronize(engine.runner.cache.pages.device)
         minimum(0)  # every rank has read, written and moved what it had to on the pages that others write now
         if not self._inbound:
-            self._last_heard = time.monotonic()  # nothing was waited for before
+            self._hearing.begin_to_wait()
         for seq in held:
             self._inbound[self._next_id] = Inbound(seq, set(self._all_writers))
-            self._tell(_ask_of(self._next_id, seq))
+            self._hearing.tell(_ask_of(self._next_id, seq))
             self._next_id += 1
         return []
 
@@ -269,10 +193,6 @@ class Receiver:
             held.append(seq)
         return held
 
-    def _tell(self, message: Ask | Cancel | Bye) -> None:
-        for writer in self._writers:
-            writer.channel.send(message)
-
     # --- listening ----------------------------------------------------------------------------------------------------
 
     def _hear(self) -> list[StreamEvent]:
@@ -286,59 +206,15 @@ class Receiver:
         return events
 
     def _listen(self) -> list[News]:
-        """Return what has happened since; waits a little when there is nothing else to do. Rank 0 alone."""
-        if not self._engine.scheduler.running:
-            wait_for([writer.channel for writer in self._writers], IDLE_S)
-        news: list[News] = []
-        now = time.monotonic()
-        for number, writer in enumerate(self._writers):
-            for message in writer.channel.receive():
-                self._last_heard = now
-                if isinstance(message, End) or (isinstance(message, First) and self._is_sound(number, message)):
-                    news.append(Said(number, message))
-                elif not isinstance(message, (First, Progress)):
-                    _log.warning("dropped a %s from prefill rank %d", type(message).__name__, number)
-            writer.channel.flush()
-            if writer.channel.lost and number not in self._told_lost:
-                self._told_lost.add(number)
-                news.append(Lost(number, writer.channel.lost))
-            if writer.channel.lost and number not in self._told_ended and writer.process.has_ended():
-                self._told_ended.add(number)
-                news.append(Ended(number))
-        return news + self._watch(now)
-
-    def _watch(self, now: float) -> list[News]:
-        """Return what the clock says: silence, its end, and a wait for pages that is too long."""
-        news: list[News] = []
-        silent = bool(self._inbound) and now - self._last_heard > self._config.timeout_s
-        if silent and not self._told_silence:
-            self._told_silence = True
-            news.append(Silence())
-        if self._told_silence and self._last_heard == now:
-            self._told_silence = False
-            news.append(Heard())
+        """Return rank 0's news."""
         scheduler = self._engine.scheduler
         stands = bool(scheduler.waiting or self._waiting) and not (scheduler.running or self._inbound)
-        stuck = stands and bool(self._quarantined)
-        self._stuck_since = (self._stuck_since or now) if stuck else None
-        if self._stuck_since is not None and now - self._stuck_since > self._config.timeout_s:
-            self._stuck_since = None
-            news.append(Stuck())
-        return news
-
-    def _is_sound(self, writer: int, first: First) -> bool:
-        """Return whether a first token can be one; says so in the log where it cannot."""
-        inbound, problem = self._inbound.get(first.id), ""
-        vocabulary = self._engine.runner.decoder.spec.vocab_size
-        if inbound is None or inbound.first is not None or writer != 0:
-            problem = "which is not waited for"
-        elif max(first.token, *first.top_ids.tolist(), 0) >= vocabulary or (first.top_ids < 0).any():
-            problem = f"with ids outside the vocabulary of {vocabulary}"
-        elif (first.seed, first.num_drawn) != (inbound.seq.seed, 1):
-            problem = f"drawn under seed {first.seed}, not {inbound.seq.seed}"
-        if problem:
-            _log.warning("dropped a First from prefill rank %d for request %d, %s", writer, first.id, problem)
-        return not problem
+        return self._hearing.listen(
+            {number: inbound.seq.seed for number, inbound in self._inbound.items() if inbound.first is None},
+            waits=bool(self._inbound),
+            stands=stands and bool(self._quarantined),
+            idle=not scheduler.running,
+        )
 
     # --- acting on what was heard; alike on all ranks -----------------------------------------------------------------
 
@@ -383,7 +259,7 @@ class Receiver:
             inbound.unknown.add(writer)
         if end.state != DONE:
             if not inbound.problems and inbound.waits_for:
-                self._tell(Cancel(end.id))
+                self._hearing.tell(Cancel(end.id))
             inbound.problems.append(end.reason or end.state)
         if inbound.waits_for:
             return []
@@ -398,7 +274,7 @@ class Receiver:
         """Wait for no writer any more: what has not ended is unknown."""
         events: list[StreamEvent] = []
         for number, inbound in list(self._inbound.items()):
-            self._tell(Cancel(number))
+            self._hearing.tell(Cancel(number))
             events += self._end_early(number, inbound, inbound.unknown | inbound.waits_for, reason)
         return events
 

@@ -20,6 +20,7 @@ from helix.sampling import SamplingParams
 from helix.transfer import channel as channels
 from helix.transfer.channel import ChannelLost
 from helix.transfer.facts import Process
+from helix.transfer.hearing import Hearing
 from helix.transfer.protocol import Ask, End, encode
 from helix.transfer.receiver import Receiver
 from helix.transfer.transport import RUNNING, Peer
@@ -302,30 +303,30 @@ def test_a_group_that_was_not_asked_for_long_is_not_silent(groups, model, expect
 def sending_body(ports, path, _, layout, kind):
     """The decode group's rank 0 sends, beside each request, what it should not."""
     llm = make_llm(path, ports[0], "decode", layout)
-    plain = Receiver._tell
+    plain = Hearing.tell
 
-    def tell(receiver, message):
+    def tell(hearing, message):
         if isinstance(message, Ask) and kind == "wrong pages" and message.id == 1:
             message = replace(message, pages=message.pages[:-1])
         if isinstance(message, Ask) and kind == "pages of others" and message.id == 1:
             message = replace(message, pages=message.pages + 1_000_000)
         if isinstance(message, Ask) and kind == "other settings" and message.id == 1:
             message = replace(message, sampling={"temperature": "hot"})
-        plain(receiver, message)
+        plain(hearing, message)
         if isinstance(message, Ask) and kind == "duplicate":
-            plain(receiver, message)
+            plain(hearing, message)
         if isinstance(message, Ask) and kind == "malformed":
             channels.encode, packed = (lambda _: b"\x93\x01\x02"), channels.encode
-            plain(receiver, message)
+            plain(hearing, message)
             channels.encode = packed
         if isinstance(message, Ask) and kind == "not a request":
-            plain(receiver, End(0, "done"))
+            plain(hearing, End(0, "done"))
 
-    Receiver._tell = tell
+    Hearing.tell = tell
     try:
         result = decode_and_log(llm)
     finally:
-        Receiver._tell = plain
+        Hearing.tell = plain
     leave(llm)
     return result
 

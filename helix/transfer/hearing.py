@@ -1,0 +1,174 @@
+"""What rank 0 of the decode group hears of the prefill ranks, as news that it shares with all ranks of its group.
+
+Sockets, clocks and other processes are seen by one rank only. So all that they decide is decided here, on rank 0, and
+comes out as values; ``Receiver`` broadcasts them and acts on them alike on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .channel import Channel, wait_for
+from .facts import Process
+from .protocol import Ask, Bye, Cancel, End, First, Progress
+
+IDLE_S = 0.02
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A prefill rank as rank 0 sees it."""
+
+    channel: Channel
+    process: Process
+
+
+@dataclass(frozen=True)
+class Said:
+    """A writer's message about a transfer."""
+
+    writer: int
+    message: End | First
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The connection to a writer has ended."""
+
+    writer: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A writer's process is known to have ended: nothing that it wrote is still under way."""
+
+    writer: int
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Nothing was heard for too long while something was waited for."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Something was heard again after a silence."""
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """Sequences have stood for too long because pages are quarantined."""
+
+
+News = Said | Lost | Ended | Silence | Heard | Stuck
+
+
+class Hearing:
+    """Rank 0's connections to the prefill ranks; on other ranks it has none and is only told to tell.
+
+    Args:
+        writers: the prefill ranks, in their order.
+        timeout_s: how long they may be silent, and how long sequences may stand.
+        vocabulary: token ids are below it.
+    """
+
+    def __init__(self, writers: list[Writer], *, timeout_s: float, vocabulary: int) -> None:
+        self._writers, self._timeout_s, self._vocabulary = writers, timeout_s, vocabulary
+        self._told_lost: set[int] = set()
+        self._told_ended: set[int] = set()
+        self._silent = False
+        self._last_heard = time.monotonic()
+        self._stands_since: float | None = None
+
+    def tell(self, message: Ask | Cancel | Bye) -> None:
+        """Send a message to every prefill rank."""
+        for writer in self._writers:
+            writer.channel.send(message)
+
+    def begin_to_wait(self) -> None:
+        """Count silence from now on: nothing was waited for before."""
+        self._last_heard = time.monotonic()
+
+    def listen(self, awaited: Mapping[int, int], *, waits: bool, stands: bool, idle: bool) -> list[News]:
+        """Return what has happened since the last call.
+
+        Args:
+            awaited: the seeds of the requests whose first token is waited for.
+            waits: some request is asked for.
+            stands: sequences cannot go on because pages are quarantined.
+            idle: there is nothing else to do: wait a little for something to read.
+        """
+        if idle:
+            wait_for([writer.channel for writer in self._writers], IDLE_S)
+        news: list[News] = []
+        now, heard, seeds = time.monotonic(), False, dict(awaited)
+        for number, writer in enumerate(self._writers):
+            for message in writer.channel.receive():
+                heard = True
+                if isinstance(message, End) or (isinstance(message, First) and self._is_sound(number, message, seeds)):
+                    news.append(Said(number, message))
+                elif not isinstance(message, (First, Progress)):
+                    _log.warning("dropped a %s from prefill rank %d", type(message).__name__, number)
+            writer.channel.flush()
+            news += self._look_after(number, writer)
+        self._last_heard = now if heard else self._last_heard
+        return news + self._watch(now, heard, waits, stands)
+
+    def have_left(self, deadline: float) -> bool:
+        """Return whether every writer has closed its connection, or had until ``deadline`` to do so."""
+        channels = [writer.channel for writer in self._writers if writer.channel.lost is None]
+        wait_for(channels, IDLE_S)
+        for channel in channels:
+            channel.flush()
+            channel.receive()
+        if time.monotonic() < deadline and any(channel.lost is None for channel in channels):
+            return False
+        for channel in channels:
+            channel.close()
+        return True
+
+    def _look_after(self, number: int, writer: Writer) -> list[News]:
+        """Return, once each, that a writer's connection is lost and that its process has ended."""
+        news: list[News] = []
+        if writer.channel.lost and number not in self._told_lost:
+            self._told_lost.add(number)
+            news.append(Lost(number, writer.channel.lost))
+        if writer.channel.lost and number not in self._told_ended and writer.process.has_ended():
+            self._told_ended.add(number)
+            news.append(Ended(number))
+        return news
+
+    def _watch(self, now: float, heard: bool, waits: bool, stands: bool) -> list[News]:
+        """Return what the clock says: silence, its end, and sequences that stand for too long."""
+        news: list[News] = []
+        if self._silent and heard:
+            self._silent = False
+            news.append(Heard())
+        if waits and not self._silent and now - self._last_heard > self._timeout_s:
+            self._silent = True
+            news.append(Silence())
+        self._stands_since = (self._stands_since or now) if stands else None
+        if self._stands_since is not None and now - self._stands_since > self._timeout_s:
+            self._stands_since = None
+            news.append(Stuck())
+        return news
+
+    def _is_sound(self, writer: int, first: First, seeds: dict[int, int]) -> bool:
+        """Return whether a first token can be one, and wait for it no more; says so in the log where it cannot."""
+        problem = ""
+        if first.id not in seeds or writer != 0:
+            problem = "which is not waited for"
+        elif max(first.token, *first.top_ids.tolist(), 0) >= self._vocabulary or (first.top_ids < 0).any():
+            problem = f"with ids outside the vocabulary of {self._vocabulary}"
+        elif (first.seed, first.num_drawn) != (seeds[first.id], 1):
+            problem = f"drawn under seed {first.seed}, not {seeds[first.id]}"
+        if problem:
+            _log.warning("dropped a First from prefill rank %d for request %d, %s", writer, first.id, problem)
+            return False
+        del seeds[first.id]
+        return True
