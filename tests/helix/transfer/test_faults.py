@@ -449,6 +449,34 @@ def test_requests_that_are_cancelled_leave_both_sides_as_they_were(groups, model
         assert outputs == expected
 
 
+def failing_step_body(ports, path, _, layout):
+    """A decode step fails while other requests are on their way; the next call is whole."""
+    llm = make_llm(path, ports[0], "decode", layout)
+    runner = llm.engine.runner
+    plain, on_their_way = runner.run, []
+
+    def run(chunks):
+        if llm._receiver._inbound and not on_their_way:
+            on_their_way.append(len(llm._receiver._inbound))
+            raise RuntimeError("the step fails on every rank")
+        return plain(chunks)
+
+    runner.run = run
+    with pytest.raises(RuntimeError, match="the step fails"):
+        llm.generate(requests())
+    outputs, log, _ = decode_and_log(llm)
+    leave(llm)
+    return outputs, log, on_their_way
+
+
+def test_a_step_that_fails_beside_transfers_leaves_the_pool_whole(groups, model, expected):
+    _, decoded = groups(1, 2).run(plain_prefill_body, failing_step_body, model, (1, 1), (2, 1))
+    for outputs, log, on_their_way in decoded:
+        assert on_their_way and on_their_way[0] > 0
+        assert outputs == expected
+        assert "quarantined pages are free again" in log
+
+
 def strangers_body(ports, path, _, layout, settings=None):
     """Strangers knock while the groups meet."""
     import socket

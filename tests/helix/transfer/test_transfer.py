@@ -94,3 +94,35 @@ def test_tokens_equal_those_of_the_aggregated_run(groups, model, expected, prefi
             assert found[0] == 69 and found[1] >= 50, "the second batch finds the first one's blocks"
             assert counters["requests"] == 3 and counters["retried"] == counters["failed"] == 0
             assert counters["tokens_received"] == 70 + 57 + 67 - sum(found)
+
+
+TIGHT = [(Random(n).choices(range(256), k=n), SamplingParams(max_tokens=30, ignore_eos=True)) for n in (90, 70, 80, 33)]
+
+
+def tight_prefill_body(ports, path, prefill, decode):
+    """Two prompts at most fit at once, and pages that are still being written cannot be had."""
+    llm = make_llm(path, ports[0], "prefill", prefill, num_pages=7)
+    llm.serve()
+    assert_idle(llm)
+
+
+def tight_decode_body(ports, path, prefill, decode):
+    """Sequences wait for pages, and grow out of them: some are preempted and computed again here."""
+    llm = make_llm(path, ports[0], "decode", decode, num_pages=14 // decode[0])
+    results = generate(llm, [TIGHT, TIGHT])
+    counters = llm.metrics.as_dict()
+    leave(llm)
+    return results, counters["transfer"], counters["preemptions"]
+
+
+def tight_expected_body(path):
+    return generate(make_llm(path, None, None, (1, 1)), [TIGHT, TIGHT])
+
+
+def test_tight_pools_make_requests_wait_and_change_no_token(groups, model, rank_pools, expected):
+    wanted = rank_pools[1].run(tight_expected_body, model)[0]
+    _, decoded = groups(1, 2).run(tight_prefill_body, tight_decode_body, model, (1, 1), (2, 1))
+    for results, counters, preemptions in decoded:
+        assert [tokens for tokens, _, _ in results] == [tokens for tokens, _, _ in wanted]
+        assert counters["requests"] == len(TIGHT) and counters["retried"] == 0
+        assert preemptions > 0
