@@ -32,7 +32,7 @@ from .cache.events import Listener
 from .cache.mover import PageMover
 from .cache.pages import PagedCache, free_bytes
 from .cache.retention import Retention
-from .config import HelixConfig, ParallelConfig
+from .config import HelixConfig, ParallelConfig, SpeculativeConfig
 from .detokenize import Detokenizer
 from .engine import Engine
 from .graphs import buckets_up_to
@@ -67,11 +67,15 @@ def enter(config: HelixConfig) -> Launch:
 
 
 def config_of_part(config: HelixConfig, part: int) -> HelixConfig:
-    """Return the settings of this rank's group: the first part of a split world has a layout of its own."""
-    if not config.transfer.prefill_ranks or part:
+    """Return the settings of this rank's group.
+
+    A prefill group never decodes, so it drafts nothing; as the first part of a split world it has a layout of its own.
+    """
+    if not config.transfer.prefills(part):
         return config
     prefill = config.transfer.prefill
-    return replace(config, parallel=ParallelConfig(kvp=prefill.kvp, tpa=prefill.tpa))
+    layout = config.parallel if config.transfer.role else ParallelConfig(kvp=prefill.kvp, tpa=prefill.tpa)
+    return replace(config, parallel=layout, speculative=SpeculativeConfig())
 
 
 class LLM:

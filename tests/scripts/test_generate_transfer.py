@@ -167,5 +167,10 @@ def test_a_world_that_prefills_takes_no_prompts():
 def test_the_first_part_of_a_split_world_has_the_prefill_layout():
     config = GenerateConfig(prompt="x", transfer=TransferConfig(prefill_ranks=2, prefill=PrefillConfig(kvp=2, tpa=1)))
     config.parallel.kvp = 4
+    config.speculative.method = "ngram"
+    assert (config_of_part(config, 0).speculative.method, config_of_part(config, 1).speculative.method) == (
+        "none",
+        "ngram",
+    )
     assert (config_of_part(config, 0).parallel.kvp, config_of_part(config, 1).parallel.kvp) == (2, 4)
     assert config.transfer.prefills(0) and not config.transfer.prefills(1)

@@ -92,6 +92,19 @@ def plain_prefill_body(ports, path, layout, *_):
     return serve(make_llm(path, ports[0], "prefill", layout))
 
 
+def slow_prefill_body(ports, path, layout, *_):
+    """Requests are on their way for so long that others decode meanwhile."""
+    llm = make_llm(path, ports[0], "prefill", layout)
+    plain = llm._sender._send
+
+    def send():
+        time.sleep(0.05)
+        plain()
+
+    llm._sender._send = send
+    return serve(llm)
+
+
 def decode_and_log(llm, asked=None):
     """Outputs, log, counters; afterwards it waits until every page has come back."""
     log = Log()
@@ -442,7 +455,7 @@ def cancelling_body(ports, path, _, layout):
 
 
 def test_requests_that_are_cancelled_leave_both_sides_as_they_were(groups, model, expected):
-    served, decoded = groups(2, 2).run(plain_prefill_body, cancelling_body, model, (2, 1), (2, 1))
+    served, decoded = groups(2, 2).run(slow_prefill_body, cancelling_body, model, (2, 1), (2, 1))
     assert all(reason == "" for reason, _ in served)
     for first, on_their_way, outputs in decoded:
         assert first == expected[0][0][:1] and on_their_way > 0
@@ -452,16 +465,16 @@ def test_requests_that_are_cancelled_leave_both_sides_as_they_were(groups, model
 def failing_step_body(ports, path, _, layout):
     """A decode step fails while other requests are on their way; the next call is whole."""
     llm = make_llm(path, ports[0], "decode", layout)
-    runner = llm.engine.runner
-    plain, on_their_way = runner.run, []
+    mover = llm.engine.mover
+    plain, on_their_way = mover.execute, []
 
-    def run(chunks):
-        if llm._receiver._inbound and not on_their_way:
+    def execute(movements):
+        if llm.engine.in_step and llm._receiver._inbound and not on_their_way:
             on_their_way.append(len(llm._receiver._inbound))
             raise RuntimeError("the step fails on every rank")
-        return plain(chunks)
+        plain(movements)
 
-    runner.run = run
+    mover.execute = execute
     with pytest.raises(RuntimeError, match="the step fails"):
         llm.generate(requests())
     outputs, log, _ = decode_and_log(llm)
@@ -470,7 +483,7 @@ def failing_step_body(ports, path, _, layout):
 
 
 def test_a_step_that_fails_beside_transfers_leaves_the_pool_whole(groups, model, expected):
-    _, decoded = groups(1, 2).run(plain_prefill_body, failing_step_body, model, (1, 1), (2, 1))
+    _, decoded = groups(1, 2).run(slow_prefill_body, failing_step_body, model, (1, 1), (2, 1))
     for outputs, log, on_their_way in decoded:
         assert on_their_way and on_their_way[0] > 0
         assert outputs == expected

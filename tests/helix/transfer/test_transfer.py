@@ -126,3 +126,32 @@ def test_tight_pools_make_requests_wait_and_change_no_token(groups, model, rank_
         assert [tokens for tokens, _, _ in results] == [tokens for tokens, _, _ in wanted]
         assert counters["requests"] == len(TIGHT) and counters["retried"] == 0
         assert preemptions > 0
+
+
+REPEATED = [(part * 5, SamplingParams(max_tokens=20, ignore_eos=True)) for part in ([7, 8, 9, 10, 11], [50, 60, 70])]
+
+
+def drafting_body(ports, path, prefill, decode):
+    llm = make_llm(path, ports[0], "decode", decode, speculative="ngram")
+    results = generate(llm, [REPEATED])
+    figures = llm.metrics.as_dict()
+    leave(llm)
+    return results[0][0], figures["transfer"]["requests"], figures["speculative"]
+
+
+def drafting_prefill_body(ports, path, prefill, decode):
+    llm = make_llm(path, ports[0], "prefill", prefill, speculative="ngram")
+    llm.serve()
+    assert_idle(llm)
+
+
+def plain_repeated_body(path):
+    return generate(make_llm(path, None, None, (1, 1)), [REPEATED])[0][0]
+
+
+def test_a_decode_group_that_drafts_gives_the_same_tokens(groups, model, rank_pools, expected):
+    wanted = rank_pools[1].run(plain_repeated_body, model)[0]
+    _, decoded = groups(1, 2).run(drafting_prefill_body, drafting_body, model, (1, 1), (2, 1))
+    for tokens, requests, speculative in decoded:
+        assert (tokens, requests) == (wanted, len(REPEATED))
+        assert speculative is not None

@@ -10,6 +10,7 @@ from helix.config import (
     ParallelConfig,
     RuntimeConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     TransferConfig,
 )
 from helix.llm import LLM
@@ -29,6 +30,7 @@ def make_llm(
     max_batch: int = 4,
     check_ranks: bool = True,
     dtype: str = "float32",
+    speculative: str = "none",
     **transfer: Any,
 ) -> LLM:
     """Return an LLM of one group, or of none."""
@@ -41,6 +43,7 @@ def make_llm(
             parallel=ParallelConfig(kvp=layout[0], tpa=layout[1]),
             cache=CacheConfig(block_size=block_size, num_pages=num_pages),
             scheduler=SchedulerConfig(max_batch=max_batch, prefill_chunk=chunk),
+            speculative=SpeculativeConfig(method=speculative),
             runtime=RuntimeConfig(check_ranks=check_ranks),
             transfer=TransferConfig(**transfer),
         )
