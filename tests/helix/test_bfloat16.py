@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helix import engine
 from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from helix.llm import LLM
 from helix.sampling import SamplingParams
@@ -27,10 +28,17 @@ def logits_body(path, kvp, tpa, block_size, prompts):
     )
     llm = LLM(config)
     ours = []
-    sample = llm.engine._sample
-    llm.engine._sample = lambda logits, seqs: (ours.extend(logits.cpu()), sample(logits, seqs))[1]
+    sample = engine.sample
+
+    def sample_and_keep(logits, batch):
+        ours.extend(logits.cpu())
+        return sample(logits, batch)
+
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(engine, "sample", sample_and_keep)
     sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)  # log-probabilities need the logits
     outputs = [llm.generate([prompt], sampling)[0].token_ids for prompt in prompts]
+    monkeypatch.undo()
     if dist.get_rank() != 0:
         return ours, None, None
     theirs = {}
