@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,8 +182,12 @@ def write_text(path: str, text: str) -> None:
     partial.replace(target)
 
 
-def check_writable(*paths: str | None) -> None:
-    """Raise OSError or ValueError now for an output that could not be written in the end."""
+def check_writable(*paths: str | None, read: Iterable[str | None] = ()) -> None:
+    """Raise OSError or ValueError now for an output that could not be written in the end, or over another file."""
+    files = [str(Path(path).resolve()) for path in filter(None, (*paths, *read)) if not _is_special(path)]
+    for file in files:
+        if files.count(file) > 1:
+            raise ValueError(f"{file} is named twice among prompts, output, metrics and cache.events; name it once")
     for path in filter(None, paths):
         folder = Path(path).resolve().parent
         if not folder.is_dir():
@@ -254,7 +258,7 @@ def run(config: GenerateConfig) -> None:
 
 def run_requests(config: GenerateConfig, launch: Launch) -> None:
     """Read the requests, generate, and write what came of them."""
-    from_rank0(lambda: check_writable(config.output, config.metrics, config.cache.events))
+    from_rank0(lambda: check_writable(config.output, config.metrics, config.cache.events, read=[config.prompts]))
     requests = from_rank0(lambda: read_requests(config))
     llm = LLM(config, prompts=requests)
     with cache_events(llm, config.cache.events):

@@ -409,6 +409,8 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(
         (("output=nowhere/out.jsonl",), "nowhere/out.jsonl cannot be written: {0}/nowhere is not a folder"),
         (("metrics=nowhere/m.json",), "nowhere/m.json cannot be written: {0}/nowhere is not a folder"),
         (("output=.",), ". cannot be written"),
+        (("output=a.json", "metrics=./a.json"), "{0}/a.json is named twice among prompts, output, metrics and"),
+        (("prompts=in.jsonl", "prompt=null", "output=in.jsonl"), "{0}/in.jsonl is named twice among prompts, output"),
         (("runtime.device=cuda",), "runtime.device = cuda, but this node has "),
         (("attention.backend=triton",), "attention.backend = triton needs a CUDA device (or TRITON_INTERPRET=1)"),
     ],
