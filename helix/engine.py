@@ -163,12 +163,13 @@ class Engine:
         return StreamEvent(seq.index, [], "", seq.output)
 
     def drop(self, seq: Sequence) -> None:
-        """Take out a sequence that waits or runs."""
-        if seq in self.scheduler.running:
-            self.scheduler.finish(seq)
-        else:
+        """Take out a sequence that waits or runs, without a word; a step in flight still holds its pages."""
+        seq.output.finish_reason = "error"
+        if seq in self.scheduler.waiting:
             self.scheduler.waiting.remove(seq)
-        self._forget(seq)
+            self._forget(seq)
+        else:
+            self._leave(seq)
 
     def abort_all(self) -> None:
         """Drop every sequence; its pages are free or cached. After a step that failed, nothing stays cached.
@@ -355,6 +356,9 @@ class Engine:
         place = self.runner.placement
         for rank in range(place.kvp):
             self.metrics.tokens_per_rank[rank] += place.local_len(seq.num_computed, rank, seq.blocks.first_owner)
+        self._leave(seq)
+
+    def _leave(self, seq: Sequence) -> None:
         if self._flight is None or not self._flight.holds(seq):  # else when that has landed
             self.scheduler.finish(seq)
         self._forget(seq)

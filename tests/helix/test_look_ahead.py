@@ -385,3 +385,22 @@ def test_a_fault_in_any_launched_step_is_raised_and_the_next_call_runs(model: Pa
     assert launches == (4 if closed else 5), "the step after it was in flight already"
     assert_idle(llm)
     assert llm.generate([request(PROMPTS[4], 8)])[0].token_ids == wanted.token_ids
+
+
+def test_a_sequence_dropped_in_flight_keeps_its_pages_until_the_step_has_landed(model: Path) -> None:
+    expected = make_llm(model, True).generate([request(prompt) for prompt in PROMPTS[:3]])
+    llm = make_llm(model, True)
+    stream = llm.stream([request(prompt) for prompt in PROMPTS[:3]])
+    seen = [next(stream) for _ in range(3 * 4)]
+    flight = llm.engine._flight
+    assert flight is not None
+    dropped = flight.step.chunks[1].seq
+    held = list(dropped.blocks.pages)
+    llm.engine.drop(dropped)
+    assert dropped in llm.engine.scheduler.running and dropped.blocks.pages == held
+    seen += list(stream)
+    outputs = {event.index: event.output for event in seen if event.output is not None}
+    assert {index: output.token_ids for index, output in outputs.items()} == {
+        index: expected[index].token_ids for index in range(3) if index != dropped.index
+    }
+    assert_idle(llm)
