@@ -103,6 +103,12 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
             fail(problem)
 
     task()
+    if dist.is_torchelastic_launched():
+        # One of gloo's threads may outlive its group and abort an orderly exit ("terminate called without an active
+        # exception", torch 2.13, now and then with 4 ranks): what was to be done is done, so end here.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _compose(name: str, schema: type[Config], arguments: Sequence[str]) -> None:

@@ -50,10 +50,14 @@ class _Twin:
     num_known: int
 
     def update(self, token_ids: list[int]) -> None:
-        """Take over the target's tokens; what was computed of guesses that were accepted stays."""
+        """Take over the target's tokens; what was computed of guesses that came true stays.
+
+        The last token is computed again even so: its logits choose the first guess. Where pages were short, all guesses
+        may have come true, those too that the target was not shown.
+        """
         new = token_ids[self.num_known :]
         same = num_accepted(self.seq.token_ids[self.num_known :], new)
-        self.seq.num_computed = min(self.seq.num_computed, self.num_known + same)
+        self.seq.num_computed = min(self.seq.num_computed, self.num_known + same, len(token_ids) - 1)
         self.seq.token_ids[self.num_known :] = new
         self.num_known = len(token_ids)
 

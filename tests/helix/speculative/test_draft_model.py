@@ -175,6 +175,19 @@ def test_short_pages_of_its_own_mean_fewer_drafts_and_nothing_else(model: str) -
     assert drafter._pool.num_free(0) == 20 and len(held) > 20
 
 
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_guesses_that_no_page_was_left_for_may_come_true(
+    model: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(make_llm(model), greedy_requests())
+    llm = make_llm(model, speculative=drafting(model, max_draft_len=4))
+    extend = llm.engine.scheduler.extend_for_drafts
+    monkeypatch.setattr(
+        llm.engine.scheduler, "extend_for_drafts", lambda seq, num_drafts: extend(seq, min(num_drafts, room))
+    )
+    assert told(run(llm, greedy_requests())) == told(expected)
+
+
 def test_preempted_sequences_draft_again_when_they_come_back(model: str) -> None:
     settings: dict[str, Any] = {"block_size": 4, "num_pages": 26, "prefill_chunk": 512}
     sampling = SamplingParams(max_tokens=40, ignore_eos=True)
