@@ -108,10 +108,8 @@ def _tiles(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
 
-def choose_splits(columns: int, turns: int, gated: bool, processors: int) -> int:
-    """Return how many parts K is cut into, so that programs fill the GPU; ``turns`` is what one part would take."""
-    if gated:
-        return 1
+def choose_splits(columns: int, turns: int, processors: int) -> int:
+    """Return how many parts K, which takes so many turns, is cut into, so that programs fill the GPU."""
     return max(1, min(processors // -(-columns // BN), turns // 2))
 
 
@@ -149,7 +147,7 @@ def split_linear(
     The result is their sum over S; they are float32 where S > 1, and in x's dtype where S is 1.
     """
     if _can_stream(x, w):
-        splits = choose_splits(w.shape[0], -(-x.shape[1] // BK), False, _processors(x.device))
+        splits = choose_splits(w.shape[0], -(-x.shape[1] // BK), _processors(x.device))
         return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits)
     return F.linear(x, w, bias).unsqueeze(0)
 
