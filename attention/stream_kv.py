@@ -101,7 +101,7 @@ def _stream_kv_kernel(
         late = (s < count) & (gl.minimum(at + 2 * TILE, end) > settled)
         _fetch(kv, tiles_s, bars.index(s), s, at, end - 1, row0, table, v_rows, page_rows, late, BLOCK_SIZE)
 
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8] if D <= 256 else [1, 32], [4, 1], [1, 0])
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
     wgmma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     columns: gl.constexpr = gl.SliceLayout(0, wgmma)
     q_s = gl.allocate_shared_memory(dtype, [M, D], kv.layout)
@@ -166,7 +166,7 @@ def _stream_kv_kernel(
         o_d = gl.arange(0, D, layout=gl.SliceLayout(1, wgmma))
         value = acc / sums[None, :]
         to = out + cell[None, :] * D + o_d[:, None]
-        gl.store(to, value.to(out.dtype.element_ty), mask=real[None, :] & (o_d < D)[:, None])
+        gl.store(to, value.to(out.dtype.element_ty), mask=real[None, :])
 
 
 def fits(pages: torch.Tensor) -> bool:

@@ -1,8 +1,9 @@
 """All-reduce + residual + RMSNorm of the residual stream: one kernel where messages are small, NCCL above.
 
-A decode layer has two of these, and their messages are a few KiB: latency is all. The fused kernel is one-shot: every
-rank pushes its rows to all others (the protocol of ``symmetric.py``), adds what it receives in rank order in float32,
-adds the residual, normalises, and stores both. The sum has the same bits on every rank.
+A decode layer has two of these, and their messages are a few KiB: latency is all. The fused kernel is one-shot there:
+every rank pushes its rows to all others (the protocol of ``symmetric.py``), adds what it receives in rank order in
+float32, adds the residual, normalises, and stores both. Where bytes begin to count it is two-shot: every row has an
+owner, who alone receives summands and pushes the new residual. Both give the same bits, on every rank.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from .symmetric import (
 
 OPERATION = 0
 """What a Fault's ``operation`` says for this kernel."""
-MAX_FUSED_BYTES = 1 << 20
+MAX_FUSED_BYTES = 4 << 20
+TWO_SHOT_BYTES = 1 << 17
+GRACE_NS = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -103,10 +106,11 @@ def _load_sum(x, num_rows, row, at, on, H: tl.constexpr, SUMMANDS: tl.constexpr,
 def _fused_kernel(
     x, residual, weight, normed, peers, faults, num_rows, rank, slot, place, timeout_ns, eps,
     CAPACITY: tl.constexpr, N: tl.constexpr, H: tl.constexpr, GRANULES: tl.constexpr, SUMMANDS: tl.constexpr,
-    PDL: tl.constexpr,
+    TWO_SHOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: all of it stays in registers as granules, four words or eight values a thread."""
     row = tl.program_id(0).to(tl.int64)
+    owner = (row % N).to(tl.int32) if TWO_SHOT else rank  # in one shot every rank does what an owner does
     dtype: tl.constexpr = residual.dtype.element_ty
     row_bytes: tl.constexpr = H * dtype.primitive_bitwidth // 8
     source_bytes: tl.constexpr = CAPACITY * row_bytes
@@ -117,21 +121,26 @@ def _fused_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    deadline = deadline_of(timeout_ns, faults) + tl.zeros([GRANULES], tl.int64)
+    # an owner gives up first and sends what it has: the rank that is noted is the one that never came
+    patience = timeout_ns.to(tl.int64) + tl.where(rank == owner, 0, GRACE_NS)
+    deadline = deadline_of(patience, faults) + tl.zeros([GRANULES], tl.int64)
     w0, w1, w2, w3 = _load_sum(x, num_rows, row, at, on, H, SUMMANDS, dtype)
     w0, w1, w2, w3 = not_empty(w0), not_empty(w1), not_empty(w2), not_empty(w3)
     base = (slot.to(tl.int64) * N * CAPACITY + row) * row_bytes + at
     for n in tl.static_range(1, N):
         peer = (rank + n) % N
-        push_granules(tl.load(addresses + peer) + base + rank.to(tl.int64) * source_bytes, w0, w1, w2, w3, on)
-    s0, s1, s2, s3 = load_granules(residual.to(tl.int64) + row * row_bytes + at, on)
+        to = tl.where(peer == owner, on, 0) if TWO_SHOT else on
+        push_granules(tl.load(addresses + peer) + base + rank.to(tl.int64) * source_bytes, w0, w1, w2, w3, to)
+    adds = tl.where(rank == owner, on, 0)  # what an owner sends has the residual in it
+    s0, s1, s2, s3 = load_granules(residual.to(tl.int64) + row * row_bytes + at, adds)
     mine = tl.load(addresses + rank) + base
     a0 = tl.zeros([GRANULES], tl.float32)
     a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
     missing = tl.full([GRANULES], -1, tl.int32)
     for n in tl.static_range(N):
-        own = n == rank
-        r0, r1, r2, r3, late = poll_granules(mine + n * source_bytes, deadline, tl.where(own, 0, on))
+        comes = (n != rank) & ((rank == owner) | (n == owner))
+        own = (n == rank) & (rank == owner)
+        r0, r1, r2, r3, late = poll_granules(mine + n * source_bytes, deadline, tl.where(comes, on, 0))
         r0, r1, r2, r3 = tl.where(own, w0, r0), tl.where(own, w1, r1), tl.where(own, w2, r2), tl.where(own, w3, r3)
         missing = tl.where((late != 0) & (missing < 0), n, missing)
         a0, a1 = _add_word(a0, a1, r0, dtype)
@@ -142,8 +151,13 @@ def _fused_kernel(
     a2, a3 = _add_word(a2, a3, s1, dtype)
     a4, a5 = _add_word(a4, a5, s2, dtype)
     a6, a7 = _add_word(a6, a7, s3, dtype)
-    stream = residual.to(tl.int64) + row * row_bytes + at
-    push_granules(stream, pack(a0, a1, dtype), pack(a2, a3, dtype), pack(a4, a5, dtype), pack(a6, a7, dtype), on)
+    w0, w1 = not_empty(pack(a0, a1, dtype)), not_empty(pack(a2, a3, dtype))
+    w2, w3 = not_empty(pack(a4, a5, dtype)), not_empty(pack(a6, a7, dtype))
+    if TWO_SHOT:
+        for n in tl.static_range(1, N):
+            peer = tl.load(addresses + (rank + n) % N)
+            push_granules(peer + base + rank.to(tl.int64) * source_bytes, w0, w1, w2, w3, adds)
+    push_granules(residual.to(tl.int64) + row * row_bytes + at, w0, w1, w2, w3, on)
     # the norm is of the stream as it is stored
     a0, a1 = _round(a0, a1, dtype)
     a2, a3 = _round(a2, a3, dtype)
@@ -159,7 +173,8 @@ def _fused_kernel(
     tl.debug_barrier()
     empty = tl.full([GRANULES], -1, tl.int32)
     for n in tl.static_range(N):
-        push_granules(mine + n * source_bytes, empty, empty, empty, empty, tl.where(n == rank, 0, on))
+        comes = (n != rank) & ((rank == owner) | (n == owner))
+        push_granules(mine + n * source_bytes, empty, empty, empty, empty, tl.where(comes, on, 0))
     note_fault(faults, tl.max(missing, 0), place)
 
 
@@ -205,6 +220,10 @@ class AllReduceNorm:
         """Return whether a message of so many rows goes through the fused kernel; the same on every rank."""
         return self._buffer is not None and num_rows <= self._capacity
 
+    def _is_two_shot(self, num_rows: int) -> bool:
+        size = 1 if self._group is None else self._group.size()
+        return num_rows >= size > 2 and num_rows * self._row_bytes >= TWO_SHOT_BYTES
+
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, index: int = 0
     ) -> torch.Tensor:
@@ -242,7 +261,7 @@ class AllReduceNorm:
             x, residual, weight, normed, self._buffer.peers, self._faults.word, rows, self._group.rank(),
             index % 2, index // 2 * 4 + OPERATION, self._timeout_ns, eps,
             CAPACITY=self._capacity, N=self._group.size(), H=h, GRANULES=granules, SUMMANDS=summands,
-            PDL=self._pdl, num_warps=min(16, granules // 32), **_launch(self._pdl),
+            TWO_SHOT=self._is_two_shot(rows), PDL=self._pdl, num_warps=min(16, granules // 32), **_launch(self._pdl),
         )  # fmt: skip
         return normed
 

@@ -143,11 +143,12 @@ class Checkpoint:
             )
 
 
-def fill_dummy(role: str, out: "torch.Tensor", generator: "torch.Generator | None" = None) -> None:
+def fill_dummy(role: str, columns: int, out: "torch.Tensor", generator: "torch.Generator | None" = None) -> None:
     """Fill one rank's weight of this `role` with random values, made on its own device: norms 1, biases small.
 
-    Matrices get a standard deviation of 1 / sqrt(columns), embeddings 1. `generator` must be of out's device; ranks
-    that hold copies of one weight agree only if they fill in the same order from the same seed.
+    Matrices get a standard deviation of 1 / sqrt(columns), embeddings 1; `columns` are those of the whole matrix, so
+    that what row-parallel ranks sum is as large in every layout. `generator` must be of out's device; ranks that hold
+    copies of one weight agree only if they fill from the same seed.
     """
     if role.endswith("norm"):
         out.fill_(1.0)
@@ -156,7 +157,7 @@ def fill_dummy(role: str, out: "torch.Tensor", generator: "torch.Generator | Non
     elif role == "embedding":
         out.normal_(0.0, 1.0, generator=generator)
     else:
-        out.normal_(0.0, max(1, out.shape[-1]) ** -0.5, generator=generator)
+        out.normal_(0.0, columns**-0.5, generator=generator)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

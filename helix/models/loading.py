@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from .checkpoint import Checkpoint, fill_dummy
 from .decoder import Decoder
 from .spec import ModelSpec, load_spec
-from .weights import layer_weights, model_weights
+from .weights import layer_weights, model_weights, tensor_shapes
 
 
 def read_spec(config: ModelConfig) -> ModelSpec:
@@ -39,17 +39,17 @@ def open_checkpoint(config: ModelConfig, spec: ModelSpec) -> Checkpoint | None:
 def fill(decoder: Decoder, checkpoint: Checkpoint | None) -> None:
     """Read this rank's weights, and close the checkpoint; or make them, the same ones where ranks hold copies."""
     spec = decoder.spec
-    groups = [("", model_weights(spec, decoder.part), decoder.top)]
+    groups = [(model_weights(spec, decoder.part), decoder.top)]
     for layer, parameters in enumerate(decoder.layers):
-        groups.append((f"{layer}.", layer_weights(spec, layer, decoder.part), parameters))
-    generator = torch.Generator(decoder.device)
-    for prefix, weights, parameters in groups:
+        groups.append((layer_weights(spec, layer, decoder.part), parameters))
+    generator, shapes = torch.Generator(decoder.device), tensor_shapes(spec)
+    for weights, parameters in groups:
         for role, weight in weights.items():
             if checkpoint is not None:
                 checkpoint.read(weight, parameters[role])
             else:
-                # a seed a weight: ranks that hold copies of one weight make equal ones
-                generator.manual_seed(zlib.crc32(f"{prefix}{role}".encode()))
-                fill_dummy(role, parameters[role], generator)
+                # a seed for each cut of each weight: ranks that hold copies of one make equal ones
+                generator.manual_seed(zlib.crc32(repr(weight).encode()))
+                fill_dummy(role, shapes[weight.pieces[0].name][-1], parameters[role], generator)
     if checkpoint is not None:
         checkpoint.close()

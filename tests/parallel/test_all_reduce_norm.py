@@ -1,7 +1,10 @@
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from parallel import all_reduce_norm
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.symmetric import Fault, Faults
 
@@ -70,8 +73,26 @@ def test_fused_kernel_equals_the_oracle_on_every_rank(ranks, world, dtype, summa
     pool = ranks(world)
     if pool.device_type != "cuda":
         pytest.skip(f"needs {world} GPUs")
-    shapes = [(1, 4096), (3, 3584), (32, 4096), (17, 64), (128, 4096), (300, 4096), (2, 8192)]
+    shapes = [(1, 4096), (3, 3584), (32, 4096), (17, 64), (128, 4096), (600, 4096), (2, 8192)]
     check(pool.run(body, shapes, dtype, True, summands), shapes, dtype)
+
+
+def two_shot_body(shapes, dtype, summands):
+    results = []
+    for limit in (0, 1 << 30):
+        torch.manual_seed(dist.get_rank())  # of the summands
+        with mock.patch.object(all_reduce_norm, "TWO_SHOT_BYTES", limit):
+            results.append(body(shapes, dtype, True, summands))
+    return results
+
+
+@pytest.mark.gpu
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(("dtype", "summands"), [(torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float32, 1)], ids=str)
+def test_two_shots_have_the_bits_of_one(ranks, dtype, summands):
+    shapes = [(4, 4096), (7, 3584), (128, 4096), (65, 64), (5, 8192)]
+    for two, one in ranks().run(two_shot_body, shapes, dtype, summands):
+        assert all(torch.equal(a, b) for pair in zip(two, one, strict=True) for a, b in zip(*pair, strict=True))
 
 
 @pytest.mark.gpu
@@ -96,7 +117,8 @@ def stress_body(rounds):
         dist.group.WORLD, hidden_size=hidden, dtype=torch.bfloat16, device=device, fused=True, faults=faults,
         timeout_s=60.0, pdl=True,
     )  # fmt: skip
-    data = [[t.to(device) for t in inputs(i, rank, i + 1, hidden, torch.bfloat16)] for i in range(4)]
+    shapes = enumerate((1, 33, 2, 40))  # one shot and two in turn
+    data = [[t.to(device) for t in inputs(i, rank, rows, hidden, torch.bfloat16)] for i, rows in shapes]
     expected = []
     for index, (x, residual, weight) in enumerate(data):
         stream = residual.clone()
@@ -133,14 +155,19 @@ def test_a_million_all_reduces_with_random_delays_match(ranks):
     assert ranks().run(stress_body, 1_000_000, timeout_s=280) == [(0, 0)] * 4
 
 
-def missing_body():
+def missing_body(rows, hidden):
     rank = dist.get_rank()
     device = torch.device("cuda", rank)
     faults = Faults(device)
-    op = AllReduceNorm(
-        dist.group.WORLD, hidden_size=256, dtype=torch.bfloat16, device=device, fused=True, faults=faults, timeout_s=2.0
-    )
-    x, residual, weight = (t.to(device) for t in inputs(0, rank, 1, 256, torch.bfloat16))
+    patient, op = (
+        AllReduceNorm(
+            dist.group.WORLD, hidden_size=hidden, dtype=torch.bfloat16, device=device, fused=True, faults=faults,
+            timeout_s=timeout_s,
+        )
+        for timeout_s in (60.0, 3.0)
+    )  # fmt: skip
+    x, residual, weight = (t.to(device) for t in inputs(0, rank, rows, hidden, torch.bfloat16))
+    patient(x, residual, weight, EPS, index=0)  # compiles
     for index in range(6):
         if rank != 0 or index < 5:
             op(x, residual, weight, EPS, index=index)
@@ -150,9 +177,10 @@ def missing_body():
 
 
 @pytest.mark.gpu
-@pytest.mark.ranks(2)
-def test_a_rank_that_never_arrives_is_named(ranks):
-    assert ranks().run(missing_body, timeout_s=60) == [None, Fault(peer=0, operation=0, layer=2)]
+@pytest.mark.parametrize(("world", "rows", "hidden"), [(2, 1, 256), (4, 1, 256), (4, 40, 4096)])
+def test_a_rank_that_never_arrives_is_named(ranks, world, rows, hidden):
+    fault = Fault(peer=0, operation=0, layer=2)
+    assert ranks(world).run(missing_body, rows, hidden, timeout_s=60) == [None, *[fault] * (world - 1)]
 
 
 def test_a_fault_word_names_operation_layer_and_peer():

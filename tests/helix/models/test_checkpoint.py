@@ -5,7 +5,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 import helix.models.checkpoint as checkpoint_module
 from helix.models.checkpoint import Checkpoint, fill_dummy
+from helix.models.decoder import Decoder
+from helix.models.loading import fill
 from helix.models.spec import ModelSpec, load_spec
 from helix.models.weights import Part, Piece, Weight, layer_weights, model_weights, tensor_shapes, whole
 from scripts.make_checkpoint import make_checkpoint
@@ -211,8 +214,8 @@ def test_dummy_weights_are_finite_scaled_and_repeatable(
     for role, weight in all_weights(spec, whole(spec)).items():
         role = role.rpartition(".")[2]
         first, second = torch.full((2, *weight.shape), torch.nan, dtype=dtype)
-        fill_dummy(role, first, torch.Generator().manual_seed(3))
-        fill_dummy(role, second, torch.Generator().manual_seed(3))
+        fill_dummy(role, weight.shape[-1], first, torch.Generator().manual_seed(3))
+        fill_dummy(role, weight.shape[-1], second, torch.Generator().manual_seed(3))
         assert torch.equal(first, second)
         if role.endswith("norm"):
             assert (first == 1).all()
@@ -226,7 +229,27 @@ def test_dummy_weights_are_finite_scaled_and_repeatable(
 def test_dummy_weights_may_be_empty(shared: Callable[..., Path]) -> None:
     spec = load_spec(shared(family="qwen2"))
     for role, weight in layer_weights(spec, 0, PARTS[2]).items():
-        fill_dummy(role, torch.empty(weight.shape))
+        fill_dummy(role, 64, torch.empty(weight.shape))
+
+
+def test_dummy_copies_agree_between_ranks_and_dummy_shards_do_not(shared: Callable[..., Path]) -> None:
+    spec = load_spec(shared(family="llama", kv_heads=4))
+    first, second = (0, spec.num_heads // 2), (spec.num_heads // 2, spec.num_heads)
+    heads, kv_heads, middle, vocab = (0, spec.num_heads), (0, spec.num_kv_heads), spec.ffn_size // 2, (0, 64)
+    ranks = []
+    for part in (
+        Part(heads, kv_heads, first, (0, middle), vocab),
+        Part(heads, kv_heads, second, (middle, spec.ffn_size), vocab),
+    ):
+        [layer] = layers = [{role: torch.empty(w.shape) for role, w in layer_weights(spec, 0, part).items()}]
+        top = {role: torch.empty(w.shape) for role, w in model_weights(spec, part).items()}
+        fill(cast(Decoder, SimpleNamespace(spec=spec, part=part, top=top, layers=layers, device="cpu")), None)
+        ranks.append(top | layer)
+    one, other = ranks
+    assert {role for role in one if torch.equal(one[role], other[role])} == set(one) - {"o", "gate_up", "down"}
+    whole_columns = spec.num_heads * spec.head_dim
+    assert one["o"].shape[1] == whole_columns // 2
+    assert one["o"].std().item() == pytest.approx(whole_columns**-0.5, rel=0.1)
 
 
 def test_expected_tensors_are_those_of_the_reference_model(shared: Callable[..., Path]) -> None:
