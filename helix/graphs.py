@@ -193,6 +193,13 @@ class DecodeGraphs:
         whole = rows == list(range(len(rows)))
         return self._decoder.gather_logits(local[: len(rows)] if whole else local[rows])
 
+    def release(self) -> None:
+        """Free the captured graphs: before NCCL ends a group it waits for all that hold its operations, for ever."""
+        for graph in self.graphs:
+            if graph.graph is not None:
+                torch.cuda.synchronize()
+                graph.graph.reset()
+
     def _capture(self, graph: DecodeGraph) -> None:
         if graph.graph is None:
             return

@@ -247,6 +247,7 @@ class LLM:
         """Leave the other group, where there is one, and the world. Collective."""
         if self._receiver is not None:
             self._receiver.close()
+        self.runner.release_graphs()
         stop()
 
     def _require_transfer(self) -> None:

@@ -122,6 +122,12 @@ class Runner:
             drafts=drafts,
         )
 
+    def release_graphs(self) -> None:
+        """Free what ``capture`` captured; to be called before the world ends."""
+        if self._graphs is not None:
+            self._graphs.release()
+            self._graphs = None
+
     def run(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute a step and return the logits of the rows that choose tokens: float32 [sum of num_choices, V].
 

@@ -39,7 +39,7 @@ from helix.request import Sequence
 from helix.sampling import SamplingParams
 from helix.speculative.schedule import DraftLenSchedule
 from helix.speculative.speculator import Speculator
-from parallel.launch import gather_values, set_up_logging, start, stop
+from parallel.launch import gather_values, set_up_logging, start
 from scripts import cli
 from scripts.timing import report
 
@@ -261,7 +261,7 @@ def run(config: BenchSpeculativeConfig) -> None:
         dtype=str(llm.dtype).removeprefix("torch."),
         targets=targets(rows),
     )
-    stop()
+    llm.close()
 
 
 if __name__ == "__main__":

@@ -40,10 +40,11 @@ def broken(model: Path, tmp_path: Path) -> Path:
     return shutil.copytree(model, tmp_path / "broken")
 
 
-def torchrun(num_ranks: int, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in a folder, on CPUs."""
+def torchrun(num_ranks: int, *arguments: str, folder: Path, gpus: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the command in a folder, on CPUs unless ``gpus``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     return subprocess.run(
         [*command, "-m", "scripts.generate", *arguments],
         cwd=folder,
@@ -120,6 +121,20 @@ def greedy_of_transformers(model: Path, prompt: list[int], number: int) -> list[
         do_sample=False,
     )
     return made[0, len(prompt) :].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.ranks(2)
+def test_a_run_whose_graphs_hold_collectives_ends(model: Path, tmp_path: Path) -> None:
+    prompt = [i * i % 256 for i in range(70)]
+    write_lines(tmp_path / "in.jsonl", {"prompt_token_ids": prompt})
+    settings = [f"model.path={model}", "model.dtype=float32", "parallel.kvp=2", "attention.exchange=collective"]
+    settings += ["runtime.device=cuda", "sampling.max_tokens=12", "prompts=in.jsonl", "output=out.jsonl"]
+    ended = torchrun(2, *settings, folder=tmp_path, gpus=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "captured decode graphs" in ended.stderr
+    [output] = outputs_in((tmp_path / "out.jsonl").read_text("utf-8"))
+    assert output["token_ids"] == greedy_of_transformers(model, prompt, 12)
 
 
 def test_four_ranks_decode_a_file_of_prompts_and_a_bad_line_fails_alone(model: Path, tmp_path: Path) -> None:
