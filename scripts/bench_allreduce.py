@@ -23,7 +23,7 @@ class BenchAllreduceConfig:
     """Elements of a row; rows of a step; replays to take the median of."""
 
     hidden_size: int = 4096
-    rows: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128])
+    rows: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256, 512])
     repeats: int = 20
 
 

@@ -70,8 +70,8 @@ def draw_decode(axes: Axes, rows: list[dict[str, Any]]) -> None:
     )
     axes.plot([x - 0.2 for x in at], [row["TTL ms"] for row in rows], "k_", markersize=14, label="TTL, not profiled")
     axes.set_xticks(list(at), names, fontsize=7)
-    axes.set(title="decode step", ylabel="ms")
-    axes.legend(fontsize=7)
+    axes.set(title="decode step", ylabel="ms", ylim=(0, 1.4 * max(bottom)))
+    axes.legend(fontsize=7, loc="upper left", ncols=3)
 
 
 def draw_ratios(axes: Axes, title: str, groups: dict[str, list[tuple[str, float]]], unit: str) -> None:
