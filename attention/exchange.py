@@ -23,7 +23,7 @@ from parallel.grid import split_evenly
 from parallel.launch import minimum
 from parallel.symmetric import Faults, shares_memory
 
-from .fused_exchange import MAX_ROWS, FusedExchange, supports
+from .fused_exchange import FusedExchange, supports
 from .merge import lse_words, merge_packed, merge_reference, merge_splits
 
 EXCHANGES = ("auto", "collective", "fused")
@@ -136,7 +136,7 @@ class BySizeExchange:
 
     def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
         """Exchange and merge; see ``Exchange``."""
-        exchange = self._fused if part_SRQD.shape[1] <= MAX_ROWS else self._collective
+        exchange = self._fused if part_SRQD.shape[1] <= self._fused.max_rows else self._collective
         return exchange(part_SRQD, lse_SRQ, layer=layer)
 
 
@@ -157,7 +157,7 @@ def make_exchange(
 ) -> Exchange:
     """Return the exchange for a KVP group; ``group`` of None is a group of one.
 
-    ``auto`` is fused, for steps of at most MAX_ROWS rows, where the group shares memory and the heads fit its granules,
+    ``auto`` is fused, for steps of not too many rows, where the group shares memory and the heads fit its granules,
     and collective elsewhere; the choice is logged. Collective over the world.
 
     Raises:
@@ -174,8 +174,8 @@ def make_exchange(
     if name == "fused" and (reason or faults is None):
         raise ValueError(f"attention.exchange = fused cannot run here: {reason}; use attention.exchange=auto")
     collective = CollectiveExchange(group, heads)
-    if name == "auto":
-        _log.info("attention.exchange=auto: %s", f"collective, {reason}" if reason else f"fused up to {MAX_ROWS} rows")
+    if name == "auto" and reason:
+        _log.info("attention.exchange=auto: collective, %s", reason)
     if name == "collective" or reason or faults is None:
         return collective
     fused = FusedExchange(
@@ -189,4 +189,6 @@ def make_exchange(
         timeout_s=timeout_s,
         pdl=pdl,
     )
+    if name == "auto":
+        _log.info("attention.exchange=auto: fused up to %d rows", fused.max_rows)
     return BySizeExchange(fused, collective)

@@ -32,7 +32,9 @@ from parallel.symmetric import (
 
 OPERATION = 1
 """What a Fault's ``operation`` says for this kernel."""
-MAX_ROWS = 256
+MIN_CAPACITY, MAX_CAPACITY = 256, 4096
+CAPACITY_BYTES = 1 << 24
+"""Of a rank's partials in one slot, within these numbers of rows."""
 MAX_SLICES = 4
 
 
@@ -214,6 +216,9 @@ class FusedExchange:
         faults: where waits that were given up are noted.
         timeout_s: how long to wait for a rank, in seconds.
         pdl: launch programmatically dependent.
+
+    Attributes:
+        max_rows: of a call.
     """
 
     def __init__(
@@ -235,7 +240,9 @@ class FusedExchange:
         self._num_heads, self._head_dim, self._num_layers, self._dtype = num_heads, head_dim, num_layers, dtype
         self._padded = -(-num_heads // self._kvp)
         self._merged = num_heads // self._kvp + (self._rank < num_heads % self._kvp)
-        self._slot_bytes = self._kvp * MAX_ROWS * self._padded * (head_dim * dtype.itemsize + 4 * MAX_SLICES)
+        fitting = CAPACITY_BYTES // (num_heads * head_dim * dtype.itemsize)
+        self.max_rows = max(MIN_CAPACITY, min(fitting, MAX_CAPACITY))
+        self._slot_bytes = self._kvp * self.max_rows * self._padded * (head_dim * dtype.itemsize + 4 * MAX_SLICES)
         self._buffer = SymmetricBuffer(group, 2 * self._slot_bytes, device)
         self._clock = torch.zeros(1, dtype=torch.int32, device=device)
         self._faults, self._pdl = faults, pdl
@@ -246,7 +253,7 @@ class FusedExchange:
         self._clock.add_(1)
 
     def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
-        """Exchange and merge one layer's partials; see ``Exchange``. At most MAX_ROWS rows."""
+        """Exchange and merge one layer's partials; see ``Exchange``. At most max_rows rows."""
         splits, rows, heads, head_dim = part_SRQD.shape
         merged = torch.empty((rows, self._merged, head_dim), dtype=self._dtype, device=part_SRQD.device)
         if rows == 0:
@@ -257,7 +264,7 @@ class FusedExchange:
         _exchange_kernel[(programs * slices, rows)](
             part_SRQD, lse_SRQ, merged, self._buffer.peers, self._faults.word, self._clock,
             self._rank, layer, self._num_layers, layer * 4 + OPERATION, self._timeout_ns, rows, self._merged,
-            HEADS=heads, D=head_dim, N=self._kvp, CAPACITY=MAX_ROWS, PADDED=self._padded,
+            HEADS=heads, D=head_dim, N=self._kvp, CAPACITY=self.max_rows, PADDED=self._padded,
             SLOT_BYTES=self._slot_bytes, PUSH=push, PUSH_PAD=1 if splits > 1 else max(push, 32 * slices // granules),
             MERGE=triton.next_power_of_2(-(-self._padded // programs)), SLICES=slices,
             SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PDL=self._pdl,

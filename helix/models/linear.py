@@ -88,8 +88,7 @@ def _stream_weights_kernel(
     sums.store(acc)
     value = sums.slice(0, HALF, dim=0).load(flat)
     if PARTS == 2:
-        gate = value.to(dtype).to(gl.float32)
-        value = gate / (1.0 + gl.exp(-gate)) * sums.slice(HALF, HALF, dim=0).load(flat).to(dtype).to(gl.float32)
+        value = value / (1.0 + gl.exp(-value)) * sums.slice(HALF, HALF, dim=0).load(flat)
     if HAS_BIAS:
         value += gl.load(bias + n, mask=(n < columns) & (split == 0), other=0.0).to(gl.float32)[:, None]
     to = out + ((split * num_rows + m).to(gl.int64)[None, :] * columns + n[:, None])
