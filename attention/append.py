@@ -90,44 +90,44 @@ def _rope_append_kernel(
     SUMMANDS: tl.constexpr, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    is_q, is_v = head < NUM_Q, head >= NUM_Q + NUM_KV
+    d = tl.arange(0, D_PAD)
+    real, turns = d < D, d < 2 * HALF
+    if INTERLEAVED:
+        other, angle, sign = d ^ 1, d // 2, tl.where(d % 2 == 0, -1.0, 1.0)
+    else:
+        first = d < HALF
+        other, angle = tl.where(first, d + HALF, d - HALF), tl.where(first, d, d - HALF)
+        sign = tl.where(first, -1.0, 1.0)
+    if NORM:
+        weight = q_norm if is_q else k_norm
+        own_weight = tl.load(weight + d, mask=real, other=0.0).to(tl.float32)
+        other_weight = tl.load(weight + other, mask=turns, other=0.0).to(tl.float32)
+    slot = tl.load(slots + row)  # uploaded before the step's first kernel
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(slots + row)
-    is_q, is_v = head < NUM_Q, head >= NUM_Q + NUM_KV
-    if is_q or slot >= 0:
-        d = tl.arange(0, D_PAD)
-        real = d < D
-        columns: tl.constexpr = (NUM_Q + 2 * NUM_KV) * D
-        source = qkv + row * columns + head * D
-        x = _load_sum(source, num_rows * columns, d, real, SUMMANDS, q.dtype.element_ty)
+    # everything is asked for at once, whether this program needs it or not
+    columns: tl.constexpr = (NUM_Q + 2 * NUM_KV) * D
+    source = qkv + row * columns + head * D
+    x = _load_sum(source, num_rows * columns, d, real, SUMMANDS, q.dtype.element_ty)
+    partner = _load_sum(source, num_rows * columns, other, turns, SUMMANDS, q.dtype.element_ty).to(tl.float32)
+    c = tl.load(cos + row * HALF + angle, mask=turns, other=1.0)
+    s = tl.load(sin + row * HALF + angle, mask=turns, other=0.0)
+    value = x.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+        value *= scale * own_weight
+        partner *= scale * other_weight
+    turned = (value * c + sign * partner * s).to(q.dtype.element_ty)
+    if is_q:
+        tl.store(q + (row * NUM_Q + head) * D + d, turned, mask=real)
+    else:
         kv_head = tl.where(is_v, head - NUM_Q - NUM_KV, head - NUM_Q)
         page = pages + (slot // BLOCK_SIZE) * page_stride + kv_head * head_stride + (slot % BLOCK_SIZE) * D + d
-        if is_v:
-            tl.store(page + kv_stride, x, mask=real)
-        else:
-            if INTERLEAVED:
-                other, angle, sign = d ^ 1, d // 2, tl.where(d % 2 == 0, -1.0, 1.0)
-            else:
-                first = d < HALF
-                other, angle = tl.where(first, d + HALF, d - HALF), tl.where(first, d, d - HALF)
-                sign = tl.where(first, -1.0, 1.0)
-            turns = d < 2 * HALF
-            value = x.to(tl.float32)
-            partner = _load_sum(source, num_rows * columns, other, turns, SUMMANDS, q.dtype.element_ty).to(tl.float32)
-            if NORM:
-                weight = q_norm if is_q else k_norm
-                scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-                value *= scale * tl.load(weight + d, mask=real, other=0.0).to(tl.float32)
-                partner *= scale * tl.load(weight + other, mask=turns, other=0.0).to(tl.float32)
-            c = tl.load(cos + row * HALF + angle, mask=turns, other=1.0)
-            s = tl.load(sin + row * HALF + angle, mask=turns, other=0.0)
-            turned = (value * c + sign * partner * s).to(q.dtype.element_ty)
-            if is_q:
-                tl.store(q + (row * NUM_Q + head) * D + d, turned, mask=real)
-            else:
-                tl.store(page, turned, mask=real)
+        page += tl.where(is_v, kv_stride, 0)
+        tl.store(page, tl.where(is_v, x, turned), mask=real & (slot >= 0))
 
 
 def rope_append(

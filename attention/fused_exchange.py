@@ -124,10 +124,6 @@ def _exchange_kernel(
     part_of_head: tl.constexpr = granules // SLICES
     lse_at: tl.constexpr = N * CAPACITY * PADDED * head_bytes  # O of all sources, then their lse
     addresses = peers.to(tl.pointer_type(tl.int64))
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    slot = ((tl.load(clock).to(tl.int64) * layers + layer) & 1) * SLOT_BYTES
     g = slice * part_of_head + tl.arange(0, part_of_head)[None, :]
 
     # push: heads [tile * PUSH, ...) of this row to their owners
@@ -139,6 +135,15 @@ def _exchange_kernel(
     owner = tl.where(past < 0, head // (small + 1), extra + past // small)
     index = tl.where(past < 0, head % (small + 1), past % small)
     there = (i < PUSH) & (head < HEADS)
+    target = tl.load(addresses + owner, mask=there, other=0)
+    mine = tl.load(addresses + rank)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    deadline = deadline_of(timeout_ns, faults) + tl.zeros([MERGE, part_of_head], tl.int64)
+    slot = ((tl.load(clock).to(tl.int64) * layers + layer) & 1) * SLOT_BYTES
+    target += slot
+    mine += slot
     if SPLITS > 1:
         w0, w1, w2, w3, lse = _merged_splits(
             part, part_lse, row, tile, g, rows, HEADS, SPLITS, SPLITS_PAD, granules, dtype
@@ -147,7 +152,6 @@ def _exchange_kernel(
         on_all = (there & (g >= 0)).to(tl.int32)
         w0, w1, w2, w3 = load_granules(part.to(tl.int64) + (row * HEADS + head) * head_bytes + g * 16, on_all)
         lse = tl.load(part_lse + row * HEADS + head, mask=there, other=0.0)
-    target = tl.load(addresses + owner, mask=there, other=0) + slot
     cell = (rank.to(tl.int64) * CAPACITY + row) * PADDED + index
     lse_to = (target + lse_at + (cell * SLICES + slice) * 4).to(tl.pointer_type(tl.int32))
     tl.store(lse_to, not_empty(lse.to(tl.int32, bitcast=True)), mask=there)
@@ -162,10 +166,8 @@ def _exchange_kernel(
         push_granules(target + cell * head_bytes + g * 16, w0, w1, w2, w3, (there & (g >= 0)).to(tl.int32))
 
     # merge: own heads [tile * MERGE, ...) of this row, from all sources
-    mine = tl.load(addresses + rank) + slot
     own = tile * MERGE + tl.arange(0, MERGE)[:, None]
     on = ((own < merged_heads) & (g >= 0)).to(tl.int32)
-    deadline = deadline_of(timeout_ns, faults) + tl.zeros([MERGE, part_of_head], tl.int64)
     top = tl.full([MERGE, part_of_head], float("-inf"), tl.float32)
     total = tl.zeros([MERGE, part_of_head], tl.float32)
     a0, a1, a2, a3, a4, a5, a6, a7 = total, total, total, total, total, total, total, total
@@ -197,7 +199,7 @@ def _exchange_kernel(
         cell = (n * CAPACITY + row) * PADDED + own + g * 0
         push_word(mine + lse_at + (cell * SLICES + slice) * 4, empty, on)
         push_granules(mine + cell * head_bytes + g * 16, empty, empty, empty, empty, on)
-    note_fault(faults, tl.max(tl.max(missing, 1), 0), place)
+    note_fault(faults, missing, place)
 
 
 class FusedExchange:

@@ -75,7 +75,7 @@ def _stream_kv_kernel(
             gdc_wait()  # a kernel that ends without waiting would let the next one pass the one before
         return
     longest = gl.load(visible_len + stop - 1)
-    settled = gl.load(visible_len + first) - 1  # tokens before it were cached by earlier steps
+    settled = longest - (stop - first)  # tokens before it were cached by earlier steps: a row appends one at most
     share = gl.cdiv(gl.cdiv(longest, SPLITS), TILE) * TILE
     begin = split * share
     end = gl.minimum(begin + share, longest)

@@ -118,22 +118,25 @@ def _fused_kernel(
     at = tl.arange(0, GRANULES) * 16
     on = (at < row_bytes).to(tl.int32)
     g0, g1, g2, g3 = load_granules(weight.to(tl.int64) + at, on)
+    base = (slot.to(tl.int64) * N * CAPACITY + row) * row_bytes + at
+    mine = tl.load(addresses + rank) + base
+    targets = tl.tuple(())  # my place at each peer, which never moves
+    for n in tl.static_range(1, N):
+        targets += (tl.load(addresses + (rank + n) % N) + base + rank.to(tl.int64) * source_bytes,)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    # an owner gives up first and sends what it has: the rank that is noted is the one that never came
-    patience = timeout_ns.to(tl.int64) + tl.where(rank == owner, 0, GRACE_NS)
+    # Who waits for others that wait gives up later, and finds the word of those who know who never came: the exchanges
+    # of other groups first, then owners, who send what they have, then the rest.
+    patience = timeout_ns.to(tl.int64) + tl.where(rank == owner, GRACE_NS, 2 * GRACE_NS)
     deadline = deadline_of(patience, faults) + tl.zeros([GRANULES], tl.int64)
     w0, w1, w2, w3 = _load_sum(x, num_rows, row, at, on, H, SUMMANDS, dtype)
     w0, w1, w2, w3 = not_empty(w0), not_empty(w1), not_empty(w2), not_empty(w3)
-    base = (slot.to(tl.int64) * N * CAPACITY + row) * row_bytes + at
     for n in tl.static_range(1, N):
-        peer = (rank + n) % N
-        to = tl.where(peer == owner, on, 0) if TWO_SHOT else on
-        push_granules(tl.load(addresses + peer) + base + rank.to(tl.int64) * source_bytes, w0, w1, w2, w3, to)
+        to = tl.where((rank + n) % N == owner, on, 0) if TWO_SHOT else on
+        push_granules(targets[n - 1], w0, w1, w2, w3, to)
     adds = tl.where(rank == owner, on, 0)  # what an owner sends has the residual in it
     s0, s1, s2, s3 = load_granules(residual.to(tl.int64) + row * row_bytes + at, adds)
-    mine = tl.load(addresses + rank) + base
     a0 = tl.zeros([GRANULES], tl.float32)
     a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
     missing = tl.full([GRANULES], -1, tl.int32)
@@ -155,8 +158,7 @@ def _fused_kernel(
     w2, w3 = not_empty(pack(a4, a5, dtype)), not_empty(pack(a6, a7, dtype))
     if TWO_SHOT:
         for n in tl.static_range(1, N):
-            peer = tl.load(addresses + (rank + n) % N)
-            push_granules(peer + base + rank.to(tl.int64) * source_bytes, w0, w1, w2, w3, adds)
+            push_granules(targets[n - 1], w0, w1, w2, w3, adds)
     push_granules(residual.to(tl.int64) + row * row_bytes + at, w0, w1, w2, w3, on)
     # the norm is of the stream as it is stored
     a0, a1 = _round(a0, a1, dtype)
@@ -175,7 +177,7 @@ def _fused_kernel(
     for n in tl.static_range(N):
         comes = (n != rank) & ((rank == owner) | (n == owner))
         push_granules(mine + n * source_bytes, empty, empty, empty, empty, tl.where(comes, on, 0))
-    note_fault(faults, tl.max(missing, 0), place)
+    note_fault(faults, missing, place)
 
 
 class AllReduceNorm:

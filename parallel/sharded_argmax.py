@@ -56,11 +56,11 @@ def _choose_kernel(
         deadline = deadline_of(timeout_ns, faults) + tl.zeros([N_PAD], tl.int64)
         low, high, _, _, late = poll_granules(mine, deadline, on)
         received = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
-        best = tl.max(tl.where(there, received, -(1 << 63)), 0)
+        best = tl.max(tl.where(there & (late == 0), received, -(1 << 63)), 0)
         tl.debug_barrier()
         empty = tl.full([N_PAD], -1, tl.int32)
         push_granules(mine, empty, empty, empty, empty, on)
-        note_fault(faults, tl.max(tl.where(late != 0, n, -1), 0), 2)
+        note_fault(faults, tl.where(late != 0, n, -1), 2)
     tl.store(tokens + row, last_id - (best & 0xFFFFFFFF))
 
 

@@ -148,7 +148,7 @@ def push_granules(address, w0, w1, w2, w3, on):
 @triton.jit
 def deadline_of(timeout_ns, faults):
     """Return the time, in nanoseconds of the GPU's clock, at which waits are given up: now after an earlier fault."""
-    return tl.extra.cuda.globaltimer() + tl.where(tl.load(faults) == 0, timeout_ns, 0)
+    return tl.extra.cuda.globaltimer() + tl.where(tl.load(faults, volatile=True) == 0, timeout_ns, 0)
 
 
 @triton.jit
@@ -274,9 +274,20 @@ def pack(low, high, DTYPE: tl.constexpr):
 
 @triton.jit
 def note_fault(word, missing_peer, place):
-    """Note that a wait for ``missing_peer`` (-1: none) was given up, unless an earlier one is noted.
+    """Note that waits for ``missing_peer`` (a tensor, -1: none) were given up, unless an earlier one is noted.
 
-    ``place`` is layer * 4 + operation.
+    ``place`` is layer * 4 + operation. No thread waits for another.
     """
-    if missing_peer >= 0:
-        tl.atomic_cas(word, 0, (place << 8) | (missing_peer + 1))
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ge.s32 p, $2, 0;
+        mov.b32 $0, 0;
+        @p atom.relaxed.sys.global.cas.b32 $0, [$1], 0, $3;
+        }""",
+        "=&r,l,r,r",
+        [word.to(tl.int64) + tl.zeros(missing_peer.shape, tl.int64), missing_peer, (place << 8) | (missing_peer + 1)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -4,6 +4,7 @@ import torch.distributed as dist
 
 from attention.fused_exchange import FusedExchange
 from attention.merge import merge_reference
+from parallel.all_reduce_norm import AllReduceNorm
 from parallel.grid import split_evenly
 from parallel.symmetric import Fault, Faults
 
@@ -167,3 +168,39 @@ def test_a_rank_that_never_arrives_is_named_with_its_layer(ranks):
     assert first[0] == Fault(peer=1, operation=1, layer=7)
     assert second[0] is None
     assert first[1] == second[1] == 8.0
+
+
+def lost_body():
+    """Rank 1 is lost before the exchange of a layer, whose all-reduce the other KVP group is waiting in by then."""
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank)
+    faults = Faults(device)
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    part, lse = (t.to(device) for t in partials(0, 0, 1, 2, 8, 64, torch.bfloat16))
+    x, weight = torch.ones(2, 256, dtype=torch.bfloat16, device=device), torch.ones(256, device=device).bfloat16()
+    for timeout_s in (60.0, 3.0):  # the first compiles
+        exchange = FusedExchange(
+            groups[rank // 2], num_heads=8, head_dim=64, num_layers=1, dtype=torch.bfloat16, device=device,
+            faults=faults, timeout_s=timeout_s,
+        )  # fmt: skip
+        all_reduce = AllReduceNorm(
+            dist.group.WORLD, hidden_size=256, dtype=torch.bfloat16, device=device, fused=True, faults=faults,
+            timeout_s=timeout_s,
+        )  # fmt: skip
+        dist.barrier()
+        if rank == 1 and timeout_s == 3.0:
+            continue
+        exchange.begin_step()
+        exchange(part, lse)
+        all_reduce(x, x.clone(), weight, 1e-5)
+    torch.cuda.synchronize()
+    fault = Faults.decode(int(faults.word))
+    dist.barrier()
+    return fault
+
+
+@pytest.mark.gpu
+@pytest.mark.ranks(4)
+def test_a_rank_lost_before_an_exchange_is_named_by_the_other_group_too(ranks):
+    in_all_reduce = Fault(peer=1, operation=0, layer=0)
+    assert ranks().run(lost_body, timeout_s=60) == [Fault(peer=1, operation=1, layer=0), None, *[in_all_reduce] * 2]
