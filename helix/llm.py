@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +30,6 @@ from .cache.control import CacheControl
 from .cache.events import Listener
 from .cache.mover import PageMover
 from .cache.pages import PagedCache, free_bytes
-from .cache.retention import Retention
 from .config import HelixConfig, ParallelConfig, SpeculativeConfig
 from .detokenize import Detokenizer
 from .engine import Engine
@@ -48,9 +46,9 @@ from .runner import Runner
 from .sampling import SEED_LIMIT, SamplingParams
 from .scheduler import Scheduler
 from .speculative.loading import DrafterLoader
+from .transfer.requirements import require as require_transfer
 
 if TYPE_CHECKING:
-    from .transfer.protocol import Ask
     from .transfer.receiver import Receiver
     from .transfer.sender import Sender
 
@@ -96,7 +94,7 @@ class LLM:
         self.launch: Launch = enter(config)
         self.config = config = config_of_part(config, self.launch.part)
         if config.transfer.enabled:
-            agree(self._require_transfer)
+            agree(lambda: require_transfer(self.launch))
         self.spec: ModelSpec = agree(lambda: read_spec(config.model))
         self.layout = self._resolve_layout()
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
@@ -250,43 +248,13 @@ class LLM:
         self.runner.release_graphs()
         stop()
 
-    def _require_transfer(self) -> None:
-        """Raise ValueError, before anything is loaded, where transfers cannot work."""
-        try:
-            from .transfer.meeting import require
-        except ImportError as error:
-            raise ValueError(
-                f"KV transfer needs more ({error}); install it with: pip install -e .[transfer]"
-            ) from error
-        require(self.launch)
-
     def _meet(self) -> None:
         """Connect to the other group of a transfer."""
-        from .transfer.facts import make_facts
         from .transfer.meeting import Group, meet_decode_group, meet_prefill_group
 
-        config = self.config
-        weights = Path(config.model.path) if config.model.load == "checkpoint" else None
-        facts = from_rank0(
-            lambda: make_facts(
-                self.spec,
-                block_size=config.cache.block_size,
-                dtype=str(self.dtype).removeprefix("torch."),
-                weights=weights,
-            )
-        )
-        group = Group(
-            config=config.transfer,
-            launch=self.launch,
-            layout=self.layout,
-            placement=self.placement,
-            num_kv_heads=self.spec.num_kv_heads,
-            head_dim=self.spec.head_dim,
-            facts=facts,
-            engine=self.engine,
-        )
+        group = Group(self.config, self.launch, self.layout, self.spec, self.engine)
         if self.prefills:
-            self._sender = meet_decode_group(group, self._prepare_asked)
+            self._sender = meet_decode_group(group, self._prepare)
         else:
             self._receiver = meet_prefill_group(group)
 
@@ -386,13 +354,6 @@ class LLM:
             _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, num_pages * cache.block_size)
         runner.cache = agree(lambda: paged_cache(num_pages))
         return runner, num_pages
-
-    def _prepare_asked(self, ask: Ask) -> RunningSequence:
-        """Turn what a decode group asks for into a sequence that ends with its first token."""
-        sampling = replace(SamplingParams(**ask.sampling), max_tokens=1, seed=ask.seed, stop=[])
-        retention = tuple(Retention(**each) for each in ask.retention)
-        request = Request(prompt_token_ids=ask.token_ids.tolist(), cache_salt=ask.salt, retention=retention)
-        return self._prepare(ask.id, request, sampling)
 
     def _prepare(self, index: int, request: Request, sampling: SamplingParams) -> RunningSequence:
         """Check a request and turn it into a sequence; ValueError says why it cannot run."""

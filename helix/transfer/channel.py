@@ -24,11 +24,10 @@ from dataclasses import dataclass, field
 from select import select
 
 from .protocol import MAX_MESSAGE_BYTES, Message, MessageError, decode, encode
+from .requirements import SECRET_VARIABLE
 
 _log = logging.getLogger(__name__)
 
-SECRET_VARIABLE = "HELIX_TRANSFER_SECRET"
-MIN_SECRET_BYTES = 16
 HANDSHAKE_S = 5.0  # a connection that has not proved itself by then is closed
 MAX_PENDING = 64  # connections that may try to prove themselves at once
 RETRY_S = 0.1
@@ -284,18 +283,6 @@ def wait_for(channels: Sequence[Channel], timeout_s: float) -> None:
         select(still_open, [], [], timeout_s)
     else:
         time.sleep(timeout_s)
-
-
-def check_secret(secret: str | None) -> bytes:
-    """Return the secret's bytes; ValueError where it is missing or too short to be one."""
-    value = (secret or "").encode()
-    if len(value) < MIN_SECRET_BYTES:
-        problem = "is not set" if not value else f"has {len(value)} bytes"
-        raise ValueError(
-            f"{SECRET_VARIABLE} {problem}: two worlds need a shared secret of at least {MIN_SECRET_BYTES} bytes in the "
-            f"environment of both; make one with: export {SECRET_VARIABLE}=$(openssl rand -hex 32)"
-        )
-    return value
 
 
 def _session_keys(secret: bytes, listener: bytes, connector: bytes) -> tuple[bytes, bytes]:

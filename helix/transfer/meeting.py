@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -27,17 +26,18 @@ from parallel.grid import Layout
 from parallel.launch import Launch, agree, from_rank0, host_group
 from parallel.placement import BlockCyclic
 
-from ..config import TransferConfig
+from ..config import HelixConfig
 from ..engine import Engine
-from ..request import Sequence
-from .channel import SECRET_VARIABLE, Channel, ChannelLost, Listener, check_secret, connect, wait_for
-from .facts import Process, find_mismatch
+from ..models.spec import ModelSpec
+from .channel import Channel, ChannelLost, Listener, connect, wait_for
+from .facts import Process, find_mismatch, make_facts
 from .hearing import Hearing, Writer
-from .protocol import Ask, Hello, Message, Pool, Ready, Refuse, Welcome, pool_dict
+from .protocol import Hello, Message, Pool, Ready, Refuse, Welcome, pool_dict
 from .receiver import Receiver
 from .regions import CacheMap, Side
-from .sender import Sender, Target
-from .transport import Peer, Transport, import_nixl
+from .requirements import shared_secret
+from .sender import Prepare, Sender, Target
+from .transport import Peer, Transport
 
 STORE_KEY = "helix/transfer"
 TURN_S = 0.05
@@ -46,41 +46,36 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Group:
-    """This rank and its group.
+    """This rank and its group: its settings, its layout, and the engine that computes ``spec``."""
 
-    Attributes:
-        config: the settings of transfer.
-        facts: what both groups must agree on.
-        head_dim: of the model.
-    """
-
-    config: TransferConfig
+    config: HelixConfig
     launch: Launch
     layout: Layout
-    placement: BlockCyclic
-    num_kv_heads: int
-    head_dim: int
-    facts: dict[str, Any]
+    spec: ModelSpec
     engine: Engine
+
+    def facts(self) -> dict[str, Any]:
+        """Return what both groups must agree on; reads the weight files."""
+        model = self.config.model
+        return make_facts(
+            self.spec,
+            block_size=self.config.cache.block_size,
+            dtype=str(self.engine.runner.cache.pages.dtype).removeprefix("torch."),
+            weights=Path(model.path) if model.load == "checkpoint" else None,
+        )
 
     def side(self, layout: Layout) -> Side:
         """Return a group of some layout as one end of a transfer."""
-        return Side(layout, BlockCyclic(self.placement.block_size, layout.kvp), 0, self.num_kv_heads)
+        return Side(layout, BlockCyclic(self.config.cache.block_size, layout.kvp), 0, self.spec.num_kv_heads)
 
     def cache_map(self, pool: Pool, layout: Layout, rank: int) -> CacheMap:
         """Return where a rank's pages lie; ValueError when the pool is not one of this model."""
-        token_bytes = self.head_dim * self.engine.runner.cache.pages.element_size()
+        token_bytes = self.spec.head_dim * self.engine.runner.cache.pages.element_size()
         heads = self.side(layout).heads(rank)
-        made = CacheMap(pool.layers, pool.page_bytes, token_bytes, self.placement.block_size, heads)
-        if pool.page_bytes != 2 * made.kv_bytes or len(pool.layers) != self.facts["model's layers"]:
+        made = CacheMap(pool.layers, pool.page_bytes, token_bytes, self.config.cache.block_size, heads)
+        if pool.page_bytes != 2 * made.kv_bytes or len(pool.layers) != self.spec.num_layers:
             raise ValueError(f"the pool of decode rank {rank} has {len(pool.layers)} layers of {pool.page_bytes} bytes")
         return made
-
-
-def require(launch: Launch) -> None:
-    """Raise ValueError, in one line, when NIXL is missing or the environment lacks the secret."""
-    import_nixl()
-    _secret(launch)
 
 
 def _make_transport(group: Group, role: str) -> Transport:
@@ -101,14 +96,16 @@ def meet_prefill_group(group: Group) -> Receiver:
     transport = _make_transport(group, "decode")
     pools = _gather(transport.pool)
     hellos: dict[int, tuple[Hello, Channel]] = {}
-    deadline = time.monotonic() + group.config.connect_timeout_s
+    config = group.config.transfer
+    deadline = time.monotonic() + config.connect_timeout_s
 
     def collect() -> int:
+        facts = group.facts()
         host, port, secret = _where_to_listen(group)
         listener = Listener(host, port, secret)
         _announce(group, listener, secret)
         try:
-            hellos.update(_collect_hellos(group, listener, deadline))
+            hellos.update(_collect_hellos(facts, listener, deadline, config.connect_timeout_s))
         finally:
             listener.close()
         for _, channel in hellos.values():
@@ -125,9 +122,8 @@ def meet_prefill_group(group: Group) -> Receiver:
         transport.progress()
     transport.progress()
     _log.info("transfer: %d prefill ranks are connected", num_writers)
-    vocabulary = group.facts["model's vocabulary"]
-    hearing = Hearing(writers, timeout_s=group.config.timeout_s, vocabulary=vocabulary)
-    return Receiver(group.engine, group.config, num_writers=num_writers, hearing=hearing, transport=transport)
+    hearing = Hearing(writers, timeout_s=config.timeout_s, vocabulary=group.spec.vocab_size)
+    return Receiver(group.engine, config, num_writers=num_writers, hearing=hearing, transport=transport)
 
 
 def _gather(pool: Pool) -> list[Pool]:
@@ -139,29 +135,25 @@ def _gather(pool: Pool) -> list[Pool]:
 
 
 def _where_to_listen(group: Group) -> tuple[str, int, bytes]:
-    config = group.config
+    config = group.config.transfer
     port = config.host_and_port()[1] if config.address is not None else 0
-    return config.bind, port, _secret(group.launch) or secrets.token_bytes(32)
-
-
-def _secret(launch: Launch) -> bytes | None:
-    """Return the secret of the environment; a split world that has none makes its own."""
-    value = os.environ.get(SECRET_VARIABLE)
-    return None if launch.store is not None and not value else check_secret(value)
+    return config.bind, port, shared_secret(group.launch) or secrets.token_bytes(32)
 
 
 def _announce(group: Group, listener: Listener, secret: bytes) -> None:
     """Tell the other part of a split world where to go; its store is this world's own, and nobody else's."""
+    config = group.config.transfer
     if group.launch.store is not None:
-        config = group.config
         host = config.host_and_port()[0] if config.address is not None else config.bind
         place = {"host": host, "port": listener.port, "secret": secret.hex()}
         group.launch.store.set(STORE_KEY, json.dumps(place))
     else:
-        _log.info("transfer: waiting for the prefill group at %s:%d", group.config.bind, listener.port)
+        _log.info("transfer: waiting for the prefill group at %s:%d", config.bind, listener.port)
 
 
-def _collect_hellos(group: Group, listener: Listener, deadline: float) -> dict[int, tuple[Hello, Channel]]:
+def _collect_hellos(
+    facts: dict[str, Any], listener: Listener, deadline: float, timeout_s: float
+) -> dict[int, tuple[Hello, Channel]]:
     """Return each prefill rank's hello and channel; refuse all where one does not fit."""
     waiting: list[Channel] = []
     hellos: dict[int, tuple[Hello, Channel]] = {}
@@ -170,7 +162,7 @@ def _collect_hellos(group: Group, listener: Listener, deadline: float) -> dict[i
         if time.monotonic() > deadline:
             raise ValueError(
                 f"{len(hellos)} prefill ranks have come within transfer.connect_timeout_s = "
-                f"{group.config.connect_timeout_s:g} s; start the prefill group, or raise it"
+                f"{timeout_s:g} s; start the prefill group, or raise it"
             )
         waiting += listener.poll(TURN_S)
         for channel in list(waiting):
@@ -178,13 +170,13 @@ def _collect_hellos(group: Group, listener: Listener, deadline: float) -> dict[i
             if message is None and channel.lost is None:
                 continue
             waiting.remove(channel)
-            problem = channel.lost or _wrong(group, message, hellos, world_size)
+            problem = channel.lost or _wrong(facts, message, hellos, world_size)
             if isinstance(message, Hello) and problem is None:
                 world_size = message.world_size
                 hellos[message.rank] = message, channel
                 continue
             _log.warning("refused a prefill rank at %s: %s", channel.name, problem)
-            if isinstance(message, Hello) and find_mismatch(group.facts, message.facts) is not None:
+            if isinstance(message, Hello) and find_mismatch(facts, message.facts) is not None:
                 _refuse([channel, *waiting, *(each for _, each in hellos.values())], problem or "")
                 raise ValueError(problem)
             channel.close()
@@ -197,12 +189,12 @@ def _one_message(channel: Channel) -> Message | None:
 
 
 def _wrong(
-    group: Group, message: Message | None, hellos: dict[int, tuple[Hello, Channel]], world_size: int
+    facts: dict[str, Any], message: Message | None, hellos: dict[int, tuple[Hello, Channel]], world_size: int
 ) -> str | None:
     """Return what is wrong with a first message; None where it is a hello that fits."""
     if not isinstance(message, Hello):
         return f"it began with a {type(message).__name__}"
-    mismatch = find_mismatch(group.facts, message.facts)
+    mismatch = find_mismatch(facts, message.facts)
     if mismatch is not None:
         return mismatch
     if message.rank in hellos or world_size not in (0, message.world_size):
@@ -233,26 +225,28 @@ def _all_ready(writers: list[Writer], ready: set[int], deadline: float) -> bool:
 # --- the prefill group ------------------------------------------------------------------------------------------------
 
 
-def meet_decode_group(group: Group, prepare: Callable[[Ask], Sequence]) -> Sender:
+def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     """Connect to the decode group and return what serves it. Collective over the prefill group.
 
     Args:
-        prepare: turns a request into a sequence that ends with its first token; ValueError says why it cannot.
+        group: this rank's.
+        prepare: checks a request and turns it into a sequence.
 
     Raises:
         ValueError: on all ranks, when NIXL or the secret cannot be used, nobody listens, or the groups do not agree.
     """
     transport = _make_transport(group, "prefill")
+    facts, timeout_s = from_rank0(group.facts), group.config.transfer.connect_timeout_s
 
     def join() -> tuple[Channel, Layout, list[Pool]]:
         host, port, secret = _where_to_go(group)
-        channel = connect(host, port, secret, group.config.connect_timeout_s)
+        channel = connect(host, port, secret, timeout_s)
         process = Process.current()
         channel.send(
             Hello(
                 rank=group.launch.rank,
                 world_size=group.launch.world_size,
-                facts=group.facts,
+                facts=facts,
                 kvp=group.layout.kvp,
                 tpa=group.layout.tpa,
                 machine=process.machine,
@@ -260,7 +254,7 @@ def meet_decode_group(group: Group, prepare: Callable[[Ask], Sequence]) -> Sende
                 started=process.started,
             )
         )
-        welcome = _await_welcome(channel, group.config.connect_timeout_s)
+        welcome = _await_welcome(channel, timeout_s)
         return channel, Layout(kvp=welcome.kvp, tpa=welcome.tpa), welcome.parsed()
 
     channel, layout, pools = agree(join)
@@ -282,12 +276,12 @@ def meet_decode_group(group: Group, prepare: Callable[[Ask], Sequence]) -> Sende
 
 
 def _where_to_go(group: Group) -> tuple[str, int, bytes]:
-    store = group.launch.store
+    store, config = group.launch.store, group.config.transfer
     if store is None:
-        secret = _secret(group.launch)
+        secret = shared_secret(group.launch)
         assert secret is not None
-        return *group.config.host_and_port(), secret
-    store.wait([STORE_KEY], timedelta(seconds=group.config.connect_timeout_s))
+        return *config.host_and_port(), secret
+    store.wait([STORE_KEY], timedelta(seconds=config.connect_timeout_s))
     place = json.loads(store.get(STORE_KEY))
     return place["host"], place["port"], bytes.fromhex(place["secret"])
 

@@ -18,7 +18,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from parallel.grid import Layout
 from parallel.launch import minimums
 from parallel.placement import BlockCyclic, IntArray
 
+from ..cache.retention import Retention
 from ..engine import Engine
-from ..request import Sequence, StreamEvent
+from ..request import Request, Sequence, StreamEvent
+from ..sampling import SamplingParams
 from .channel import Channel, ChannelLost, wait_for
 from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message, Progress
 from .regions import Side, shared_blocks
@@ -38,6 +40,8 @@ LOST = -1
 IDLE_S = 0.02
 POLL_S = 0.001
 GIVE_UP_S = 5.0  # how long writes to a group that is gone may take to end
+Prepare = Callable[[int, Request, SamplingParams], Sequence]
+"""Turns a request, under its index and settings, into a sequence; ValueError says why it cannot run."""
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +91,7 @@ class Sender:
         channel: to the decode group's rank 0.
         peers: the decode ranks that this rank writes to.
         transport: this rank's pool.
-        prepare: turns a request into a sequence that ends with its first token; ValueError says why it cannot.
+        prepare: checks a request and turns it into a sequence.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class Sender:
         channel: Channel,
         peers: list[Peer],
         transport: Transport,
-        prepare: Callable[[Ask], Sequence],
+        prepare: Prepare,
     ) -> None:
         self._engine, self._source, self._target = engine, source, target
         self._rank, self._channel, self._peers, self._prepare = rank, channel, peers, prepare
@@ -183,7 +187,7 @@ class Sender:
                 ask.first_owner,
                 self._source.num_kv_heads,
             )
-            sending.seq = self._prepare(ask)
+            sending.seq = self._prepare(ask.id, *_request_of(ask))
         except (ValueError, TypeError) as problem:  # TypeError: settings of another name or type
             _log.warning("request %d cannot run in the prefill group: %s", ask.id, problem)
             sending.stopping = f"the prefill group cannot run it: {problem}"
@@ -294,6 +298,13 @@ class Sender:
             self._drop(sending)  # its writes broke off on every rank before its prompt was computed
             if sending.seq is not None:
                 self._engine.scheduler.cache.release(sending.seq.blocks, sending.seq.num_computed)
+
+
+def _request_of(ask: Ask) -> tuple[Request, SamplingParams]:
+    """Return what is to be computed: a request that ends with its first token."""
+    sampling = replace(SamplingParams(**ask.sampling), max_tokens=1, seed=ask.seed, stop=[])
+    retention = tuple(Retention(**each) for each in ask.retention)
+    return Request(prompt_token_ids=ask.token_ids.tolist(), cache_salt=ask.salt, retention=retention), sampling
 
 
 def _first(event: StreamEvent, sending: Sending) -> First:

@@ -21,24 +21,10 @@ from parallel.placement import IntArray
 from ..cache.pages import PagedCache
 from .protocol import DONE, UNKNOWN, Pool
 from .regions import CacheMap, PagePairs, build_regions, split_blocks
+from .requirements import import_nixl
 
 RUNNING = "running"
 _log = logging.getLogger(__name__)
-
-
-def import_nixl() -> Any:
-    """Return the nixl package, its log records sent to ours; ValueError says how to get it."""
-    try:
-        import nixl
-    except ImportError as error:
-        raise ValueError(
-            f"KV transfer needs NIXL, which cannot be imported ({error}); install it with: pip install -e .[transfer]"
-        ) from error
-    logger = logging.getLogger("nixl")  # it prints INFO records to standard output, where output lines go
-    logger.handlers.clear()
-    logger.propagate = True
-    logger.setLevel(logging.WARNING)
-    return nixl
 
 
 class Write:

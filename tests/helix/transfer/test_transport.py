@@ -3,7 +3,6 @@
 The bodies run on the CPU, and on GPUs where there are two.
 """
 
-import builtins
 import os
 import signal
 import time
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from helix.cache.pages import PagedCache
 from helix.transfer.protocol import DONE, UNKNOWN
 from helix.transfer.regions import CacheMap
-from helix.transfer.transport import RUNNING, Transport, import_nixl
+from helix.transfer.transport import RUNNING, Transport
 
 BLOCK, PAGES, LAYERS, HEADS, DIM = 8, 6, 3, 4, 2
 RECEIVER, SENDER = 0, 1
@@ -153,16 +152,3 @@ def test_a_write_to_a_process_that_has_ended_is_unknown_and_says_to_whom(ranks):
         process.join()
     assert (first, second) == (DONE, UNKNOWN)
     assert "a write to decode rank 0" in reason
-
-
-def test_without_nixl_the_error_says_how_to_get_it(monkeypatch):
-    plain = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.partition(".")[0] == "nixl":
-            raise ImportError("No module named 'nixl'")
-        return plain(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match="KV transfer needs NIXL.*pip install -e .\\[transfer\\]"):
-        import_nixl()
