@@ -94,7 +94,7 @@ class LLM:
         self.launch: Launch = enter(config)
         self.config = config = config_of_part(config, self.launch.part)
         if config.transfer.enabled:
-            agree(lambda: require_transfer(self.launch))
+            agree(lambda: require_transfer(config.transfer, self.launch))
         self.spec: ModelSpec = agree(lambda: read_spec(config.model))
         self.layout = self._resolve_layout()
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)

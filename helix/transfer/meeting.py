@@ -35,7 +35,7 @@ from .hearing import Hearing, Writer
 from .protocol import Hello, Message, Pool, Ready, Refuse, Welcome, pool_dict
 from .receiver import Receiver
 from .regions import CacheMap, Side
-from .requirements import shared_secret
+from .requirements import naming_the_setting, place_to_listen, shared_secret
 from .sender import Prepare, Sender, Target
 from .transport import Peer, Transport
 
@@ -101,8 +101,9 @@ def meet_prefill_group(group: Group) -> Receiver:
 
     def collect() -> int:
         facts = group.facts()
-        host, port, secret = _where_to_listen(group)
-        listener = Listener(host, port, secret)
+        secret = shared_secret(group.launch) or secrets.token_bytes(32)
+        with naming_the_setting(config):
+            listener = Listener(*place_to_listen(config), secret)
         _announce(group, listener, secret)
         try:
             hellos.update(_collect_hellos(facts, listener, deadline, config.connect_timeout_s))
@@ -132,12 +133,6 @@ def _gather(pool: Pool) -> list[Pool]:
     pools: list[Pool] = [pool] * dist.get_world_size()
     dist.all_gather_object(pools, pool, group=host_group())
     return pools
-
-
-def _where_to_listen(group: Group) -> tuple[str, int, bytes]:
-    config = group.config.transfer
-    port = config.host_and_port()[1] if config.address is not None else 0
-    return config.bind, port, shared_secret(group.launch) or secrets.token_bytes(32)
 
 
 def _announce(group: Group, listener: Listener, secret: bytes) -> None:

@@ -1,29 +1,63 @@
-"""What a transfer needs of this machine, looked at before anything is loaded: its packages and the groups' secret.
+"""What a transfer needs of this machine, looked at before anything is loaded: packages, a secret, and a free port.
 
 The packages are optional, so nothing here imports them, or a module that does, before it is asked to.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from parallel.launch import Launch
+
+from ..config import TransferConfig
 
 SECRET_VARIABLE = "HELIX_TRANSFER_SECRET"
 MIN_SECRET_BYTES = 16
 _INSTALL = "install it with: pip install -e .[transfer]"
 
 
-def require(launch: Launch) -> None:
-    """Raise ValueError, in one line, when a package is missing or the environment lacks the secret."""
+def require(config: TransferConfig, launch: Launch) -> None:
+    """Raise ValueError, in one line, where a package or the secret is missing, or this rank must listen and cannot."""
     try:
         import msgpack  # noqa: F401
     except ImportError as error:
         raise ValueError(f"KV transfer needs msgpack, which cannot be imported ({error}); {_INSTALL}") from error
     import_nixl()
     shared_secret(launch)
+    if launch.rank == 0 and not config.prefills(launch.part):
+        # Bound but not listening: a prefill group that waits already does not take this for the decode group.
+        with naming_the_setting(config), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place_to_listen(config))
+
+
+def place_to_listen(config: TransferConfig) -> tuple[str, int]:
+    """Return the interface and the port of the decode group; port 0, any that is free, where no address is set."""
+    return config.bind, config.host_and_port()[1] if config.address is not None else 0
+
+
+@contextmanager
+def naming_the_setting(config: TransferConfig) -> Iterator[None]:
+    """Turn an OSError of listening into a ValueError that begins with the setting at fault and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise ValueError(
+                f"transfer.address = {config.address}: the decode group cannot listen on port "
+                f"{place_to_listen(config)[1]} ({os.strerror(error.errno)}); end what holds it, or give both groups "
+                "another port"
+            ) from error
+        raise ValueError(
+            f"transfer.bind = {config.bind} cannot be listened on ({error.strerror}); give the address of an interface "
+            "of this machine, or 0.0.0.0 for all of them"
+        ) from error
 
 
 def import_nixl() -> Any:

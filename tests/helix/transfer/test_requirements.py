@@ -1,13 +1,19 @@
 """What a transfer lacks on this machine is said at once, in one line, before anything is loaded."""
 
 import builtins
+import re
+import socket
 
 import pytest
 import torch
 
+import helix.llm
+from helix.config import TransferConfig
 from helix.transfer.requirements import check_secret, require
 from parallel.launch import Launch
+from tests.helix.transfer.worlds import SECRET, make_llm
 
+PREFILL = TransferConfig(role="prefill", address="127.0.0.1:29600")
 LAUNCH = Launch(0, 1, 0, 1, torch.device("cpu"))
 
 
@@ -22,7 +28,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, package,
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ValueError, match=f"KV transfer needs {name}.*pip install -e .\\[transfer\\]"):
-        require(LAUNCH)
+        require(PREFILL, LAUNCH)
 
 
 @pytest.mark.parametrize(("value", "problem"), [(None, "is not set"), ("", "is not set"), ("short", "has 5 bytes")])
@@ -30,3 +36,41 @@ def test_a_missing_or_short_secret_is_refused_with_a_way_out(value, problem):
     with pytest.raises(ValueError, match=f"HELIX_TRANSFER_SECRET {problem}:.*openssl rand"):
         check_secret(value)
     assert check_secret("x" * 16) == b"x" * 16
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """A port that somebody listens on."""
+    monkeypatch.setenv("HELIX_TRANSFER_SECRET", SECRET)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def decode(**settings):
+    return TransferConfig(role="decode", **settings)
+
+
+def test_a_port_that_is_taken_is_named_by_its_setting_before_anything_is_loaded(taken):
+    told = (
+        f"transfer.address = 127.0.0.1:{taken}: the decode group cannot listen on port {taken} (Address already in use)"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}; .* another port$"):
+        make_llm("no such model", taken, "decode", (1, 1))
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_named_by_its_setting(taken, model, monkeypatch):
+    monkeypatch.setattr(helix.llm, "require_transfer", lambda *_: None)
+    with pytest.raises(ValueError, match=f"^transfer.address = 127.0.0.1:{taken}: .* another port$"):
+        make_llm(model, taken, "decode", (1, 1))
+
+
+def test_an_interface_that_is_not_there_is_named_by_its_setting(monkeypatch):
+    monkeypatch.setenv("HELIX_TRANSFER_SECRET", SECRET)
+    with pytest.raises(ValueError, match="^transfer.bind = 192.0.2.1 cannot be listened on .* or 0.0.0.0 for all"):
+        require(decode(address="192.0.2.1:29600", bind="192.0.2.1"), LAUNCH)
+
+
+def test_only_the_rank_that_listens_needs_the_port(taken):
+    address = f"127.0.0.1:{taken}"
+    require(TransferConfig(role="prefill", address=address), LAUNCH)
+    require(decode(address=address), Launch(1, 2, 1, 2, torch.device("cpu")))
