@@ -1,7 +1,8 @@
 """One connection between a prefill rank and the decode group's rank 0: authenticated frames over TCP.
 
  1. The listener sends 32 random bytes. The connector answers with 32 of its own and proves that it knows the shared
-    secret: HMAC-SHA256 over both. The listener proves the same. Nothing before that is parsed.
+    secret: HMAC-SHA256 over both. The listener proves the same, or answers with fixed bytes that its secret is another
+    one, which is all that they tell. Nothing before that is parsed.
  2. From then on a frame is: length (4 bytes, big-endian), HMAC over its number in the stream and its bytes, its bytes.
     Keys are made from the secret and both random values, one for each direction, so that a recorded frame is refused in
     another connection, in the other direction, and a second time.
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from select import select
 
 from .protocol import MAX_MESSAGE_BYTES, Message, MessageError, decode, encode
-from .requirements import SECRET_VARIABLE
+from .requirements import SAME_SECRET, SECRET_VARIABLE
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ RETRY_S = 0.1
 _MAGIC = b"helix-transfer-1"
 _NONCE = 32
 _MAC = 32
+_REFUSAL = b"your secret is another one".ljust(_MAC, b"\0")  # in the place of the listener's proof
 _LENGTH = 4
 _READ_BYTES = 1 << 20
 _CLOSED = "the peer closed it"
@@ -167,6 +169,9 @@ class Listener:
         port: 0 takes any.
         secret: the shared secret.
 
+    Attributes:
+        num_refused: connections whose secret was another one.
+
     Raises:
         OSError: when the port cannot be had.
     """
@@ -177,6 +182,7 @@ class Listener:
         self._socket = socket.create_server((bind, port), backlog=MAX_PENDING)
         self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
+        self.num_refused = 0
 
     def poll(self, timeout_s: float = 0.0) -> list[Channel]:
         """Return the connections that have proved themselves since; waits ``timeout_s`` at most for something new."""
@@ -235,8 +241,13 @@ class Listener:
             return None, None
         theirs = bytes(each.data[len(_MAGIC) : len(_MAGIC) + _NONCE])
         right = _mac(self._secret, b"connector", each.nonce, theirs)
-        if each.data[: len(_MAGIC)] != _MAGIC or not hmac.compare_digest(right, bytes(each.data[-_MAC:])):
-            return None, f"it does not know the secret of this group ({SECRET_VARIABLE})"
+        if each.data[: len(_MAGIC)] != _MAGIC:
+            return None, "it is no prefill rank"
+        if not hmac.compare_digest(right, bytes(each.data[-_MAC:])):
+            self.num_refused += 1
+            with suppress(OSError):
+                each.sock.send(_REFUSAL)
+            return None, f"its {SECRET_VARIABLE} differs from this group's; {SAME_SECRET}"
         with suppress(OSError):  # the channel finds out
             each.sock.send(_mac(self._secret, b"listener", theirs, each.nonce))
         keys = _session_keys(self._secret, each.nonce, theirs)
@@ -247,7 +258,7 @@ def connect(host: str, port: int, secret: bytes, timeout_s: float) -> Channel:
     """Connect to a listener, which may come up later, and prove to each other that both know the secret.
 
     Raises:
-        ChannelLost: when nobody listens within ``timeout_s`` seconds, or whoever does knows another secret.
+        ChannelLost: when nobody listens within ``timeout_s`` seconds; at once when whoever does knows another secret.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -260,20 +271,27 @@ def connect(host: str, port: int, secret: bytes, timeout_s: float) -> Channel:
             time.sleep(RETRY_S)
     try:
         sock.settimeout(max(deadline - time.monotonic(), HANDSHAKE_S))
-        start = _read_exactly(sock, len(_MAGIC) + _NONCE)
-        nonce, theirs = secrets.token_bytes(_NONCE), start[len(_MAGIC) :]
-        if start[: len(_MAGIC)] == _MAGIC:
-            sock.sendall(_MAGIC + nonce + _mac(secret, b"connector", theirs, nonce))
-            answer = _read_exactly(sock, _MAC)
-        if start[: len(_MAGIC)] != _MAGIC or not hmac.compare_digest(answer, _mac(secret, b"listener", nonce, theirs)):
-            raise ChannelLost("it is no decode group that knows the secret")
+        theirs, nonce = _prove_to_listener(sock, secret)
     except OSError as error:
         sock.close()
-        raise ChannelLost(
-            f"{host}:{port} refused this rank: {error}; is {SECRET_VARIABLE} the same in both groups?"
-        ) from error
+        raise ChannelLost(f"no connection to the decode group at {host}:{port}: {error}") from error
     keys = _session_keys(secret, theirs, nonce)
     return Channel(sock, f"{host}:{port}", keys[1], keys[0])
+
+
+def _prove_to_listener(sock: socket.socket, secret: bytes) -> tuple[bytes, bytes]:
+    """Do the connector's part of the handshake; return the listener's random bytes and this end's."""
+    start = _read_exactly(sock, len(_MAGIC) + _NONCE)
+    nonce, theirs = secrets.token_bytes(_NONCE), start[len(_MAGIC) :]
+    if start[: len(_MAGIC)] != _MAGIC:
+        raise ChannelLost("something else listens there; see transfer.address")
+    sock.sendall(_MAGIC + nonce + _mac(secret, b"connector", theirs, nonce))
+    answer = _read_exactly(sock, _MAC)
+    if answer == _REFUSAL:
+        raise ChannelLost(f"it refused this rank, whose {SECRET_VARIABLE} differs from its own; {SAME_SECRET}")
+    if not hmac.compare_digest(answer, _mac(secret, b"listener", nonce, theirs)):
+        raise ChannelLost(f"it does not prove that it knows {SECRET_VARIABLE} itself; {SAME_SECRET}")
+    return theirs, nonce
 
 
 def wait_for(channels: Sequence[Channel], timeout_s: float) -> None:

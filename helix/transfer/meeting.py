@@ -35,7 +35,7 @@ from .hearing import Hearing, Writer
 from .protocol import Hello, Message, Pool, Ready, Refuse, Welcome, pool_dict
 from .receiver import Receiver
 from .regions import CacheMap, Side
-from .requirements import naming_the_setting, place_to_listen, shared_secret
+from .requirements import SAME_SECRET, SECRET_VARIABLE, naming_the_setting, place_to_listen, shared_secret
 from .sender import Prepare, Sender, Target
 from .transport import Peer, Transport
 
@@ -155,9 +155,10 @@ def _collect_hellos(
     world_size = 0
     while not hellos or len(hellos) < world_size:
         if time.monotonic() > deadline:
+            refused = f", and {listener.num_refused} with another {SECRET_VARIABLE}; {SAME_SECRET}"
             raise ValueError(
-                f"{len(hellos)} prefill ranks have come within transfer.connect_timeout_s = "
-                f"{timeout_s:g} s; start the prefill group, or raise it"
+                f"{len(hellos)} prefill ranks have come within transfer.connect_timeout_s = {timeout_s:g} s"
+                + (refused if listener.num_refused else "; start the prefill group, or raise it")
             )
         waiting += listener.poll(TURN_S)
         for channel in list(waiting):
@@ -233,9 +234,7 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     transport = _make_transport(group, "prefill")
     facts, timeout_s = from_rank0(group.facts), group.config.transfer.connect_timeout_s
 
-    def join() -> tuple[Channel, Layout, list[Pool]]:
-        host, port, secret = _where_to_go(group)
-        channel = connect(host, port, secret, timeout_s)
+    def join() -> tuple[Layout, list[Pool]]:
         process = Process.current()
         channel.send(
             Hello(
@@ -250,9 +249,11 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
             )
         )
         welcome = _await_welcome(channel, timeout_s)
-        return channel, Layout(kvp=welcome.kvp, tpa=welcome.tpa), welcome.parsed()
+        return Layout(kvp=welcome.kvp, tpa=welcome.tpa), welcome.parsed()
 
-    channel, layout, pools = agree(join)
+    # In two steps: where one rank is refused, the others do not wait for a welcome that cannot come.
+    channel = agree(lambda: connect(*_where_to_go(group), timeout_s))
+    layout, pools = agree(join)
     peers = agree(lambda: _connect_pools(group, transport, layout, pools))
     for peer in peers:
         peer.ping(b"hello")

@@ -18,6 +18,7 @@ from parallel.launch import Launch
 from ..config import TransferConfig
 
 SECRET_VARIABLE = "HELIX_TRANSFER_SECRET"
+SAME_SECRET = f"set {SECRET_VARIABLE} to the same value in both groups"
 MIN_SECRET_BYTES = 16
 _INSTALL = "install it with: pip install -e .[transfer]"
 

@@ -4,6 +4,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -84,36 +85,63 @@ def test_a_message_larger_than_the_sockets_buffers_arrives_without_blocking(pair
     assert np.array_equal(got[0].token_ids, np.arange(count))
 
 
-def test_a_peer_without_the_secret_is_dropped_and_told_so(listener, caplog):
+def refused(listener, port=None):
+    """What a connector with another secret is told; ``port`` is another way to the listener."""
     problems = []
 
     def attempt():
-        try:
-            connect("127.0.0.1", listener.port, b"another secret, as long", 5.0)
-        except ChannelLost as problem:
-            problems.append(str(problem))
+        with pytest.raises(ChannelLost) as problem:
+            connect("127.0.0.1", port or listener.port, b"another secret, as long", 5.0)
+        problems.append(str(problem.value))
 
     thread = threading.Thread(target=attempt)
     thread.start()
-    assert accept(listener, 0.5) is None
-    thread.join()
-    assert "is HELIX_TRANSFER_SECRET the same in both groups?" in problems[0]
-    assert "does not know the secret" in caplog.text
+    while thread.is_alive():
+        assert listener.poll(0.02) == []
+    return problems[0]
 
 
-def test_a_listener_without_the_secret_is_found_out(monkeypatch):
+def test_both_sides_say_at_once_that_the_secret_differs(listener, caplog):
+    began = time.monotonic()
+    problem = refused(listener)
+    assert time.monotonic() - began < 2
+    assert "it refused this rank, whose HELIX_TRANSFER_SECRET differs from its own; set " in problem
+    assert "its HELIX_TRANSFER_SECRET differs from this group's; set " in caplog.text
+    assert listener.num_refused == 1
+
+
+def test_a_refusal_tells_nothing_but_that_the_secret_differs(listener):
+    """The listener's bytes are random ones and fixed ones: its secret is in none of them."""
+    answers = []
+    for _ in range(2):
+        relay = Recorder(listener.port)
+        refused(listener, relay.port)
+        answers.append(bytes(relay.answered))
+        relay.close()
+    magic, nonce = len(channels._MAGIC), channels._NONCE
+    assert answers[0][:magic] == channels._MAGIC and len(answers[0]) == magic + nonce + len(channels._REFUSAL)
+    assert answers[0][magic : magic + nonce] != answers[1][magic : magic + nonce]
+    assert answers[0][magic + nonce :] == answers[1][magic + nonce :] == channels._REFUSAL
+
+
+@pytest.mark.parametrize(
+    ("greeting", "told"),
+    [(channels._MAGIC, "does not prove that it knows HELIX_TRANSFER_SECRET"), (bytes(16), "something else listens")],
+)
+def test_a_listener_that_is_no_decode_group_is_found_out(greeting, told):
     impostor = socket.create_server(("127.0.0.1", 0))
 
     def serve():
         sock, _ = impostor.accept()
-        sock.sendall(channels._MAGIC + bytes(32))
+        sock.sendall(greeting + bytes(32))
         sock.recv(1000)
-        sock.sendall(bytes(32))
+        with suppress(OSError):
+            sock.sendall(bytes(32))
         sock.close()
 
     thread = threading.Thread(target=serve)
     thread.start()
-    with pytest.raises(ChannelLost, match="no decode group that knows the secret"):
+    with pytest.raises(ChannelLost, match=told):
         connect("127.0.0.1", impostor.getsockname()[1], SECRET, 5.0)
     thread.join()
     impostor.close()
@@ -172,7 +200,7 @@ class Recorder:
     def __init__(self, port):
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
-        self.seen = bytearray()
+        self.seen, self.answered = bytearray(), bytearray()
         self.near = self.far = None
         self._target = port
         threading.Thread(target=self._serve, daemon=True).start()
@@ -180,14 +208,13 @@ class Recorder:
     def _serve(self):
         self.near, _ = self._server.accept()
         self.far = socket.create_connection(("127.0.0.1", self._target))
-        threading.Thread(target=self._pump, args=(self.far, self.near, None), daemon=True).start()
+        threading.Thread(target=self._pump, args=(self.far, self.near, self.answered), daemon=True).start()
         self._pump(self.near, self.far, self.seen)
 
     def _pump(self, source, target, notes):
         try:
             while data := source.recv(65536):
-                if notes is not None:
-                    notes += data
+                notes += data
                 target.sendall(data)
         except OSError:
             pass

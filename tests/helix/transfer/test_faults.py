@@ -525,4 +525,4 @@ def test_strangers_at_the_door_change_nothing(groups, model, expected):
     _, decoded = groups(1, 1).run(slow_to_meet_body, strangers_body, model, (1, 1), (1, 1))
     outputs, log = decoded[0]
     assert outputs == expected
-    assert log.count("does not know the secret of this group") == 3
+    assert log.count("it is no prefill rank") == 3

@@ -31,10 +31,11 @@ def make_llm(
     check_ranks: bool = True,
     dtype: str = "float32",
     speculative: str = "none",
+    secret: str = SECRET,
     **transfer: Any,
 ) -> LLM:
     """Return an LLM of one group, or of none."""
-    os.environ["HELIX_TRANSFER_SECRET"] = SECRET
+    os.environ["HELIX_TRANSFER_SECRET"] = secret
     if role is not None:
         transfer = {"role": role, "address": f"127.0.0.1:{port}", "connect_timeout_s": 60.0, **transfer}
     return LLM(
