@@ -226,14 +226,14 @@ class Receiver:
             return self._end(news.writer, news.message)
         elif isinstance(news, Lost):
             _log.warning("the connection to prefill rank %d is lost: %s", news.writer, news.reason)
-            self._link = GONE
+            self._cut(GONE)
             return self._end_all(f"prefill rank {news.writer} is lost: {news.reason}")
         elif isinstance(news, Ended):
             for number in list(self._quarantined):
                 self._lift(number, news.writer)
         elif isinstance(news, Silence):
             _log.warning("the prefill group has been silent for %g s", self._config.timeout_s)
-            self._link = SILENT if self._link == OPEN else self._link
+            self._cut(SILENT)
             return self._end_all(f"the prefill group has been silent for {self._config.timeout_s:g} s")
         elif isinstance(news, Heard):
             _log.warning("the prefill group is heard again")
@@ -243,6 +243,13 @@ class Receiver:
             pages = sum(len(each.pages) for each in self._quarantined.values())
             return [self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")]
         return []
+
+    def _cut(self, link: str) -> None:
+        """Ask for nothing more, and say once what becomes of the requests that come from now on."""
+        if self._link not in (link, GONE):
+            self._link = link
+            fate = "is computed by the decode group" if self._config.retry else "fails"
+            _log.warning("the prefill group is %s: every further request %s", link, fate)
 
     def _end(self, writer: int, end: End) -> list[StreamEvent]:
         """Note a writer's end state; the last one decides."""
@@ -295,7 +302,11 @@ class Receiver:
         else:
             scheduler.cache.release(seq.blocks, seq.blocks.num_reused)
         scheduler.free_slot(seq)
-        event = None if self._aborting else self._give_up(seq, reason)
+        if self._aborting:
+            return []
+        if self._config.retry:
+            _log.warning("request %s is computed by the decode group: %s", seq.output.id or seq.index, reason)
+        event = self._give_up(seq, reason)
         return [] if event is None else [event]
 
     def _lift(self, number: int, writer: int) -> None:
@@ -328,7 +339,6 @@ class Receiver:
         """Compute a request here whose transfer failed, or end it."""
         if not self._config.retry:
             return self._fail(seq, f"the transfer of its prompt failed: {reason}")
-        _log.warning("request %s is computed by the decode group: %s", seq.output.id or seq.index, reason)
         self.counters.retried += 1
         self._engine.compute(seq)
         return None

@@ -175,6 +175,35 @@ def test_without_retry_requests_fail_alone_when_a_sender_is_killed(groups, model
     assert counters["failed"] == 3 and counters["pages_quarantined"] == counters["pages_released"] > 0
 
 
+def leaving_prefill_body(ports, path, layout, *_):
+    """It ends its connection before anything is asked of it."""
+    llm = make_llm(path, ports[0], "prefill", layout)
+    llm._sender._channel.close()
+    return serve(llm)
+
+
+def log_of_the_rest_body(ports, path, _, layout, retry):
+    """What is logged when the loss is noticed, and while further requests come."""
+    llm = make_llm(path, ports[0], "decode", layout, retry=retry)
+    log = Log()
+    llm.generate(requests()[:1])
+    noticed = len(log.lines)
+    outputs = told(llm.generate(requests()))
+    log.close()
+    return outputs, log.lines[:noticed], log.lines[noticed:]
+
+
+@pytest.mark.parametrize(("retry", "fate"), [(True, "is computed by the decode group"), (False, "fails")])
+def test_a_lost_prefill_group_is_told_once_and_not_with_every_request(groups, model, expected, retry, fate):
+    _, [(outputs, first, rest)] = groups(1, 1).run(
+        leaving_prefill_body, log_of_the_rest_body, model, (1, 1), (1, 1), retry
+    )
+    assert first.count(f"the prefill group is gone: every further request {fate}") == 1
+    assert rest == []
+    gone = ([], "the transfer of its prompt failed: the prefill group is gone")
+    assert outputs == (expected if retry else [gone] * len(PROMPTS))
+
+
 def unknown_end_body(ports, path, _, layout):
     """The decode group cannot look the killed writer up, as on another machine, and has few pages."""
     Process.has_ended = lambda self: False
