@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,31 @@ _SAMPLE_BYTES = 4096
 
 
 def make_facts(spec: ModelSpec, *, block_size: int, dtype: str, weights: Path | None) -> dict[str, Any]:
-    """Return what must be equal in both groups, by the name of its setting.
+    """Return what must be equal in both groups, by the name of its setting, or of the field of the model's config.json.
 
     Args:
+        spec: the model.
+        block_size: tokens of a block.
+        dtype: of weights and cache.
         weights: the checkpoint's folder; None where weights are made up.
     """
+    rope = spec.rope.inv_freq.numpy().tobytes() + repr(spec.rope.attention_scaling).encode()
     return {
         "cache.block_size": block_size,
         "model.dtype": dtype,
-        "model's layers": spec.num_layers,
-        "model's KV heads": spec.num_kv_heads,
-        "model's head size": spec.head_dim,
-        "model's vocabulary": spec.vocab_size,
-        "model's fingerprint": fingerprint(spec, weights),
+        "model's model_type": spec.family,
+        "model's num_hidden_layers": spec.num_layers,
+        "model's hidden_size": spec.hidden_size,
+        "model's num_attention_heads": spec.num_heads,
+        "model's num_key_value_heads": spec.num_kv_heads,
+        "model's head_dim": spec.head_dim,
+        "model's intermediate_size": spec.ffn_size,
+        "model's vocab_size": spec.vocab_size,
+        "model's rms_norm_eps": spec.rms_eps,
+        "model's attention_bias": spec.qkv_bias,
+        "model's tie_word_embeddings": spec.tied_embeddings,
+        "fingerprint of the model's RoPE (rope_theta, rope_scaling)": blake2b(rope, digest_size=8).hexdigest(),
+        "fingerprint of the model's weights": "none (model.load=dummy)" if weights is None else fingerprint(weights),
     }
 
 
@@ -42,12 +54,10 @@ def find_mismatch(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> str 
     return None
 
 
-def fingerprint(spec: ModelSpec, weights: Path | None) -> str:
-    """Return a short hash of a model: its shape, and its weight files' names, sizes and bytes at a few places."""
-    digest = hashlib.blake2b(digest_size=8)
-    sizes = [spec.family, spec.hidden_size, spec.num_heads, spec.ffn_size, spec.rms_eps, spec.rope.attention_scaling]
-    digest.update(repr(sizes).encode() + spec.rope.inv_freq.numpy().tobytes())
-    for file in sorted(weights.glob("*.safetensors")) if weights is not None else []:
+def fingerprint(weights: Path) -> str:
+    """Return a short hash of a folder's weight files: their names, sizes and bytes at a few places."""
+    digest = blake2b(digest_size=8)
+    for file in sorted(weights.glob("*.safetensors")):
         num_bytes = file.stat().st_size
         digest.update(f"{file.name} {num_bytes}".encode())
         with file.open("rb") as opened:

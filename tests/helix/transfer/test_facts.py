@@ -18,8 +18,12 @@ def folder(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("facts") / "model", layers=1)
 
 
+def facts_of(spec, weights, *, block_size=16, dtype="float32"):
+    return make_facts(spec, block_size=block_size, dtype=dtype, weights=weights)
+
+
 def facts(folder, **changes):
-    return make_facts(load_spec(folder), **{"block_size": 16, "dtype": "float32", "weights": folder} | changes)
+    return facts_of(load_spec(folder), **{"weights": folder} | changes)
 
 
 def test_groups_of_one_model_agree(folder):
@@ -31,7 +35,7 @@ def test_groups_of_one_model_agree(folder):
     [
         ({"block_size": 64}, "cache.block_size = 16 in the decode group and 64 in the prefill group"),
         ({"dtype": "bfloat16"}, "model.dtype = float32 in the decode group and bfloat16 in the prefill group"),
-        ({"weights": None}, "model's fingerprint = "),
+        ({"weights": None}, "fingerprint of the model's weights = "),
     ],
 )
 def test_a_setting_that_differs_is_named_with_both_values(folder, changes, told):
@@ -40,24 +44,44 @@ def test_a_setting_that_differs_is_named_with_both_values(folder, changes, told)
 
 def test_models_of_other_layers_and_facts_of_another_version_do_not_agree(folder, tmp_path):
     other = make_checkpoint(tmp_path / "deeper", layers=2)
-    assert find_mismatch(facts(folder), facts(other)).startswith("model's layers = 1 in the decode group and 2 in")
+    assert find_mismatch(facts(folder), facts(other)).startswith(
+        "model's num_hidden_layers = 1 in the decode group and 2 in"
+    )
     fewer = {name: value for name, value in facts(folder).items() if name != "model.dtype"}
     assert "model.dtype = None in the decode group" in find_mismatch(fewer, facts(folder))
     assert "model.dtype = float32 in the decode group and None" in find_mismatch(facts(folder), fewer)
 
 
-def test_the_fingerprint_tells_other_weights_and_other_settings(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rms_eps": 0.1}, "model's rms_norm_eps = 1e-06 in the decode group and 0.1 in the prefill group; make them"),
+        ({"ffn_size": 8}, "model's intermediate_size = 160 in the decode group and 8 in the prefill group"),
+        ({"family": "other"}, "model's model_type = llama in the decode group and other in the prefill group"),
+    ],
+)
+def test_a_field_of_the_config_that_differs_is_named_with_both_values(folder, changes, told):
     spec = load_spec(folder)
+    assert find_mismatch(facts(folder), facts_of(replace(spec, **changes), folder)).startswith(told)
+
+
+def test_rope_that_differs_is_named_with_the_fields_that_it_comes_from(folder):
+    spec = load_spec(folder)
+    for rope in (
+        replace(spec.rope, inv_freq=spec.rope.inv_freq * 2),
+        replace(spec.rope, attention_scaling=1.5),
+    ):
+        told = find_mismatch(facts(folder), facts_of(replace(spec, rope=rope), folder))
+        assert told.startswith("fingerprint of the model's RoPE (rope_theta, rope_scaling) = ")
+
+
+def test_weights_that_differ_are_named(folder, tmp_path):
     other = make_checkpoint(tmp_path / "seed", layers=1, seed=1)
-    prints = {
-        fingerprint(spec, folder),
-        fingerprint(spec, other),
-        fingerprint(spec, None),
-        fingerprint(replace(spec, rms_eps=0.1), folder),
-        fingerprint(replace(spec, rope=replace(spec.rope, inv_freq=spec.rope.inv_freq * 2)), folder),
-    }
-    assert len(prints) == 5
-    assert fingerprint(load_spec(folder), folder) in prints
+    told = find_mismatch(facts(folder), facts(other))
+    assert told == (
+        f"fingerprint of the model's weights = {fingerprint(folder)} in the decode group and {fingerprint(other)} in "
+        "the prefill group; make them equal"
+    )
 
 
 def stat(pid):
