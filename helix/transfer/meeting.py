@@ -101,7 +101,7 @@ def meet_prefill_group(group: Group) -> Receiver:
 
     def collect() -> int:
         facts = group.facts()
-        secret = shared_secret(group.launch) or secrets.token_bytes(32)
+        secret = shared_secret() if group.launch.store is None else secrets.token_bytes(32)
         with naming_the_setting(config):
             listener = Listener(*place_to_listen(config), secret)
         _announce(group, listener, secret)
@@ -274,10 +274,14 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
 def _where_to_go(group: Group) -> tuple[str, int, bytes]:
     store, config = group.launch.store, group.config.transfer
     if store is None:
-        secret = shared_secret(group.launch)
-        assert secret is not None
-        return *config.host_and_port(), secret
-    store.wait([STORE_KEY], timedelta(seconds=config.connect_timeout_s))
+        return *config.host_and_port(), shared_secret()
+    try:
+        store.wait([STORE_KEY], timedelta(seconds=config.connect_timeout_s))
+    except dist.DistStoreError as error:
+        timeout_s = config.connect_timeout_s
+        raise ChannelLost(
+            f"the decode ranks were not there within transfer.connect_timeout_s = {timeout_s:g} s; raise it"
+        ) from error
     place = json.loads(store.get(STORE_KEY))
     return place["host"], place["port"], bytes.fromhex(place["secret"])
 

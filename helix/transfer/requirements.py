@@ -30,7 +30,8 @@ def require(config: TransferConfig, launch: Launch) -> None:
     except ImportError as error:
         raise ValueError(f"KV transfer needs msgpack, which cannot be imported ({error}); {_INSTALL}") from error
     import_nixl()
-    shared_secret(launch)
+    if launch.store is None:
+        shared_secret()
     if launch.rank == 0 and not config.prefills(launch.part):
         # Bound but not listening: a prefill group that waits already does not take this for the decode group.
         with naming_the_setting(config), socket.socket() as probe:
@@ -74,15 +75,9 @@ def import_nixl() -> Any:
     return nixl
 
 
-def shared_secret(launch: Launch) -> bytes | None:
-    """Return the secret of the environment; a split world that has none makes its own."""
-    value = os.environ.get(SECRET_VARIABLE)
-    return None if launch.store is not None and not value else check_secret(value)
-
-
-def check_secret(secret: str | None) -> bytes:
-    """Return the secret's bytes; ValueError where it is missing or too short to be one."""
-    value = (secret or "").encode()
+def shared_secret() -> bytes:
+    """Return the secret that two worlds share; ValueError where it is missing or too short to be one."""
+    value = os.environ.get(SECRET_VARIABLE, "").encode()
     if len(value) < MIN_SECRET_BYTES:
         problem = "is not set" if not value else f"has {len(value)} bytes"
         raise ValueError(

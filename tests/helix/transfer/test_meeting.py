@@ -4,8 +4,15 @@ import logging
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from helix.config import HelixConfig, TransferConfig
+from helix.transfer import meeting
+from helix.transfer.channel import ChannelLost, Listener
+from helix.transfer.meeting import Group
+from parallel.grid import Layout
+from parallel.launch import Launch
 from tests.helix.transfer.worlds import make_llm
 
 
@@ -40,3 +47,23 @@ def test_groups_whose_secrets_differ_both_name_the_secret(groups, model):
         "0 prefill ranks have come within transfer.connect_timeout_s = 8 s, and 1 with another "
         "HELIX_TRANSFER_SECRET; set HELIX_TRANSFER_SECRET to the same value in both groups"
     )
+
+
+@pytest.fixture
+def split():
+    """A prefill rank of a split world."""
+    launch = Launch(0, 1, 0, 1, torch.device("cpu"), store=dist.HashStore())
+    config = HelixConfig(transfer=TransferConfig(prefill_ranks=1, connect_timeout_s=1.0))
+    return Group(config, launch, Layout(1, 1), spec=None, engine=None)
+
+
+def test_a_prefill_rank_that_no_decode_rank_calls_ends_with_the_setting(split):
+    with pytest.raises(ChannelLost, match="transfer.connect_timeout_s = 1 s; raise it"):
+        meeting._where_to_go(split)
+
+
+def test_the_parts_of_a_split_world_find_each_other_through_its_store(split):
+    listener = Listener("127.0.0.1", 0, b"made for this run")
+    meeting._announce(split, listener, b"made for this run")
+    listener.close()
+    assert meeting._where_to_go(split) == ("127.0.0.1", listener.port, b"made for this run")

@@ -3,13 +3,15 @@
 import builtins
 import re
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 import helix.llm
 from helix.config import TransferConfig
-from helix.transfer.requirements import check_secret, require
+from helix.transfer.requirements import require, shared_secret
 from parallel.launch import Launch
 from tests.helix.transfer.worlds import SECRET, make_llm
 
@@ -32,10 +34,21 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, package,
 
 
 @pytest.mark.parametrize(("value", "problem"), [(None, "is not set"), ("", "is not set"), ("short", "has 5 bytes")])
-def test_a_missing_or_short_secret_is_refused_with_a_way_out(value, problem):
+def test_a_missing_or_short_secret_is_refused_with_a_way_out(monkeypatch, value, problem):
+    monkeypatch.delenv("HELIX_TRANSFER_SECRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("HELIX_TRANSFER_SECRET", value)
     with pytest.raises(ValueError, match=f"HELIX_TRANSFER_SECRET {problem}:.*openssl rand"):
-        check_secret(value)
-    assert check_secret("x" * 16) == b"x" * 16
+        require(PREFILL, LAUNCH)
+    monkeypatch.setenv("HELIX_TRANSFER_SECRET", "x" * 16)
+    require(PREFILL, LAUNCH)
+    assert shared_secret() == b"x" * 16
+
+
+def test_a_split_world_needs_no_secret_and_uses_none(monkeypatch):
+    """What the environment has may be other runs' too: it must not lie in the store, which asks nobody for a secret."""
+    monkeypatch.setenv("HELIX_TRANSFER_SECRET", "short")
+    require(TransferConfig(prefill_ranks=1), replace(LAUNCH, store=HashStore()))
 
 
 @pytest.fixture
