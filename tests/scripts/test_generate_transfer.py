@@ -3,19 +3,24 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from helix.config import PrefillConfig, TransferConfig
 from helix.llm import config_of_part
+from scripts import cli
 from scripts.generate import GenerateConfig
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.transfer.conftest import free_ports
 
 ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "transfer.md").read_text("utf-8")
 SMALL = ["runtime.device=cpu", "cache.num_pages=64", "scheduler.prefill_chunk=32", "model.dtype=float32"]
 
 
@@ -155,11 +160,16 @@ def test_a_prefill_layout_below_one_is_refused():
         PrefillConfig(tpa=0)
 
 
-def test_a_world_that_prefills_takes_no_prompts():
+@pytest.mark.parametrize("name", ["prompts", "prompt", "output", "metrics"])
+def test_a_world_that_prefills_refuses_what_the_document_says(name):
     role = TransferConfig(role="prefill", address="127.0.0.1:1")
     GenerateConfig(transfer=role)
-    with pytest.raises(ValueError, match="prompts = x belongs to the decode group"):
-        GenerateConfig(transfer=role, prompts="x")
+    with pytest.raises(ValueError, match=f"{name} = x belongs to the decode group"):
+        GenerateConfig(transfer=role, **{name: "x"})
+    assert f"`{name}=`" in DOCUMENT
+
+
+def test_a_world_that_decodes_needs_prompts():
     with pytest.raises(ValueError, match="give one of prompts"):
         GenerateConfig(transfer=TransferConfig(role="decode", address="127.0.0.1:1"))
 
@@ -174,3 +184,23 @@ def test_the_first_part_of_a_split_world_has_the_prefill_layout():
     )
     assert (config_of_part(config, 0).parallel.kvp, config_of_part(config, 1).parallel.kvp) == (2, 4)
     assert config.transfer.prefills(0) and not config.transfer.prefills(1)
+
+
+def documented_commands():
+    """What follows ``scripts.generate`` in each command of the document."""
+    text = DOCUMENT.replace("\\\n", " ")
+    return [line.split("scripts.generate")[1].split() for line in text.splitlines() if "-m scripts.generate" in line]
+
+
+@pytest.mark.parametrize("arguments", documented_commands(), ids=" ".join)
+def test_the_documents_commands_are_valid(arguments):
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    cli._compose("generate", GenerateConfig, arguments)
+
+
+def test_the_documents_table_has_every_key_and_its_default():
+    rows = dict(re.findall(r"^\| `transfer\.(\w+)` \| (\S+) \|", DOCUMENT, re.MULTILINE))
+    defaults = {name: value for name, value in asdict(TransferConfig()).items() if name != "prefill"}
+    assert rows == {
+        name: f"{value:g}" if isinstance(value, float) else str(value).lower() for name, value in defaults.items()
+    }
