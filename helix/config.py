@@ -6,7 +6,8 @@ They are also the schema that the commands compose from YAML and the command lin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from attention.exchange import EXCHANGES
@@ -22,6 +23,13 @@ from .speculative.schedule import DraftLenSchedule
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOADS = ("checkpoint", "dummy")
 METHODS = ("none", "ngram", "draft_model")
+USED_BY = {
+    "max_draft_len": ("ngram", "draft_model"),
+    "draft_len_schedule": ("ngram", "draft_model"),
+    "ngram_max": ("ngram",),
+    "ngram_min": ("ngram",),
+    "model": ("draft_model",),
+}
 ROLES = ("prefill", "decode")
 
 
@@ -230,6 +238,19 @@ class SpeculativeConfig:
             )
         self.draft_len_schedule = self.schedule.lengths
 
+    def check_used(self) -> None:
+        """Raise ValueError when a setting that the method does not use differs from its default.
+
+        Not done at once: a program may hold the settings of several methods in one object.
+        """
+        for key, value in _changed(self):
+            methods = USED_BY.get(key.partition(".")[0], METHODS)
+            if self.method not in methods:
+                raise ValueError(
+                    f"speculative.{key} = {value!r} has no effect with speculative={self.method}; "
+                    f"use {' or '.join(f'speculative={method}' for method in methods)}"
+                )
+
     @property
     def schedule(self) -> DraftLenSchedule:
         """The draft length by batch size."""
@@ -356,3 +377,13 @@ class HelixConfig:
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
+
+
+def _changed(config: Any, group: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the key and the value of every setting that differs from its default."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            yield from _changed(value, f"{group}{each.name}.")
+        elif value != each.default:
+            yield group + each.name, value

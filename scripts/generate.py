@@ -55,6 +55,7 @@ class GenerateConfig(HelixConfig):
     metrics: str | None = None
 
     def __post_init__(self) -> None:
+        self.speculative.check_used()
         if self.transfer.role == "prefill":
             given = [name for name in ("prompts", "prompt", "output", "metrics") if getattr(self, name) is not None]
             if given:

@@ -180,6 +180,47 @@ def test_speculation_that_cannot_be_is_refused_in_one_line(
     assert message in one_line(command(*GIVEN, *arguments))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["speculative.max_draft_len=8"],
+            "speculative.max_draft_len = 8 has no effect with speculative=none; "
+            "use speculative=ngram or speculative=draft_model",
+        ),
+        (
+            ["speculative.draft_len_schedule={4:2}"],
+            "speculative.draft_len_schedule = {4: 2} has no effect with speculative=none; "
+            "use speculative=ngram or speculative=draft_model",
+        ),
+        (
+            ["speculative=ngram", "speculative.model.path=x"],
+            "speculative.model.path = 'x' has no effect with speculative=ngram; use speculative=draft_model",
+        ),
+        (
+            ["speculative.method=draft_model", "speculative.model.path=x", "speculative.ngram_min=1"],
+            "speculative.ngram_min = 1 has no effect with speculative=draft_model; use speculative=ngram",
+        ),
+    ],
+)
+def test_a_setting_that_the_method_does_not_use_is_refused_in_one_line(
+    command: Command, arguments: list[str], message: str
+) -> None:
+    assert one_line(command(*GIVEN, *arguments)) == message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["speculative.max_draft_len=4"],
+        ["speculative=ngram", "speculative.max_draft_len=8", "speculative.ngram_max=6", "speculative.ngram_min=1"],
+        ["speculative=draft_model", "speculative.max_draft_len=2", "speculative.model.path=x"],
+    ],
+)
+def test_settings_that_the_method_uses_and_defaults_are_accepted(command: Command, arguments: list[str]) -> None:
+    assert len(command(*GIVEN, *arguments).ran) == 1
+
+
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 

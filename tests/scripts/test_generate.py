@@ -238,10 +238,10 @@ def check_metrics(metrics: dict[str, Any], outputs: list[dict[str, Any]]) -> Non
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_speculation_changes_no_line_and_is_in_the_metrics(model: Path, command: Command, method: str) -> None:
     plain = command(f"model.path={model}", "prompt=hello hello", "sampling.max_tokens=9", *SMALL)
+    drafts = [f"speculative.model.path={model}"] if method == "draft_model" else []
     drafted = command(
-        f"model.path={model}", "prompt=hello hello", "sampling.max_tokens=9", *SMALL, f"speculative={method}",
-        f"speculative.model.path={model}", "speculative.max_draft_len=4",
-        "speculative.draft_len_schedule={4:4,8:2,32:1}", "metrics=metrics.json",
+        f"model.path={model}", "prompt=hello hello", "sampling.max_tokens=9", *SMALL, f"speculative={method}", *drafts,
+        "speculative.max_draft_len=4", "speculative.draft_len_schedule={4:4,8:2,32:1}", "metrics=metrics.json",
     )  # fmt: skip
     assert (drafted.code, drafted.out) == (None, plain.out)
     figures = json.loads(Path("metrics.json").read_text("utf-8"))["speculative"]
