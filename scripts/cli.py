@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from helix.llm import LLM
 from parallel.launch import Launch
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -82,7 +84,8 @@ def fail(problem: Exception | str) -> NoReturn:
 def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None:
     """Compose conf/NAME.yaml with the command line's overrides and run the command on every rank.
 
-    ValueError and OSError that ``run`` raises on all ranks alike end them with exit code 2 and their message.
+    ValueError and OSError that ``run`` raises on all ranks alike end them with exit code 2 and their message, but for a
+    ValueError out of the model's steps.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     arguments = sys.argv[1:]
@@ -100,6 +103,8 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
         try:
             run(OmegaConf.to_object(composed))  # type: ignore[arg-type]
         except (ValueError, OSError) as problem:
+            if _is_defect(problem):
+                raise
             fail(problem)
 
     task()
@@ -109,6 +114,14 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _is_defect(problem: Exception) -> bool:
+    """Return whether a ValueError was raised where all input has been checked: while a model generates or serves."""
+    steps = (LLM.stream.__code__, LLM.serve.__code__)
+    return isinstance(problem, ValueError) and any(
+        frame.f_code in steps for frame, _ in traceback.walk_tb(problem.__traceback__)
+    )
 
 
 def _compose(name: str, schema: type[Config], arguments: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ import helix.llm
 import scripts.progress
 from helix.metrics import RunMetrics
 from helix.request import Request, RequestOutput, TokenLogprobs
+from helix.runner import Runner
 from helix.sampling import SamplingParams
 from parallel.launch import Launch
 from scripts import cli
@@ -306,6 +307,21 @@ def test_when_every_prompt_fails_the_code_is_2_before_any_model_memory_is_taken(
 def test_a_bad_prompt_is_refused_in_one_line(model: Path, command: Command, line: Any, message: str) -> None:
     write_lines(Path("in.jsonl"), line)
     assert refusal(command(f"model.path={model}", "prompts=in.jsonl", "model.max_position=30", *SMALL)) == message
+
+
+def test_a_value_error_out_of_a_step_is_no_bad_input(
+    model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_chunks(*_: Any) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(Runner, "run", run_chunks)
+    ended = command(f"model.path={model}", "prompt=hi", *SMALL)
+    assert ended.code == 1
+    assert "Traceback" in ended.err
+    assert "in run_chunks" in ended.err
+    assert "ValueError: a defect" in ended.err
+    assert "error: " not in ended.err
 
 
 def test_progress_is_told_on_rank_0_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
