@@ -34,10 +34,11 @@ from helix.llm import LLM
 from parallel.launch import Launch
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-BAD_INPUT = 2
+DEFECT, BAD_INPUT = 1, 2  # exit codes
 # Hydra's flags that run the command, in other ways than plainly; all others only print.
 RUN_FLAGS = ("-r", "--run", "-m", "--multirun", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
 _PART_GRACE_S = 2.0
+_CRASH_GRACE_S = 1.0
 _GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
 _rank_of_part: int | None = None
 Config = TypeVar("Config")
@@ -75,17 +76,35 @@ def fail(problem: Exception | str) -> NoReturn:
         time.sleep(_GRACE_S)
         who = f" on rank {rank()}"
     print(f"error{who}: " + " ".join(str(problem).split()), file=sys.stderr, flush=True)
+    _exit(BAD_INPUT)
+
+
+def crash(defect: Exception) -> NoReturn:
+    """End this rank with exit code 1 and its traceback, in one write; torchrun ends the others.
+
+    Every rank speaks, since none knows whether it has the cause or has only met the end of another. It then waits a
+    moment: torchrun calls the end that it sees first the cause, and this one must come after the one that it met.
+    """
+    who = f"rank {os.environ['RANK']} failed\n" if "RANK" in os.environ else ""
+    sys.stderr.write(who + "".join(traceback.format_exception(defect)))
+    sys.stderr.flush()
+    if dist.is_initialized():
+        time.sleep(_CRASH_GRACE_S)
+    _exit(DEFECT)
+
+
+def _exit(code: int) -> NoReturn:
     if dist.is_initialized():  # the threads of a process group that others may still use abort an orderly exit
         sys.stdout.flush()
-        os._exit(BAD_INPUT)
-    sys.exit(BAD_INPUT)
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None:
     """Compose conf/NAME.yaml with the command line's overrides and run the command on every rank.
 
-    ValueError and OSError that ``run`` raises on all ranks alike end them with exit code 2 and their message, but for a
-    ValueError out of the model's steps.
+    ValueError and OSError that ``run`` raises on all ranks alike end them with exit code 2 and their message. All else,
+    and a ValueError out of a model's steps, ends with exit code 1 and a traceback.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     arguments = sys.argv[1:]
@@ -102,10 +121,10 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
     def task(composed: Any) -> None:
         try:
             run(OmegaConf.to_object(composed))  # type: ignore[arg-type]
-        except (ValueError, OSError) as problem:
-            if _is_defect(problem):
-                raise
-            fail(problem)
+        except Exception as problem:  # all of them here: Hydra cuts tracebacks and adds lines of its own
+            if _is_bad_input(problem):
+                fail(problem)
+            crash(problem)
 
     task()
     if dist.is_torchelastic_launched():
@@ -116,12 +135,12 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
         os._exit(0)
 
 
-def _is_defect(problem: Exception) -> bool:
-    """Return whether a ValueError was raised where all input has been checked: while a model generates or serves."""
+def _is_bad_input(problem: Exception) -> bool:
+    """Return whether a setting, a file or a prompt is wrong, all of which is found before a model's first step."""
     steps = (LLM.stream.__code__, LLM.serve.__code__)
-    return isinstance(problem, ValueError) and any(
-        frame.f_code in steps for frame, _ in traceback.walk_tb(problem.__traceback__)
-    )
+    if isinstance(problem, ValueError):
+        return not any(frame.f_code in steps for frame, _ in traceback.walk_tb(problem.__traceback__))
+    return isinstance(problem, OSError)
 
 
 def _compose(name: str, schema: type[Config], arguments: Sequence[str]) -> None:

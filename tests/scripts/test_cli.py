@@ -52,6 +52,18 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return run
 
 
+def torchrun(num_ranks: int, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command on ranks of its own, in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 def one_line(ended: Ended) -> str:
     """The message of a command that was refused as it should be."""
     assert (ended.code, ended.ran, ended.out) == (2, [], "")
@@ -258,7 +270,49 @@ def test_a_rank_that_is_alone_with_its_problem_speaks_in_the_end(command: Comman
 def test_a_fault_is_not_taken_for_bad_input(command: Command) -> None:
     ended = command(*GIVEN, body=raising(ZeroDivisionError("a fault")))
     assert ended.code == 1
-    assert "ZeroDivisionError: a fault" in ended.err
+    assert ended.err.startswith("Traceback (most recent call last):\n")
+    assert ended.err.endswith("\nZeroDivisionError: a fault\n")
+
+
+def test_a_fault_on_any_rank_is_told_whole_and_not_in_hydras_words(command: Command) -> None:
+    def body(_: Any) -> None:
+        try:
+            raise KeyError("the cause")
+        except KeyError as cause:
+            raise RuntimeError("a fault") from cause
+
+    ended = command(*GIVEN, rank=1, body=body)
+    assert ended.code == 1
+    assert ended.err.startswith("rank 1 failed\nTraceback (most recent call last):\n")
+    assert "KeyError: 'the cause'" in ended.err
+    assert ended.err.endswith("\nRuntimeError: a fault\n")
+
+
+FAILING = """
+from parallel.launch import gather_values, start
+from scripts import cli
+from scripts.generate import GenerateConfig
+
+def run(config):
+    if start("cpu").rank == 1:
+        raise RuntimeError("the cause")
+    gather_values(0)
+
+cli.main("generate", GenerateConfig, run)
+"""
+
+
+def test_a_rank_that_fails_alone_ends_all_with_its_traceback(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    ended = torchrun(2, "failing.py", *GIVEN, folder=tmp_path)
+    assert ended.returncode == 1
+    assert "rank 1 failed\nTraceback" in ended.stderr
+    assert "RuntimeError: the cause" in ended.stderr
+    cause = ended.stderr.split("Root Cause (first observed failure)")[1]
+    assert "rank      : 1 (local_rank: 1)" in cause
+    assert "exitcode  : 1 " in cause
+    for words in ("Error executing job", "HYDRA_FULL_ERROR"):
+        assert words not in ended.stderr
 
 
 def test_only_rank_0_says_anything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,15 +366,7 @@ def test_a_run_leaves_no_folder_and_no_log(command: Command, tmp_path: Path) -> 
 
 
 def test_two_ranks_print_the_composed_settings_once(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*torchrun, "-m", "scripts.generate", "--cfg", "job", *GIVEN, "parallel=tp"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = torchrun(2, "-m", "scripts.generate", "--cfg", "job", *GIVEN, "parallel=tp", folder=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("block_size: 64") == 1
     assert ended.stdout.count("  kvp: 1\n") == 1
