@@ -106,7 +106,9 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
     ValueError and OSError that ``run`` raises on all ranks alike end them with exit code 2 and their message. All else,
     and a ValueError out of a model's steps, ends with exit code 1 and a traceback.
     """
+    does, _, _ = (sys.modules[run.__module__].__doc__ or "").partition("\n")
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    ConfigStore.instance().store(group="hydra/help", name="command", node={"header": does})
     arguments = sys.argv[1:]
     flags = [argument for argument in arguments if argument.startswith("-")]
     if rank() != 0 and any(flag.partition("=")[0] not in RUN_FLAGS for flag in flags):
@@ -117,7 +119,6 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
         except ValueError as problem:
             fail(problem)
 
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def task(composed: Any) -> None:
         try:
             run(OmegaConf.to_object(composed))  # type: ignore[arg-type]
@@ -126,7 +127,8 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
                 fail(problem)
             crash(problem)
 
-    task()
+    task.__module__ = f"scripts.{name}"  # Hydra names the command after it
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     if dist.is_torchelastic_launched():
         # One of gloo's threads may outlive its group and abort an orderly exit ("terminate called without an active
         # exception", torch 2.13, now and then with 4 ranks): what was to be done is done, so end here.

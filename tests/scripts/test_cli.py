@@ -5,8 +5,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -39,12 +40,16 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     def run(*arguments: str, rank: int | None = None, body: Callable[[Any], None] | None = None) -> Ended:
         configs: list[GenerateConfig] = []
+
+        def note(config: GenerateConfig) -> None:
+            configs.append(config)
+
         monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
         if rank is not None:
             monkeypatch.setenv("RANK", str(rank))
         code = None
         try:
-            cli.main("generate", GenerateConfig, body or configs.append)
+            cli.main("generate", GenerateConfig, body or note)
         except SystemExit as end:
             code = end.code
         return Ended(configs, code, *capsys.readouterr())
@@ -341,6 +346,22 @@ def test_flags_that_print_do_so_on_rank_0_and_run_nothing(command: Command, flag
     assert spoken.out.count(text) == 1
     silent = command(*GIVEN, *flags, rank=1)
     assert (silent.ran, silent.code, silent.out, silent.err) == ([], None, "", "")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in cli.CONF.glob("*.yaml") if file.stem != "base"))
+def test_help_begins_with_the_commands_name_and_what_it_does(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = import_module(f"scripts.{name}")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    schema = get_type_hints(module.run)["config"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(name, schema, module.run)
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{name}: {module.__doc__.splitlines()[0]}\n")
+    for field in fields(schema):
+        assert f"\n{field.name}:" in shown
 
 
 def test_a_sweep_runs_every_job_on_every_rank(command: Command, tmp_path: Path) -> None:
