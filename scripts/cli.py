@@ -6,7 +6,7 @@ A command is a function of one config object:
         main("generate", GenerateConfig, run)
 
 Its schema is the dataclass; conf/NAME.yaml composes it. Keys that do not exist and values that do not fit are found
-before anything starts, and reported in one line by rank 0 alone.
+before anything starts, and reported in one line by rank 0 alone. --multirun is a loop over plain runs.
 """
 
 from __future__ import annotations
@@ -18,29 +18,36 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed import TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from helix.llm import LLM
 from parallel.launch import Launch
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEFECT, BAD_INPUT = 1, 2  # exit codes
+SWEEP_FLAGS = {"-m", "--multirun"}
 # Hydra's flags that run the command, in other ways than plainly; all others only print.
-RUN_FLAGS = ("-r", "--run", "-m", "--multirun", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
+RUN_FLAGS = {"-r", "--run", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"} | SWEEP_FLAGS
+SWEEP_KEYS = ("hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher", "hydra.mode")
 _PART_GRACE_S = 2.0
 _CRASH_GRACE_S = 1.0
 _GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
 _rank_of_part: int | None = None
+_stores: list[TCPStore] = []  # where the jobs of a sweep meet; they end with this process
 Config = TypeVar("Config")
 
 
@@ -110,14 +117,21 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     ConfigStore.instance().store(group="hydra/help", name="command", node={"header": does})
     arguments = sys.argv[1:]
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if rank() != 0 and any(flag.partition("=")[0] not in RUN_FLAGS for flag in flags):
+    flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
+    runs = flags <= RUN_FLAGS
+    if rank() != 0 and not runs:
         return  # --help, --cfg and the like: once is enough
-    if not flags:
-        try:
-            _compose(name, schema, arguments)
-        except ValueError as problem:
-            fail(problem)
+    jobs = [arguments]
+    try:
+        if runs and flags & SWEEP_FLAGS:
+            jobs = _jobs(arguments)
+        if flags <= SWEEP_FLAGS:
+            for job in jobs:
+                _check(name, schema, job)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(_first_lines(error))
+    except ValueError as problem:
+        fail(problem)
 
     def task(composed: Any) -> None:
         try:
@@ -128,7 +142,11 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
             crash(problem)
 
     task.__module__ = f"scripts.{name}"  # Hydra names the command after it
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+    for number, job in enumerate(jobs, 1):
+        if len(jobs) > 1:
+            _begin_job(number, len(jobs), [argument for argument in job if argument not in arguments])
+        sys.argv[1:] = job
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     if dist.is_torchelastic_launched():
         # One of gloo's threads may outlive its group and abort an orderly exit ("terminate called without an active
         # exception", torch 2.13, now and then with 4 ranks): what was to be done is done, so end here.
@@ -145,24 +163,59 @@ def _is_bad_input(problem: Exception) -> bool:
     return isinstance(problem, OSError)
 
 
-def _compose(name: str, schema: type[Config], arguments: Sequence[str]) -> None:
-    """Raise ValueError, in one line, when the overrides do not compose to a valid config."""
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
-        for override in overrides:
-            _check_key(override, schema)
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose(name, list(arguments))
-        OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ValueError(_first_lines(error, cause)) from error
+def _jobs(arguments: Sequence[str]) -> list[list[str]]:
+    """Return the arguments of each job of a sweep: one for every combination of the values that are listed.
+
+    Each then is a plain run. Hydra's own sweeper would leave a folder and a file of every rank.
+    """
+    given = [each for each in arguments if not each.startswith("-") and ("=" in each or each.startswith("~"))]
+    others = [argument for argument in arguments if argument not in given and argument not in SWEEP_FLAGS]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
+        choices = [
+            [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+            if each.is_sweep_override()
+            else [argument]
+            for each, argument in zip(overrides, given, strict=True)
+        ]
+    return [[*others, *job] for job in product(*choices)]
 
 
-def _first_lines(error: BaseException, cause: BaseException) -> str:
+def _begin_job(number: int, num_jobs: int, values: Sequence[str]) -> None:
+    """Say which job of a sweep begins, and give its ranks a new place to meet.
+
+    torchrun's store still holds where the ranks of the job before met, and gloo takes those addresses for the new ones.
+    """
+    global _rank_of_part
+    _rank_of_part, env = None, os.environ
+    if rank() == 0:
+        print(f"job {number} of {num_jobs}: {' '.join(values)}", file=sys.stderr, flush=True)
+    if number == 1 or int(env.get("WORLD_SIZE", 1)) == 1:
+        return
+    last, _, _ = next(rendezvous("env://"))
+    if rank() == 0:
+        store = TCPStore(env["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        _stores.append(store)
+        last.set("next", str(store.port))
+    env["MASTER_PORT"] = last.get("next").decode()
+    env["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def _check(name: str, schema: type[Config], arguments: Sequence[str]) -> None:
+    """Raise ValueError, or an error of Hydra's, when the overrides do not compose to a valid config."""
+    overrides = OverridesParser.create().parse_overrides(list(arguments))
+    for override in overrides:
+        _check_key(override, schema)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose(name, list(arguments))
+    OmegaConf.to_object(composed)
+
+
+def _first_lines(error: BaseException) -> str:
     """Join the messages of an error and its root cause, without repeats and without the search path."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     texts = [str(each).partition("Config search path")[0] for each in (error, cause)]
     lines = [line.strip() for text in texts for line in text.splitlines()]
     return " ".join(dict.fromkeys(line for line in lines if line))
@@ -171,6 +224,8 @@ def _first_lines(error: BaseException, cause: BaseException) -> str:
 def _check_key(override: Override, schema: type[Any]) -> None:
     """Raise ValueError when an override names a key that the schema lacks, and say which keys there are."""
     key = override.key_or_group
+    if key.startswith(SWEEP_KEYS):
+        raise ValueError(f"{key} has no effect: --multirun runs one job after another and leaves only what they write")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return
     node: Any = schema

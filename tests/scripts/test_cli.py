@@ -364,11 +364,44 @@ def test_help_begins_with_the_commands_name_and_what_it_does(
         assert f"\n{field.name}:" in shown
 
 
-def test_a_sweep_runs_every_job_on_every_rank(command: Command, tmp_path: Path) -> None:
+def test_a_sweep_runs_every_job_on_every_rank_and_leaves_nothing(command: Command, tmp_path: Path) -> None:
     for rank in (0, 1):
-        ended = command("-m", *GIVEN, f"hydra.sweep.dir={tmp_path}/sweep", "sampling.max_tokens=1,2", rank=rank)
-        assert ended.code is None
-        assert [config.sampling.max_tokens for config in ended.ran] == [1, 2]
+        ended = command("-m", *GIVEN, "sampling.max_tokens=1,2", "sampling.seed=3,4", rank=rank)
+        assert (ended.code, ended.out) == (None, "")
+        assert [(job.sampling.max_tokens, job.sampling.seed) for job in ended.ran] == [(1, 3), (1, 4), (2, 3), (2, 4)]
+        assert ended.err.splitlines() == [
+            f"job {number} of 4: sampling.max_tokens={tokens} sampling.seed={seed}"
+            for number, (tokens, seed) in enumerate([(1, 3), (1, 4), (2, 3), (2, 4)], 1)
+            if rank == 0
+        ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_takes_presets_ranges_quoted_values_and_other_flags(command: Command, tmp_path: Path) -> None:
+    presets = command(*GIVEN, "sampling=glob(*)", "sampling.stop=['a,b']", "--multirun").ran
+    assert [(job.sampling.temperature, job.sampling.stop) for job in presets] == [(0.0, ["a,b"]), (0.8, ["a,b"])]
+    (tmp_path / "mine" / "sampling").mkdir(parents=True)
+    (tmp_path / "mine" / "sampling" / "short.yaml").write_text("max_tokens: 3\n")
+    folder = ("--config-dir", f"{tmp_path}/mine")
+    ran = command("-m", *folder, *GIVEN, "sampling=short", "sampling.seed=range(2)", "prompts='a,b'").ran
+    assert [(job.sampling.max_tokens, job.sampling.seed, job.prompts) for job in ran] == [(3, 0, "a,b"), (3, 1, "a,b")]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("sampling.max_tokens=1,many", "Value 'many' of type 'str' could not be converted to Int"),
+        ("sampling.max_tokens=1,0", "sampling.max_tokens = 0 must be at least 1"),
+        ("sampling.max_token=1,2", "sampling.max_token is not a key; did you mean sampling.max_tokens?"),
+        ("sampling.top_p=interval(0,1)", "Can only enumerate CHOICE and RANGE sweeps"),
+        (
+            "hydra.sweep.dir=here",
+            "hydra.sweep.dir has no effect: --multirun runs one job after another and leaves only",
+        ),
+    ],
+)
+def test_a_sweep_with_one_bad_job_is_refused_before_the_first(command: Command, argument: str, message: str) -> None:
+    assert message in one_line(command("-m", *GIVEN, argument))
 
 
 def test_a_folder_of_presets_of_the_users_own_reaches_every_rank(command: Command, tmp_path: Path) -> None:

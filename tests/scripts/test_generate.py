@@ -277,10 +277,22 @@ def test_presets_reach_the_run(model: Path, command: Command) -> None:
 
 
 def test_a_sweep_runs_one_job_after_another(model: Path, command: Command) -> None:
-    given = (f"model.path={model}", "prompt=hello", "hydra.sweep.dir=sweep", *SMALL)
-    ended = command("-m", *given, "sampling.max_tokens=1,2")
+    ended = command("-m", f"model.path={model}", "prompt=hello", *SMALL, "sampling.max_tokens=1,2")
     assert ended.code is None
     assert [len(output["token_ids"]) for output in outputs_in(ended.out)] == [1, 2]
+    assert os.listdir() == []
+
+
+def test_ranks_run_a_sweep_and_leave_each_jobs_output_alone(model: Path, tmp_path: Path) -> None:
+    settings = [f"model.path={model}", "prompt=hello", "parallel.kvp=2", "output=${sampling.max_tokens}.jsonl", *SMALL]
+    lengths = range(1, 5)
+    sweep = "sampling.max_tokens=" + ",".join(map(str, lengths))
+    ended = torchrun(2, "--multirun", *settings, sweep, "runtime.timeout_s=60", folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{length}.jsonl" for length in lengths]
+    for length in lengths:
+        [output] = outputs_in((tmp_path / f"{length}.jsonl").read_text("utf-8"))
+        assert len(output["token_ids"]) == length
 
 
 @pytest.mark.usefixtures("no_memory")
