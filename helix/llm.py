@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,15 @@ def config_of_part(config: HelixConfig, part: int) -> HelixConfig:
     prefill = config.transfer.prefill
     layout = config.parallel if config.transfer.role else ParallelConfig(kvp=prefill.kvp, tpa=prefill.tpa)
     return replace(config, parallel=layout, speculative=SpeculativeConfig())
+
+
+@contextmanager
+def _steps() -> Iterator[None]:
+    """Take care that no ValueError comes out of a step: settings and prompts were checked before, so it is a defect."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(f"a step failed: {error}") from error
 
 
 class LLM:
@@ -163,7 +173,8 @@ class LLM:
         """
         if self._sender is None:
             raise RuntimeError("only a prefill group serves; see transfer.role and transfer.prefill_ranks")
-        self._sender.run()
+        with _steps():
+            self._sender.run()
 
     @property
     def metrics(self) -> RunMetrics:
@@ -221,7 +232,8 @@ class LLM:
                 else:
                     front.add(seq)
             while front.has_work:
-                events = front.step()
+                with _steps():
+                    events = front.step()
                 metrics.elapsed_s = time.perf_counter() - began
                 if on_step is not None:
                     on_step(metrics)

@@ -34,7 +34,6 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed import TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from helix.llm import LLM
 from parallel.launch import Launch
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -136,10 +135,10 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
     def task(composed: Any) -> None:
         try:
             run(OmegaConf.to_object(composed))  # type: ignore[arg-type]
-        except Exception as problem:  # all of them here: Hydra cuts tracebacks and adds lines of its own
-            if _is_bad_input(problem):
-                fail(problem)
-            crash(problem)
+        except (ValueError, OSError) as problem:
+            fail(problem)
+        except Exception as defect:  # here, since Hydra cuts tracebacks and adds lines of its own
+            crash(defect)
 
     task.__module__ = f"scripts.{name}"  # Hydra names the command after it
     for number, job in enumerate(jobs, 1):
@@ -153,14 +152,6 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-def _is_bad_input(problem: Exception) -> bool:
-    """Return whether a setting, a file or a prompt is wrong, all of which is found before a model's first step."""
-    steps = (LLM.stream.__code__, LLM.serve.__code__)
-    if isinstance(problem, ValueError):
-        return not any(frame.f_code in steps for frame, _ in traceback.walk_tb(problem.__traceback__))
-    return isinstance(problem, OSError)
 
 
 def _jobs(arguments: Sequence[str]) -> list[list[str]]:
