@@ -28,7 +28,9 @@ from .collectives import all_gather
 
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
-_split_store: Store | None = None
+_store: Store | None = None  # torchrun's, for as long as this process lives
+_world_store: Store | None = None
+_num_worlds = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
     """
     if device not in DEVICES:
         raise ValueError(f"runtime.device = {device!r} must be one of {', '.join(DEVICES)}")
-    global _split_store
+    global _store, _world_store, _num_worlds
     env = os.environ
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank, local_world_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
@@ -87,11 +89,14 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
         env.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast: it is not allowed everywhere
         if one_host:
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: stay on loopback, whatever its name resolves to
-        if split:
-            _split_store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        if _store is None:
+            _store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        _num_worlds += 1
+        # one of its own for each: gloo would take the addresses at which the ranks of an earlier world met
+        _world_store = PrefixStore(f"world{_num_worlds}", _store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-            store=PrefixStore(f"part{part}", _split_store) if _split_store is not None else None,
+            store=PrefixStore(f"part{part}", _world_store),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
@@ -104,15 +109,15 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
             f"for {local_world_size} ranks; use runtime.device=cpu or fewer ranks"
         )
     chosen = torch.device("cuda", local_rank) if all_have_gpus else torch.device("cpu")
-    return Launch(rank, world_size, local_rank, local_world_size, chosen, part, _split_store if split else None)
+    return Launch(rank, world_size, local_rank, local_world_size, chosen, part, _world_store if split else None)
 
 
 def stop() -> None:
-    """Leave the world; the counterpart of ``start``, called by every rank."""
-    global _split_store
+    """Leave the world; the counterpart of ``start``, called by every rank, which may start another one."""
+    global _world_store
     if dist.is_initialized():
         dist.destroy_process_group()
-    _split_store = None
+    _world_store = None
 
 
 def set_up_logging(rank: int, name: str = "rank") -> None:

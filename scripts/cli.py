@@ -31,8 +31,6 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch.distributed import TCPStore
-from torch.distributed.rendezvous import rendezvous
 
 from parallel.launch import Launch
 
@@ -46,7 +44,6 @@ _PART_GRACE_S = 2.0
 _CRASH_GRACE_S = 1.0
 _GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
 _rank_of_part: int | None = None
-_stores: list[TCPStore] = []  # where the jobs of a sweep meet; they end with this process
 Config = TypeVar("Config")
 
 
@@ -112,6 +109,7 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
     ValueError and OSError that ``run`` raises on all ranks alike end them with exit code 2 and their message. All else,
     and a ValueError out of a model's steps, ends with exit code 1 and a traceback.
     """
+    global _rank_of_part
     does, _, _ = (sys.modules[run.__module__].__doc__ or "").partition("\n")
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     ConfigStore.instance().store(group="hydra/help", name="command", node={"header": does})
@@ -143,7 +141,10 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
     task.__module__ = f"scripts.{name}"  # Hydra names the command after it
     for number, job in enumerate(jobs, 1):
         if len(jobs) > 1:
-            _begin_job(number, len(jobs), [argument for argument in job if argument not in arguments])
+            _rank_of_part = None
+            if rank() == 0:
+                values = " ".join(argument for argument in job if argument not in arguments)
+                print(f"job {number} of {len(jobs)}: {values}", file=sys.stderr, flush=True)
         sys.argv[1:] = job
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     if dist.is_torchelastic_launched():
@@ -170,26 +171,6 @@ def _jobs(arguments: Sequence[str]) -> list[list[str]]:
             for each, argument in zip(overrides, given, strict=True)
         ]
     return [[*others, *job] for job in product(*choices)]
-
-
-def _begin_job(number: int, num_jobs: int, values: Sequence[str]) -> None:
-    """Say which job of a sweep begins, and give its ranks a new place to meet.
-
-    torchrun's store still holds where the ranks of the job before met, and gloo takes those addresses for the new ones.
-    """
-    global _rank_of_part
-    _rank_of_part, env = None, os.environ
-    if rank() == 0:
-        print(f"job {number} of {num_jobs}: {' '.join(values)}", file=sys.stderr, flush=True)
-    if number == 1 or int(env.get("WORLD_SIZE", 1)) == 1:
-        return
-    last, _, _ = next(rendezvous("env://"))
-    if rank() == 0:
-        store = TCPStore(env["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False, multi_tenant=True)
-        _stores.append(store)
-        last.set("next", str(store.port))
-    env["MASTER_PORT"] = last.get("next").decode()
-    env["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def _check(name: str, schema: type[Config], arguments: Sequence[str]) -> None:
