@@ -32,6 +32,7 @@ OPERATION = 0
 """What a Fault's ``operation`` says for this kernel."""
 MAX_FUSED_BYTES = 4 << 20
 TWO_SHOT_BYTES = 1 << 17
+"""From these on: with 4 H200, one shot is faster up to 64 KiB."""
 GRACE_NS = tl.constexpr(1 << 30)
 
 

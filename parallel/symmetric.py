@@ -5,9 +5,9 @@ The protocol is flag-in-data (as Lamport's, and NCCL's LL): the data is its own 
  1. Every word of a slot that nobody is writing holds EMPTY, a NaN that no sender sends (``push`` replaces it).
  2. A sender stores 16-byte granules straight into the receiver's slot, with no fence and no flag after them.
  3. A receiver loads its granules until no word is EMPTY, uses them, and stores EMPTY back.
- 4. Consecutive messages alternate between two slots. A sender reaches the message after the next only when it has the
-    receiver's next one, which the receiver sends after its kernel, and with it step 3, is done: no slot is overwritten
-    before it was read and emptied, whatever the ranks' speeds and however the rows change from step to step.
+ 4. Consecutive messages alternate between two slots. A sender reaches the message after the next only when it has what
+    the receiver's next one went into, which the receiver sends after its kernel, and with it step 3, is done: no slot
+    is overwritten before it was read and emptied, whatever the ranks' speeds and however rows change between steps.
 
 A wait is bounded: when its deadline passes a receiver gives up and notes whom it waited for, and every later wait of
 the step gives up at once; the host finds the note when it reads the step's tokens. NVLink multicast is never used.
