@@ -57,12 +57,13 @@ class GenerateConfig(HelixConfig):
     def __post_init__(self) -> None:
         self.speculative.check_used()
         if self.transfer.role == "prefill":
-            given = [name for name in ("prompts", "prompt", "output", "metrics") if getattr(self, name) is not None]
-            if given:
-                raise ValueError(
-                    f"{given[0]} = {getattr(self, given[0])} belongs to the decode group: a world of "
-                    "transfer.role=prefill takes its prompts from there; leave it out"
-                )
+            theirs = {name: getattr(self, name) for name in ("prompts", "prompt", "output", "metrics")}
+            for name, value in (theirs | {"cache.events": self.cache.events}).items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name} = {value} belongs to the decode group: a world of transfer.role=prefill takes its "
+                        "prompts from there; leave it out"
+                    )
             return
         if (self.prompts is None) == (self.prompt is None):
             raise ValueError("give one of prompts (a JSON-lines file) and prompt (one string)")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from helix.config import PrefillConfig, TransferConfig
+from helix.config import CacheConfig, PrefillConfig, TransferConfig
 from helix.llm import config_of_part
 from scripts import cli
 from scripts.generate import GenerateConfig
@@ -160,12 +160,13 @@ def test_a_prefill_layout_below_one_is_refused():
         PrefillConfig(tpa=0)
 
 
-@pytest.mark.parametrize("name", ["prompts", "prompt", "output", "metrics"])
+@pytest.mark.parametrize("name", ["prompts", "prompt", "output", "metrics", "cache.events"])
 def test_a_world_that_prefills_refuses_what_the_document_says(name):
     role = TransferConfig(role="prefill", address="127.0.0.1:1")
     GenerateConfig(transfer=role)
+    given = {"cache": CacheConfig(events="x")} if name == "cache.events" else {name: "x"}
     with pytest.raises(ValueError, match=f"{name} = x belongs to the decode group"):
-        GenerateConfig(transfer=role, **{name: "x"})
+        GenerateConfig(transfer=role, **given)
     assert f"`{name}=`" in DOCUMENT
 
 
