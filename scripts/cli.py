@@ -124,7 +124,7 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
             jobs = _jobs(arguments)
         if flags <= SWEEP_FLAGS:
             for job in jobs:
-                _check(name, schema, job)
+                check(name, schema, job)
     except (HydraException, OmegaConfBaseException) as error:
         fail(_first_lines(error))
     except ValueError as problem:
@@ -173,7 +173,7 @@ def _jobs(arguments: Sequence[str]) -> list[list[str]]:
     return [[*others, *job] for job in product(*choices)]
 
 
-def _check(name: str, schema: type[Config], arguments: Sequence[str]) -> None:
+def check(name: str, schema: type[Config], arguments: Sequence[str]) -> None:
     """Raise ValueError, or an error of Hydra's, when the overrides do not compose to a valid config."""
     overrides = OverridesParser.create().parse_overrides(list(arguments))
     for override in overrides:

@@ -196,7 +196,7 @@ def documented_commands():
 @pytest.mark.parametrize("arguments", documented_commands(), ids=" ".join)
 def test_the_documents_commands_are_valid(arguments):
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    cli._compose("generate", GenerateConfig, arguments)
+    cli.check("generate", GenerateConfig, arguments)
 
 
 def test_the_documents_table_has_every_key_and_its_default():
