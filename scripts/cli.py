@@ -123,8 +123,7 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
         if runs and flags & SWEEP_FLAGS:
             jobs = _jobs(arguments)
         if flags <= SWEEP_FLAGS:
-            for job in jobs:
-                check(name, schema, job)
+            _require_own_files([check(name, schema, job) for job in jobs])
     except (HydraException, OmegaConfBaseException) as error:
         fail(_first_lines(error))
     except ValueError as problem:
@@ -173,14 +172,27 @@ def _jobs(arguments: Sequence[str]) -> list[list[str]]:
     return [[*others, *job] for job in product(*choices)]
 
 
-def check(name: str, schema: type[Config], arguments: Sequence[str]) -> None:
-    """Raise ValueError, or an error of Hydra's, when the overrides do not compose to a valid config."""
+def check(name: str, schema: type[Config], arguments: Sequence[str]) -> Config:
+    """Return the config that the overrides compose to; ValueError, or an error of Hydra's, says why it is not valid."""
     overrides = OverridesParser.create().parse_overrides(list(arguments))
     for override in overrides:
         _check_key(override, schema)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra.compose(name, list(arguments))
-    OmegaConf.to_object(composed)
+    config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    return config
+
+
+def _require_own_files(configs: Sequence[Any]) -> None:
+    """Raise ValueError when a job of a sweep would write over another's file."""
+    for key in ("output", "metrics"):
+        files = [file for file in (getattr(config, key, None) for config in configs) if file is not None]
+        for file in files:
+            if files.count(file) > 1 and (Path(file).is_file() or not Path(file).exists()):  # /dev/null takes many
+                raise ValueError(
+                    f"{key} = {file} would be written by {files.count(file)} jobs; name it after a key that differs, "
+                    f"as in '{key}=job-${{sampling.max_tokens}}.jsonl'"
+                )
 
 
 def _first_lines(error: BaseException) -> str:

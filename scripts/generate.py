@@ -73,8 +73,7 @@ def read_requests(config: GenerateConfig) -> list[Request]:
     """Return the run's requests; a line that is no request becomes one that carries its error.
 
     Raises:
-        ValueError: when the file has no line or is no text.
-        OSError: when it cannot be read.
+        ValueError: when the file cannot be read, has no line, or is no text.
     """
     if config.prompt is not None:
         return [Request(prompt=config.prompt)]
@@ -83,6 +82,8 @@ def read_requests(config: GenerateConfig) -> list[Request]:
         lines = Path(config.prompts).read_text("utf-8").split("\n")  # splitlines() also splits at U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts = {config.prompts} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"prompts = {config.prompts} cannot be read: {error.strerror}") from error
     requests = [
         parse_line(line, f"{config.prompts}, line {number}", config.sampling)
         for number, line in enumerate(lines, 1)

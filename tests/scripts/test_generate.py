@@ -448,7 +448,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(
         (("parallel.tpa=4",), "parallel.kvp (1) x parallel.tpa (4) = 4 ranks but 1 started; lower one or start 4"),
         (("parallel.tpf=2",), "parallel.tpf (2) x parallel.ep (1) must equal parallel.tpa (1) x parallel.kvp (1) = 1"),
         (("model.path=",), "model.path is empty: give a Hugging Face checkpoint folder"),
-        (("prompts=none.jsonl", "prompt=null"), "[Errno 2] No such file or directory: 'none.jsonl'"),
+        (("prompts=none.jsonl", "prompt=null"), "prompts = none.jsonl cannot be read: No such file or directory"),
         (("output=nowhere/out.jsonl",), "nowhere/out.jsonl cannot be written: {0}/nowhere is not a folder"),
         (("metrics=nowhere/m.json",), "nowhere/m.json cannot be written: {0}/nowhere is not a folder"),
         (("output=.",), ". cannot be written"),
@@ -598,7 +598,7 @@ def test_a_file_without_lines_or_without_text_is_refused(tmp_path: Path) -> None
     file.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(ValueError, match=f"prompts = {file} is not UTF-8 text: "):
         requests_of(file)
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
         requests_of(tmp_path / "none.jsonl")
 
 
