@@ -194,7 +194,7 @@ class AllReduceNorm:
         device: this rank's.
         fused: use the fused kernel for small messages; needs a group that ``shares_memory``, and faults.
         faults: where the fused kernel notes waits that it gave up.
-        timeout_s: how long the fused kernel waits for a rank, in seconds.
+        timeout_s: how long the kernels of a step wait for a rank, in seconds; this one waits 1 to 2 s longer.
         pdl: launch programmatically dependent; every kernel before and after it on the stream must allow it.
     """
 

@@ -185,14 +185,21 @@ def check(name: str, schema: type[Config], arguments: Sequence[str]) -> Config:
 
 def _require_own_files(configs: Sequence[Any]) -> None:
     """Raise ValueError when a job of a sweep would write over another's file."""
-    for key in ("output", "metrics"):
-        files = [file for file in (getattr(config, key, None) for config in configs) if file is not None]
+    for key in ("output", "metrics", "cache.events"):
+        files = [file for file in (_value(config, key) for config in configs) if file is not None]
         for file in files:
             if files.count(file) > 1 and (Path(file).is_file() or not Path(file).exists()):  # /dev/null takes many
                 raise ValueError(
                     f"{key} = {file} would be written by {files.count(file)} jobs; name it after a key that differs, "
-                    f"as in '{key}=job-${{sampling.max_tokens}}.jsonl'"
+                    f"as in '{key}=job-${{sampling.max_tokens}}'"
                 )
+
+
+def _value(config: Any, key: str) -> Any:
+    """Return the value of a key; None where the command has no such key."""
+    for part in key.split("."):
+        config = getattr(config, part, None)
+    return config
 
 
 def _first_lines(error: BaseException) -> str:

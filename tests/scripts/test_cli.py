@@ -393,6 +393,7 @@ def test_a_sweep_takes_presets_ranges_quoted_values_and_other_flags(command: Com
         ("sampling.max_tokens=1,many", "Value 'many' of type 'str' could not be converted to Int"),
         ("sampling.max_tokens=1,0", "sampling.max_tokens = 0 must be at least 1"),
         ("output=same.jsonl,same.jsonl", "output = same.jsonl would be written by 2 jobs; name it"),
+        ("cache.events=e.jsonl,e.jsonl", "cache.events = e.jsonl would be written by 2 jobs; name it"),
         ("sampling.max_token=1,2", "sampling.max_token is not a key; did you mean sampling.max_tokens?"),
         ("sampling.top_p=interval(0,1)", "Can only enumerate CHOICE and RANGE sweeps"),
         (
