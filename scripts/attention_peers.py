@@ -19,7 +19,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from attention.rows import Rows
 from helix.config import check_at_least
 from parallel.launch import minimum
-from scripts.timing import HBM_BYTES_PER_US
 
 Attend = Callable[[], Any]
 WORKSPACE_BYTES = 256 << 20
@@ -52,10 +51,6 @@ class Shape:
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of K and V."""
         return 2 * self.batch * self.tokens * self.kv_heads * self.head_dim * dtype.itemsize
-
-    def floor_us(self, dtype: torch.dtype) -> float:
-        """Return the time to read K and V once, in microseconds."""
-        return self.kv_bytes(dtype) / HBM_BYTES_PER_US
 
     def num_copies(self, dtype: torch.dtype, total_bytes: int) -> int:
         """Return how many copies of K and V make up ``total_bytes``: 2 to MAX_COPIES."""

@@ -29,7 +29,7 @@ from parallel.launch import set_up_logging, start, stop
 from parallel.symmetric import Faults, can_launch_dependently
 from scripts import cli
 from scripts.attention_peers import Attend, Case, Shape, agree_on, flashinfer_runs, load_flashinfer, make_case, sdpa
-from scripts.timing import graph_us, report
+from scripts.timing import graph_us, read_bytes_per_us, report
 
 NUM_SLOTS = 2
 """Layers of the exchange: neighbouring calls need different slots, so every list of calls has an even length."""
@@ -90,7 +90,9 @@ class BenchAttentionConfig:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all shapes share: settings, device, dtype, our attention, FlashInfer or None, dependent launches of ours."""
+    """What all shapes share: settings, device, dtype, our attention, FlashInfer or None, dependent launches of ours, what
+    a streaming read of memory reaches.
+    """
 
     config: BenchAttentionConfig
     device: torch.device
@@ -98,6 +100,11 @@ class Bench:
     attention: PartialAttention
     flashinfer: Any
     pdl: bool
+    read_bytes_per_us: float
+
+    def floor_us(self, shape: Shape) -> float:
+        """Return the time to read K and V once, in microseconds."""
+        return shape.kv_bytes(self.dtype) / self.read_bytes_per_us
 
     def case(self, shape: Shape) -> Case:
         """Return random inputs of a shape, in copies that fill ``rotated_bytes``."""
@@ -148,7 +155,7 @@ def measure(bench: Bench, shape: Shape) -> dict[str, Any]:
     assert best_us is not None
     return {
         "B": shape.batch, "S": shape.tokens, "Q/K": f"{shape.heads}/{shape.kv_heads}",
-        "floor us": shape.floor_us(bench.dtype), "ours us": alone_us, "spread us": spread_us, "+ merge us": merged_us,
+        "floor us": bench.floor_us(shape), "ours us": alone_us, "spread us": spread_us, "+ merge us": merged_us,
         "SDPA us": sdpa_us, "FlashInfer us": flashinfer_us, "ours/best": alone_us / best_us,
         "merged/best": merged_us / best_us,
     }  # fmt: skip
@@ -215,7 +222,7 @@ def measure_ranks(bench: Bench, shape: Shape, exchanges: Exchanges) -> dict[str,
     unpacked_us = least([sdpa_unpacked_us, *(without_us for _, without_us in others)])
     assert best_us is not None and unpacked_us is not None
     return {
-        "S/KVP": shape.tokens, "Q/K": f"{shape.heads}/{shape.kv_heads}", "floor us": shape.floor_us(bench.dtype),
+        "S/KVP": shape.tokens, "Q/K": f"{shape.heads}/{shape.kv_heads}", "floor us": bench.floor_us(shape),
         "ours us": ours_us, "spread us": spread_us, "SDPA + packed us": sdpa_us,
         "FlashInfer + packed us": flashinfer_us, "best unpacked us": unpacked_us, "ours/best": ours_us / best_us,
         "ours/unpacked": ours_us / unpacked_us,
@@ -231,7 +238,7 @@ def run(config: BenchAttentionConfig) -> None:
     if flashinfer is None:
         cli.say(f"FlashInfer is not measured: {reason}")
     attention = select_backend("auto", launch.device, pdl=pdl)
-    bench = Bench(config, launch.device, dtype, attention, flashinfer, pdl)
+    bench = Bench(config, launch.device, dtype, attention, flashinfer, pdl, read_bytes_per_us())
     if launch.world_size == 1:
         title, rows = "attention", [measure(bench, shape) for shape in config.local_shapes()]
     else:
@@ -243,7 +250,7 @@ def run(config: BenchAttentionConfig) -> None:
     report(
         title, list(rows[0]), [list(row.values()) for row in rows], dtype=config.dtype, head_dim=config.head_dim,
         block_size=config.block_size, pdl=pdl, repeats=config.repeats,
-        flashinfer=getattr(flashinfer, "__version__", None),
+        flashinfer=getattr(flashinfer, "__version__", None), read_bytes_per_us=bench.read_bytes_per_us,
     )  # fmt: skip
     stop()
 

@@ -30,7 +30,7 @@ from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, start, stop
 from scripts import cli
-from scripts.timing import HBM_BYTES_PER_US, report
+from scripts.timing import read_bytes_per_us, report
 
 PARTS = {
     "attention": ("_stream_kv_kernel", "_split_kernel", "_merge_splits_kernel"),
@@ -73,12 +73,12 @@ def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
     return sequences
 
 
-def floors_us(llm: LLM, context: int, batch: int) -> tuple[float, float]:
-    """Return the times to read this rank's KV and its weights once: all layers, and the output head."""
+def floor_bytes(llm: LLM, context: int, batch: int) -> tuple[int, int]:
+    """Return the bytes of this rank's KV, and of its weights: all layers, and the output head."""
     spec, decoder = llm.spec, llm.runner.decoder
     local = llm.placement.local_len(context, 0)
     kv = 2 * decoder.num_kv_heads * spec.head_dim * local * batch * llm.dtype.itemsize * spec.num_layers
-    return kv / HBM_BYTES_PER_US, (decoder.layer_bytes + decoder.top["lm_head"].nbytes) / HBM_BYTES_PER_US
+    return kv, decoder.layer_bytes + decoder.top["lm_head"].nbytes
 
 
 @triton.jit
@@ -120,7 +120,17 @@ class Stamps:
         _stamp_kernel[(1,)](self._times, self._step, at_end, self.LENGTH, num_warps=1)
 
 
-def measure(llm: LLM, context: int, batch: int, steps: int, profile: bool, stamps: Stamps) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Meter:
+    """How cases are measured: steps a measurement, a profile of parts or none, and what a read of memory reaches."""
+
+    steps: int
+    profile: bool
+    stamps: Stamps
+    bytes_per_us: float
+
+
+def measure(llm: LLM, context: int, batch: int, meter: Meter) -> dict[str, Any]:
     """Return TTL and parts of one case, in milliseconds, and the time between two steps."""
     sequences = filled_sequences(llm, context, batch)
     runner = llm.runner
@@ -141,10 +151,10 @@ def measure(llm: LLM, context: int, batch: int, steps: int, profile: bool, stamp
         return (time.perf_counter() - began) / count * 1e3
 
     run(10)
-    ttl = statistics.median(run(steps) for _ in range(3))
+    ttl = statistics.median(run(meter.steps) for _ in range(3))
     runner.check_faults()
-    between = stamps.between_us(steps)
-    kv, weights = (each / 1e3 for each in floors_us(llm, context, batch))
+    between = meter.stamps.between_us(meter.steps)
+    kv, weights = (each / meter.bytes_per_us / 1e3 for each in floor_bytes(llm, context, batch))
     row: dict[str, Any] = {
         "context": context,
         "batch": batch,
@@ -155,7 +165,7 @@ def measure(llm: LLM, context: int, batch: int, steps: int, profile: bool, stamp
         "weights floor ms": weights,
         "between %": between / ttl / 10,
     }
-    return row | (parts_of(run) if profile else {})
+    return row | (parts_of(run) if meter.profile else {})
 
 
 def parts_of(run: Any) -> dict[str, float]:
@@ -190,8 +200,8 @@ def run(config: BenchDecodeConfig) -> None:
     launch = start("cuda", timeout_s=config.runtime.timeout_s)
     set_up_logging(launch.rank)
     rows = []
-    stamps = Stamps()
-    stamps.wrap()
+    meter = Meter(config.steps, config.profile, Stamps(), read_bytes_per_us())
+    meter.stamps.wrap()
     for kvp, tpa in config.layouts:
         room = max((context + 8192) * batch for context, batch in config.cases)
         llm = LLM(
@@ -206,7 +216,7 @@ def run(config: BenchDecodeConfig) -> None:
         for pages in llm.runner.cache.layers:
             pages.normal_()
         for context, batch in config.cases:
-            row = measure(llm, context, batch, config.steps, config.profile, stamps)
+            row = measure(llm, context, batch, meter)
             slowest = max(gather_values(int(row["TTL ms"] * 1e6))) / 1e6
             rows.append({"kvp": kvp, "tpa": tpa, **row, "TTL ms": slowest, "x floor": slowest / row["floor ms"]})
             cli.say(f"kvp {kvp} x tpa {tpa}, {context} x {batch}: {slowest:.3f} ms")
@@ -214,7 +224,8 @@ def run(config: BenchDecodeConfig) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     columns = list(rows[0])
-    report("decode step", columns, [[row[name] for name in columns] for row in rows], dtype="bfloat16")
+    values = [[row[name] for name in columns] for row in rows]
+    report("decode step", columns, values, dtype="bfloat16", read_bytes_per_us=meter.bytes_per_us)
     stop()
 
 

@@ -11,13 +11,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 from rich.console import Console
 from rich.table import Table
 
 from scripts import cli
 
-HBM_BYTES_PER_US = 4.5e6
-"""What a streaming read of an H200 reaches; floors are bytes over this."""
+
+@triton.jit
+def _read_kernel(source, largest, TURNS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * TURNS * BLOCK + tl.arange(0, BLOCK)
+    best = tl.load(source + at)
+    for turn in tl.range(1, TURNS):
+        best = tl.maximum(best, tl.load(source + at + turn * BLOCK))
+    tl.store(largest + tl.program_id(0), tl.max(best, 0))
+
+
+def read_bytes_per_us() -> float:
+    """Measure what a streaming read of this GPU's memory reaches: floors are bytes over this."""
+    programs, turns, block = 8192, 16, 4096
+    source = torch.randint(1 << 30, (programs * turns * block,), dtype=torch.int32, device="cuda")  # 2 GiB
+    largest = torch.empty(programs, dtype=torch.int32, device="cuda")
+    times = []
+    for _ in range(12):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        _read_kernel[(programs,)](source, largest, turns, block, num_warps=8)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return source.nbytes / statistics.median(times[2:])
 
 
 def graph_us(calls: Sequence[Callable[[], Any]], *, repeats: int, iterations: int = 40) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from attention.merge import merge_reference
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.grid import split_evenly
 from parallel.symmetric import Fault, Faults
+from tests.one_gpu import LocalWorld
 
 
 def partials(seed, rank, splits, rows, heads, head_dim, dtype):
@@ -72,6 +73,19 @@ SHAPES = [
 ]
 
 
+def check(merged, kvp, layer, shape, dtype):
+    """Compare what each rank merged of one layer with the oracle; ranks of other KVP groups follow the first's."""
+    splits, rows, heads, head_dim = shape
+    parts = [partials(layer, rank, splits, rows, heads, head_dim, dtype) for rank in range(kvp)]
+    expected, _ = merge_reference(
+        torch.cat([part.float() for part, _ in parts]).double(), torch.cat([lse for _, lse in parts]).double()
+    )
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for rank, each in enumerate(merged):
+        start, stop = split_evenly(heads, kvp, rank % kvp)
+        torch.testing.assert_close(each.double().cpu(), expected[:, start:stop], rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("world", "tpa"), [(2, 1), (4, 1), (4, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -79,19 +93,45 @@ def test_fused_exchange_equals_the_oracle_eagerly_and_in_graphs(ranks, world, tp
     pool = ranks(world)
     if pool.device_type != "cuda":
         pytest.skip(f"needs {world} GPUs")
-    kvp = world // tpa
     results = pool.run(exchange_body, world, tpa, SHAPES, dtype)
-    for index, (splits, rows, heads, head_dim) in enumerate(SHAPES):
+    for index, shape in enumerate(SHAPES):
         for layer in range(3):
-            parts = [partials(layer, rank, splits, rows, heads, head_dim, dtype) for rank in range(kvp)]
-            expected, _ = merge_reference(
-                torch.cat([part.float() for part, _ in parts]).double(), torch.cat([lse for _, lse in parts]).double()
-            )
-            tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-            for rank in range(world):
-                start, stop = split_evenly(heads, kvp, rank % kvp)
-                merged = results[rank][index][layer].double()
-                torch.testing.assert_close(merged, expected[:, start:stop], rtol=tolerance, atol=tolerance)
+            check([result[index][layer] for result in results], world // tpa, layer, shape, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kvp", [3, 5, 8])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 64, 128), (1, 16, 28, 128), (33, 1, 16, 128), (5, 3, 28, 128), (132, 2, 8, 64), (2, 4, 128, 512)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, kvp, shape, dtype):
+    world, device = LocalWorld(kvp, monkeypatch, "attention.fused_exchange"), torch.device("cuda")
+    splits, rows, heads, head_dim = shape
+    faults = Faults(device)
+    exchanges = [
+        FusedExchange(
+            group, num_heads=heads, head_dim=head_dim, num_layers=3, dtype=dtype, device=device, faults=faults,
+            timeout_s=20.0, pdl=True,
+        )
+        for group in world.ranks
+    ]  # fmt: skip
+    data = [
+        [[t.cuda() for t in partials(layer, rank, splits, rows, heads, head_dim, dtype)] for layer in range(3)]
+        for rank in range(kvp)
+    ]
+
+    def step(rank):
+        exchanges[rank].begin_step()
+        return [exchanges[rank](*data[rank][layer], layer=layer) for layer in range(3)]
+
+    delays = torch.Generator().manual_seed(kvp)
+    first, *others = [world.run(step, delays=delays) for _ in range(6)]
+    assert Faults.decode(int(faults.word)) is None
+    for layer in range(3):
+        check([merged[layer] for merged in first], kvp, layer, shape, dtype)
+        for other in others:
+            assert all(torch.equal(a[layer], b[layer]) for a, b in zip(first, other, strict=True))
 
 
 def stress_body(rounds, timeout_s):

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from parallel import all_reduce_norm
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.symmetric import Fault, Faults
+from tests.one_gpu import LocalWorld
 
 EPS = 1e-5
 
@@ -75,6 +76,35 @@ def test_fused_kernel_equals_the_oracle_on_every_rank(ranks, world, dtype, summa
         pytest.skip(f"needs {world} GPUs")
     shapes = [(1, 4096), (3, 3584), (32, 4096), (17, 64), (128, 4096), (600, 4096), (2, 8192)]
     check(pool.run(body, shapes, dtype, True, summands), shapes, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [3, 5, 8])
+@pytest.mark.parametrize("rows", [1, 7, 32])  # the last goes through owners
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, world_size, rows, dtype):
+    world, device = LocalWorld(world_size, monkeypatch, "parallel.all_reduce_norm"), torch.device("cuda")
+    hidden, faults = 4096, Faults(device)
+    ops = [
+        AllReduceNorm(
+            group, hidden_size=hidden, dtype=dtype, device=device, fused=True, faults=faults, timeout_s=20.0, pdl=True
+        )
+        for group in world.ranks
+    ]
+    data = [[[t.cuda() for t in inputs(i, rank, rows, hidden, dtype)] for i in range(4)] for rank in range(world_size)]
+
+    def step(rank):
+        results = []
+        for index, (x, residual, weight) in enumerate(data[rank]):
+            stream = residual.clone()
+            results.append((stream, ops[rank](x.clone(), stream, weight, EPS, index=index)))
+        return results[3]
+
+    delays = torch.Generator().manual_seed(rows)
+    for _ in range(6):
+        results = world.run(step, delays=delays)
+        assert Faults.decode(int(faults.word)) is None
+        check([[tuple(t.cpu() for t in result)] for result in results], [(rows, hidden)], dtype)
 
 
 def two_shot_body(shapes, dtype, summands):

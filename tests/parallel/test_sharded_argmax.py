@@ -5,6 +5,9 @@ import torch.distributed as dist
 from parallel.grid import split_evenly
 from parallel.sharded_argmax import ShardedArgmax
 from parallel.symmetric import Faults
+from tests.one_gpu import LocalWorld
+
+ROWS = (1, 5, 64, 5, 300)
 
 
 def logits_of(seed, rows, vocab_size, dtype):
@@ -29,16 +32,16 @@ def body(vocab_size, dtype, fused):
         timeout_s=20.0,
     )  # fmt: skip
     results = []
-    for seed, rows in enumerate((1, 5, 64, 5, 300)):
+    for seed, rows in enumerate(ROWS):
         results.append(argmax(logits_of(seed, rows, vocab_size, dtype)[:, start:stop].to(device)).cpu())
         dist.barrier()  # stands for the layers of the next step
     assert faults is None or int(faults.word) == 0
     return results
 
 
-def check(results, vocab_size, dtype):
-    for seed, rows in enumerate((1, 5, 64, 5, 300)):
-        logits = logits_of(seed, rows, vocab_size, dtype)
+def check(results, vocab_size, dtype, rows=ROWS):
+    for seed, count in enumerate(rows):
+        logits = logits_of(seed, count, vocab_size, dtype)
         lowest_of_equals = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
         for tokens in (result[seed] for result in results):
             assert torch.equal(tokens, lowest_of_equals)
@@ -58,3 +61,25 @@ def test_kernels_choose_the_same_over_a_large_vocabulary(ranks, world, dtype, fu
     if pool.device_type != "cuda":
         pytest.skip(f"needs {world} GPUs")
     check(pool.run(body, 151_552, dtype, fused), 151_552, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [3, 5, 8])
+def test_up_to_eight_ranks_of_one_gpu_choose_the_same(monkeypatch, world_size):
+    world, device = LocalWorld(world_size, monkeypatch, "parallel.sharded_argmax"), torch.device("cuda")
+    vocab_size, faults = 151_552, Faults(device)
+    slices = [split_evenly(vocab_size, world_size, rank) for rank in range(world_size)]
+    choosers = [
+        ShardedArgmax(
+            group, vocab=vocab, vocab_size=vocab_size, device=device, fused=True, faults=faults, timeout_s=20.0
+        )
+        for group, vocab in zip(world.ranks, slices, strict=True)
+    ]
+    results = [[] for _ in range(world_size)]
+    for seed, rows in enumerate((1, 5, 64, 5, 30)):
+        logits = [logits_of(seed, rows, vocab_size, torch.bfloat16)[:, slice(*vocab)].cuda() for vocab in slices]
+        chosen = world.run(lambda rank, logits=logits: choosers[rank](logits[rank]), delays=torch.Generator())
+        for result, tokens in zip(results, chosen, strict=True):
+            result.append(tokens.cpu())
+    assert Faults.decode(int(faults.word)) is None
+    check(results, vocab_size, torch.bfloat16, rows=(1, 5, 64, 5, 30))

@@ -64,7 +64,9 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 def small_bench(flashinfer: Any) -> Bench:
     config = BenchAttentionConfig(**SMALL, dtype="float16", rotated_bytes=50_000)
-    return Bench(config, CPU, torch.float16, select_backend("reference", CPU), flashinfer, pdl=False)
+    return Bench(
+        config, CPU, torch.float16, select_backend("reference", CPU), flashinfer, pdl=False, read_bytes_per_us=4.5e6
+    )
 
 
 def test_ours_and_the_peers_attend_to_the_same_tokens(bench: Bench):
