@@ -3,7 +3,8 @@
 Why: kernels over symmetric memory are made for more ranks than a machine at hand may have GPUs. Here ``run`` launches
 every rank's kernels on a stream of its own, so that they wait for each other on one device as they would over NVLink.
 
-What a kernel waits for must be resident: all ranks' programs together have to fit the GPU at once, so rows are few.
+What a kernel waits for must be resident: all ranks' programs together have to fit the GPU at once. So rows are few, and
+kernels do not launch dependently: those that wait for the one before them would take the places of other ranks.
 """
 
 from collections.abc import Callable

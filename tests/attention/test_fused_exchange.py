@@ -102,7 +102,7 @@ def test_fused_exchange_equals_the_oracle_eagerly_and_in_graphs(ranks, world, tp
 @pytest.mark.gpu
 @pytest.mark.parametrize("kvp", [3, 5, 8])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 64, 128), (1, 16, 28, 128), (33, 1, 16, 128), (5, 3, 28, 128), (132, 2, 8, 64), (2, 4, 128, 512)]
+    "shape", [(1, 1, 64, 128), (1, 8, 28, 128), (33, 1, 8, 128), (5, 1, 9, 64), (132, 1, 8, 64), (1, 1, 32, 512)]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, kvp, shape, dtype):
@@ -112,7 +112,7 @@ def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, kvp, shape, 
     exchanges = [
         FusedExchange(
             group, num_heads=heads, head_dim=head_dim, num_layers=3, dtype=dtype, device=device, faults=faults,
-            timeout_s=20.0, pdl=True,
+            timeout_s=20.0,
         )
         for group in world.ranks
     ]  # fmt: skip
@@ -176,9 +176,9 @@ def stress_body(rounds, timeout_s):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.ranks(4)
-def test_a_million_exchanges_with_random_delays_match(ranks):
-    assert ranks().run(stress_body, 1_000_000, 60.0, timeout_s=280) == [(0, 0)] * 4
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_million_exchanges_with_random_delays_match(ranks, world):
+    assert ranks(world).run(stress_body, 1_000_000, 60.0, timeout_s=280) == [(0, 0)] * world
 
 
 def missing_body(timeout_s):

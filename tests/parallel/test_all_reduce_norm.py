@@ -80,15 +80,13 @@ def test_fused_kernel_equals_the_oracle_on_every_rank(ranks, world, dtype, summa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world_size", [3, 5, 8])
-@pytest.mark.parametrize("rows", [1, 7, 32])  # the last goes through owners
+@pytest.mark.parametrize("rows", [1, 7, 16])  # the last goes through owners
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, world_size, rows, dtype):
     world, device = LocalWorld(world_size, monkeypatch, "parallel.all_reduce_norm"), torch.device("cuda")
     hidden, faults = 4096, Faults(device)
     ops = [
-        AllReduceNorm(
-            group, hidden_size=hidden, dtype=dtype, device=device, fused=True, faults=faults, timeout_s=20.0, pdl=True
-        )
+        AllReduceNorm(group, hidden_size=hidden, dtype=dtype, device=device, fused=True, faults=faults, timeout_s=20.0)
         for group in world.ranks
     ]
     data = [[[t.cuda() for t in inputs(i, rank, rows, hidden, dtype)] for i in range(4)] for rank in range(world_size)]
@@ -180,9 +178,9 @@ def stress_body(rounds):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.ranks(4)
-def test_a_million_all_reduces_with_random_delays_match(ranks):
-    assert ranks().run(stress_body, 1_000_000, timeout_s=280) == [(0, 0)] * 4
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_million_all_reduces_with_random_delays_match(ranks, world):
+    assert ranks(world).run(stress_body, 1_000_000, timeout_s=280) == [(0, 0)] * world
 
 
 def missing_body(rows, hidden):
