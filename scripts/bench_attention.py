@@ -90,8 +90,8 @@ class BenchAttentionConfig:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all shapes share: settings, device, dtype, our attention, FlashInfer or None, dependent launches of ours, and
-    the rate of a streaming read.
+    """What all shapes share: settings, device, dtype, our attention, FlashInfer or None, whether ours launches
+    dependently, and the rate of a streaming read.
     """
 
     config: BenchAttentionConfig
