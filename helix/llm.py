@@ -13,41 +13,35 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from attention.exchange import Heads, make_exchange
-from attention.partial import PartialAttention, select_backend
+from attention.partial import PartialAttention
 from parallel.all_reduce_norm import AllReduceNorm
-from parallel.grid import HelixGrid, Layout
+from parallel.grid import HelixGrid
 from parallel.launch import Launch, agree, from_rank0, minimum, start, stop
 from parallel.placement import BlockCyclic
 from parallel.sharded_argmax import ShardedArgmax
-from parallel.symmetric import Faults, can_launch_dependently, shares_memory
+from parallel.symmetric import Faults, shares_memory
 
 from .cache.control import CacheControl
 from .cache.events import Listener
 from .cache.mover import PageMover
 from .cache.pages import PagedCache, free_bytes
-from .config import HelixConfig, ParallelConfig, SpeculativeConfig
+from .config import HelixConfig
 from .detokenize import Detokenizer
 from .engine import Engine
 from .graphs import buckets_up_to
 from .metrics import RunMetrics
 from .models.decoder import Decoder, part_of
-from .models.loading import fill, open_checkpoint, read_spec
-from .models.spec import ModelSpec
-from .models.tokenizer import load_tokenizer
-from .prompts import Prompt, PromptReader, as_request
+from .models.loading import fill
+from .plan import Plan
+from .prompts import Prompt, as_request
 from .request import Request, RequestOutput, StreamEvent
 from .request import Sequence as RunningSequence
 from .runner import Runner
 from .sampling import SEED_LIMIT, SamplingParams
 from .scheduler import Scheduler
-from .speculative.loading import DrafterLoader
-from .transfer.requirements import require as require_transfer
 
 if TYPE_CHECKING:
     from .transfer.receiver import Receiver
@@ -63,18 +57,6 @@ def enter(config: HelixConfig) -> Launch:
     """
     runtime = config.runtime
     return start(runtime.device, timeout_s=runtime.timeout_s, split=config.transfer.prefill_ranks)
-
-
-def config_of_part(config: HelixConfig, part: int) -> HelixConfig:
-    """Return the settings of this rank's group.
-
-    A prefill group never decodes, so it drafts nothing; as the first part of a split world it has a layout of its own.
-    """
-    if not config.transfer.prefills(part):
-        return config
-    prefill = config.transfer.prefill
-    layout = config.parallel if config.transfer.role else ParallelConfig(kvp=prefill.kvp, tpa=prefill.tpa)
-    return replace(config, parallel=layout, speculative=SpeculativeConfig())
 
 
 @contextmanager
@@ -102,25 +84,16 @@ class LLM:
 
     def __init__(self, config: HelixConfig, *, prompts: Sequence[Prompt] = ()) -> None:
         self.launch: Launch = enter(config)
-        self.config = config = config_of_part(config, self.launch.part)
-        if config.transfer.enabled:
-            agree(lambda: require_transfer(config.transfer, self.launch))
-        self.spec: ModelSpec = agree(lambda: read_spec(config.model))
-        self.layout = self._resolve_layout()
+        plan = Plan(config, self.launch, prompts=prompts)
+        self.config = config = plan.config
+        self.spec, self.layout, self.dtype, self.tokenizer = plan.spec, plan.layout, plan.dtype, plan.tokenizer
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
-        self._pdl = can_launch_dependently(self.launch.device)
-        attention = select_backend(config.attention.backend, self.launch.device, pdl=self._pdl)
-        checkpoint = agree(lambda: open_checkpoint(config.model, self.spec))
-        self._drafting = agree(lambda: DrafterLoader(config, self.spec))
-        self.tokenizer = agree(lambda: load_tokenizer(config.model.path) if config.model.path else None)
-        self._prompts = PromptReader(self.spec, self.tokenizer)
-        self._prompts.require_one(prompts)
-        self.dtype = self._resolve_dtype()
+        self._prompts, self._drafting, self._pdl = plan.prompts, plan.drafting, plan.pdl
         self.grid = HelixGrid.create(self.layout)
         self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
-        decoder = self._make_decoder(attention)
-        agree(lambda: fill(decoder, checkpoint))
-        self._drafting.load_weights(decoder, attention, faults=self.faults, pdl=self._pdl)
+        decoder = self._make_decoder(plan.attention)
+        agree(lambda: fill(decoder, plan.checkpoint))
+        self._drafting.load_weights(decoder, plan.attention, faults=self.faults, pdl=self._pdl)
         self.exchange = make_exchange(
             config.attention.exchange,
             group=self.grid.kvp_group,
@@ -269,24 +242,6 @@ class LLM:
             self._sender = meet_decode_group(group, self._prepare)
         else:
             self._receiver = meet_prefill_group(group)
-
-    def _resolve_layout(self) -> Layout:
-        try:
-            layout = self.config.parallel.resolve(self.launch.world_size, self.spec.num_kv_heads)
-            part_of(self.spec, layout, self.launch.rank)
-        except ValueError as error:
-            if self.launch.store is None or not self.prefills:
-                raise
-            raise ValueError(str(error).replace("parallel.", "transfer.prefill.")) from error
-        return layout
-
-    def _resolve_dtype(self) -> torch.dtype:
-        name = self.config.model.dtype
-        if name == "auto":
-            name = "bfloat16" if self.launch.device.type == "cuda" else "float32"
-            _log.info("model.dtype=auto: %s, for device %s", name, self.launch.device.type)
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
 
     def _make_decoder(self, attention: PartialAttention) -> Decoder:
         """Make this rank's model; its collectives are fused where all ranks share GPU memory."""

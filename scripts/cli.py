@@ -6,7 +6,8 @@ A command is a function of one config object:
         main("generate", GenerateConfig, run)
 
 Its schema is the dataclass; conf/NAME.yaml composes it. Keys that do not exist and values that do not fit are found
-before anything starts, and reported in one line by rank 0 alone. --multirun is a loop over plain runs.
+before anything starts, and reported in one line by rank 0 alone. --multirun is a loop over plain runs, of which the
+first begins when all have been checked.
 """
 
 from __future__ import annotations
@@ -103,13 +104,19 @@ def _exit(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None:
+def main(
+    name: str,
+    schema: type[Config],
+    run: Callable[[Config], None],
+    *,
+    plan: Callable[[Config], None] | None = None,
+) -> None:
     """Compose conf/NAME.yaml with the command line's overrides and run the command on every rank.
 
-    ValueError and OSError that ``run`` raises on all ranks alike end them with exit code 2 and their message. All else,
-    and a ValueError out of a model's steps, ends with exit code 1 and a traceback.
+    ``plan`` finds what ``run`` would refuse, without its cost; it looks at every job of a sweep before the first runs.
+    ValueError and OSError that one of them raises on all ranks alike end these with exit code 2 and their message. All
+    else, and a ValueError out of a model's steps, ends with exit code 1 and a traceback.
     """
-    global _rank_of_part
     does, _, _ = (sys.modules[run.__module__].__doc__ or "").partition("\n")
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     ConfigStore.instance().store(group="hydra/help", name="command", node={"header": does})
@@ -118,32 +125,31 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
     runs = flags <= RUN_FLAGS
     if rank() != 0 and not runs:
         return  # --help, --cfg and the like: once is enough
-    jobs = [arguments]
+    jobs: list[list[str]] = [arguments]
+    configs: list[Config] = []
     try:
         if runs and flags & SWEEP_FLAGS:
             jobs = _jobs(arguments)
         if flags <= SWEEP_FLAGS:
-            _require_own_files([check(name, schema, job) for job in jobs])
+            configs = [check(name, schema, job) for job in jobs]
+            _require_own_files(configs)
     except (HydraException, OmegaConfBaseException) as error:
         fail(_first_lines(error))
     except ValueError as problem:
         fail(problem)
 
+    if plan is not None and len(configs) > 1:
+        for config in configs:
+            _call(plan, config)
+
     def task(composed: Any) -> None:
-        try:
-            run(OmegaConf.to_object(composed))  # type: ignore[arg-type]
-        except (ValueError, OSError) as problem:
-            fail(problem)
-        except Exception as defect:  # here, since Hydra cuts tracebacks and adds lines of its own
-            crash(defect)
+        _call(run, OmegaConf.to_object(composed))  # here, since Hydra cuts tracebacks and adds lines of its own
 
     task.__module__ = f"scripts.{name}"  # Hydra names the command after it
     for number, job in enumerate(jobs, 1):
-        if len(jobs) > 1:
-            _rank_of_part = None
-            if rank() == 0:
-                values = " ".join(argument for argument in job if argument not in arguments)
-                print(f"job {number} of {len(jobs)}: {values}", file=sys.stderr, flush=True)
+        if len(jobs) > 1 and rank() == 0:
+            values = " ".join(argument for argument in job if argument not in arguments)
+            print(f"job {number} of {len(jobs)}: {values}", file=sys.stderr, flush=True)
         sys.argv[1:] = job
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     if dist.is_torchelastic_launched():
@@ -152,6 +158,18 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _call(step: Callable[[Any], None], config: Any) -> None:
+    """Take a step of one job; every way that it can fail ends the rank."""
+    global _rank_of_part
+    try:
+        step(config)
+    except (ValueError, OSError) as problem:
+        fail(problem)
+    except Exception as defect:
+        crash(defect)
+    _rank_of_part = None
 
 
 def _jobs(arguments: Sequence[str]) -> list[list[str]]:

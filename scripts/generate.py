@@ -28,9 +28,10 @@ from helix.cache.events import CacheEvent
 from helix.cache.retention import Retention
 from helix.config import HelixConfig
 from helix.llm import LLM, enter
+from helix.plan import Plan
 from helix.request import Request, RequestOutput
 from helix.sampling import SamplingParams
-from parallel.launch import Launch, from_rank0, gather_values, set_up_logging
+from parallel.launch import Launch, from_rank0, gather_values, set_up_logging, stop
 from scripts import cli
 from scripts.progress import RunProgress
 
@@ -245,6 +246,18 @@ def cache_events(llm: LLM, path: str | None) -> Iterator[None]:
             llm.unlisten(write)
 
 
+def plan(config: GenerateConfig) -> None:
+    """Find what ``run`` would refuse, and take no memory: settings, files, and whether any prompt can run.
+
+    Raises:
+        ValueError: as ``run`` would.
+    """
+    launch = enter(config)
+    cli.enter_part(launch)
+    Plan(config, launch, prompts=[] if config.transfer.prefills(launch.part) else read_input(config))
+    stop()
+
+
 def run(config: GenerateConfig) -> None:
     """Run the command on this rank: serve in a prefill group, else generate."""
     launch = enter(config)
@@ -259,10 +272,15 @@ def run(config: GenerateConfig) -> None:
         run_requests(config, launch)
 
 
+def read_input(config: GenerateConfig) -> list[Request]:
+    """Return the run's requests, once what comes of them can be written. Collective over the world."""
+    from_rank0(lambda: check_writable(config.output, config.metrics, config.cache.events, read=[config.prompts]))
+    return from_rank0(lambda: read_requests(config))
+
+
 def run_requests(config: GenerateConfig, launch: Launch) -> None:
     """Read the requests, generate, and write what came of them."""
-    from_rank0(lambda: check_writable(config.output, config.metrics, config.cache.events, read=[config.prompts]))
-    requests = from_rank0(lambda: read_requests(config))
+    requests = read_input(config)
     llm = LLM(config, prompts=requests)
     with cache_events(llm, config.cache.events):
         outputs = generate(llm, requests)
@@ -285,4 +303,4 @@ def run_requests(config: GenerateConfig, launch: Launch) -> None:
 
 
 if __name__ == "__main__":
-    cli.main("generate", GenerateConfig, run)
+    cli.main("generate", GenerateConfig, run, plan=plan)

@@ -38,7 +38,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(cli, "_GRACE_S", 0.0)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(*arguments: str, rank: int | None = None, body: Callable[[Any], None] | None = None) -> Ended:
+    def run(
+        *arguments: str,
+        rank: int | None = None,
+        body: Callable[[Any], None] | None = None,
+        plan: Callable[[Any], None] | None = None,
+    ) -> Ended:
         configs: list[GenerateConfig] = []
 
         def note(config: GenerateConfig) -> None:
@@ -49,7 +54,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
             monkeypatch.setenv("RANK", str(rank))
         code = None
         try:
-            cli.main("generate", GenerateConfig, body or note)
+            cli.main("generate", GenerateConfig, body or note, plan=plan)
         except SystemExit as end:
             code = end.code
         return Ended(configs, code, *capsys.readouterr())
@@ -404,6 +409,21 @@ def test_a_sweep_takes_presets_ranges_quoted_values_and_other_flags(command: Com
 )
 def test_a_sweep_with_one_bad_job_is_refused_before_the_first(command: Command, argument: str, message: str) -> None:
     assert message in one_line(command("-m", *GIVEN, argument))
+
+
+def test_every_job_of_a_sweep_is_planned_before_the_first_runs(command: Command) -> None:
+    planned: list[int] = []
+
+    def plan(config: GenerateConfig) -> None:
+        planned.append(config.sampling.max_tokens)
+        if config.sampling.max_tokens == 3:
+            raise ValueError("3 is too many")
+
+    sweep = ("-m", *GIVEN, "sampling.max_tokens=1,2,3,4")
+    assert one_line(command(*sweep, plan=plan)) == "3 is too many"
+    assert planned == [1, 2, 3]
+    assert len(command(*sweep, plan=lambda _: None).ran) == 4
+    assert len(command(*GIVEN, plan=raising(ValueError("a single job finds out for itself"))).ran) == 1
 
 
 def test_a_folder_of_presets_of_the_users_own_reaches_every_rank(command: Command, tmp_path: Path) -> None:

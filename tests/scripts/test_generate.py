@@ -23,7 +23,7 @@ from helix.runner import Runner
 from helix.sampling import SamplingParams
 from parallel.launch import Launch
 from scripts import cli
-from scripts.generate import GenerateConfig, output_line, parse_line, read_requests, run, write_text
+from scripts.generate import GenerateConfig, output_line, parse_line, plan, read_requests, run, write_text
 from scripts.make_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
         code = None
         try:
-            cli.main("generate", GenerateConfig, run)
+            cli.main("generate", GenerateConfig, run, plan=plan)
         except SystemExit as end:
             code = end.code
         return Ended(code, *capsys.readouterr())
@@ -293,6 +293,37 @@ def test_ranks_run_a_sweep_and_leave_each_jobs_output_alone(model: Path, tmp_pat
     for length in lengths:
         [output] = outputs_in((tmp_path / f"{length}.jsonl").read_text("utf-8"))
         assert len(output["token_ids"]) == length
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("parallel.kvp=1,2", "parallel.kvp (2) x parallel.tpa (1) = 2 ranks but 1 started; lower one or start 2"),
+        ("model.path={0},gone", "model.path = gone does not exist; give a checkpoint folder or a config.json file"),
+        ("output=out.jsonl,gone/out.jsonl", "gone/out.jsonl cannot be written: {1}/gone is not a folder"),
+        (
+            "sampling.max_tokens=1,2 prompts=in.jsonl prompt=null",
+            "prompts = in.jsonl cannot be read: No such file or directory",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("no_memory")
+def test_a_sweep_with_a_job_that_cannot_run_is_refused_before_the_first(
+    model: Path, command: Command, sweep: str, message: str
+) -> None:
+    given = ("-m", f"model.path={model}", "prompt=hello", *SMALL)
+    ended = command(*given, *sweep.format(model).split())
+    assert refusal(ended) == message.format(model, Path.cwd())
+    assert os.listdir() == []
+
+
+def test_ranks_refuse_a_sweep_with_a_layout_that_does_not_fit_and_run_none_of_it(model: Path, tmp_path: Path) -> None:
+    settings = [f"model.path={model}", "prompt=hello", "output=${parallel.kvp}.jsonl", "parallel.tpa=1", *SMALL]
+    ended = torchrun(2, "-m", *settings, "parallel.kvp=2,4", folder=tmp_path)
+    message = "error: parallel.kvp (4) x parallel.tpa (1) = 4 ranks but 2 started; lower one or start 4"
+    assert [line for line in ended.stderr.splitlines() if line.startswith(("error", "job "))] == [message]
+    assert "exitcode  : 2 " in ended.stderr.split("Root Cause (first observed failure)")[1]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("no_memory")

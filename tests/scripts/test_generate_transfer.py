@@ -13,7 +13,7 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 from helix.config import CacheConfig, PrefillConfig, TransferConfig
-from helix.llm import config_of_part
+from helix.plan import config_of_part
 from scripts import cli
 from scripts.generate import GenerateConfig
 from scripts.make_checkpoint import make_checkpoint

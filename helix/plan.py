@@ -1,0 +1,94 @@
+"""What is settled of a run before it takes any memory: its settings, checked against world, model and machine.
+
+A plan is cheap, so that of many runs every one can be checked before the first begins.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from attention.partial import select_backend
+from parallel.grid import Layout
+from parallel.launch import Launch, agree
+from parallel.symmetric import can_launch_dependently
+
+from .config import HelixConfig, ParallelConfig, SpeculativeConfig
+from .models.decoder import part_of
+from .models.loading import open_checkpoint, read_spec
+from .models.spec import ModelSpec
+from .models.tokenizer import load_tokenizer
+from .prompts import Prompt, PromptReader
+from .speculative.loading import DrafterLoader
+from .transfer.requirements import require as require_transfer
+
+_log = logging.getLogger(__name__)
+
+
+def config_of_part(config: HelixConfig, part: int) -> HelixConfig:
+    """Return the settings of this rank's group.
+
+    A prefill group never decodes, so it drafts nothing; as the first part of a split world it has a layout of its own.
+    """
+    if not config.transfer.prefills(part):
+        return config
+    prefill = config.transfer.prefill
+    layout = config.parallel if config.transfer.role else ParallelConfig(kvp=prefill.kvp, tpa=prefill.tpa)
+    return replace(config, parallel=layout, speculative=SpeculativeConfig())
+
+
+class Plan:
+    """A run that can be: what ``LLM`` builds.
+
+    Collective over the world: every rank makes it with equal arguments. It holds the checkpoint's files open.
+
+    Args:
+        config: the settings of the run.
+        launch: this rank's world.
+        prompts: what will be asked first, where that is known: when none of them can run, that is said at once.
+
+    Attributes:
+        config: the settings of this rank's group.
+        pdl: whether kernels launch before the one before them has ended.
+
+    Raises:
+        ValueError: on every rank, in one line, for settings that do not fit the world, the model or the machine, for a
+            checkpoint that cannot be read, and when no prompt can run.
+    """
+
+    def __init__(self, config: HelixConfig, launch: Launch, *, prompts: Sequence[Prompt] = ()) -> None:
+        self.launch = launch
+        self.config = config = config_of_part(config, launch.part)
+        if config.transfer.enabled:
+            agree(lambda: require_transfer(config.transfer, launch))
+        self.spec: ModelSpec = agree(lambda: read_spec(config.model))
+        self.layout = self._resolve_layout()
+        self.pdl = can_launch_dependently(launch.device)
+        self.attention = select_backend(config.attention.backend, launch.device, pdl=self.pdl)
+        self.checkpoint = agree(lambda: open_checkpoint(config.model, self.spec))
+        self.drafting = agree(lambda: DrafterLoader(config, self.spec))
+        self.tokenizer = agree(lambda: load_tokenizer(config.model.path) if config.model.path else None)
+        self.prompts = PromptReader(self.spec, self.tokenizer)
+        self.prompts.require_one(prompts)
+        self.dtype = self._resolve_dtype()
+
+    def _resolve_layout(self) -> Layout:
+        try:
+            layout = self.config.parallel.resolve(self.launch.world_size, self.spec.num_kv_heads)
+            part_of(self.spec, layout, self.launch.rank)
+        except ValueError as error:
+            if self.launch.store is None or not self.config.transfer.prefills(self.launch.part):
+                raise
+            raise ValueError(str(error).replace("parallel.", "transfer.prefill.")) from error
+        return layout
+
+    def _resolve_dtype(self) -> torch.dtype:
+        name = self.config.model.dtype
+        if name == "auto":
+            name = "bfloat16" if self.launch.device.type == "cuda" else "float32"
+            _log.info("model.dtype=auto: %s, for device %s", name, self.launch.device.type)
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
