@@ -40,6 +40,9 @@ DEFECT, BAD_INPUT = 1, 2  # exit codes
 SWEEP_FLAGS = {"-m", "--multirun"}
 # Hydra's flags that run the command, in other ways than plainly; all others only print.
 RUN_FLAGS = {"-r", "--run", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"} | SWEEP_FLAGS
+INFO_FLAGS = {"-i", "--info"}  # take a value or none
+VALUE_FLAGS = {"-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-c", "--cfg", "-p", "--package",
+               "--experimental-rerun"} | INFO_FLAGS  # fmt: skip
 SWEEP_KEYS = ("hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher", "hydra.mode")
 _PART_GRACE_S = 2.0
 _CRASH_GRACE_S = 1.0
@@ -117,19 +120,18 @@ def main(
     ValueError and OSError that one of them raises on all ranks alike end these with exit code 2 and their message. All
     else, and a ValueError out of a model's steps, ends with exit code 1 and a traceback.
     """
-    does, _, _ = (sys.modules[run.__module__].__doc__ or "").partition("\n")
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    ConfigStore.instance().store(group="hydra/help", name="command", node={"header": does})
-    arguments = sys.argv[1:]
-    flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
+    register(name, schema, (sys.modules[run.__module__].__doc__ or "").partition("\n")[0])
+    overrides, options = split(sys.argv[1:])
+    flags = {option.partition("=")[0] for option in options if option.startswith("-")}
     runs = flags <= RUN_FLAGS
     if rank() != 0 and not runs:
         return  # --help, --cfg and the like: once is enough
-    jobs: list[list[str]] = [arguments]
+    jobs = [overrides]
     configs: list[Config] = []
     try:
         if runs and flags & SWEEP_FLAGS:
-            jobs = _jobs(arguments)
+            jobs = _jobs(overrides)
+            options = [option for option in options if option not in SWEEP_FLAGS]
         if flags <= SWEEP_FLAGS:
             configs = [check(name, schema, job) for job in jobs]
             _require_own_files(configs)
@@ -148,9 +150,9 @@ def main(
     task.__module__ = f"scripts.{name}"  # Hydra names the command after it
     for number, job in enumerate(jobs, 1):
         if len(jobs) > 1 and rank() == 0:
-            values = " ".join(argument for argument in job if argument not in arguments)
+            values = " ".join(argument for argument in job if argument not in overrides)
             print(f"job {number} of {len(jobs)}: {values}", file=sys.stderr, flush=True)
-        sys.argv[1:] = job
+        sys.argv[1:] = [*job, *options]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     if dist.is_torchelastic_launched():
         # One of gloo's threads may outlive its group and abort an orderly exit ("terminate called without an active
@@ -172,13 +174,31 @@ def _call(step: Callable[[Any], None], config: Any) -> None:
     _rank_of_part = None
 
 
-def _jobs(arguments: Sequence[str]) -> list[list[str]]:
-    """Return the arguments of each job of a sweep: one for every combination of the values that are listed.
+def register(name: str, schema: type[Any], does: str = "") -> None:
+    """Let Hydra find what a command's YAML names: its schema, and in one line what it does."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    ConfigStore.instance().store(group="hydra/help", name="command", node={"header": does})
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the overrides of a command line, and Hydra's flags with their values; both may stand anywhere.
+
+    Hydra itself takes overrides in one piece only.
+    """
+    overrides, options, flag = list[str](), list[str](), ""
+    for argument in arguments:
+        is_flag = argument.startswith("-")
+        is_value = flag in VALUE_FLAGS and not (flag in INFO_FLAGS and "=" in argument)
+        (options if is_flag or is_value else overrides).append(argument)
+        flag = argument if is_flag else ""
+    return overrides, options
+
+
+def _jobs(given: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of each job of a sweep: one for every combination of the values that are listed.
 
     Each then is a plain run. Hydra's own sweeper would leave a folder and a file of every rank.
     """
-    given = [each for each in arguments if not each.startswith("-") and ("=" in each or each.startswith("~"))]
-    others = [argument for argument in arguments if argument not in given and argument not in SWEEP_FLAGS]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
         choices = [
@@ -187,7 +207,7 @@ def _jobs(arguments: Sequence[str]) -> list[list[str]]:
             else [argument]
             for each, argument in zip(overrides, given, strict=True)
         ]
-    return [[*others, *job] for job in product(*choices)]
+    return [list(job) for job in product(*choices)]
 
 
 def check(name: str, schema: type[Config], arguments: Sequence[str]) -> Config:

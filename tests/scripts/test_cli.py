@@ -353,6 +353,27 @@ def test_flags_that_print_do_so_on_rank_0_and_run_nothing(command: Command, flag
     assert (silent.ran, silent.code, silent.out, silent.err) == ([], None, "", "")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--cfg", "job", *GIVEN, "sampling.max_tokens=3"),
+        (*GIVEN, "--cfg", "job", "sampling.max_tokens=3"),
+        (GIVEN[0], "-c", "job", GIVEN[1], "sampling.max_tokens=3", "--resolve"),
+        (GIVEN[0], "-p", "sampling", GIVEN[1], "--cfg=job", "sampling.max_tokens=3"),
+    ],
+    ids=" ".join,
+)
+def test_flags_may_stand_anywhere(command: Command, arguments: tuple[str, ...]) -> None:
+    ended = command(*arguments)
+    assert (ended.ran, ended.code, ended.err) == ([], None, "")
+    assert ended.out.count("max_tokens: 3\n") == 1
+
+
+def test_a_flag_whose_value_may_be_left_out_takes_no_override_for_it() -> None:
+    assert cli.split(["--info", "a=1", "b=2"]) == (["a=1", "b=2"], ["--info"])
+    assert cli.split(["a=1", "--info", "plugins", "b=2"]) == (["a=1", "b=2"], ["--info", "plugins"])
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in cli.CONF.glob("*.yaml") if file.stem != "base"))
 def test_help_begins_with_the_commands_name_and_what_it_does(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -388,7 +409,7 @@ def test_a_sweep_takes_presets_ranges_quoted_values_and_other_flags(command: Com
     (tmp_path / "mine" / "sampling").mkdir(parents=True)
     (tmp_path / "mine" / "sampling" / "short.yaml").write_text("max_tokens: 3\n")
     folder = ("--config-dir", f"{tmp_path}/mine")
-    ran = command("-m", *folder, *GIVEN, "sampling=short", "sampling.seed=range(2)", "prompts='a,b'").ran
+    ran = command(*GIVEN, "-m", "sampling=short", *folder, "sampling.seed=range(2)", "prompts='a,b'").ran
     assert [(job.sampling.max_tokens, job.sampling.seed, job.prompts) for job in ran] == [(3, 0, "a,b"), (3, 1, "a,b")]
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hydra.core.config_store import ConfigStore
 
 from helix.config import CacheConfig, PrefillConfig, TransferConfig
 from helix.plan import config_of_part
@@ -195,7 +194,7 @@ def documented_commands():
 
 @pytest.mark.parametrize("arguments", documented_commands(), ids=" ".join)
 def test_the_documents_commands_are_valid(arguments):
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    cli.register("generate", GenerateConfig)
     cli.check("generate", GenerateConfig, arguments)
 
 
