@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -40,6 +40,7 @@ DEFECT, BAD_INPUT = 1, 2  # exit codes
 SWEEP_FLAGS = {"-m", "--multirun"}
 # Hydra's flags that run the command, in other ways than plainly; all others only print.
 RUN_FLAGS = {"-r", "--run", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"} | SWEEP_FLAGS
+DIR_FLAGS = {"-cd", "--config-dir"}
 INFO_FLAGS = {"-i", "--info"}  # take a value or none
 VALUE_FLAGS = {"-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-c", "--cfg", "-p", "--package",
                "--experimental-rerun"} | INFO_FLAGS  # fmt: skip
@@ -132,8 +133,9 @@ def main(
         if runs and flags & SWEEP_FLAGS:
             jobs = _jobs(overrides)
             options = [option for option in options if option not in SWEEP_FLAGS]
-        if flags <= SWEEP_FLAGS:
-            configs = [check(name, schema, job) for job in jobs]
+        if flags <= SWEEP_FLAGS | DIR_FLAGS:
+            folder = _folder(options)
+            configs = [check(name, schema, job, folder=folder) for job in jobs]
             _require_own_files(configs)
     except (HydraException, OmegaConfBaseException) as error:
         fail(_first_lines(error))
@@ -210,15 +212,31 @@ def _jobs(given: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in product(*choices)]
 
 
-def check(name: str, schema: type[Config], arguments: Sequence[str]) -> Config:
-    """Return the config that the overrides compose to; ValueError, or an error of Hydra's, says why it is not valid."""
+def check(name: str, schema: type[Config], arguments: Sequence[str], *, folder: str | None = None) -> Config:
+    """Return the config that the overrides compose to; ValueError, or an error of Hydra's, says why it is not valid.
+
+    ``folder`` holds presets beside those of conf/.
+    """
     overrides = OverridesParser.create().parse_overrides(list(arguments))
     for override in overrides:
         _check_key(override, schema)
+    search = [] if folder is None else [f"hydra.searchpath=['file://{Path(folder).resolve()}']"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose(name, list(arguments))
+        composed = hydra.compose(name, [*arguments, *search])
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
     return config
+
+
+def _folder(options: Sequence[str]) -> str | None:
+    """Return the value of --config-dir; None where it is not given. ValueError where it is no folder."""
+    folder = None
+    for option, following in pairwise([*options, ""]):
+        flag, _, value = option.partition("=")
+        if flag in DIR_FLAGS:
+            folder = value or following
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"--config-dir {folder} is not a folder; give one that holds GROUP/PRESET.yaml files")
+    return folder
 
 
 def _require_own_files(configs: Sequence[Any]) -> None:

@@ -455,6 +455,16 @@ def test_a_folder_of_presets_of_the_users_own_reaches_every_rank(command: Comman
         assert config.sampling.max_tokens == 3
 
 
+def test_a_sweep_with_a_bad_preset_of_the_users_own_is_refused_before_the_first(
+    command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "mine" / "sampling").mkdir(parents=True)
+    (tmp_path / "mine" / "sampling" / "none.yaml").write_text("max_tokens: 0\n")
+    sweep = (*GIVEN, "-m", "sampling=greedy,none", "--config-dir")
+    assert "sampling.max_tokens = 0 must be at least 1" in one_line(command(*sweep, f"{tmp_path}/mine"))
+    assert one_line(command(*sweep, "gone")).startswith("--config-dir gone is not a folder; give one that holds")
+
+
 def test_a_run_leaves_no_folder_and_no_log(command: Command, tmp_path: Path) -> None:
     assert len(command(*GIVEN).ran) == 1
     assert command(*GIVEN, "--cfg", "job").code is None
