@@ -1,5 +1,7 @@
 """The kernel of prefill chunks: it runs on Hopper alone; elsewhere ``split_kv`` serves the same interface."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,9 +21,9 @@ def hopper():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(16, 1), (4, 4), (14, 2), (24, 2)])
-@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("block_size", [16, 64, 256])
 def test_it_equals_the_reference(dtype, head_dim, heads, kv_heads, block_size):
     lengths = [1, 70, 129, 700, 1291]
     case = make_case(
@@ -41,11 +43,12 @@ def test_it_equals_the_reference(dtype, head_dim, heads, kv_heads, block_size):
         torch.testing.assert_close(lse, exact_lse[0], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("length", [127, 128, 129, 2048, 5000])
-def test_chunks_of_every_length_see_what_is_theirs(length):
+def test_chunks_of_every_length_see_what_is_theirs(length, block_size):
     case = make_case(
-        length, lengths=[length], num_rows=[min(length, 513)], heads=8, kv_heads=2, head_dim=128, block_size=64,
-        kvp=1, dtype=torch.bfloat16,
+        length, lengths=[length], num_rows=[min(length, 513)], heads=8, kv_heads=2, head_dim=128,
+        block_size=block_size, kvp=1, dtype=torch.bfloat16,
     )  # fmt: skip
     pages, rows = shard(case, 0, "cuda")
     q = case.q.cuda()
@@ -53,3 +56,33 @@ def test_chunks_of_every_length_see_what_is_theirs(length):
     exact, exact_lse = partial_attention(q.float(), pages.float(), rows, 0.3)
     torch.testing.assert_close(out.float(), exact[0], rtol=3e-2, atol=3e-2)
     torch.testing.assert_close(lse, exact_lse[0], rtol=1e-4, atol=1e-3)
+
+
+def test_runs_that_begin_with_padding_and_runs_of_no_rows():
+    case = make_case(
+        5, lengths=[3000, 700], num_rows=[7, 5], heads=16, kv_heads=1, head_dim=128, block_size=16, kvp=1,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    pages, rows = shard(case, 0, "cuda")
+    visible_len = rows.visible_len.clone()
+    visible_len[:3] = 0
+    query_start = torch.tensor([0, 7, 7, 12], dtype=torch.int32, device="cuda")
+    rows = replace(rows, visible_len=visible_len, query_start=query_start)
+    q = case.q.cuda()
+    out, lse = merge_splits(*select_backend("triton", q.device)(q, pages, rows, 0.3), q.dtype)
+    exact, exact_lse = partial_attention(q.float(), pages.float(), rows, 0.3)
+    assert torch.equal(out[:3], torch.zeros_like(out[:3])) and torch.isneginf(lse[:3]).all()
+    torch.testing.assert_close(out.float(), exact[0], rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(lse, exact_lse[0], rtol=1e-4, atol=1e-3)
+
+
+def test_a_rerun_equals_itself_bit_for_bit():
+    case = make_case(
+        2, lengths=[5000], num_rows=[700], heads=16, kv_heads=1, head_dim=128, block_size=64, kvp=1,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    pages, rows = shard(case, 0, "cuda")
+    q, kernel = case.q.cuda(), select_backend("triton", torch.device("cuda"), pdl=True)
+    first, *others = [merge_splits(*kernel(q, pages, rows, 0.1), q.dtype) for _ in range(20)]
+    for out, lse in others:
+        assert torch.equal(out, first[0]) and torch.equal(lse, first[1])

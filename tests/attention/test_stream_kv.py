@@ -37,19 +37,20 @@ def compare(case, rank, scale, *, longest=None):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(("heads", "kv_heads", "num_rows"), [(16, 1, 1), (4, 4, 1), (14, 2, 1), (8, 2, 5), (16, 1, 4)])
-def test_it_equals_the_reference(dtype, head_dim, heads, kv_heads, num_rows):
+def test_it_equals_the_reference(dtype, head_dim, block_size, heads, kv_heads, num_rows):
     lengths = [1 + num_rows, 64, 65, 128, 700, 1291]
     case = make_case(
         heads, lengths=lengths, num_rows=[num_rows] * 6, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        block_size=64, kvp=2, dtype=dtype,
+        block_size=block_size, kvp=2, dtype=dtype,
     )  # fmt: skip
     for rank in range(2):
         compare(case, rank, head_dim**-0.5)
         compare(case, rank, head_dim**-0.5, longest=10**6)
 
 
-@pytest.mark.parametrize("block_size", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 255, 257, 5000, 40_000])
 def test_every_length_and_page_size(block_size, length):
     case = make_case(
