@@ -13,6 +13,7 @@ first begins when all have been checked.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -44,6 +45,7 @@ DIR_FLAGS = {"-cd", "--config-dir"}
 INFO_FLAGS = {"-i", "--info"}  # take a value or none
 VALUE_FLAGS = {"-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-c", "--cfg", "-p", "--package",
                "--experimental-rerun"} | INFO_FLAGS  # fmt: skip
+TEXT_KEY = "prompt"  # its value is what a person wrote, not Hydra's grammar
 SWEEP_KEYS = ("hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher", "hydra.mode")
 _PART_GRACE_S = 2.0
 _CRASH_GRACE_S = 1.0
@@ -122,7 +124,7 @@ def main(
     else, and a ValueError out of a model's steps, ends with exit code 1 and a traceback.
     """
     register(name, schema, (sys.modules[run.__module__].__doc__ or "").partition("\n")[0])
-    overrides, options = split(sys.argv[1:])
+    overrides, options = split([quote_text(argument) for argument in sys.argv[1:]])
     flags = {option.partition("=")[0] for option in options if option.startswith("-")}
     runs = flags <= RUN_FLAGS
     if rank() != 0 and not runs:
@@ -180,6 +182,21 @@ def register(name: str, schema: type[Any], does: str = "") -> None:
     """Let Hydra find what a command's YAML names: its schema, and in one line what it does."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     ConfigStore.instance().store(group="hydra/help", name="command", node={"header": does})
+
+
+def quote_text(argument: str) -> str:
+    """Return ``prompt=TEXT`` so that Hydra takes all of the text as it is, be it commas, braces or ${...}.
+
+    Other arguments are returned as they are, and ``prompt=null``, which is no prompt. Between Hydra's quotes a backslash
+    stands for itself, but before a quote, before ${ and at the end it escapes.
+    """
+    key, _, text = argument.partition("=")
+    if key != TEXT_KEY or text == "null":
+        return argument
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    text = re.sub(r"(\\+)\Z", r"\1\1", text)
+    return f"{key}='{text}'"
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -45,7 +45,7 @@ class GenerateConfig(HelixConfig):
 
     Attributes:
         prompts: a JSON-lines file of requests.
-        prompt: one prompt, instead of a file.
+        prompt: one prompt, instead of a file; on the command line the text as it is, commas, braces and all.
         output: the JSON-lines file to write; None prints the lines.
         metrics: the JSON file to write measurements to.
     """

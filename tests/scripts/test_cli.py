@@ -165,6 +165,36 @@ def test_every_preset_composes(command: Command, preset: str) -> None:
     assert len(command(*GIVEN[weightless:], preset).ran) == 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a text, {with} = braces",
+        "'quoted' and \"quoted\"",
+        "it's \\'escaped\\' \\\\",
+        "${sampling.seed} \\${no} \\\\${such}",
+        "[1, 2",
+        "two\nlines\t# and no comment",
+        " 1e3 ",
+        "007",
+        "true",
+        "glob(*)",
+        "${",
+        "\\",
+        "",
+    ],
+)
+def test_a_prompt_is_the_text_that_was_given(command: Command, text: str) -> None:
+    (config,) = command("model.path=DIR", f"prompt={text}").ran
+    assert config.prompt == text
+
+
+def test_a_sweep_takes_a_prompt_with_commas_for_one_and_null_for_none(command: Command) -> None:
+    ran = command("-m", "model.path=DIR", "prompt=first, second", "sampling.seed=1,2").ran
+    assert [(job.prompt, job.sampling.seed) for job in ran] == [("first, second", 1), ("first, second", 2)]
+    (config,) = command(*GIVEN, "prompt=null").ran
+    assert config.prompt is None
+
+
 def test_a_draft_length_schedule_is_given_on_the_command_line_and_sorted(command: Command) -> None:
     schedule = "speculative.draft_len_schedule={32:1,4:3,8:2}"
     (config,) = command(*GIVEN, "speculative=ngram", "speculative.max_draft_len=3", schedule).ran
