@@ -37,7 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 from parallel.launch import Launch
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-DEFECT, BAD_INPUT = 1, 2  # exit codes
+FAILURE, BAD_INPUT = 1, 2  # exit codes
 SWEEP_FLAGS = {"-m", "--multirun"}
 # Hydra's flags that run the command, in other ways than plainly; all others only print.
 RUN_FLAGS = {"-r", "--run", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"} | SWEEP_FLAGS
@@ -52,6 +52,13 @@ _CRASH_GRACE_S = 1.0
 _GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
 _rank_of_part: int | None = None
 Config = TypeVar("Config")
+
+
+class RunFailed(Exception):
+    """A run did not do all that it was asked for, and neither its input nor the code is at fault: a disk was full.
+
+    Raised by every rank with the same message, which ends them in that one line and with exit code 1.
+    """
 
 
 def rank() -> int:
@@ -72,8 +79,8 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def fail(problem: Exception | str) -> NoReturn:
-    """End every rank with exit code 2; rank 0 says why, in one line.
+def fail(problem: Exception | str, code: int = BAD_INPUT) -> NoReturn:
+    """End every rank with exit code 2, or another; rank 0 says why, in one line.
 
     Called by every rank with the same problem. The others wait a little: torchrun ends all ranks as soon as one has
     ended, and the one that speaks must be first. A rank that outlives the wait is alone with its problem and speaks.
@@ -86,7 +93,7 @@ def fail(problem: Exception | str) -> NoReturn:
         time.sleep(_GRACE_S)
         who = f" on rank {rank()}"
     print(f"error{who}: " + " ".join(str(problem).split()), file=sys.stderr, flush=True)
-    _exit(BAD_INPUT)
+    _exit(code)
 
 
 def crash(defect: Exception) -> NoReturn:
@@ -100,7 +107,7 @@ def crash(defect: Exception) -> NoReturn:
     sys.stderr.flush()
     if dist.is_initialized():
         time.sleep(_CRASH_GRACE_S)
-    _exit(DEFECT)
+    _exit(FAILURE)
 
 
 def _exit(code: int) -> NoReturn:
@@ -120,8 +127,9 @@ def main(
     """Compose conf/NAME.yaml with the command line's overrides and run the command on every rank.
 
     ``plan`` finds what ``run`` would refuse, without its cost; it looks at every job of a sweep before the first runs.
-    ValueError and OSError that one of them raises on all ranks alike end these with exit code 2 and their message. All
-    else, and a ValueError out of a model's steps, ends with exit code 1 and a traceback.
+    ValueError and OSError that one of them raises on all ranks alike end these with exit code 2 and their message,
+    RunFailed with exit code 1 and its message. All else, and a ValueError out of a model's steps, ends with exit code 1
+    and a traceback.
     """
     register(name, schema, (sys.modules[run.__module__].__doc__ or "").partition("\n")[0])
     overrides, options = split([quote_text(argument) for argument in sys.argv[1:]])
@@ -173,6 +181,8 @@ def _call(step: Callable[[Any], None], config: Any) -> None:
         step(config)
     except (ValueError, OSError) as problem:
         fail(problem)
+    except RunFailed as problem:
+        fail(problem, FAILURE)
     except Exception as defect:
         crash(defect)
     _rank_of_part = None
@@ -187,8 +197,8 @@ def register(name: str, schema: type[Any], does: str = "") -> None:
 def quote_text(argument: str) -> str:
     """Return ``prompt=TEXT`` so that Hydra takes all of the text as it is, be it commas, braces or ${...}.
 
-    Other arguments are returned as they are, and ``prompt=null``, which is no prompt. Between Hydra's quotes a backslash
-    stands for itself, but before a quote, before ${ and at the end it escapes.
+    Other arguments are returned as they are, and ``prompt=null``, which is no prompt. Between Hydra's quotes a
+    backslash stands for itself, but before a quote, before ${ and at the end it escapes.
     """
     key, _, text = argument.partition("=")
     if key != TEXT_KEY or text == "null":

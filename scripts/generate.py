@@ -10,21 +10,20 @@ An input line is {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [
 "sampling" (settings for that line), "cache_salt" (a string; lines share cached blocks with lines of the same salt only)
 and "retention" ({"start": 0, "end": 1000, "priority": 80, "duration_s": 60}, or a list of such ranges). Output lines
 come in input order. A bad line fails alone, with finish_reason "error". Where no line can run, the exit code is 2 and
-nothing is loaded or written.
+nothing is loaded or written. What cannot be written in the end, since the disk is full by then, is printed instead, and
+the exit code is 1.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helix.cache.events import CacheEvent
 from helix.cache.retention import Retention
 from helix.config import HelixConfig
 from helix.llm import LLM, enter
@@ -33,6 +32,7 @@ from helix.request import Request, RequestOutput
 from helix.sampling import SamplingParams
 from parallel.launch import Launch, from_rank0, gather_values, set_up_logging, stop
 from scripts import cli
+from scripts.outputs import EventFile, check_writable, save
 from scripts.progress import RunProgress
 
 LINE_KEYS = ("prompt", "prompt_token_ids", "messages", "id", "sampling", "cache_salt", "retention")
@@ -175,35 +175,6 @@ def output_line(output: RequestOutput, index: int) -> str:
     return line.encode("utf-8", "backslashreplace").decode()  # an id may hold a lone surrogate, \ud800
 
 
-def write_text(path: str, text: str) -> None:
-    """Write a file whole or not at all; what is no regular file (a pipe, /dev/null) is written to as it stands."""
-    if _is_special(path):
-        Path(path).write_text(text, "utf-8")
-        return
-    target = Path(path).resolve()  # the file that a link names, not the link
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(text, "utf-8")
-    partial.replace(target)
-
-
-def check_writable(*paths: str | None, read: Iterable[str | None] = ()) -> None:
-    """Raise OSError or ValueError now for an output that could not be written in the end, or over another file."""
-    files = [str(Path(path).resolve()) for path in filter(None, (*paths, *read)) if not _is_special(path)]
-    for file in files:
-        if files.count(file) > 1:
-            raise ValueError(f"{file} is named twice among prompts, output, metrics and cache.events; name it once")
-    for path in filter(None, paths):
-        folder = Path(path).resolve().parent
-        if not folder.is_dir():
-            raise ValueError(f"{path} cannot be written: {folder} is not a folder")
-        if Path(path).is_dir() or not os.access(path if _is_special(path) else folder, os.W_OK):
-            raise ValueError(f"{path} cannot be written")
-
-
-def _is_special(path: str) -> bool:
-    return Path(path).exists() and not Path(path).is_file()
-
-
 def metrics_of(llm: LLM) -> dict[str, Any]:
     """Return the content of metrics.json. Collective over the world."""
     layout = llm.layout
@@ -229,21 +200,18 @@ def generate(llm: LLM, requests: Sequence[Request]) -> list[RequestOutput]:
 
 
 @contextmanager
-def cache_events(llm: LLM, path: str | None) -> Iterator[None]:
-    """Write what enters, leaves and moves in the cache to a file, as JSON lines, on rank 0."""
+def cache_events(llm: LLM, path: str | None) -> Iterator[EventFile | None]:
+    """Write what enters, leaves and moves in the cache to a file, on rank 0."""
     if path is None or not llm.launch.speaks:
-        yield
+        yield None
         return
-    with open(path, "w", encoding="utf-8", buffering=1) as file:
-
-        def write(event: CacheEvent) -> None:
-            file.write(json.dumps(event.as_dict()) + "\n")
-
-        llm.listen(write)
-        try:
-            yield
-        finally:
-            llm.unlisten(write)
+    file = EventFile(path)
+    llm.listen(file.write)
+    try:
+        yield file
+    finally:
+        llm.unlisten(file.write)
+        file.close()
 
 
 def plan(config: GenerateConfig) -> None:
@@ -266,7 +234,10 @@ def run(config: GenerateConfig) -> None:
     set_up_logging(launch.rank, "prefill rank" if prefills else "rank")
     if prefills:
         llm = LLM(config)
-        llm.serve()
+        try:
+            llm.serve()
+        except OSError as error:
+            raise cli.RunFailed(str(error)) from error
         llm.close()
     else:
         run_requests(config, launch)
@@ -282,17 +253,22 @@ def run_requests(config: GenerateConfig, launch: Launch) -> None:
     """Read the requests, generate, and write what came of them."""
     requests = read_input(config)
     llm = LLM(config, prompts=requests)
-    with cache_events(llm, config.cache.events):
+    with cache_events(llm, config.cache.events) as events:
         outputs = generate(llm, requests)
     text = "".join(output_line(output, index) + "\n" for index, output in enumerate(outputs))
     metrics = json.dumps(metrics_of(llm), indent=2) + "\n"
-    if config.output is None:
-        cli.say(text.rstrip("\n"))
-    else:
-        from_rank0(lambda: write_text(config.output or "", text))
-    if config.metrics is not None:
-        from_rank0(lambda: write_text(config.metrics or "", metrics))
+
+    def write() -> list[str]:
+        problems = [events.problem] if events is not None else []
+        problems.append(save("output", config.output, text, sys.stdout))
+        if config.metrics is not None:
+            problems.append(save("metrics", config.metrics, metrics, sys.stderr))
+        return [problem for problem in problems if problem is not None]
+
+    problems = from_rank0(write)
     llm.close()
+    if problems:
+        raise cli.RunFailed("; ".join(problems))
     failed = [output for output in outputs if output.error is not None]
     if len(failed) == len(outputs):
         raise ValueError(

@@ -314,6 +314,11 @@ def test_a_fault_is_not_taken_for_bad_input(command: Command) -> None:
     assert ended.err.endswith("\nZeroDivisionError: a fault\n")
 
 
+def test_a_run_that_failed_is_neither_bad_input_nor_a_defect(command: Command) -> None:
+    ended = command(*GIVEN, body=raising(cli.RunFailed("the disk\nis full")))
+    assert (ended.code, ended.err) == (1, "error: the disk is full\n")
+
+
 def test_a_fault_on_any_rank_is_told_whole_and_not_in_hydras_words(command: Command) -> None:
     def body(_: Any) -> None:
         try:

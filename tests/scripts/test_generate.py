@@ -1,5 +1,6 @@
 """The main job from its command line: input lines, output lines, metrics.json, and what bad input gets."""
 
+import errno
 import json
 import logging
 import os
@@ -23,8 +24,9 @@ from helix.runner import Runner
 from helix.sampling import SamplingParams
 from parallel.launch import Launch
 from scripts import cli
-from scripts.generate import GenerateConfig, output_line, parse_line, plan, read_requests, run, write_text
+from scripts.generate import GenerateConfig, output_line, parse_line, plan, read_requests, run
 from scripts.make_checkpoint import make_checkpoint
+from scripts.outputs import check_writable, save, write_text
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("runtime.device=cpu", "cache.block_size=16", "cache.num_pages=16")
@@ -483,6 +485,8 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(
         (("output=nowhere/out.jsonl",), "nowhere/out.jsonl cannot be written: {0}/nowhere is not a folder"),
         (("metrics=nowhere/m.json",), "nowhere/m.json cannot be written: {0}/nowhere is not a folder"),
         (("output=.",), ". cannot be written"),
+        (("output=/proc/out.jsonl",), "/proc/out.jsonl cannot be written: No such file or directory"),
+        (("cache.events=/proc/events.jsonl",), "/proc/events.jsonl cannot be written: No such file or directory"),
         (("output=a.json", "metrics=./a.json"), "{0}/a.json is named twice among prompts, output, metrics and"),
         (("prompts=in.jsonl", "prompt=null", "output=in.jsonl"), "{0}/in.jsonl is named twice among prompts, output"),
         (("runtime.device=cuda",), "runtime.device = cuda, but this node has "),
@@ -666,6 +670,61 @@ def test_an_id_that_is_no_text_comes_back_and_spoils_no_file(tmp_path: Path) -> 
     request = parse_line('{"id": "\\ud800", "prompt": "a"}', "here", SamplingParams())
     write_text(str(tmp_path / "out.jsonl"), output_line(RequestOutput(request.id), 0))
     assert json.loads((tmp_path / "out.jsonl").read_text("utf-8"))["id"] == "\ud800"
+
+
+FULL = "cannot be written (No space left on device)"
+
+
+def failure(ended: Ended) -> str:
+    """The message of a run that failed as it should; log lines and what is printed instead may stand before it."""
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    return ended.err.splitlines()[-1]
+
+
+def test_lines_that_cannot_be_written_are_printed_and_the_run_says_that_it_failed(
+    model: Path, command: Command
+) -> None:
+    given = (f"model.path={model}", "prompt=hello", "sampling.max_tokens=2", *SMALL)
+    ended = command(*given, "output=/dev/full", "metrics=metrics.json")
+    assert failure(ended) == f"error: output = /dev/full {FULL}; what it was to hold is on standard output"
+    assert ended.out == command(*given).out
+    assert json.loads(Path("metrics.json").read_text())["output_tokens"] == 2
+
+
+def test_metrics_that_cannot_be_written_spoil_no_output(model: Path, command: Command) -> None:
+    given = (f"model.path={model}", "prompt=hello", "sampling.max_tokens=2", *SMALL)
+    ended = command(*given, "metrics=/dev/full")
+    assert failure(ended) == f"error: metrics = /dev/full {FULL}; what it was to hold is on standard error"
+    assert '"output_tokens": 2,' in ended.err
+    assert ended.out == command(*given).out
+
+
+def test_events_that_cannot_be_written_end_no_run_but_make_it_fail(model: Path, command: Command) -> None:
+    given = (f"model.path={model}", "prompt=hello", "sampling.max_tokens=20", *SMALL)
+    ended = command(*given, "cache.events=/dev/full")
+    assert failure(ended) == f"error: cache.events = /dev/full {FULL}; it lacks events"
+    assert ended.err.count("it lacks events from now on") == 1
+    assert ended.out == command(*given).out
+
+
+def test_a_disk_that_is_full_in_the_end_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out.jsonl"
+    file.write_text("old")
+
+    def half(path: Path, text: str, *_: Any) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", half)
+    problem = save("output", str(file), "new lines\n", sys.stdout)
+    assert problem == f"output = {file} {FULL}; what it was to hold is on standard output"
+    assert capsys.readouterr().out == "new lines\n"
+    with pytest.raises(ValueError, match="out.jsonl cannot be written: No space left on device"):
+        check_writable(str(file))
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"out.jsonl": "old"}
 
 
 def test_output_replaces_a_file_whole_follows_links_and_never_replaces_a_device(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import scripts.generate
 from helix.config import CacheConfig, PrefillConfig, TransferConfig
 from helix.plan import config_of_part
 from scripts import cli
-from scripts.generate import GenerateConfig
+from scripts.generate import GenerateConfig, run
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.transfer.conftest import free_ports
 
@@ -167,6 +168,20 @@ def test_a_world_that_prefills_refuses_what_the_document_says(name):
     with pytest.raises(ValueError, match=f"{name} = x belongs to the decode group"):
         GenerateConfig(transfer=role, **given)
     assert f"`{name}=`" in DOCUMENT
+
+
+def test_a_decode_group_that_is_gone_is_no_bad_input_of_the_prefill_group(monkeypatch):
+    class Serving:
+        def __init__(self, _):
+            pass
+
+        def serve(self):
+            raise ConnectionError("the decode group is gone: it closed the connection")
+
+    monkeypatch.setattr(scripts.generate, "LLM", Serving)
+    config = GenerateConfig(transfer=TransferConfig(role="prefill", address="127.0.0.1:1"))
+    with pytest.raises(cli.RunFailed, match="the decode group is gone"):
+        run(config)
 
 
 def test_a_world_that_decodes_needs_prompts():
