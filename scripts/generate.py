@@ -85,14 +85,26 @@ def read_requests(config: GenerateConfig) -> list[Request]:
         raise ValueError(f"prompts = {config.prompts} is not UTF-8 text: {error}") from error
     except OSError as error:
         raise ValueError(f"prompts = {config.prompts} cannot be read: {error.strerror}") from error
-    requests = [
-        parse_line(line, f"{config.prompts}, line {number}", config.sampling)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not requests:
+    numbered = {number: line for number, line in enumerate(lines, 1) if line.strip()}
+    if not numbered:
         raise ValueError(f"prompts = {config.prompts} has no lines; give one JSON object a line")
+    requests, line_of = list[Request](), dict[str, int]()
+    for number, line in numbered.items():
+        where = f"{config.prompts}, line {number}"
+        request = parse_line(line, where, config.sampling)
+        name = name_of(request.id, len(requests))
+        first = line_of.setdefault(name, number)
+        if first != number and request.error is None:
+            shown = json.dumps(name, ensure_ascii=False)
+            which = f"id {shown}" if request.id is not None else f"its id, {shown} by default,"
+            request.error = f"{where}: {which} is that of line {first}; give every line an id of its own"
+        requests.append(request)
     return requests
+
+
+def name_of(given: str | None, index: int) -> str:
+    """Return the id of an output line: the one that was given, or the index of its input line, from 0."""
+    return str(index) if given is None else given
 
 
 def parse_line(line: str, where: str, sampling: SamplingParams) -> Request:
@@ -157,7 +169,7 @@ def _retention(ranges: Any) -> tuple[Retention, ...]:
 def output_line(output: RequestOutput, index: int) -> str:
     """Return the JSON of one output; a request without an id gets its index."""
     item: dict[str, Any] = {
-        "id": str(index) if output.id is None else output.id,
+        "id": name_of(output.id, index),
         "token_ids": output.token_ids,
         "text": output.text,
         "finish_reason": output.finish_reason,

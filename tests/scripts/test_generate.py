@@ -625,6 +625,40 @@ def test_line_numbers_count_blank_lines_and_nothing_but_line_ends(tmp_path: Path
     assert bad.error == f"{file}, line 4: not JSON: Expecting value (column 1)"
 
 
+def test_a_line_that_repeats_an_id_fails_alone_and_names_the_first_with_it(model: Path, command: Command) -> None:
+    write_lines(
+        Path("in.jsonl"),
+        {"prompt": "a", "id": "x"},
+        {"prompt": "b", "id": "0"},
+        {"prompt": "c"},
+        "",
+        {"prompt": "d", "id": "x"},
+        {"prompt": "e", "id": 2},
+        {"prompt": "f", "id": "6"},
+        {"prompt": "g"},
+        {"prompt": "", "id": "x"},
+        "{",
+    )
+    ended = command(f"model.path={model}", "prompts=in.jsonl", "sampling.max_tokens=2", *SMALL)
+    assert ended.code is None
+    outputs = outputs_in(ended.out)
+    own = "give every line an id of its own"
+    assert [(output["id"], output.get("error")) for output in outputs] == [
+        ("x", None),
+        ("0", None),
+        ("2", None),
+        ("x", f'in.jsonl, line 5: id "x" is that of line 1; {own}'),
+        ("2", f'in.jsonl, line 6: id "2" is that of line 3; {own}'),
+        ("6", None),
+        ("6", f'in.jsonl, line 8: its id, "6" by default, is that of line 7; {own}'),
+        ("x", f'in.jsonl, line 9: id "x" is that of line 1; {own}'),
+        ("8", "in.jsonl, line 10: not JSON: Expecting property name enclosed in double quotes (column 2)"),
+    ]
+    assert [output["finish_reason"] for output in outputs] == [
+        "error" if "error" in output else "length" for output in outputs
+    ]
+
+
 def test_a_file_without_lines_or_without_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
     file.write_text("\n  \n")
