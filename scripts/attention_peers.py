@@ -1,4 +1,4 @@
-"""One shard's inputs in the forms that each library wants, and each library's decode attention over them.
+"""One shard's inputs in the forms that each library wants, and each library's attention over them.
 
 All of them read the same bytes: pages [P, 2, K, block_size, D] are FlashInfer's HND layout as they are, and the same
 memory seen as [2, B, K, S, D] is SDPA's dense cache (of other tokens, which does not matter to the clock).
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from attention.rows import Rows
@@ -29,8 +30,8 @@ MAX_COPIES = 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one decode step on one shard: sequences, their local tokens, query and KV heads, elements a head,
-    tokens a page.
+    """The sizes of one step on one shard: sequences, their local tokens, query and KV heads, elements a head, tokens a
+    page, and rows of each sequence: its last ones.
     """
 
     batch: int
@@ -39,18 +40,26 @@ class Shape:
     kv_heads: int
     head_dim: int
     block_size: int
+    rows: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch", "tokens", "heads", "kv_heads", "head_dim", "block_size"):
+        for name in ("batch", "tokens", "heads", "kv_heads", "head_dim", "block_size", "rows"):
             check_at_least(name, getattr(self, name), 1)
         if self.heads % self.kv_heads:
             raise ValueError(f"heads = {self.heads} of a shape must be a multiple of its kv_heads = {self.kv_heads}")
         if self.tokens % self.block_size:
             raise ValueError(f"tokens = {self.tokens} of a shape must be a multiple of block_size = {self.block_size}")
+        if self.rows > self.tokens:
+            raise ValueError(f"rows = {self.rows} must be at most the tokens of a shape = {self.tokens}")
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of K and V."""
         return 2 * self.batch * self.tokens * self.kv_heads * self.head_dim * dtype.itemsize
+
+    def flops(self) -> int:
+        """Return the floating-point operations of both products, for the tokens that each row sees."""
+        seen = self.rows * self.tokens - self.rows * (self.rows - 1) // 2
+        return 4 * self.batch * self.heads * self.head_dim * seen
 
     def num_copies(self, dtype: torch.dtype, total_bytes: int) -> int:
         """Return how many copies of K and V make up ``total_bytes``: 2 to MAX_COPIES."""
@@ -59,7 +68,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """Random inputs of a shape: q [B, Q, D], pages [C, P, 2, K, block_size, D] in C copies, and a step's rows."""
+    """Random inputs of a shape: q [R, Q, D], pages [C, P, 2, K, block_size, D] in C copies, and a step's R rows."""
 
     shape: Shape
     q: torch.Tensor
@@ -92,43 +101,95 @@ def make_case(shape: Shape, copies: int, dtype: torch.dtype, device: torch.devic
     page_shape = (copies, num_pages, 2, shape.kv_heads, shape.block_size, shape.head_dim)
     table = torch.randperm(num_pages, device=device, dtype=torch.int32).view(shape.batch, pages_per_seq)
     index = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
+    positions = torch.arange(shape.tokens - shape.rows, shape.tokens, device=device).repeat(shape.batch)
     rows = Rows(
-        positions=torch.full((shape.batch,), shape.tokens - 1, device=device),
-        row_seq=index[:-1],
-        visible_len=torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=device),
-        slot=torch.full((shape.batch,), -1, device=device),
+        positions=positions,
+        row_seq=index[:-1].repeat_interleave(shape.rows),
+        visible_len=(positions + 1).to(torch.int32),
+        slot=torch.full_like(positions, -1),
         page_table=table,
-        query_start=index,
-        max_rows=1,
+        query_start=index * shape.rows,
+        max_rows=shape.rows,
         max_visible_len=shape.tokens,
     )
-    q = torch.randn(shape.batch, shape.heads, shape.head_dim, dtype=dtype, device=device)
+    q = torch.randn(shape.batch * shape.rows, shape.heads, shape.head_dim, dtype=dtype, device=device)
     return Case(shape, q, torch.empty(page_shape, dtype=dtype, device=device).normal_(), rows)
 
 
-def agree_on(case: Case, out_BQD: torch.Tensor) -> None:
-    """Raise AssertionError unless a result over copy 0 is that of float32 attention, within the dtype's rounding."""
-    k, v = case.gathered(0)
-    group = case.shape.heads // case.shape.kv_heads
-    expected = torch.empty_like(out_BQD, dtype=torch.float32)
-    for head in range(case.shape.kv_heads):  # a KV head at a time: float32 copies of all would not fit everywhere
+def agree_on(case: Case, out_RQD: torch.Tensor) -> None:
+    """Raise AssertionError unless a result over copy 0 is that of float32 attention, within the dtype's rounding.
+
+    Of many rows, the first and the last few of each sequence are compared.
+    """
+    shape, (k, v) = case.shape, case.gathered(0)
+    group = shape.heads // shape.kv_heads
+    some = sorted({*range(min(4, shape.rows)), *range(max(0, shape.rows - 4), shape.rows)})
+    q, out = (each.unflatten(0, (shape.batch, shape.rows))[:, some].float() for each in (case.q, out_RQD))
+    unseen = torch.arange(shape.tokens, device=q.device) > case.rows.positions[some].view(-1, 1, 1)
+    expected = torch.empty_like(out)
+    for head in range(shape.kv_heads):  # a KV head at a time: float32 copies of all would not fit everywhere
         heads = slice(head * group, (head + 1) * group)
-        scores = case.q[:, heads].float() @ k[:, head].float().transpose(1, 2) * case.scale
-        expected[:, heads] = scores.softmax(-1) @ v[:, head].float()
-    torch.testing.assert_close(out_BQD.float(), expected, rtol=0.02, atol=0.1 * float(expected.std()))
+        scores = q[:, :, heads] @ k[:, head].float().mT.unsqueeze(1) * case.scale
+        scores.masked_fill_(unseen, -torch.inf)
+        expected[:, :, heads] = scores.softmax(-1) @ v[:, head].float().unsqueeze(1)
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.1 * float(expected.std()))
 
 
 def sdpa(case: Case, copy: int) -> Attend:
-    """Return a call of torch's attention over one dense copy: [B, Q, 1, D], without lse."""
-    k, v = case.dense(copy)
-    return partial(scaled_dot_product_attention, case.q.unsqueeze(2), k, v, scale=case.scale, enable_gqa=True)
+    """Return a call of torch's attention over one dense copy: [B, Q, rows, D], without lse."""
+    shape, (k, v) = case.shape, case.dense(copy)
+    q = case.q.unflatten(0, (shape.batch, shape.rows)).transpose(1, 2)
+    if shape.rows == 1:
+        return partial(scaled_dot_product_attention, q, k, v, scale=case.scale, enable_gqa=True)
+    # with a mask it takes as many KV heads as query heads; one that all share needs no copy
+    k, v = (each.unsqueeze(2).expand(-1, -1, shape.heads // shape.kv_heads, -1, -1).flatten(1, 2) for each in (k, v))
+    mask = causal_lower_right(shape.rows, shape.tokens)
+    return partial(scaled_dot_product_attention, q, k, v, attn_mask=mask, scale=case.scale)
 
 
 def flashinfer_runs(flashinfer: Any, case: Case) -> list[Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
-    """Return FlashInfer's ways to decode, planned for CUDA graphs: out [B, Q, D] and lse [B, Q] (base 2) of a pages.
+    """Return FlashInfer's ways, planned for CUDA graphs: out [R, Q, D] and lse [R, Q] (base 2) of a copy's pages.
 
-    With tensor cores, and without where the GQA group allows it.
+    Decode with tensor cores, and without where the GQA group allows it; of several rows its two prefill kernels.
     """
+    return _flashinfer_decode(flashinfer, case) if case.shape.rows == 1 else _flashinfer_prefill(flashinfer, case)
+
+
+def _flashinfer_prefill(flashinfer: Any, case: Case) -> list[Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+    shape, table, device = case.shape, case.rows.page_table, case.q.device
+    last_page_len = torch.full((shape.batch,), shape.block_size, dtype=torch.int32, device=device)
+    indptr = case.rows.query_start // shape.rows * table.shape[1]
+    runs = []
+    for backend in ("fa2", "fa3"):
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            "HND",
+            use_cuda_graph=True,
+            qo_indptr_buf=torch.empty_like(indptr),
+            paged_kv_indptr_buf=torch.empty_like(indptr),
+            paged_kv_indices_buf=torch.empty(table.numel(), dtype=torch.int32, device=device),
+            paged_kv_last_page_len_buf=torch.empty_like(last_page_len),
+            backend=backend,
+        )
+        wrapper.plan(
+            case.rows.query_start,
+            indptr,
+            table.flatten(),
+            last_page_len,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.block_size,
+            causal=True,
+            sm_scale=case.scale,
+            q_data_type=case.q.dtype,
+            kv_data_type=case.q.dtype,
+        )
+        runs.append(partial(wrapper.run, case.q, return_lse=True))
+    return runs
+
+
+def _flashinfer_decode(flashinfer: Any, case: Case) -> list[Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
     shape, table, device = case.shape, case.rows.page_table, case.q.device
     last_page_len = torch.full((shape.batch,), shape.block_size, dtype=torch.int32, device=device)
     indptr = case.rows.query_start * table.shape[1]
@@ -161,7 +222,7 @@ def flashinfer_runs(flashinfer: Any, case: Case) -> list[Callable[..., tuple[tor
     return runs
 
 
-def load_flashinfer(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
+def load_flashinfer(head_dim: int, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
     """Return FlashInfer, or None and why it cannot run here; it compiles its kernels on the way, which takes minutes.
 
     Collective over the world: all ranks have it, or none.
@@ -169,7 +230,7 @@ def load_flashinfer(head_dim: int, dtype: torch.dtype, device: torch.device) -> 
     module, reason = None, "it is missing on another rank"
     try:
         module = importlib.import_module("flashinfer")
-        case = make_case(Shape(1, 64, 8, 1, head_dim, 64), 1, dtype, device)
+        case = make_case(Shape(1, 64, 8, 1, head_dim, 64, min(rows, 64)), 1, dtype, device)
         for run in flashinfer_runs(module, case):
             agree_on(case, run(case.pages[0])[0])
     except Exception as error:  # whatever it is, it is told, and must not stop the other columns

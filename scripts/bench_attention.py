@@ -1,10 +1,11 @@
-"""Time decode attention over one shard, or with its exchange and merge over ranks, beside the peers in one run.
+"""Time attention over one shard, or with its exchange and merge over ranks, beside the peers in one run.
 
-    python -m scripts.bench_attention                                          attention alone, for a list of shapes
+    python -m scripts.bench_attention                                          decode alone, for a list of shapes
+    python -m scripts.bench_attention rows=8192 shapes='[[1,65536,16,1]]'      a prefill chunk: the last 8,192 tokens
     torchrun --standalone --nproc-per-node 4 -m scripts.bench_attention        attention + exchange + merge of a layer
 
 ours: the partial attention kernel alone, then with the merge of its splits. SDPA: torch's, over a dense cache, without
-lse. FlashInfer: paged, with lse, the better of its ways (with and without tensor cores).
+lse. FlashInfer: paged, with lse, the better of its ways (decode with and without tensor cores, prefill by fa2 and fa3).
 Over ranks: ours is attention + fused exchange. A peer is its attention + packed NCCL all-to-all + merge, with packing;
 "unpacked" leaves packing out. SDPA has no lse, so a random one of the same shape travels.
 """
@@ -41,6 +42,7 @@ class BenchAttentionConfig:
 
     Attributes:
         shapes: of attention alone: [sequences, local tokens, query heads, KV heads].
+        rows: query rows of each sequence there: its last tokens.
         lengths: local tokens of the one sequence that is measured over ranks.
         heads: [query heads, KV heads] of a rank there.
         head_dim: elements a head.
@@ -58,6 +60,7 @@ class BenchAttentionConfig:
             [1, 65536, 32, 4], [8, 16384, 16, 1], [8, 65536, 16, 1], [32, 16384, 16, 1], [1, 131072, 64, 8],
         ]
     )  # fmt: skip
+    rows: int = 1
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536, 262144])
     heads: list[int] = field(default_factory=lambda: [16, 1])
     head_dim: int = 128
@@ -70,6 +73,7 @@ class BenchAttentionConfig:
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("bfloat16", "float16"))
         check_at_least("repeats", self.repeats, 2)
+        check_at_least("rows", self.rows, 1)
         check_at_least("rotated_bytes", self.rotated_bytes, 1)
         if not self.shapes or not self.lengths:
             raise ValueError(f"shapes = {self.shapes} and lengths = {self.lengths} must not be empty")
@@ -81,7 +85,7 @@ class BenchAttentionConfig:
 
     def local_shapes(self) -> list[Shape]:
         """Return the shapes of attention alone."""
-        return [Shape(*sizes, self.head_dim, self.block_size) for sizes in self.shapes]
+        return [Shape(*sizes, self.head_dim, self.block_size, self.rows) for sizes in self.shapes]
 
     def rank_shapes(self) -> list[Shape]:
         """Return the shapes of a rank's shard, one sequence each."""
@@ -113,7 +117,7 @@ class Bench:
     def us(self, case: Case, call_of: Callable[[int, int], Attend]) -> tuple[float, float]:
         """Time ``call_of(copy, slot)`` over all copies in turn: median and spread, in microseconds."""
         copies = case.pages.shape[0]
-        count = max(40, copies + copies % NUM_SLOTS)
+        count = max(40 if case.shape.rows == 1 else 4, copies + copies % NUM_SLOTS)
         calls = [call_of(index % copies, index % NUM_SLOTS) for index in range(count)]
         return graph_us(calls, repeats=self.config.repeats, iterations=count)
 
@@ -157,7 +161,7 @@ def measure(bench: Bench, shape: Shape) -> dict[str, Any]:
         "B": shape.batch, "S": shape.tokens, "Q/K": f"{shape.heads}/{shape.kv_heads}",
         "floor us": bench.floor_us(shape), "ours us": alone_us, "spread us": spread_us, "+ merge us": merged_us,
         "SDPA us": sdpa_us, "FlashInfer us": flashinfer_us, "ours/best": alone_us / best_us,
-        "merged/best": merged_us / best_us,
+        "merged/best": merged_us / best_us, "TFLOP/s": shape.flops() / merged_us / 1e6,
     }  # fmt: skip
 
 
@@ -234,22 +238,23 @@ def run(config: BenchAttentionConfig) -> None:
     launch = start("cuda")
     set_up_logging(launch.rank)
     dtype, pdl = getattr(torch, config.dtype), config.pdl and can_launch_dependently(launch.device)
-    flashinfer, reason = load_flashinfer(config.head_dim, dtype, launch.device)
+    rows = config.rows if launch.world_size == 1 else 1
+    flashinfer, reason = load_flashinfer(config.head_dim, rows, dtype, launch.device)
     if flashinfer is None:
         cli.say(f"FlashInfer is not measured: {reason}")
     attention = select_backend("auto", launch.device, pdl=pdl)
     bench = Bench(config, launch.device, dtype, attention, flashinfer, pdl, read_bytes_per_us())
     if launch.world_size == 1:
-        title, rows = "attention", [measure(bench, shape) for shape in config.local_shapes()]
+        title, table = "attention", [measure(bench, shape) for shape in config.local_shapes()]
     else:
         shapes, faults = config.rank_shapes(), Faults(launch.device)
         exchanges = make_exchanges(bench, shapes[0], faults)  # what they carry does not depend on the length
-        title, rows = "attention + exchange + merge", [measure_ranks(bench, shape, exchanges) for shape in shapes]
+        title, table = "attention + exchange + merge", [measure_ranks(bench, shape, exchanges) for shape in shapes]
         if fault := Faults.decode(int(faults.word)):
             raise RuntimeError(f"rank {launch.rank} gave up waiting for rank {fault.peer} in an exchange")
     report(
-        title, list(rows[0]), [list(row.values()) for row in rows], dtype=config.dtype, head_dim=config.head_dim,
-        block_size=config.block_size, pdl=pdl, repeats=config.repeats,
+        title, list(table[0]), [list(row.values()) for row in table], dtype=config.dtype, head_dim=config.head_dim,
+        block_size=config.block_size, rows_a_sequence=rows, pdl=pdl, repeats=config.repeats,
         flashinfer=getattr(flashinfer, "__version__", None), read_bytes_per_us=bench.read_bytes_per_us,
     )  # fmt: skip
     stop()

@@ -88,6 +88,21 @@ def test_a_row_holds_every_column_and_its_ratios(bench: Bench):
     assert row["floor us"] == pytest.approx(2 * 2 * 64 * 2 * 16 * 2 / 4.5e6)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_of_several_rows_each_sees_what_stands_before_it(kv_heads: int):
+    case = make_case(Shape(2, 64, 8, kv_heads, 16, 16, rows=12), 2, torch.float16, CPU)
+    bench = small_bench(None)
+    agree_on(case, bench.ours(case, 0)()[0][0])
+    with pytest.raises(AssertionError):
+        agree_on(case, bench.ours(case, 0)()[0][0].roll(1, 0))
+    k, v = (each.float().repeat_interleave(8 // kv_heads, 1) for each in case.dense(0))
+    q = case.q.float().unflatten(0, (2, 12)).transpose(1, 2)
+    unseen = torch.arange(64) > torch.arange(52, 64).unsqueeze(1)
+    expected = (q @ k.mT * case.scale).masked_fill(unseen, -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(sdpa(case, 0)().float(), expected, rtol=1e-2, atol=1e-2)
+    assert case.shape.flops() == 4 * 8 * 16 * int((~unseen).sum()) * 2
+
+
 def test_inputs_fill_what_they_shall_and_never_fewer_than_two_copies():
     shape = Shape(1, 4096, 16, 1, 128, 64)
     assert shape.num_copies(torch.bfloat16, 1 << 30) == 512
@@ -116,7 +131,7 @@ def test_compositions_run_over_ranks(ranks):
 
 def test_a_missing_flashinfer_is_told_and_leaves_a_gap(monkeypatch: pytest.MonkeyPatch, bench: Bench):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    module, reason = load_flashinfer(16, torch.float16, CPU)
+    module, reason = load_flashinfer(16, 1, torch.float16, CPU)
     assert module is None
     assert reason.startswith("ModuleNotFoundError: ")
     assert measure(small_bench(None), bench.config.local_shapes()[0])["FlashInfer us"] is None
@@ -129,6 +144,7 @@ def test_a_missing_flashinfer_is_told_and_leaves_a_gap(monkeypatch: pytest.Monke
         ({"shapes": [[1, 4096, 16, 3]]}, "heads = 16 of a shape must be a multiple of its kv_heads = 3"),
         ({"lengths": [100]}, "tokens = 100 of a shape must be a multiple of block_size = 64"),
         ({"shapes": []}, "shapes = [] and lengths = [4096, 16384, 65536, 262144] must not be empty"),
+        ({"shapes": [[1, 64, 16, 1]], "rows": 65}, "rows = 65 must be at most the tokens of a shape = 64"),
         ({"dtype": "float8"}, "dtype = 'float8' must be one of bfloat16, float16"),
     ],
 )
