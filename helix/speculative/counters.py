@@ -17,7 +17,8 @@ class SpeculativeCounters:
         turns: turns of the target, those without drafts included.
         drafted_turns: turns with drafts.
         tokens: output tokens of all turns.
-        steps: steps in which a sequence decoded, by the draft length that was looked up for them.
+        steps: steps in which a sequence decoded, by the longest draft that the target computed in them; 0 without any,
+            be it that none was asked for or that none was found.
     """
 
     drafted: int = 0

@@ -38,9 +38,12 @@ class Speculator:
         if not decoding:
             return
         length = self.schedule.draft_len(len(decoding))
-        self.counters.steps[length] += 1
-        if not length:
-            return
+        if length:
+            self._draft(step, scheduler, decoding, length)
+        self.counters.steps[max(len(step.chunks[number].drafts) for number in decoding)] += 1
+
+    def _draft(self, step: Step, scheduler: Scheduler, decoding: list[int], length: int) -> None:
+        """Put at most ``length`` drafts into each of the chunks ``decoding``."""
         seqs = [step.chunks[number].seq for number in decoding]
         limits = [min(length, seq.max_len - len(seq.token_ids) - 1) for seq in seqs]
         for number, seq, drafts in zip(decoding, seqs, self.drafter.draft(seqs, limits), strict=True):

@@ -248,9 +248,12 @@ def test_speculation_changes_no_line_and_is_in_the_metrics(model: Path, command:
     )  # fmt: skip
     assert (drafted.code, drafted.out) == (None, plain.out)
     figures = json.loads(Path("metrics.json").read_text("utf-8"))["speculative"]
-    assert set(figures["steps_per_draft_len"]) == {"4"}
+    steps = figures["steps_per_draft_len"]
     if method == "draft_model":
         assert (figures["drafted"], figures["accepted"], figures["tokens_per_target_step"]) == (6, 6, 4.0)
+        assert steps == {"2": 1, "4": 1}, "the last token is drafted by nobody"
+    else:
+        assert (figures["drafted"], steps) == (0, {"0": 8}), "these 9 tokens never repeat what stood before"
 
 
 def test_without_an_output_file_the_lines_are_printed(model: Path, command: Command) -> None:

@@ -96,7 +96,7 @@ def test_its_cache_catches_up_when_the_draft_length_comes_back(ranks, model, gra
     schedule = {"max_draft_len": 4, "draft_len_schedule": {1: 4, 2: 0, 3: 3, 4: 0}}
     for drafted, accepted, steps in ranks(2).run(parity_body, model, model, 2, 1, [(4, graphs, schedule)])[0]:
         assert drafted == accepted > 10
-        assert {length for length, _ in steps} == {0, 3, 4}
+        assert {0, 3, 4} <= {length for length, _ in steps} <= set(range(5))
 
 
 @pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (4, 1)])
