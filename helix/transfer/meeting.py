@@ -124,7 +124,14 @@ def meet_prefill_group(group: Group) -> Receiver:
     transport.progress()
     _log.info("transfer: %d prefill ranks are connected", num_writers)
     hearing = Hearing(writers, timeout_s=config.timeout_s, vocabulary=group.spec.vocab_size)
-    return Receiver(group.engine, config, num_writers=num_writers, hearing=hearing, transport=transport)
+    return Receiver(
+        group.engine,
+        config,
+        num_writers=num_writers,
+        hearing=hearing,
+        transport=transport,
+        speaks=group.launch.speaks,
+    )
 
 
 def _gather(pool: Pool) -> list[Pool]:

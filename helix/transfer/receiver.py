@@ -76,12 +76,21 @@ class Receiver:
         num_writers: prefill ranks.
         hearing: rank 0's connections to them.
         transport: this rank's pool.
+        speaks: this rank's warnings are those of all; elsewhere they are logged for debugging alone.
     """
 
     def __init__(
-        self, engine: Engine, config: TransferConfig, *, num_writers: int, hearing: Hearing, transport: Transport
+        self,
+        engine: Engine,
+        config: TransferConfig,
+        *,
+        num_writers: int,
+        hearing: Hearing,
+        transport: Transport,
+        speaks: bool,
     ) -> None:
         self._engine, self._config = engine, config
+        self._log_level = logging.WARNING if speaks else logging.DEBUG
         self._all_writers = frozenset(range(num_writers))
         self._hearing, self._transport = hearing, transport
         self._link = OPEN
@@ -225,18 +234,18 @@ class Receiver:
         elif isinstance(news, Said) and isinstance(news.message, End):
             return self._end(news.writer, news.message)
         elif isinstance(news, Lost):
-            _log.warning("the connection to prefill rank %d is lost: %s", news.writer, news.reason)
+            self._warn("the connection to prefill rank %d is lost: %s", news.writer, news.reason)
             self._cut(GONE)
             return self._end_all(f"prefill rank {news.writer} is lost: {news.reason}")
         elif isinstance(news, Ended):
             for number in list(self._quarantined):
                 self._lift(number, news.writer)
         elif isinstance(news, Silence):
-            _log.warning("the prefill group has been silent for %g s", self._config.timeout_s)
+            self._warn("the prefill group has been silent for %g s", self._config.timeout_s)
             self._cut(SILENT)
             return self._end_all(f"the prefill group has been silent for {self._config.timeout_s:g} s")
         elif isinstance(news, Heard):
-            _log.warning("the prefill group is heard again")
+            self._warn("the prefill group is heard again")
             self._link = OPEN if self._link == SILENT else self._link
         elif isinstance(news, Stuck):
             seq = (self._engine.scheduler.waiting or self._waiting).popleft()
@@ -244,12 +253,16 @@ class Receiver:
             return [self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")]
         return []
 
+    def _warn(self, message: str, *values: object) -> None:
+        """Log what every rank finds alike."""
+        _log.log(self._log_level, message, *values)
+
     def _cut(self, link: str) -> None:
         """Ask for nothing more, and say once what becomes of the requests that come from now on."""
         if self._link not in (link, GONE):
             self._link = link
             fate = "is computed by the decode group" if self._config.retry else "fails"
-            _log.warning("the prefill group is %s: every further request %s", link, fate)
+            self._warn("the prefill group is %s: every further request %s", link, fate)
 
     def _end(self, writer: int, end: End) -> list[StreamEvent]:
         """Note a writer's end state; the last one decides."""
@@ -259,7 +272,7 @@ class Receiver:
                 self._lift(end.id, writer)
             return []
         if inbound is None or writer not in inbound.waits_for:
-            _log.warning("dropped an End from prefill rank %d for request %d, which has ended", writer, end.id)
+            self._warn("dropped an End from prefill rank %d for request %d, which has ended", writer, end.id)
             return []
         inbound.waits_for.remove(writer)
         if end.state == UNKNOWN:
@@ -293,7 +306,7 @@ class Receiver:
             pages = scheduler.cache.detach(seq.blocks)
             self._quarantined[number] = Quarantine(pages, set(unknown))
             self.counters.pages_quarantined += len(pages)
-            _log.warning(
+            self._warn(
                 "request %d: %d pages are quarantined until %d prefill ranks have ended",
                 number,
                 len(pages),
@@ -305,7 +318,7 @@ class Receiver:
         if self._aborting:
             return []
         if self._config.retry:
-            _log.warning("request %s is computed by the decode group: %s", seq.output.id or seq.index, reason)
+            self._warn("request %s is computed by the decode group: %s", seq.output.id or seq.index, reason)
         event = self._give_up(seq, reason)
         return [] if event is None else [event]
 
@@ -319,7 +332,7 @@ class Receiver:
             del self._quarantined[number]
             self._engine.scheduler.cache.reattach(quarantine.pages)
             self.counters.pages_released += len(quarantine.pages)
-            _log.warning("request %d: its %d quarantined pages are free again", number, len(quarantine.pages))
+            self._warn("request %d: its %d quarantined pages are free again", number, len(quarantine.pages))
 
     def _publish(self, inbound: Inbound) -> StreamEvent:
         """Go on with a prompt that has arrived whole."""

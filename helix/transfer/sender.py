@@ -189,7 +189,8 @@ class Sender:
             )
             sending.seq = self._prepare(ask.id, *_request_of(ask))
         except (ValueError, TypeError) as problem:  # TypeError: settings of another name or type
-            _log.warning("request %d cannot run in the prefill group: %s", ask.id, problem)
+            level = logging.WARNING if self._rank == 0 else logging.DEBUG  # every rank finds it alike
+            _log.log(level, "request %d cannot run in the prefill group: %s", ask.id, problem)
             sending.stopping = f"the prefill group cannot run it: {problem}"
             return
         sending.seq.keeps_pages = True
