@@ -68,7 +68,7 @@ def _softmax(scores, top, total, token, limit, scale_log2, masked):
 
 @gluon.jit
 def _attend(
-    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, visible_len, out, lse,
+    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, out, lse,
     q_row_stride, scale_log2, num_rows, num_heads, kv_head, split, first, stop, begin, end, count,
     PART: gl.constexpr, GROUP: gl.constexpr, TILE_ROWS: gl.constexpr, SPLITS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -129,9 +129,13 @@ def _attend(
         stage = last % STAGES
         p = gl.convert_layout(weights.to(dtype), weights_layout)
         mbarrier.wait(v_full.index(stage), (last // STAGES) & 1)
-        if begin + count * TILE > end:  # both groups may write here: they write the same
-            keep_seen(v_s.index(stage), begin + last * TILE, end, lines)
-            fence_async_shared()
+        if begin + count * TILE > end:
+            if PART == 0:
+                keep_seen(v_s.index(stage), begin + last * TILE, end, lines)
+                fence_async_shared()
+                mbarrier.arrive(seen, count=1)
+            else:
+                mbarrier.wait(seen, 0)
         acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
 
@@ -188,6 +192,8 @@ def _many_rows_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    seen = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())  # the last tile holds no more than that
+    mbarrier.init(seen, count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(k_full.index(s), count=1)
         mbarrier.init(v_full.index(s), count=1)
@@ -197,12 +203,12 @@ def _many_rows_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, visible_len, out, lse,
+                    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, out, lse,
                     q_row_stride, scale_log2, num_rows, num_heads, kv_head, split, first, stop, begin, end, count,
                     0, GROUP, TILE_ROWS, SPLITS, PDL,
                 )),
                 (_attend, (
-                    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, visible_len, out, lse,
+                    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, out, lse,
                     q_row_stride, scale_log2, num_rows, num_heads, kv_head, split, first, stop, begin, end, count,
                     1, GROUP, TILE_ROWS, SPLITS, PDL,
                 )),

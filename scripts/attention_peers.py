@@ -23,6 +23,7 @@ from parallel.launch import minimum
 
 Attend = Callable[[], Any]
 WORKSPACE_BYTES = 256 << 20
+PREFILL_WORKSPACE_BYTES = 3 << 30  # inside a graph it keeps partials of all rows
 CUDA_CORE_GROUPS = (1, 2, 3, 4, 6, 8)
 """The GQA groups that FlashInfer's decode kernel without tensor cores is compiled for."""
 MAX_COPIES = 1024
@@ -162,7 +163,7 @@ def _flashinfer_prefill(flashinfer: Any, case: Case) -> list[Callable[..., tuple
     runs = []
     for backend in ("fa2", "fa3"):
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            torch.zeros(PREFILL_WORKSPACE_BYTES, dtype=torch.uint8, device=device),
             "HND",
             use_cuda_graph=True,
             qo_indptr_buf=torch.empty_like(indptr),
