@@ -39,12 +39,11 @@ from parallel.launch import Launch
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FAILURE, BAD_INPUT = 1, 2  # exit codes
 SWEEP_FLAGS = {"-m", "--multirun"}
-# Hydra's flags that run the command, in other ways than plainly; all others only print.
-RUN_FLAGS = {"-r", "--run", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"} | SWEEP_FLAGS
 DIR_FLAGS = {"-cd", "--config-dir"}
+FILE_FLAGS = {"-cp", "--config-path", "-cn", "--config-name"}
 INFO_FLAGS = {"-i", "--info"}  # take a value or none
-VALUE_FLAGS = {"-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-c", "--cfg", "-p", "--package",
-               "--experimental-rerun"} | INFO_FLAGS  # fmt: skip
+VALUE_FLAGS = {"-c", "--cfg", "-p", "--package", "--experimental-rerun"} | DIR_FLAGS | FILE_FLAGS | INFO_FLAGS
+RUN_FLAGS = {"-r", "--run"} | SWEEP_FLAGS | DIR_FLAGS | FILE_FLAGS  # run the command; all others only print
 TEXT_KEY = "prompt"  # its value is what a person wrote, not Hydra's grammar
 SWEEP_KEYS = ("hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher", "hydra.mode")
 _PART_GRACE_S = 2.0
