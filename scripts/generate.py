@@ -205,10 +205,17 @@ def metrics_of(llm: LLM) -> dict[str, Any]:
 
 
 def generate(llm: LLM, requests: Sequence[Request]) -> list[RequestOutput]:
-    """Run requests with a progress display on rank 0. Collective over the world."""
+    """Run requests with a progress display on rank 0. Collective over the world.
+
+    Raises:
+        RuntimeError: for an OSError on the way: what the run was given has been read, so it is no bad input.
+    """
     wanted = sum((request.sampling or llm.config.sampling).max_tokens for request in requests if not request.error)
-    with RunProgress(llm.launch.speaks, wanted) as progress:
-        return llm.generate(requests, on_step=progress.update)
+    try:
+        with RunProgress(llm.launch.speaks, wanted) as progress:
+            return llm.generate(requests, on_step=progress.update)
+    except OSError as error:
+        raise RuntimeError(f"the run broke off: {error}") from error
 
 
 @contextmanager

@@ -357,18 +357,19 @@ def test_a_bad_prompt_is_refused_in_one_line(model: Path, command: Command, line
     assert refusal(command(f"model.path={model}", "prompts=in.jsonl", "model.max_position=30", *SMALL)) == message
 
 
-def test_a_value_error_out_of_a_step_is_no_bad_input(
-    model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_an_error_out_of_a_step_is_no_bad_input(
+    model: Path, command: Command, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def run_chunks(*_: Any) -> None:
-        raise ValueError("a defect")
+        raise error("a defect")
 
     monkeypatch.setattr(Runner, "run", run_chunks)
     ended = command(f"model.path={model}", "prompt=hi", *SMALL)
     assert ended.code == 1
     assert "Traceback" in ended.err
     assert "in run_chunks" in ended.err
-    assert "ValueError: a defect" in ended.err
+    assert f"{error.__name__}: a defect" in ended.err
     assert "error: " not in ended.err
 
 
