@@ -29,8 +29,11 @@ from .rows import Rows
 LOG2_E = 1.4426950408889634
 TILE = 64  # tokens; a turn takes two tiles
 MAX_COLUMNS = 64
+MAX_COLUMN_ELEMENTS = 64 * 128  # columns x head size: more sums than that do not fit the registers
 STAGE_BYTES = 196608
-MAX_REGISTERS = 128  # a thread: leaves the other half of a processor's to kernels that launch dependently
+# A thread's at the launch: half of a processor's, or 5/8 of them for the most columns, so that kernels that launch
+# dependently find room beside it. Those that attend then take most of what the launch has.
+REGISTERS, REGISTERS_OF_MOST_COLUMNS = 128, 160
 
 
 @gluon.jit
@@ -137,7 +140,7 @@ def _stream_kv_kernel(
     kv, q, page_table, row_seq, visible_len, query_start, out, lse,
     q_row_stride, table_stride, scale_log2, num_rows, num_heads, num_kv_heads,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr,
-    SPLITS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    SPLITS: gl.constexpr, STAGES: gl.constexpr, FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -179,7 +182,7 @@ def _stream_kv_kernel(
                 )),
             ],
             [1],
-            [REGISTERS],
+            [FETCH_REGISTERS],
         )  # fmt: skip
     elif PDL:
         gdc_wait()  # a kernel that ends without waiting would let the next one pass the one before
@@ -187,7 +190,7 @@ def _stream_kv_kernel(
 
 def supports(pages: torch.Tensor, columns: int) -> bool:
     """Return whether the kernel can read these pages, for so many rows x heads that read one KV head together."""
-    return is_readable(pages) and columns <= MAX_COLUMNS
+    return is_readable(pages) and columns <= min(MAX_COLUMNS, MAX_COLUMN_ELEMENTS // pages.shape[4])
 
 
 def stream_attention(
@@ -201,15 +204,16 @@ def stream_attention(
     num_kv_heads, block_size = pages.shape[2], pages.shape[3]
     group, runs = num_heads // num_kv_heads, rows.query_start.shape[0] - 1
     splits = max(1, min(processors // (runs * num_kv_heads), -(-rows.max_visible_len // TILE)))
+    columns = max(8, triton.next_power_of_2(rows.max_rows * group))
     dtype = torch.float32 if splits > 1 else q_RQD.dtype
     part = torch.empty((splits, num_rows, num_heads, head_dim), dtype=dtype, device=q_RQD.device)
     lse = torch.empty((splits, num_rows, num_heads), dtype=torch.float32, device=q_RQD.device)
     _stream_kv_kernel[(runs, num_kv_heads, splits)](
         boxes_of(pages, TILE), q_RQD, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, lse,
         q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_rows, num_heads, num_kv_heads,
-        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=max(8, triton.next_power_of_2(rows.max_rows * group)),
-        TILE=TILE, SPLITS=splits, STAGES=STAGE_BYTES // (4 * TILE * head_dim * pages.element_size()),
-        REGISTERS=PRODUCER_REGISTERS, PDL=pdl, num_warps=4, maxnreg=MAX_REGISTERS,
+        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE, SPLITS=splits,
+        STAGES=STAGE_BYTES // (4 * TILE * head_dim * pages.element_size()), FETCH_REGISTERS=PRODUCER_REGISTERS, PDL=pdl,
+        num_warps=4, maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return part, lse

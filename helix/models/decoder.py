@@ -48,6 +48,12 @@ class RowShare:
     num_mine: int
     order: torch.Tensor
 
+    def own(self, slot: torch.Tensor) -> torch.Tensor:
+        """Return the slots [M] of the rows that this rank projects, of those of all rows [R]: padding has none."""
+        own = slot[self.mine]
+        own[self.num_mine :] = -1
+        return own
+
 
 def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
     """Return the slices of a model that a rank keeps.
@@ -146,6 +152,8 @@ class Decoder:
             share: how the KVP ranks share the QKV projection; None where each projects every row.
             chosen: [B] int64 on CUDA; a token id of -1 means the token there of the row's sequence.
         """
+        # before the step's first kernel: what appends reads slots without waiting for the kernel before it
+        slot = rows.slot if share is None else share.own(rows.slot)
         stream, normed, cos, sin = embed(
             token_ids,
             rows.positions,
@@ -156,10 +164,12 @@ class Decoder:
             inv_freq=self._inv_freq,
             chosen=None if chosen is None else (chosen, rows.row_seq),
         )
+        if share is not None:
+            cos, sin = cos[share.mine], sin[share.mine]
         next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
         exchange.begin_step()
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            q = self._project_qkv(weights, normed, cos, sin, rows, pages[layer], share)
+            q = self._project_qkv(weights, normed, cos, sin, slot, pages[layer], share)
             part, lse = self._attention(q, pages[layer], rows, self._scale)
             merged = exchange(part, lse, layer=layer).reshape(-1, self._merged_len)
             projected = split_linear(merged, weights["o"], pdl=self._pdl)
@@ -206,16 +216,16 @@ class Decoder:
         normed: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        rows: Rows,
+        slot: torch.Tensor,
         pages: torch.Tensor,
         share: RowShare | None,
     ) -> torch.Tensor:
-        """Project, rotate, append K and V, and return Q of all rows: [R, Q, D]."""
-        slot = rows.slot
+        """Project, rotate, append K and V, and return Q of all rows: [R, Q, D].
+
+        cos, sin and slot are those of the rows that this rank projects.
+        """
         if share is not None:
-            normed, cos, sin = normed[share.mine], cos[share.mine], sin[share.mine]
-            slot = slot[share.mine]
-            slot[share.num_mine :] = -1
+            normed = normed[share.mine]
         D, num_q, num_kv = self.spec.head_dim, self.num_heads, self.num_kv_heads
         flat = split_linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl)
         interleaved = self.spec.rope.interleaved

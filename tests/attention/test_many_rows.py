@@ -23,7 +23,7 @@ def hopper():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(16, 1), (4, 4), (14, 2), (24, 2)])
-@pytest.mark.parametrize("block_size", [16, 64, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 128, 256])
 def test_it_equals_the_reference(dtype, head_dim, heads, kv_heads, block_size):
     lengths = [1, 70, 129, 700, 1291]
     case = make_case(

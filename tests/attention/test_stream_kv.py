@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from attention import stream_kv
+from attention.append import rope_append
 from attention.merge import merge_splits
 from attention.partial import select_backend
 from attention.reference import partial_attention
+from attention.rows import Rows
 from tests.attention.cases import make_case, shard
 
 pytestmark = pytest.mark.gpu
@@ -23,8 +25,8 @@ def hopper():
 def compare(case, rank, scale, *, longest=None):
     pages, rows = shard(case, rank, "cuda")
     rows = replace(rows, max_visible_len=longest or rows.max_visible_len)
-    group = case.q.shape[1] // pages.shape[2]
-    assert stream_kv.supports(pages, rows.max_rows * group)
+    columns = rows.max_rows * case.q.shape[1] // pages.shape[2]
+    assert stream_kv.supports(pages, columns) or columns * pages.shape[4] == 64 * 256  # which the other kernel takes
     q = case.q.cuda()
     kernel = select_backend("triton", torch.device("cuda"))
     out, lse = merge_splits(*kernel(q, pages, rows, scale), q.dtype)
@@ -36,8 +38,8 @@ def compare(case, rank, scale, *, longest=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads", "num_rows"), [(16, 1, 1), (4, 4, 1), (14, 2, 1), (8, 2, 5), (16, 1, 4)])
 def test_it_equals_the_reference(dtype, head_dim, block_size, heads, kv_heads, num_rows):
     lengths = [1 + num_rows, 64, 65, 128, 700, 1291]
@@ -84,3 +86,46 @@ def test_a_rerun_equals_itself_bit_for_bit():
     seen = first[1] > -torch.inf  # what a split that saw nothing leaves in memory is nobody's
     for out, lse in others:
         assert torch.equal(lse, first[1]) and torch.equal(out[seen], first[0][seen])
+
+
+def one_sequence(tokens, num_rows, block_size, device):
+    """Pages of one KV head of 128 elements, shuffled, and the rows of the last tokens, which are not appended yet."""
+    num_pages = -(-tokens // block_size)
+    pages = torch.randn(num_pages, 2, 1, block_size, 128, device=device).bfloat16()
+    table = torch.randperm(num_pages, dtype=torch.int32, device=device)
+    positions = torch.arange(tokens - num_rows, tokens, device=device)
+    slot = table[positions // block_size].long() * block_size + positions % block_size
+    pages.transpose(2, 3).flatten(3)[slot // block_size, :, slot % block_size] = torch.nan
+    rows = Rows(
+        positions=positions,
+        row_seq=torch.zeros(num_rows, dtype=torch.int32, device=device),
+        visible_len=(positions + 1).int(),
+        slot=slot,
+        page_table=table.unsqueeze(0),
+        query_start=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
+        max_rows=num_rows,
+        max_visible_len=tokens,
+    )
+    return pages, rows
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("num_rows", [1, 4, 6])  # the last takes the kernel of many rows
+def test_new_tokens_are_read_once_they_are_appended(block_size, num_rows):
+    """Behind a kernel that lasts, append and attention both begin before it has ended."""
+    device = torch.device("cuda")
+    long_pages, long_rows = one_sequence(200_000, 1, block_size, device)
+    long_pages.nan_to_num_()
+    turns = torch.randn(2, num_rows, 64, device=device).unbind(0)
+    for tokens in (num_rows, 127, 128, 129, 132, 255, 257, 132 * 64, 132 * 128 + 3, 40_001):
+        pages, rows = one_sequence(tokens, num_rows, block_size, device)
+        qkv = torch.randn(2, num_rows, 18 * 128, device=device)
+        results = []
+        for pdl in (False, True, True):
+            attention, own_pages = select_backend("triton", device, pdl=pdl), pages.clone()
+            attention(torch.randn(1, 16, 128, device=device).bfloat16(), long_pages, long_rows, 0.1)
+            q = rope_append(qkv, *turns, own_pages, rows.slot, num_heads=16, norms=None, interleaved=False, pdl=pdl)
+            results.append(merge_splits(*attention(q, own_pages, rows, 0.1), q.dtype, pdl=pdl))
+        (plain, plain_lse), *others = results
+        assert plain.isfinite().all() and plain_lse.isfinite().all()
+        assert all(torch.equal(out, plain) and torch.equal(lse, plain_lse) for out, lse in others)
