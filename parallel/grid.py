@@ -41,7 +41,12 @@ class Layout:
         for axis in ("kvp", "tpa", "ep"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"parallel.{axis} = {getattr(self, axis)} must be at least 1")
-        if self.tpf == 0 and self.world_size % self.ep == 0:
+        if self.tpf == 0:
+            if self.world_size % self.ep:
+                raise ValueError(
+                    f"parallel.ep ({self.ep}) must divide "
+                    f"parallel.tpa ({self.tpa}) x parallel.kvp ({self.kvp}) = {self.world_size}"
+                )
             object.__setattr__(self, "tpf", self.world_size // self.ep)
         if self.tpf * self.ep != self.world_size:
             raise ValueError(
@@ -85,6 +90,13 @@ class Layout:
                 f"parallel.kvp ({self.kvp}) x parallel.tpa ({self.tpa}) = {self.world_size} ranks "
                 f"exceed the model's {num_heads} query heads; lower one"
             )
+
+    def check_experts(self, num_experts: int, ffn_size: int) -> None:
+        """Raise ValueError unless a model with these experts, of so many units each, can be split this way."""
+        if self.ep > num_experts:
+            raise ValueError(f"parallel.ep = {self.ep} exceeds the model's {num_experts} experts; lower it")
+        if self.tpf > ffn_size:
+            raise ValueError(f"parallel.tpf = {self.tpf} exceeds the {ffn_size} units of the model's experts; raise ep")
 
     def kv_heads(self, num_kv_heads: int, tpa_rank: int) -> Range:
         """Return the KV heads of a TPA rank; beyond K ranks the heads are duplicated."""

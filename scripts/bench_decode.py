@@ -36,19 +36,23 @@ PARTS = {
     "attention": ("_stream_kv_kernel", "_split_kernel", "_merge_splits_kernel"),
     "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
     "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
-    "GEMMs": ("_stream_weights_kernel", "gemm", "gemv", "cublas", "nvjet", "splitK"),
+    "GEMMs": ("_stream_weights_kernel", "_gate_up_kernel", "_down_kernel", "gemm", "gemv", "cublas", "nvjet", "splitK"),
     "append": ("_rope_append_kernel",),
 }
+EXPERT_ROLES = ("experts_gate_up", "experts_down")
 
 
 @dataclass(kw_only=True, slots=True)
 class BenchDecodeConfig:
-    """What to measure: layouts [kvp, tpa], cases [context, batch], steps a measurement, and a profile of parts."""
+    """What to measure: layouts [kvp, tpa], with the experts split ep ways in each; cases [context, batch]; steps a
+    measurement; and a profile of parts.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     layouts: list[list[int]] = field(default_factory=lambda: [[2, 2], [4, 1], [1, 4]])
     cases: list[list[int]] = field(default_factory=lambda: [[131072, 1], [131072, 8], [524288, 1]])
+    ep: int = 1
     block_size: int = 64
     steps: int = 60
     profile: bool = True
@@ -74,11 +78,16 @@ def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
 
 
 def floor_bytes(llm: LLM, context: int, batch: int) -> tuple[int, int]:
-    """Return the bytes of this rank's KV, and of its weights: all layers, and the output head."""
+    """Return the bytes of this rank's KV, and of the weights that a step reads: all layers', and the output head's."""
     spec, decoder = llm.spec, llm.runner.decoder
     local = llm.placement.local_len(context, 0)
     kv = 2 * decoder.num_kv_heads * spec.head_dim * local * batch * llm.dtype.itemsize * spec.num_layers
-    return kv, decoder.layer_bytes + decoder.top["lm_head"].nbytes
+    weights = decoder.layer_bytes + decoder.top["lm_head"].nbytes
+    if spec.experts is not None:  # of those only what the batch chooses, each expert equally likely
+        held = sum(layer[role].nbytes for layer in decoder.layers for role in EXPERT_ROLES if role in layer)
+        unread = (1 - spec.experts.num_chosen / spec.experts.num_experts) ** batch
+        weights -= int(held * unread)
+    return kv, weights
 
 
 @triton.jit
@@ -207,7 +216,7 @@ def run(config: BenchDecodeConfig) -> None:
         llm = LLM(
             HelixConfig(
                 model=replace(config.model, max_position=max(context for context, _ in config.cases) + 8192),
-                parallel=ParallelConfig(kvp=kvp, tpa=tpa),
+                parallel=ParallelConfig(kvp=kvp, tpa=tpa, ep=config.ep),
                 cache=CacheConfig(block_size=config.block_size, num_pages=room // config.block_size // kvp + 64),
                 scheduler=SchedulerConfig(max_batch=max(batch for _, batch in config.cases)),
                 runtime=config.runtime,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-FAMILIES = ("glm", "llama", "qwen2", "qwen3")
+FAMILIES = ("glm", "llama", "qwen2", "qwen3", "qwen3_moe")
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 NUM_BYTES = 256
@@ -52,6 +52,7 @@ GAINS = {
 class Recipe:
     """Sizes of the model to make. kv_heads 0 stands for the family's own default: 2 for glm, else 4.
 
+    experts, experts_chosen and expert_ffn: of qwen3_moe, whose second layer has none.
     vocab: 256 bytes, 6 special tokens, the rest "<|extra_ID|>". max_position in tokens.
     max_shard_size: a size such as "200KB" splits the weights over several files; "" keeps one file.
     dtype: "float32", "bfloat16" or "float16". rope_scaling: the config's own setting of that name.
@@ -64,6 +65,9 @@ class Recipe:
     kv_heads: int = 0
     head_dim: int = 16
     ffn: int = 160
+    experts: int = 6
+    experts_chosen: int = 2
+    expert_ffn: int = 72
     vocab: int = 320
     max_position: int = 65536
     seed: int = 0
@@ -125,7 +129,7 @@ def randomise(model: "torch.nn.Module", seed: int) -> None:
             elif weight.dim() == 1 or "embed" in name:
                 weight.normal_(0.0, gain, generator=generator)
             else:
-                weight.normal_(0.0, gain / weight.shape[1] ** 0.5, generator=generator)
+                weight.normal_(0.0, gain / weight.shape[-1] ** 0.5, generator=generator)
 
 
 @contextmanager
@@ -144,7 +148,15 @@ def _no_progress_bar() -> Iterator[None]:
 def _config(recipe: Recipe) -> Any:
     from transformers import AutoConfig
 
-    scaling = {"rope_scaling": recipe.rope_scaling} if recipe.rope_scaling else {}
+    more: dict[str, Any] = {"rope_scaling": recipe.rope_scaling} if recipe.rope_scaling else {}
+    if recipe.family == "qwen3_moe":
+        more |= {
+            "num_experts": recipe.experts,
+            "num_experts_per_tok": recipe.experts_chosen,
+            "moe_intermediate_size": recipe.expert_ffn,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        }
     return AutoConfig.for_model(
         recipe.family,
         num_hidden_layers=recipe.layers,
@@ -159,7 +171,7 @@ def _config(recipe: Recipe) -> Any:
         bos_token_id=NUM_BYTES,
         eos_token_id=EOS_ID,
         pad_token_id=EOS_ID,
-        **scaling,
+        **more,
     )
 
 

@@ -2,8 +2,8 @@
 
 The residual stream is replicated. A layer is: QKV of the TPA slice (the same on every KVP rank, so queries need no
 gather), RoPE, append to the owner's pages, partial attention over the local shard, exchange and merge, a row-parallel
-output projection over all N ranks, all-reduce; then the feed-forward, row-parallel over all N, and all-reduce
-(arXiv 2507.07120, figure 2). Each all-reduce adds the residual and applies the norm that follows it.
+output projection over all N ranks, all-reduce; then the feed-forward, row-parallel over all N, or experts, split TPF x
+EP, and all-reduce (arXiv 2507.07120, figure 2). Each all-reduce adds the residual and applies the norm that follows it.
 
 Steps with many rows may share the QKV projection: each KVP rank projects only the rows that it owns, whose K and V
 then stay where they are, and the queries are gathered.
@@ -27,8 +27,9 @@ from parallel.grid import HelixGrid, Layout, split_evenly
 from parallel.sharded_argmax import ShardedArgmax
 
 from .embed import embed
+from .experts import mix, route
 from .linear import gated_linear, linear, split_linear
-from .spec import ModelSpec
+from .spec import Experts, ModelSpec
 from .weights import Part, Weight, layer_weights, model_weights
 
 Parameters = dict[str, torch.Tensor]
@@ -62,8 +63,11 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
         ValueError: when the layout does not fit the model's sizes, or asks a dense model for expert parallelism.
     """
     layout.check_heads(spec.num_heads, spec.num_kv_heads)
-    if layout.ep != 1:
+    if spec.experts is None and layout.ep != 1:
         raise ValueError(f"parallel.ep = {layout.ep}, but {spec.family} models have no experts; use parallel.ep=1")
+    num_experts, units = (0, 0) if spec.experts is None else (spec.experts.num_experts, spec.experts.ffn_size)
+    if spec.experts is not None:
+        layout.check_experts(num_experts, units)
     smallest = min(spec.ffn_size, spec.vocab_size)
     if smallest < layout.world_size:
         raise ValueError(
@@ -77,6 +81,8 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
         out_heads=layout.merged_heads(spec.num_heads, spec.num_kv_heads, tpa_rank, kvp_rank),
         ffn=split_evenly(spec.ffn_size, world, rank),
         vocab=split_evenly(spec.vocab_size, world, rank),
+        experts=split_evenly(num_experts, layout.ep, rank % layout.ep),
+        expert_ffn=split_evenly(units, layout.tpf, rank // layout.ep),
     )
 
 
@@ -174,9 +180,8 @@ class Decoder:
             merged = exchange(part, lse, layer=layer).reshape(-1, self._merged_len)
             projected = split_linear(merged, weights["o"], pdl=self._pdl)
             normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * layer)
-            hidden = gated_linear(normed, weights["gate_up"], pdl=self._pdl)
-            projected = split_linear(hidden, weights["down"], pdl=self._pdl)
-            normed = self._sum_and_norm(projected, stream, next_norm, 2 * layer + 1)
+            added = self._feed_forward(weights, normed, self.spec.experts_of(layer))
+            normed = self._sum_and_norm(added, stream, next_norm, 2 * layer + 1)
         return normed
 
     @torch.inference_mode()
@@ -201,6 +206,15 @@ class Decoder:
     def greedy(self, local: torch.Tensor) -> torch.Tensor:
         """Return the most likely token of each row from every rank's slice, the lowest of equals: [L] int64."""
         return self._argmax(local)
+
+    def _feed_forward(self, weights: Parameters, normed: torch.Tensor, experts: Experts | None) -> torch.Tensor:
+        """Return this rank's summands of a layer's feed-forward: [S, R, h]."""
+        if experts is None:
+            hidden = gated_linear(normed, weights["gate_up"], pdl=self._pdl)
+            return split_linear(hidden, weights["down"], pdl=self._pdl)
+        first, stop = self.part.experts
+        gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in ("experts_gate_up", "experts_down"))
+        return mix(normed, *route(normed, weights["router"], experts), gate_up, down, first=first).unsqueeze(0)
 
     def _sum_and_norm(
         self, projected: torch.Tensor, stream: torch.Tensor, weight: torch.Tensor, index: int

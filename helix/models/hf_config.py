@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .spec import ModelSpec, RopeSpec, WeightNames, as_token_ids, one_line
+from .spec import Experts, ModelSpec, RopeSpec, WeightNames, as_token_ids, one_line
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -41,6 +41,7 @@ def spec_from(
     qk_norm: bool = False,
     interleaved: bool = False,
     names: WeightNames | None = None,
+    experts: Experts | None = None,
 ) -> ModelSpec:
     """Return the spec of `config`, given what distinguishes its family; `rotary` is the family's rotary embedding.
 
@@ -65,6 +66,7 @@ def spec_from(
         rope=_rope(config, rotary, interleaved=interleaved),
         eos_token_ids=as_token_ids(config.eos_token_id),
         names=names or WeightNames(),
+        experts=experts,
     )
 
 

@@ -19,6 +19,7 @@ FAMILIES = {
     "llama": ".llama",
     "qwen2": ".qwen2",
     "qwen3": ".qwen3",
+    "qwen3_moe": ".qwen3_moe",
 }
 
 
@@ -46,8 +47,31 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixture that stands in for the feed-forward network of a layer.
+
+    num_experts: of a layer. num_chosen: experts that a token goes through. ffn_size: units of one expert.
+    normalised: the weights of those chosen sum to one. dense_layers: layers that keep a plain feed-forward.
+    """
+
+    num_experts: int
+    num_chosen: int
+    ffn_size: int
+    normalised: bool
+    dense_layers: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_chosen", "ffn_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"experts.{name} = {value!r}, must be an integer of at least 1")
+        if self.num_chosen > self.num_experts:
+            raise ValueError(f"experts.num_chosen = {self.num_chosen} exceeds experts.num_experts = {self.num_experts}")
+
+
+@dataclass(frozen=True)
 class WeightNames:
-    """Checkpoint tensor names of the weight roles; "{layer}" stands for the layer's number.
+    """Checkpoint tensor names of the weight roles; "{layer}" and "{expert}" stand for their numbers.
 
     up = None means that `gate` holds both matrices, [2 * ffn_size, hidden_size] with the gate's rows first.
     """
@@ -69,18 +93,24 @@ class WeightNames:
     gate: str = "model.layers.{layer}.mlp.gate_proj.weight"
     up: str | None = "model.layers.{layer}.mlp.up_proj.weight"
     down: str = "model.layers.{layer}.mlp.down_proj.weight"
+    router: str = "model.layers.{layer}.mlp.gate.weight"
+    expert_gate: str = "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
+    expert_up: str = "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
+    expert_down: str = "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
 
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
     """One decoder-only model: sizes, switches, RoPE and the names of its checkpoint tensors.
 
-    Every layer is: RMSNorm, grouped-query attention with RoPE, residual, RMSNorm, SiLU-gated feed-forward, residual.
+    Every layer is: RMSNorm, grouped-query attention with RoPE, residual, RMSNorm, SiLU-gated feed-forward, residual;
+    the feed-forward may be a mixture of experts.
     qkv_bias: q, k and v projections have biases (no other projection ever does).
     qk_norm: RMSNorm over each head of q and k, before RoPE, with weights [head_dim] shared by all heads.
     tied_embeddings: the output head is the embedding matrix; the checkpoint's lm_head tensor, if any, is not read.
     max_position: the longest context the model takes, in tokens.
     eos_token_ids: ids that end a generation; may be empty.
+    experts: None for a model without.
     """
 
     family: str
@@ -99,6 +129,7 @@ class ModelSpec:
     rope: RopeSpec
     eos_token_ids: tuple[int, ...] = ()
     names: WeightNames = field(default_factory=WeightNames)
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():
@@ -112,6 +143,10 @@ class ModelSpec:
             )
         if self.rope.rotary_dim > self.head_dim:
             raise ValueError(f"rope.rotary_dim = {self.rope.rotary_dim} exceeds head_dim = {self.head_dim}")
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """Return the experts of a layer; None where its feed-forward is a plain one."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
 
 def load_spec(path: str | Path, *, max_position: int | None = None) -> ModelSpec:

@@ -5,7 +5,7 @@ and a part follow the rank's parameters, each a `Weight`: a shape, and the piece
 along dim 0 to fill it. Nothing is read here; `checkpoint.py` reads. Ranges may differ in length between ranks, and may
 be empty.
 
-Shape letters: h hidden size, D head size, V vocabulary, F feed-forward size.
+Shape letters: h hidden size, D head size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ class Part:
     q_heads, kv_heads: the heads whose queries, keys and values this rank computes; equal on ranks of one KVP group.
     out_heads: the query heads whose merged attention output this rank projects; these tile all heads over all ranks.
     ffn: the feed-forward units of this rank. vocab: the rows of the output head of this rank.
+    experts: the experts of this rank, and expert_ffn: the units of each of them.
     """
 
     q_heads: Range
@@ -29,9 +30,11 @@ class Part:
     out_heads: Range
     ffn: Range
     vocab: Range
+    experts: Range = (0, 0)
+    expert_ffn: Range = (0, 0)
 
     def __post_init__(self) -> None:
-        for name in ("q_heads", "kv_heads", "out_heads", "ffn", "vocab"):
+        for name in ("q_heads", "kv_heads", "out_heads", "ffn", "vocab", "experts", "expert_ffn"):
             start, stop = getattr(self, name)
             if not 0 <= start <= stop:
                 raise ValueError(f"part.{name} = ({start}, {stop}), must be a half-open range with 0 <= start <= stop")
@@ -57,7 +60,10 @@ class Weight:
 def whole(spec: ModelSpec) -> Part:
     """Return the part of a rank that holds everything."""
     heads = (0, spec.num_heads)
-    return Part(heads, (0, spec.num_kv_heads), heads, (0, spec.ffn_size), (0, spec.vocab_size))
+    experts, units = (0, 0) if spec.experts is None else (spec.experts.num_experts, spec.experts.ffn_size)
+    return Part(
+        heads, (0, spec.num_kv_heads), heads, (0, spec.ffn_size), (0, spec.vocab_size), (0, experts), (0, units)
+    )
 
 
 def model_weights(spec: ModelSpec, part: Part) -> dict[str, Weight]:
@@ -84,6 +90,10 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     o [h, out heads * D]: columns of part.out_heads
     gate_up [2 * ffn, h]: gate rows, then up rows, of part.ffn
     down [h, ffn]: columns of part.ffn
+    where the layer has experts, instead of the last two:
+    router [all experts, h] whole on every rank
+    experts_gate_up [experts * 2 * units, h]: of each of part.experts gate rows, then up rows, of part.expert_ffn
+    experts_down [experts * h, units]: of each of part.experts columns of part.expert_ffn
     """
     h, D, names = spec.hidden_size, spec.head_dim, spec.names
 
@@ -91,10 +101,7 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
         return template.format(layer=layer)
 
     q_rows, kv_rows, o_cols = _times(part.q_heads, D), _times(part.kv_heads, D), _times(part.out_heads, D)
-    qkv_len, ffn_len = _len(q_rows) + 2 * _len(kv_rows), _len(part.ffn)
-    up_name, up_start = (names.gate, spec.ffn_size) if names.up is None else (names.up, 0)
-    up_rows = (up_start + part.ffn[0], up_start + part.ffn[1])
-
+    qkv_len = _len(q_rows) + 2 * _len(kv_rows)
     weights = {
         "input_norm": Weight((h,), (Piece(name(names.input_norm)),)),
         "qkv": Weight(
@@ -103,8 +110,7 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
         ),
         "o": Weight((h, _len(o_cols)), (Piece(name(names.o), cols=o_cols),)),
         "post_norm": Weight((h,), (Piece(name(names.post_norm)),)),
-        "gate_up": Weight((2 * ffn_len, h), (Piece(name(names.gate), part.ffn), Piece(name(up_name), up_rows))),
-        "down": Weight((h, ffn_len), (Piece(name(names.down), cols=part.ffn),)),
+        **(_dense_ffn(spec, layer, part) if spec.experts_of(layer) is None else _experts_ffn(spec, layer, part)),
     }
     if spec.qkv_bias:
         weights["qkv_bias"] = Weight(
@@ -115,6 +121,34 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
         weights["q_norm"] = Weight((D,), (Piece(name(names.q_norm)),))
         weights["k_norm"] = Weight((D,), (Piece(name(names.k_norm)),))
     return weights
+
+
+def _dense_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
+    h, names, ffn_len = spec.hidden_size, spec.names, _len(part.ffn)
+    up_name, up_start = (names.gate, spec.ffn_size) if names.up is None else (names.up, 0)
+    up_rows = (up_start + part.ffn[0], up_start + part.ffn[1])
+    gate, up, down = (each.format(layer=layer) for each in (names.gate, up_name, names.down))
+    return {
+        "gate_up": Weight((2 * ffn_len, h), (Piece(gate, part.ffn), Piece(up, up_rows))),
+        "down": Weight((h, ffn_len), (Piece(down, cols=part.ffn),)),
+    }
+
+
+def _experts_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
+    assert spec.experts is not None
+    h, names, units = spec.hidden_size, spec.names, part.expert_ffn
+    mine = range(*part.experts)
+
+    def name(template: str, expert: int) -> str:
+        return template.format(layer=layer, expert=expert)
+
+    both = [Piece(name(each, expert), units) for expert in mine for each in (names.expert_gate, names.expert_up)]
+    down = [Piece(name(names.expert_down, expert), cols=units) for expert in mine]
+    return {
+        "router": Weight((spec.experts.num_experts, h), (Piece(names.router.format(layer=layer)),)),
+        "experts_gate_up": Weight((len(both) * _len(units), h), tuple(both)),
+        "experts_down": Weight((len(mine) * h, _len(units)), tuple(down)),
+    }
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -131,17 +165,23 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         names.v: (kv_len, h),
         names.o: (h, q_len),
         names.post_norm: (h,),
-        names.gate: (gates * spec.ffn_size, h),
-        names.down: (h, spec.ffn_size),
     }
+    dense: dict[str, tuple[int, ...]] = {names.gate: (gates * spec.ffn_size, h), names.down: (h, spec.ffn_size)}
     if names.up is not None:
-        layer[names.up] = (spec.ffn_size, h)
+        dense[names.up] = (spec.ffn_size, h)
     if spec.qkv_bias:
         layer |= {names.q_bias: (q_len,), names.k_bias: (kv_len,), names.v_bias: (kv_len,)}
     if spec.qk_norm:
         layer |= {names.q_norm: (D,), names.k_norm: (D,)}
     for number in range(spec.num_layers):
-        shapes |= {template.format(layer=number): shape for template, shape in layer.items()}
+        experts = spec.experts_of(number)
+        own = layer | (dense if experts is None else {names.router: (experts.num_experts, h)})
+        shapes |= {template.format(layer=number): shape for template, shape in own.items()}
+        for expert in range(0 if experts is None else experts.num_experts):
+            assert experts is not None
+            shapes[names.expert_gate.format(layer=number, expert=expert)] = (experts.ffn_size, h)
+            shapes[names.expert_up.format(layer=number, expert=expert)] = (experts.ffn_size, h)
+            shapes[names.expert_down.format(layer=number, expert=expert)] = (h, experts.ffn_size)
     return shapes
 
 

@@ -35,7 +35,8 @@ def layouts(family: str) -> list[tuple[int, int]]:
     return [(kvp, tpa) for kvp, tpa in pairs if kvp * tpa <= 8 and (kvp == 1 or tpa <= kv_heads)]
 
 
-ALL_LAYOUTS = [(family, *layout) for family in FAMILIES for layout in layouts(family)]
+DENSE_FAMILIES = [family for family in FAMILIES if family != "qwen3_moe"]  # but for their FFN, experts are as qwen3
+ALL_LAYOUTS = [(family, *layout) for family in DENSE_FAMILIES for layout in layouts(family)]
 
 
 @pytest.fixture(scope="session")
@@ -89,14 +90,14 @@ def prompts_for(block_size: int) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(0, 256, (n,), generator=generator).tolist()) for n in lengths]
 
 
-def generate_body(path, kvp, tpa, runs):
+def generate_body(path, kvp, tpa, runs, ep=1):
     """Outputs of several runs of one layout; a run is (block_size, prompts, max_tokens, prefill_chunk, share rows)."""
     outputs = []
     for block_size, prompts, max_tokens, prefill_chunk, share in runs:
         cuts = prefill_chunk < WHOLE  # these runs also queue sequences, and compare the ranks' decisions
         config = HelixConfig(
             model=ModelConfig(path=path, dtype="float32"),
-            parallel=ParallelConfig(kvp=kvp, tpa=tpa),
+            parallel=ParallelConfig(kvp=kvp, tpa=tpa, ep=ep),
             cache=CacheConfig(block_size=block_size, num_pages=8192 // block_size),
             attention=AttentionConfig(share_qkv_rows=share),
             scheduler=SchedulerConfig(max_batch=4 if cuts else 8, prefill_chunk=prefill_chunk),
@@ -131,6 +132,15 @@ def test_greedy_tokens_equal_transformers_in_every_layout(ranks, checkpoint, ref
     runs = [(size, prompts_for(size), 16, WHOLE, 0) for size in BLOCK_SIZES]
     results = ranks(kvp * tpa).run(generate_body, checkpoint(family), kvp, tpa, runs)
     check(results, reference, family, runs)
+
+
+@pytest.mark.parametrize(
+    ("kvp", "tpa", "ep"), [(1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2), (4, 1, 4), (1, 4, 2), (8, 1, 4)]
+)
+def test_experts_split_every_way_equal_transformers(ranks, checkpoint, reference, kvp, tpa, ep):
+    runs = [(16, prompts_for(16), 16, 33, 0)]
+    results = ranks(kvp * tpa).run(generate_body, checkpoint("qwen3_moe"), kvp, tpa, runs, ep=ep)
+    check(results, reference, "qwen3_moe", runs)
 
 
 @pytest.mark.parametrize(("kvp", "tpa"), [(2, 1), (2, 2), (4, 1), (8, 1)])

@@ -59,6 +59,8 @@ def test_layouts_that_do_not_fit_the_heads_are_refused(layout, heads, kv_heads, 
 
 
 def test_layouts_that_do_not_multiply_are_refused():
+    with pytest.raises(ValueError, match=r"parallel.ep \(3\) must divide parallel.tpa \(2\) x parallel.kvp \(2\) = 4"):
+        Layout(kvp=2, tpa=2, ep=3)
     with pytest.raises(ValueError, match=r"parallel.tpf \(3\) x parallel.ep \(1\) must equal"):
         Layout(kvp=2, tpa=2, tpf=3)
     with pytest.raises(ValueError, match="parallel.kvp = 0 must be at least 1"):

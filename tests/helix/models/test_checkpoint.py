@@ -18,14 +18,15 @@ from helix.models.decoder import Decoder
 from helix.models.loading import fill
 from helix.models.spec import ModelSpec, load_spec
 from helix.models.weights import Part, Piece, Weight, layer_weights, model_weights, tensor_shapes, whole
-from scripts.make_checkpoint import make_checkpoint
+from scripts.make_checkpoint import FAMILIES, make_checkpoint
 
 ROOT = Path(__file__).parents[3]
-# 8 heads, 4 KV heads (2 for glm), 160 feed-forward units, 320 tokens: ranges that begin and end inside.
+# 8 heads, 4 KV heads (2 for glm), 160 feed-forward units, 320 tokens, 6 experts of 72 units: ranges that begin and end
+# inside.
 PARTS = (
-    Part((2, 4), (1, 2), (3, 4), (33, 70), (100, 207)),
-    Part((0, 8), (0, 2), (5, 8), (0, 160), (319, 320)),
-    Part((4, 4), (1, 1), (0, 0), (7, 7), (320, 320)),
+    Part((2, 4), (1, 2), (3, 4), (33, 70), (100, 207), (1, 4), (5, 40)),
+    Part((0, 8), (0, 2), (5, 8), (0, 160), (319, 320), (0, 6), (0, 72)),
+    Part((4, 4), (1, 1), (0, 0), (7, 7), (320, 320), (2, 3), (7, 7)),
 )
 
 
@@ -62,7 +63,7 @@ def sliced(weight: Weight, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("part", PARTS, ids=("inner", "edges", "empty"))
 @pytest.mark.parametrize("shards", ["", "150KB"], ids=("single", "sharded"))
-@pytest.mark.parametrize("family", ["glm", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_reading_equals_slicing_the_whole_tensors(
     shared: Callable[..., Path], family: str, shards: str, part: Part
 ) -> None:
@@ -206,7 +207,7 @@ def test_host_memory_peaks_below_the_shard_and_one_tensor(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["glm", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_dummy_weights_are_finite_scaled_and_repeatable(
     shared: Callable[..., Path], family: str, dtype: torch.dtype
 ) -> None:
@@ -253,6 +254,6 @@ def test_dummy_copies_agree_between_ranks_and_dummy_shards_do_not(shared: Callab
 
 
 def test_expected_tensors_are_those_of_the_reference_model(shared: Callable[..., Path]) -> None:
-    for family in ("glm", "llama", "qwen2", "qwen3"):
+    for family in FAMILIES:
         path = shared(family=family)
         assert tensor_shapes(load_spec(path)) == {name: tuple(t.shape) for name, t in all_tensors(path).items()}

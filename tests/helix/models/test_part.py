@@ -17,3 +17,16 @@ def test_a_world_larger_than_what_it_splits_is_refused(tmp_path, size):
     part_of(spec, layout, 3)
     with pytest.raises(ValueError, match=f"4 ranks cannot split a model of .*{size} 3"):
         part_of(replace(spec, **{size: 3}), layout, 3)
+
+
+def test_experts_are_split_ep_ways_and_each_of_them_tpf_ways(tmp_path):
+    spec = load_spec(str(make_checkpoint(tmp_path / "model", family="qwen3_moe", experts=6, expert_ffn=72)))
+    parts = [part_of(spec, Layout(kvp=2, tpa=2, ep=2), rank) for rank in range(4)]
+    assert [part.experts for part in parts] == [(0, 3), (3, 6)] * 2
+    assert [part.expert_ffn for part in parts] == [(0, 36)] * 2 + [(36, 72)] * 2
+    assert [part.ffn for part in parts] == [(0, 40), (40, 80), (80, 120), (120, 160)]  # of the layers without experts
+    with pytest.raises(ValueError, match=r"parallel.ep = 8 exceeds the model's 6 experts"):
+        part_of(spec, Layout(kvp=8, ep=8), 0)
+    few = replace(spec, experts=replace(spec.experts, ffn_size=1))
+    with pytest.raises(ValueError, match=r"parallel.tpf = 4 exceeds the 1 units of the model's experts; raise ep"):
+        part_of(few, Layout(kvp=4), 0)

@@ -13,8 +13,9 @@ from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-from helix.models.spec import load_spec
+from helix.models.spec import Experts, load_spec
 
 ROOT = Path(__file__).parents[3]
 ROTARY = {
@@ -22,6 +23,7 @@ ROTARY = {
     "llama": LlamaRotaryEmbedding,
     "qwen2": Qwen2RotaryEmbedding,
     "qwen3": Qwen3RotaryEmbedding,
+    "qwen3_moe": Qwen3MoeRotaryEmbedding,
 }
 SIZES = {
     "hidden_size": 64,
@@ -63,11 +65,24 @@ def test_spec_holds_the_sizes_of_the_config(tmp_path: Path, family: str) -> None
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (8, 2, 16)
     assert (spec.vocab_size, spec.max_position, spec.rms_eps) == (320, 4096, 1e-5)
     assert spec.qkv_bias == (family in ("qwen2", "glm"))
-    assert spec.qk_norm == (family == "qwen3")
+    assert spec.qk_norm == (family in ("qwen3", "qwen3_moe"))
+    assert (spec.experts is not None) == (family == "qwen3_moe")
     assert (spec.names.up is None) == (family == "glm")
     assert spec.rope.interleaved == (family == "glm")
     assert spec.rope.rotary_dim == (8 if family == "glm" else 16)
     assert not spec.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("settings", "dense"), [({}, set()), ({"decoder_sparse_step": 2}, {0, 2}), ({"mlp_only_layers": [1]}, {1})]
+)
+def test_experts_follow_the_config(tmp_path: Path, settings: dict[str, Any], dense: set[int]) -> None:
+    sizes = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    spec = load_spec(write_config(tmp_path, "qwen3_moe", **sizes, **settings))
+    assert spec.experts == Experts(
+        num_experts=12, num_chosen=3, ffn_size=40, normalised=True, dense_layers=frozenset(dense)
+    )
+    assert [spec.experts_of(layer) is None for layer in range(3)] == [layer in dense for layer in range(3)]
 
 
 def test_switches_follow_the_config(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The parts of a model that the ranks of a layout keep: every element once, in the right order."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 
 from helix.models.spec import ModelSpec, load_spec
 from helix.models.weights import Part, Piece, Weight, layer_weights, model_weights, tensor_shapes, whole
+from parallel.grid import split_evenly
 
-FAMILIES = ("glm", "llama", "qwen2", "qwen3")
+FAMILIES = ("glm", "llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -35,6 +37,8 @@ def make_spec(folder: Path, family: str, **settings: Any) -> ModelSpec:
     }
     if family == "llama":
         config["hidden_size"] = 24
+    if family == "qwen3_moe":
+        config |= {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 9, "decoder_sparse_step": 2}
     (folder / "config.json").write_text(json.dumps(config))
     return load_spec(folder)
 
@@ -43,22 +47,26 @@ def ranges(*bounds: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-# One list of parts a layout, a part for each rank. Heads 12, KV heads 4, feed-forward 14, vocabulary 30.
-def parts(tpa: list[int], kvp: int, ffn: list[int], vocab: list[int]) -> list[Part]:
+# One list of parts a layout, a part for each rank. Heads 12, KV heads 4, feed-forward 14, vocabulary 30; experts, where
+# there are any, 5 of 9 units.
+def parts(tpa: list[int], kvp: int, ffn: list[int], vocab: list[int], ep: int = 1) -> list[Part]:
     out = []
     num_ranks = (len(tpa) - 1) * kvp
     for rank in range(num_ranks):
         kv = ranges(*tpa)[rank // kvp]
         first, last = kv[0] * 3, kv[1] * 3
         cuts = [first + (last - first) * i // kvp for i in range(kvp + 1)]  # uneven where kvp does not divide
-        out.append(Part((first, last), kv, ranges(*cuts)[rank % kvp], ranges(*ffn)[rank], ranges(*vocab)[rank]))
+        experts, units = split_evenly(5, ep, rank % ep), split_evenly(9, num_ranks // ep, rank // ep)
+        heads = ((first, last), kv, ranges(*cuts)[rank % kvp])
+        out.append(Part(*heads, ranges(*ffn)[rank], ranges(*vocab)[rank], experts, units))
     return out
 
 
 LAYOUTS = {
     "one rank": parts([0, 4], 1, [0, 14], [0, 30]),
     "tpa 4": parts([0, 1, 2, 3, 4], 1, [0, 4, 8, 11, 14], [0, 8, 16, 23, 30]),
-    "kvp 2 x tpa 2": parts([0, 2, 4], 2, [0, 4, 8, 11, 14], [0, 8, 16, 23, 30]),
+    "kvp 2 x tpa 2": parts([0, 2, 4], 2, [0, 4, 8, 11, 14], [0, 8, 16, 23, 30], ep=2),
+    "kvp 2 x tpa 2, ep 4": parts([0, 2, 4], 2, [0, 4, 8, 11, 14], [0, 8, 16, 23, 30], ep=4),
     "kvp 5, empty feed-forward and vocabulary ranges": parts([0, 4], 5, [0, 7, 7, 14, 14, 14], [0, 0, 30, 30, 30, 30]),
     "tpa 3, uneven": parts([0, 1, 2, 4], 1, [0, 1, 13, 14], [0, 29, 30, 30]),
     "kvp 7, more ranks than heads of a group": parts([0, 2, 4], 7, [0, *[1] * 13, 14], [0, *[2] * 13, 30]),
@@ -96,7 +104,7 @@ def test_ranks_tile_every_tensor_exactly_once(spec: ModelSpec, layout: str) -> N
     shapes = tensor_shapes(spec)
     ranks = LAYOUTS[layout]
     kvp = sum(part.kv_heads == ranks[0].kv_heads for part in ranks)
-    every_rank = ("embedding", "final_norm", "input_norm", "post_norm", "q_norm", "k_norm")
+    every_rank = ("embedding", "final_norm", "input_norm", "post_norm", "q_norm", "k_norm", "router")
     copies = {role: len(ranks) for role in every_rank} | {"qkv": kvp, "qkv_bias": kvp}
     by_role: dict[str, list[Piece]] = {}
     for part in ranks:
@@ -150,6 +158,19 @@ def test_fused_and_split_gates_give_the_same_parameter(tmp_path: Path) -> None:
     assert torch.equal(left, torch.cat((gate[3:8], up[3:8])))
 
 
+def test_a_rank_keeps_its_units_of_its_experts_and_all_of_the_router(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, "qwen3_moe")
+    part = Part((0, 1), (0, 1), (0, 1), (3, 8), (0, 1), experts=(2, 4), expert_ffn=(4, 9))
+    assert {"gate_up", "down"} < set(layer_weights(spec, 0, part))  # every second layer has experts
+    weights, mlp = layer_weights(spec, 1, part), "model.layers.1.mlp."
+    assert not {"gate_up", "down"} & set(weights)
+    assert weights["router"] == Weight((5, 20), (Piece(mlp + "gate.weight"),))
+    gates = [Piece(f"{mlp}experts.{e}.{each}_proj.weight", (4, 9)) for e in (2, 3) for each in ("gate", "up")]
+    assert weights["experts_gate_up"] == Weight((2 * 2 * 5, 20), tuple(gates))
+    downs = [Piece(f"{mlp}experts.{e}.down_proj.weight", cols=(4, 9)) for e in (2, 3)]
+    assert weights["experts_down"] == Weight((2 * 20, 5), tuple(downs))
+
+
 def test_tied_head_takes_its_rows_from_the_embedding(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, "llama", tie_word_embeddings=True)
     part = Part((0, 1), (0, 1), (0, 1), (0, 1), (10, 17))
@@ -158,7 +179,8 @@ def test_tied_head_takes_its_rows_from_the_embedding(tmp_path: Path) -> None:
 
 
 def test_whole_part_covers_the_model(spec: ModelSpec) -> None:
-    assert whole(spec) == LAYOUTS["one rank"][0]
+    expected = LAYOUTS["one rank"][0]
+    assert whole(spec) == (expected if spec.experts else replace(expected, experts=(0, 0), expert_ffn=(0, 0)))
 
 
 def test_reversed_range_is_refused() -> None:
