@@ -26,6 +26,7 @@ def make_facts(spec: ModelSpec, *, block_size: int, dtype: str, weights: Path | 
         weights: the checkpoint's folder; None where weights are made up.
     """
     rope = spec.rope.inv_freq.numpy().tobytes() + repr(spec.rope.attention_scaling).encode()
+    experts = spec.experts
     return {
         "cache.block_size": block_size,
         "model.dtype": dtype,
@@ -40,6 +41,11 @@ def make_facts(spec: ModelSpec, *, block_size: int, dtype: str, weights: Path | 
         "model's rms_norm_eps": spec.rms_eps,
         "model's attention_bias": spec.qkv_bias,
         "model's tie_word_embeddings": spec.tied_embeddings,
+        "model's num_experts": 0 if experts is None else experts.num_experts,
+        "model's num_experts_per_tok": 0 if experts is None else experts.num_chosen,
+        "model's moe_intermediate_size": 0 if experts is None else experts.ffn_size,
+        "model's norm_topk_prob": experts is not None and experts.normalised,
+        "model's layers without experts": [] if experts is None else sorted(experts.dense_layers),
         "fingerprint of the model's RoPE (rope_theta, rope_scaling)": blake2b(rope, digest_size=8).hexdigest(),
         "fingerprint of the model's weights": "none (model.load=dummy)" if weights is None else fingerprint(weights),
     }

@@ -65,6 +65,21 @@ def test_a_field_of_the_config_that_differs_is_named_with_both_values(folder, ch
     assert find_mismatch(facts(folder), facts_of(replace(spec, **changes), folder)).startswith(told)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_chosen": 3}, "model's num_experts_per_tok = 2 in the decode group and 3 in the prefill group"),
+        ({"normalised": False}, "model's norm_topk_prob = True in the decode group and False in the prefill group"),
+        ({"dense_layers": frozenset()}, "model's layers without experts = [1] in the decode group and [] in"),
+    ],
+)
+def test_experts_that_differ_are_named_with_both_values(tmp_path, changes, told):
+    spec = load_spec(make_checkpoint(tmp_path / "model", family="qwen3_moe"))
+    ours = facts_of(spec, None)
+    assert find_mismatch(ours, json.loads(json.dumps(ours))) is None
+    assert find_mismatch(ours, facts_of(replace(spec, experts=replace(spec.experts, **changes)), None)).startswith(told)
+
+
 def test_rope_that_differs_is_named_with_the_fields_that_it_comes_from(folder):
     spec = load_spec(folder)
     for rope in (
