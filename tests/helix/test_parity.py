@@ -134,9 +134,7 @@ def test_greedy_tokens_equal_transformers_in_every_layout(ranks, checkpoint, ref
     check(results, reference, family, runs)
 
 
-@pytest.mark.parametrize(
-    ("kvp", "tpa", "ep"), [(1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2), (4, 1, 4), (1, 4, 2), (8, 1, 4)]
-)
+@pytest.mark.parametrize(("kvp", "tpa", "ep"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 4), (1, 4, 2)])
 def test_experts_split_every_way_equal_transformers(ranks, checkpoint, reference, kvp, tpa, ep):
     runs = [(16, prompts_for(16), 16, 33, 0)]
     results = ranks(kvp * tpa).run(generate_body, checkpoint("qwen3_moe"), kvp, tpa, runs, ep=ep)
