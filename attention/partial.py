@@ -27,7 +27,7 @@ class PartialAttention(Protocol):
             q_RQD: [R, Q, D]; query head i reads KV head i // (Q / K). Heads are packed, rows may be strided.
             pages: [P, 2, K, block_size, D], one layer's pages, K before V; the last two dims are packed.
             rows: the step's rows; their K and V are already appended.
-            scale: what the scores are multiplied by, usually D ** -0.5.
+            scale: what the scores are multiplied by, positive, usually D ** -0.5.
 
         Returns:
             out [S, R, Q, D], each normalised over its own range, in q's dtype where S is 1 and float32 else; and lse
