@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .page_tiles import PRODUCER_REGISTERS, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
+from .page_tiles import FETCH_REGISTERS, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
 from .rows import Rows
 from .stream_kv import LOG2_E
 
@@ -192,7 +192,7 @@ def _many_rows_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    seen = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())  # the last tile holds no more than that
+    seen = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())  # the last tile is cleared past the end
     mbarrier.init(seen, count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(k_full.index(s), count=1)
@@ -247,7 +247,7 @@ def many_rows_attention(
         boxes_of(pages, tile), q_RQD, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, lse,
         q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_rows, num_heads, num_kv_heads, tiles,
         GROUP=group, TILE_ROWS=tile_rows, D=head_dim, BLOCK_SIZE=block_size, M=M, TILE=tile, STAGES=STAGES,
-        SPLITS=splits, REGISTERS=REGISTERS, FETCH_REGISTERS=PRODUCER_REGISTERS, PDL=pdl, num_warps=4,
+        SPLITS=splits, REGISTERS=REGISTERS, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return part, lse

@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 HEAD_DIMS = (64, 128, 256)
 SWIZZLE_BYTES = 128
-PRODUCER_REGISTERS = 24
+FETCH_REGISTERS = 24  # a thread that asks for tiles
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .page_tiles import PRODUCER_REGISTERS, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
+from .page_tiles import FETCH_REGISTERS, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
 from .rows import Rows
 
 LOG2_E = 1.4426950408889634
@@ -212,7 +212,7 @@ def stream_attention(
         boxes_of(pages, TILE), q_RQD, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, lse,
         q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_rows, num_heads, num_kv_heads,
         GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE, SPLITS=splits,
-        STAGES=STAGE_BYTES // (4 * TILE * head_dim * pages.element_size()), FETCH_REGISTERS=PRODUCER_REGISTERS, PDL=pdl,
+        STAGES=STAGE_BYTES // (4 * TILE * head_dim * pages.element_size()), FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl,
         num_warps=4, maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -31,15 +31,14 @@ class LocalWorld:
         for module in modules:
             monkeypatch.setattr(f"{module}.SymmetricBuffer", LocalBuffer)
 
-    def run(self, call: Callable[[int], Any], *, delays: torch.Generator | None = None) -> list[Any]:
+    def run(self, call: Callable[[int], Any], *, delays: torch.Generator) -> list[Any]:
         """Call ``call(rank)`` on each rank's stream, in a random order after random delays; wait for all of them."""
         torch.cuda.synchronize()
         order = torch.randperm(self.size, generator=delays).tolist()
         results: list[Any] = [None] * self.size
         for rank in order:
             with torch.cuda.stream(self.streams[rank]):
-                if delays is not None:
-                    torch.cuda._sleep(int(torch.randint(1, 20000, (), generator=delays)))
+                torch.cuda._sleep(int(torch.randint(1, 20000, (), generator=delays)))
                 results[rank] = call(rank)
         torch.cuda.synchronize()
         return results

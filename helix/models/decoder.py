@@ -63,11 +63,11 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
         ValueError: when the layout does not fit the model's sizes, or asks a dense model for expert parallelism.
     """
     layout.check_heads(spec.num_heads, spec.num_kv_heads)
-    if spec.experts is None and layout.ep != 1:
-        raise ValueError(f"parallel.ep = {layout.ep}, but {spec.family} models have no experts; use parallel.ep=1")
-    num_experts, units = (0, 0) if spec.experts is None else (spec.experts.num_experts, spec.experts.ffn_size)
-    if spec.experts is not None:
+    num_experts, units = spec.expert_sizes
+    if num_experts:
         layout.check_experts(num_experts, units)
+    elif layout.ep != 1:
+        raise ValueError(f"parallel.ep = {layout.ep}, but {spec.family} models have no experts; use parallel.ep=1")
     smallest = min(spec.ffn_size, spec.vocab_size)
     if smallest < layout.world_size:
         raise ValueError(

@@ -180,13 +180,13 @@ def blocks_of(
     every = torch.arange(num_experts, device=device)
     stop = torch.searchsorted(expert, every, right=True)
     start = torch.searchsorted(expert, every)
-    last_block = ((stop - start + rows - 1) // rows).cumsum(0)  # one past each expert's
+    num_blocks = (stop - start + rows - 1) // rows
+    last_block = num_blocks.cumsum(0)  # one past each expert's
     block = torch.arange(min(pairs, pairs // rows + num_experts), device=device)
     block_expert = torch.searchsorted(last_block, block, right=True)
     there = block_expert < num_experts
     at = block_expert.clamp(max=num_experts - 1)
-    first_block = last_block - (stop - start + rows - 1) // rows
-    block_start = start[at] + (block - first_block[at]) * rows
+    block_start = start[at] + (block - (last_block - num_blocks)[at]) * rows
     return order, torch.where(there, block_expert, -1), block_start, stop
 
 

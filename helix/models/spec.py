@@ -144,6 +144,11 @@ class ModelSpec:
         if self.rope.rotary_dim > self.head_dim:
             raise ValueError(f"rope.rotary_dim = {self.rope.rotary_dim} exceeds head_dim = {self.head_dim}")
 
+    @property
+    def expert_sizes(self) -> tuple[int, int]:
+        """How many experts a layer has, and the units of each; (0, 0) for a model without."""
+        return (0, 0) if self.experts is None else (self.experts.num_experts, self.experts.ffn_size)
+
     def experts_of(self, layer: int) -> Experts | None:
         """Return the experts of a layer; None where its feed-forward is a plain one."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts

@@ -60,7 +60,7 @@ class Weight:
 def whole(spec: ModelSpec) -> Part:
     """Return the part of a rank that holds everything."""
     heads = (0, spec.num_heads)
-    experts, units = (0, 0) if spec.experts is None else (spec.experts.num_experts, spec.experts.ffn_size)
+    experts, units = spec.expert_sizes
     return Part(
         heads, (0, spec.num_kv_heads), heads, (0, spec.ffn_size), (0, spec.vocab_size), (0, experts), (0, units)
     )
@@ -135,7 +135,6 @@ def _dense_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
 
 
 def _experts_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
-    assert spec.experts is not None
     h, names, units = spec.hidden_size, spec.names, part.expert_ffn
     mine = range(*part.experts)
 
@@ -145,7 +144,7 @@ def _experts_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     both = [Piece(name(each, expert), units) for expert in mine for each in (names.expert_gate, names.expert_up)]
     down = [Piece(name(names.expert_down, expert), cols=units) for expert in mine]
     return {
-        "router": Weight((spec.experts.num_experts, h), (Piece(names.router.format(layer=layer)),)),
+        "router": Weight((spec.expert_sizes[0], h), (Piece(names.router.format(layer=layer)),)),
         "experts_gate_up": Weight((len(both) * _len(units), h), tuple(both)),
         "experts_down": Weight((len(mine) * h, _len(units)), tuple(down)),
     }
@@ -169,19 +168,18 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     dense: dict[str, tuple[int, ...]] = {names.gate: (gates * spec.ffn_size, h), names.down: (h, spec.ffn_size)}
     if names.up is not None:
         dense[names.up] = (spec.ffn_size, h)
+    num_experts, units = spec.expert_sizes
+    one_expert = {names.expert_gate: (units, h), names.expert_up: (units, h), names.expert_down: (h, units)}
     if spec.qkv_bias:
         layer |= {names.q_bias: (q_len,), names.k_bias: (kv_len,), names.v_bias: (kv_len,)}
     if spec.qk_norm:
         layer |= {names.q_norm: (D,), names.k_norm: (D,)}
     for number in range(spec.num_layers):
-        experts = spec.experts_of(number)
-        own = layer | (dense if experts is None else {names.router: (experts.num_experts, h)})
+        has_experts = spec.experts_of(number) is not None
+        own = layer | ({names.router: (num_experts, h)} if has_experts else dense)
         shapes |= {template.format(layer=number): shape for template, shape in own.items()}
-        for expert in range(0 if experts is None else experts.num_experts):
-            assert experts is not None
-            shapes[names.expert_gate.format(layer=number, expert=expert)] = (experts.ffn_size, h)
-            shapes[names.expert_up.format(layer=number, expert=expert)] = (experts.ffn_size, h)
-            shapes[names.expert_down.format(layer=number, expert=expert)] = (h, experts.ffn_size)
+        for expert in range(num_experts if has_experts else 0):
+            shapes |= {each.format(layer=number, expert=expert): shape for each, shape in one_expert.items()}
     return shapes
 
 
