@@ -36,7 +36,17 @@ PARTS = {
     "attention": ("_stream_kv_kernel", "_split_kernel", "_merge_splits_kernel"),
     "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
     "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
-    "GEMMs": ("_stream_weights_kernel", "_gate_up_kernel", "_down_kernel", "gemm", "gemv", "cublas", "nvjet", "splitK"),
+    "GEMMs": (
+        "_stream_weights_kernel",
+        "_route_kernel",
+        "_gate_up_kernel",
+        "_down_kernel",
+        "gemm",
+        "gemv",
+        "cublas",
+        "nvjet",
+        "splitK",
+    ),
     "append": ("_rope_append_kernel",),
 }
 EXPERT_ROLES = ("experts_gate_up", "experts_down")

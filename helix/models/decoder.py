@@ -27,7 +27,7 @@ from parallel.grid import HelixGrid, Layout, split_evenly
 from parallel.sharded_argmax import ShardedArgmax
 
 from .embed import embed
-from .experts import mix, route
+from .experts import mixture
 from .linear import gated_linear, linear, split_linear
 from .spec import Experts, ModelSpec
 from .weights import Part, Weight, layer_weights, model_weights
@@ -214,7 +214,7 @@ class Decoder:
             return split_linear(hidden, weights["down"], pdl=self._pdl)
         first, stop = self.part.experts
         gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in ("experts_gate_up", "experts_down"))
-        return mix(normed, *route(normed, weights["router"], experts), gate_up, down, first=first).unsqueeze(0)
+        return mixture(normed, weights["router"], gate_up, down, experts=experts, first=first, pdl=self._pdl)
 
     def _sum_and_norm(
         self, projected: torch.Tensor, stream: torch.Tensor, weight: torch.Tensor, index: int

@@ -6,10 +6,15 @@ computes. So the kernel asks for as many as its stages hold before it waits for 
 
 A program takes 64 rows of the weights (the tensor core's M) and a part of K, and multiplies them with all rows at once.
 Where K is split, the parts are summed by whoever reads them: the all-reduce, or the kernel that rotates.
+
+Experts go through the same kernel. With few rows it is the bytes of the experts in use that take the time, so each of
+them is multiplied with all rows, and its units are zero in the rows that did not choose it: nothing needs to be sorted,
+and going back to the hidden size is one sum over the units of all experts in use.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -29,15 +34,22 @@ _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 @gluon.jit
 def _stream_weights_kernel(
-    w, x, bias, out, num_rows, columns, num_turns,
-    BM: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    w, x, bias, out, experts, num_experts, row_weights, num_rows, columns, num_turns,
+    BM: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = x[m, :] . w[0, n, :] over the split's part of K; or silu of that times x[m, :] . w[1, n, :].
 
     ``w`` describes [1 or 2, N, K] in tiles of BN rows together, ``x`` [R, K] in tiles of BM; a turn takes one of each.
     What lies outside the tensors is read as zero.
+
+    EXPERTS "each": ``w`` describes the matrices of all experts, and each split is an expert in use, whose products
+    are weighted row by row. EXPERTS "all": K goes through all experts in use, and ``x`` describes [their rows, K].
     """
+    EACH: gl.constexpr = EXPERTS == "each"
     if PDL:
+        if EACH:
+            gdc_wait()  # first: the kernel after this one may then read which experts are in use before it waits
         gdc_launch_dependents()
     PARTS: gl.constexpr = w.block_shape[0]
     HALF: gl.constexpr = w.block_shape[1]
@@ -45,8 +57,16 @@ def _stream_weights_kernel(
     BK: gl.constexpr = w.block_shape[2]
     BYTES: gl.constexpr = (BN + BM) * BK * w.dtype.primitive_bitwidth // 8
     n0, split = gl.program_id(0) * HALF, gl.program_id(1)
-    first = split * num_turns // SPLITS
-    count = (split + 1) * num_turns // SPLITS - first
+    if EACH:
+        first, used = split * num_turns, split < gl.load(num_experts, cache_modifier=".cg")
+        count = gl.where(used, num_turns, 0)
+    else:
+        total, used = num_turns, True
+        if EXPERTS == "all":
+            total *= gl.load(num_experts, cache_modifier=".cg")
+        first = split * total // SPLITS
+        count = (split + 1) * total // SPLITS - first
+    stop = first + count
     w_parts = gl.allocate_shared_memory(w.dtype, [STAGES, PARTS, HALF, BK], w.layout)
     w_tiles = w_parts._reinterpret(w.dtype, [STAGES, BN, BK], x.layout)
     x_tiles = gl.allocate_shared_memory(w.dtype, [STAGES, BM, BK], x.layout)
@@ -56,16 +76,20 @@ def _stream_weights_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     for s in gl.static_range(STAGES):
+        turn = first + s
+        matrix, _, at = _place(
+            turn, _matrix_of(turn, stop, experts, num_turns, EXPERTS), num_turns, num_rows, EXPERTS, BK
+        )
         mbarrier.expect(bars.index(s), BYTES, pred=s < count)
-        at = (first + s) * BK
-        tma.async_copy_global_to_shared(w, [0, n0, at], bars.index(s), w_parts.index(s), pred=s < count)
-    if PDL:
+        tma.async_copy_global_to_shared(w, [matrix * PARTS, n0, at], bars.index(s), w_parts.index(s), pred=s < count)
+    if PDL and not EACH:
         gdc_wait()
     for s in gl.static_range(STAGES):
-        at = (first + s) * BK
-        tma.async_copy_global_to_shared(x, [0, at], bars.index(s), x_tiles.index(s), pred=s < count)
+        _, row, at = _place(first + s, 0, num_turns, num_rows, EXPERTS, BK)
+        tma.async_copy_global_to_shared(x, [row, at], bars.index(s), x_tiles.index(s), pred=s < count)
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     acc = gl.zeros([BN, BM], gl.float32, layout=layout)
+    ahead = _matrix_of(stop, stop, experts, num_turns, EXPERTS)
     for i in range(count):
         now = i % STAGES
         mbarrier.wait(bars.index(now), (i // STAGES) & 1)
@@ -75,10 +99,11 @@ def _stream_weights_kernel(
         turn = i - 1 + STAGES
         more = (i > 0) & (turn < count)
         then = turn % STAGES
-        at = (first + turn) * BK
+        matrix, row, at = _place(first + turn, ahead, num_turns, num_rows, EXPERTS, BK)
         mbarrier.expect(bars.index(then), BYTES, pred=more)
-        tma.async_copy_global_to_shared(w, [0, n0, at], bars.index(then), w_parts.index(then), pred=more)
-        tma.async_copy_global_to_shared(x, [0, at], bars.index(then), x_tiles.index(then), pred=more)
+        tma.async_copy_global_to_shared(w, [matrix * PARTS, n0, at], bars.index(then), w_parts.index(then), pred=more)
+        tma.async_copy_global_to_shared(x, [row, at], bars.index(then), x_tiles.index(then), pred=more)
+        ahead = _matrix_of(first + turn + 1, stop, experts, num_turns, EXPERTS)  # asked for a turn early
     acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
 
     flat: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
@@ -91,8 +116,32 @@ def _stream_weights_kernel(
         value = value / (1.0 + gl.exp(-value)) * sums.slice(HALF, HALF, dim=0).load(flat)
     if HAS_BIAS:
         value += gl.load(bias + n, mask=(n < columns) & (split == 0), other=0.0).to(gl.float32)[:, None]
+    if EACH:
+        expert = _matrix_of(first, stop, experts, num_turns, EXPERTS)
+        weight = gl.load(row_weights + expert * num_rows + m, mask=(m < num_rows) & used, other=0.0)[None, :]
+        value = gl.where(weight != 0.0, weight * value, 0.0)
     to = out + ((split * num_rows + m).to(gl.int64)[None, :] * columns + n[:, None])
-    gl.store(to, value.to(dtype), mask=(n < columns)[:, None] & (m < num_rows)[None, :])
+    gl.store(to, value.to(dtype), mask=(n < columns)[:, None] & ((m < num_rows) & used)[None, :])
+
+
+@gluon.jit
+def _matrix_of(turn, stop, experts, num_turns, EXPERTS: gl.constexpr):
+    """Return which expert's matrices the turn reads: 0 where there are none, or past the last turn."""
+    if EXPERTS is None:
+        return 0
+    else:
+        return gl.load(experts + turn // num_turns, mask=turn < stop, other=0, cache_modifier=".cg")
+
+
+@gluon.jit
+def _place(turn, matrix, num_turns, num_rows, EXPERTS: gl.constexpr, BK: gl.constexpr):
+    """Return the matrix that a turn reads, the first row of ``x``, and where in K it stands."""
+    if EXPERTS is None:
+        return matrix, 0, turn * BK
+    else:
+        index = turn // num_turns
+        at = (turn - index * num_turns) * BK
+        return matrix, index * num_rows if EXPERTS == "all" else 0, at
 
 
 @cache
@@ -112,26 +161,55 @@ def choose_splits(columns: int, turns: int, processors: int) -> int:
     return max(1, min(processors // -(-columns // BN), turns // 2))
 
 
+@dataclass(frozen=True)
+class ExpertsInUse:
+    """The experts of this rank that a step's rows chose, without a look from the host.
+
+    Attributes:
+        ids: [J] int32, which they are, ascending; J is as many as there could be. Only the first ``count`` are read.
+        count: [1] int32.
+        row_weights: [E, R] float32, the weight of each of this rank's experts in each row; 0 where it was not chosen.
+    """
+
+    ids: torch.Tensor
+    count: torch.Tensor
+    row_weights: torch.Tensor
+
+
 def _stream(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, *, gated: bool, pdl: bool, splits: int
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    gated: bool,
+    pdl: bool,
+    splits: int,
+    rows: int,
+    experts: ExpertsInUse | None = None,
 ) -> torch.Tensor:
-    """Launch the kernel: [S, R, N], float32 where S > 1."""
+    """Launch the kernel for w [1 or E, 1 or 2 times N, K]: [S, R, N], float32 where S > 1 and these are summands."""
     parts = 2 if gated else 1
-    w = w.unflatten(0, (parts, -1))
-    columns, (rows, depth) = w.shape[1], x.shape
+    w = w.reshape(-1, w.shape[-2] // parts, w.shape[-1])
+    columns, depth = w.shape[1:]
     bm, half = max(8, triton.next_power_of_2(rows)), BN // parts
-    out = torch.empty((splits, rows, columns), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    each = gated and experts is not None
+    out = torch.empty((splits, rows, columns), dtype=x.dtype if splits == 1 or each else torch.float32, device=x.device)
+    ids, count, row_weights = (x, x, x) if experts is None else (experts.ids, experts.count, experts.row_weights)
     _stream_weights_kernel[(-(-columns // half), splits)](
-        _tiles(w, [parts, half, BK]), _tiles(x, [bm, BK]), x if bias is None else bias, out,
+        _tiles(w, [parts, half, BK]), _tiles(x, [bm, BK]), x if bias is None else bias, out, ids, count, row_weights,
         rows, columns, -(-depth // BK),
-        BM=bm, STAGES=STAGE_BYTES // ((BN + bm) * BK * x.element_size()), SPLITS=splits,
-        HAS_BIAS=bias is not None, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        BM=bm, STAGES=STAGE_BYTES // ((BN + bm) * BK * x.element_size()), SPLITS=1 if each else splits,
+        HAS_BIAS=bias is not None, EXPERTS=None if experts is None else "each" if each else "all",
+        PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 
 
-def _can_stream(x: torch.Tensor, w: torch.Tensor) -> bool:
-    """Few rows of a 2-byte dtype on a GPU with the kernel's instructions, aligned to what its copies need."""
+def can_stream(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Return whether x [R, K] times w [N, K] transposed goes through the kernel.
+
+    It does for few rows of a 2-byte dtype on a GPU with the kernel's instructions, aligned to what its copies need.
+    """
     if not (x.is_cuda and x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.dtype in _ELEMENTS):
         return False
     aligned = all(t.stride(-1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
@@ -145,22 +223,51 @@ def split_linear(
 
     The result is their sum over S; they are float32 where S > 1, and in x's dtype where S is 1.
     """
-    if _can_stream(x, w):
+    if can_stream(x, w):
         splits = choose_splits(w.shape[0], -(-x.shape[1] // BK), _processors(x.device))
-        return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits)
+        return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits, rows=x.shape[0])
     return F.linear(x, w, bias).unsqueeze(0)
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
     """Return x [R, K] times w [N, K] transposed: [R, N] in x's dtype, summed in float32."""
-    if _can_stream(x, w):
-        return _stream(x, w, None, gated=False, pdl=pdl, splits=1)[0]
+    if can_stream(x, w):
+        return _stream(x, w, None, gated=False, pdl=pdl, splits=1, rows=x.shape[0])[0]
     return F.linear(x, w)
 
 
 def gated_linear(x: torch.Tensor, gate_up: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
     """Return silu(x gate^T) * (x up^T): [R, F] for gate_up [2 F, K], the gate's rows first."""
-    if _can_stream(x, gate_up):
-        return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1)[0]
+    if can_stream(x, gate_up):
+        return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0])[0]
     gate, up = F.linear(x, gate_up).chunk(2, -1)
     return F.silu(gate) * up
+
+
+def experts_gated_linear(x: torch.Tensor, gate_up: torch.Tensor, used: ExpertsInUse, *, pdl: bool) -> torch.Tensor:
+    """Return the weighted units of each expert in use in all rows, zero in rows that did not choose it: [J, R, F].
+
+    What lies beyond ``used.count`` experts is left as it was.
+
+    Args:
+        x: [R, h]; ``can_stream`` holds of it and ``gate_up``.
+        gate_up: [E, 2 F, h], the gate's rows first.
+        used: the experts in use.
+        pdl: launch programmatically dependent. Whatever wrote ``used`` has ended before this launches what is next.
+    """
+    num_used = used.ids.shape[0]
+    return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=num_used, rows=x.shape[0], experts=used)
+
+
+def experts_split_linear(units: torch.Tensor, down: torch.Tensor, used: ExpertsInUse, *, pdl: bool) -> torch.Tensor:
+    """Return summands of what the experts in use add to each row: [S, R, h], as ``split_linear`` does.
+
+    Args:
+        units: [J, R, F], as ``experts_gated_linear`` gives them, by the launch before this one.
+        down: [E, h, F].
+        used: the experts in use.
+        pdl: launch programmatically dependent.
+    """
+    num_used, rows, depth = units.shape
+    splits = choose_splits(down.shape[1], num_used * -(-depth // BK), _processors(units.device))
+    return _stream(units.flatten(0, 1), down, None, gated=False, pdl=pdl, splits=splits, rows=rows, experts=used)

@@ -50,10 +50,11 @@ def body(path, kvp, tpa, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (2, 2), (4, 1), (1, 4)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_replay_equals_eager_and_itself_bit_for_bit(ranks, tmp_path, kvp, tpa, dtype):
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_replay_equals_eager_and_itself_bit_for_bit(ranks, tmp_path, family, kvp, tpa, dtype):
     pool = ranks(kvp * tpa)
     if pool.device_type != "cuda":
         pytest.skip(f"needs {kvp * tpa} GPUs")
-    make_checkpoint(tmp_path / "model", family="llama", head_dim=64)
+    make_checkpoint(tmp_path / "model", family=family, head_dim=64)
     tokens = pool.run(body, str(tmp_path / "model"), kvp, tpa, dtype)
     assert all(each == tokens[0] for each in tokens)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from helix.models.experts import blocks_of, mix, mix_kernels, mix_reference, route
+from helix.models.experts import blocks_of, experts_in_use, mix, mix_kernels, mix_reference, mixture, route
+from helix.models.linear import can_stream
 from helix.models.spec import Experts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,6 +35,49 @@ def test_the_kernels_do_what_the_reference_does(dtype, rows, num_experts, units,
     ours = mix_kernels(x, weights, ids, gate_up, down, first=0)
     assert ours.dtype == dtype
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("held", [(0, 16), (0, 5), (5, 16)], ids=str)
+@pytest.mark.parametrize(("rows", "units", "hidden"), [(1, 32, 512), (5, 40, 776), (17, 192, 2048), (64, 768, 520)])
+def test_few_rows_go_through_every_expert_in_use(dtype, held, rows, units, hidden):
+    x, _, _, gate_up, down = inputs(rows, rows, 16, units, hidden, 3, dtype)
+    router = torch.randn(16, hidden, generator=torch.Generator().manual_seed(1)).div(hidden**0.5).to(dtype).to(DEVICE)
+    experts = Experts(num_experts=16, num_chosen=3, ffn_size=units, normalised=True)
+    gate_up, down = gate_up[slice(*held)], down[slice(*held)]
+    assert can_stream(x, gate_up.flatten(0, 1))
+    weights, ids = route(x.double(), router.double(), experts)
+    exact = mix_reference(x.double(), weights, ids, gate_up.double(), down.double(), first=held[0])
+    plain = mix_reference(x, weights, ids, gate_up, down, first=held[0])
+    ours = [mixture(x, router, gate_up, down, experts=experts, first=held[0]) for _ in range(2)]
+    assert torch.equal(*ours)
+    error, allowed = ((each - exact).abs().max() for each in (ours[0].sum(0), plain))
+    assert error <= 2 * allowed + 4e-3
+
+
+@pytest.mark.gpu
+def test_few_rows_that_choose_no_expert_of_this_rank_add_nothing():
+    x, _, _, gate_up, down = inputs(0, 4, 3, 64, 256, 2, torch.bfloat16)
+    router = torch.ones(8, 256, device=DEVICE, dtype=torch.bfloat16)
+    router[5:] = -1
+    experts = Experts(num_experts=8, num_chosen=2, ffn_size=64, normalised=True)
+    assert not mixture(x.abs(), router, gate_up, down, experts=experts, first=5).any()
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize(("rows", "num_experts", "held"), [(1, 8, (0, 8)), (6, 5, (2, 5)), (64, 40, (10, 30))])
+def test_experts_in_use_are_those_that_rows_chose(normalised, rows, num_experts, held):
+    generator = torch.Generator().manual_seed(rows)
+    x, router = torch.randn(rows, 16, generator=generator), torch.randn(num_experts, 16, generator=generator)
+    experts = Experts(num_experts=num_experts, num_chosen=3, ffn_size=4, normalised=normalised)
+    weights, ids = route(x, router, experts)
+    expected = torch.zeros(rows, num_experts).scatter(1, ids, weights)[:, slice(*held)]
+    logits = (x @ router.T).to(DEVICE)
+    summands = torch.stack((logits - 3.0, torch.full_like(logits, 3.0)))
+    used = experts_in_use(summands, held[1] - held[0], experts, first=held[0])
+    torch.testing.assert_close(used.row_weights.cpu(), expected.T, rtol=1e-4, atol=1e-6)
+    assert used.ids[: int(used.count)].tolist() == expected.any(0).nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("compute", [mix_reference, mix_kernels])
