@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helix.models.experts import blocks_of, experts_in_use, mix, mix_kernels, mix_reference, mixture, route
+from helix.models.experts import experts_in_use, mix_queued, mix_reference, mixture, route
 from helix.models.linear import can_stream
 from helix.models.spec import Experts
 
@@ -11,30 +11,46 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
-def inputs(seed, rows, num_experts, units, hidden, chosen, dtype=torch.float32):
-    """Rows, their choice of experts, and the experts."""
+def inputs(seed, rows, num_experts, units, hidden, dtype=torch.float32):
+    """Rows, a router, and experts."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+        return torch.randn(*shape, generator=generator).div(shape[-1] ** 0.5).to(dtype).to(DEVICE)
 
-    weights, ids = torch.rand(rows, num_experts, generator=generator).topk(chosen, -1)
-    gate_up, down = randn(num_experts, 2 * units, hidden) / hidden**0.5, randn(num_experts, hidden, units) / units**0.5
-    return randn(rows, hidden), weights.to(DEVICE), ids.to(DEVICE), gate_up, down
+    x, router = randn(rows, hidden) * hidden**0.5, randn(num_experts, hidden)
+    return x, router, randn(num_experts, 2 * units, hidden), randn(num_experts, hidden, units)
+
+
+def of(num_experts, num_chosen, units, normalised=True):
+    """A router's settings."""
+    return Experts(num_experts=num_experts, num_chosen=num_chosen, ffn_size=units, normalised=normalised)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "num_experts", "units", "hidden", "chosen"),
-    [(1, 8, 32, 64, 2), (5, 3, 40, 72, 3), (70, 4, 96, 48, 2), (2, 16, 16, 16, 1)],
+    ("rows", "num_experts", "held", "units", "hidden", "chosen"),
+    [
+        (1, 8, (0, 8), 32, 64, 2),
+        (5, 3, (0, 3), 40, 72, 3),
+        (70, 4, (1, 4), 96, 48, 2),
+        (300, 6, (0, 2), 20, 40, 2),
+        (2, 16, (0, 16), 16, 16, 1),
+    ],
 )
-def test_the_kernels_do_what_the_reference_does(dtype, rows, num_experts, units, hidden, chosen):
-    x, weights, ids, gate_up, down = inputs(rows, rows, num_experts, units, hidden, chosen, dtype)
-    exact = mix_reference(x.double(), weights.double(), ids, gate_up.double(), down.double(), first=0)
-    plain = mix_reference(x, weights, ids, gate_up, down, first=0)
-    ours = mix_kernels(x, weights, ids, gate_up, down, first=0)
-    assert ours.dtype == dtype
-    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + (1e-5 if dtype == torch.float32 else 4e-3)
+def test_queues_of_pairs_do_what_the_reference_does(dtype, normalised, rows, num_experts, held, units, hidden, chosen):
+    x, router, gate_up, down = inputs(rows, rows, num_experts, units, hidden, dtype)
+    experts, gate_up, down = of(num_experts, chosen, units, normalised), gate_up[slice(*held)], down[slice(*held)]
+    weights, ids = route(x.double(), router.double(), experts)
+    exact = mix_reference(x.double(), weights, ids, gate_up.double(), down.double(), first=held[0])
+    plain = mix_reference(x, weights, ids, gate_up, down, first=held[0])
+    logits = x.double() @ router.double().T
+    ours = [mix_queued(x, logits.float(), gate_up, down, experts=experts, first=held[0]) for _ in range(2)]
+    assert torch.equal(*ours)  # whatever the order of the queues
+    assert ours[0].dtype == dtype
+    error, allowed = ((each - exact).abs().max() for each in (ours[0], plain))
+    assert error <= 2 * allowed + (1e-5 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.gpu
@@ -42,10 +58,8 @@ def test_the_kernels_do_what_the_reference_does(dtype, rows, num_experts, units,
 @pytest.mark.parametrize("held", [(0, 16), (0, 5), (5, 16)], ids=str)
 @pytest.mark.parametrize(("rows", "units", "hidden"), [(1, 32, 512), (5, 40, 776), (17, 192, 2048), (64, 768, 520)])
 def test_few_rows_go_through_every_expert_in_use(dtype, held, rows, units, hidden):
-    x, _, _, gate_up, down = inputs(rows, rows, 16, units, hidden, 3, dtype)
-    router = torch.randn(16, hidden, generator=torch.Generator().manual_seed(1)).div(hidden**0.5).to(dtype).to(DEVICE)
-    experts = Experts(num_experts=16, num_chosen=3, ffn_size=units, normalised=True)
-    gate_up, down = gate_up[slice(*held)], down[slice(*held)]
+    x, router, gate_up, down = inputs(rows, rows, 16, units, hidden, dtype)
+    experts, gate_up, down = of(16, 3, units), gate_up[slice(*held)], down[slice(*held)]
     assert can_stream(x, gate_up.flatten(0, 1))
     weights, ids = route(x.double(), router.double(), experts)
     exact = mix_reference(x.double(), weights, ids, gate_up.double(), down.double(), first=held[0])
@@ -58,11 +72,10 @@ def test_few_rows_go_through_every_expert_in_use(dtype, held, rows, units, hidde
 
 @pytest.mark.gpu
 def test_few_rows_that_choose_no_expert_of_this_rank_add_nothing():
-    x, _, _, gate_up, down = inputs(0, 4, 3, 64, 256, 2, torch.bfloat16)
+    x, _, gate_up, down = inputs(0, 4, 3, 64, 256, torch.bfloat16)
     router = torch.ones(8, 256, device=DEVICE, dtype=torch.bfloat16)
     router[5:] = -1
-    experts = Experts(num_experts=8, num_chosen=2, ffn_size=64, normalised=True)
-    assert not mixture(x.abs(), router, gate_up, down, experts=experts, first=5).any()
+    assert not mixture(x.abs(), router, gate_up, down, experts=of(8, 2, 64), first=5).any()
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -70,7 +83,7 @@ def test_few_rows_that_choose_no_expert_of_this_rank_add_nothing():
 def test_experts_in_use_are_those_that_rows_chose(normalised, rows, num_experts, held):
     generator = torch.Generator().manual_seed(rows)
     x, router = torch.randn(rows, 16, generator=generator), torch.randn(num_experts, 16, generator=generator)
-    experts = Experts(num_experts=num_experts, num_chosen=3, ffn_size=4, normalised=normalised)
+    experts = of(num_experts, 3, 4, normalised)
     weights, ids = route(x, router, experts)
     expected = torch.zeros(rows, num_experts).scatter(1, ids, weights)[:, slice(*held)]
     logits = (x @ router.T).to(DEVICE)
@@ -80,43 +93,27 @@ def test_experts_in_use_are_those_that_rows_chose(normalised, rows, num_experts,
     assert used.ids[: int(used.count)].tolist() == expected.any(0).nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("compute", [mix_reference, mix_kernels])
-def test_what_ranks_add_makes_the_whole(compute):
+def test_what_ranks_add_makes_the_whole():
     """Experts split two ways and units of each split two ways; the last row's experts are all on one rank."""
-    x, weights, ids, gate_up, down = inputs(3, 9, 6, 40, 32, 2)
-    ids[-1] = torch.tensor([4, 5])
-    total = torch.zeros_like(x)
-    for experts in (slice(0, 3), slice(3, 6)):
+    x, router, gate_up, down = inputs(3, 9, 6, 40, 32)
+    router[4], router[5] = x[-1], 2 * x[-1]
+    experts, total = of(6, 2, 40), torch.zeros_like(x)
+    for held in (slice(0, 3), slice(3, 6)):
         for units in (slice(0, 24), slice(24, 40)):
-            gate, up = gate_up[experts].chunk(2, 1)
+            gate, up = gate_up[held].chunk(2, 1)
             share = torch.cat((gate[:, units], up[:, units]), 1).contiguous()
-            total += compute(x, weights, ids, share, down[experts, :, units].contiguous(), first=experts.start)
-    torch.testing.assert_close(total, mix(x, weights, ids, gate_up, down, first=0), rtol=1e-4, atol=1e-5)
+            part = down[held, :, units].contiguous()
+            total += mix_queued(x, x @ router.T, share, part, experts=experts, first=held.start)
+    whole = mixture(x, router, gate_up, down, experts=experts, first=0).sum(0)
+    torch.testing.assert_close(total, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_no_rows_no_experts_and_no_units_add_nothing():
-    x, weights, ids, gate_up, down = inputs(0, 4, 3, 16, 32, 2)
-    assert mix_kernels(x[:0], weights[:0], ids[:0], gate_up, down, first=0).shape == (0, 32)
-    assert not mix_kernels(x, weights, ids, gate_up[:0], down[:0], first=3).any()
-    assert not mix_kernels(x, weights, ids, gate_up[:, :0], down[:, :, :0], first=0).any()
-    assert not mix_kernels(x, weights, ids, gate_up, down, first=3).any()  # all chosen are another rank's
-
-
-@pytest.mark.parametrize("rows", [1, 4, 16])
-@pytest.mark.parametrize("num_experts", [1, 3, 8])
-def test_blocks_hold_every_pair_of_this_rank_once_and_no_other(rows, num_experts):
-    generator = torch.Generator().manual_seed(rows * num_experts)
-    for pairs in (1, 2, 17, 64):
-        local_ids = torch.randint(-2, num_experts + 2, (pairs,), generator=generator)
-        order, block_expert, block_start, stop = blocks_of(local_ids, num_experts, rows)
-        assert sorted(order.tolist()) == list(range(pairs))
-        held = []
-        for expert, start in zip(block_expert.tolist(), block_start.tolist(), strict=True):
-            if expert >= 0:
-                pairs_of_block = order[start : min(start + rows, int(stop[expert]))].tolist()
-                assert pairs_of_block and all(local_ids[pair] == expert for pair in pairs_of_block)
-                held += pairs_of_block
-        assert sorted(held) == [pair for pair in range(pairs) if 0 <= local_ids[pair] < num_experts]
+    x, router, gate_up, down = inputs(0, 4, 3, 16, 32)
+    logits, experts = x @ router.T, of(3, 2, 16)
+    assert mix_queued(x[:0], logits[:0], gate_up, down, experts=experts, first=0).shape == (0, 32)
+    assert not mix_queued(x, logits, gate_up[:0], down[:0], experts=experts, first=3).any()
+    assert not mix_queued(x, logits, gate_up[:, :0], down[:, :, :0], experts=experts, first=0).any()
 
 
 @pytest.mark.parametrize("normalised", [True, False])
