@@ -244,7 +244,7 @@ def run(config: BenchDecodeConfig) -> None:
         torch.cuda.empty_cache()
     columns = list(rows[0])
     values = [[row[name] for name in columns] for row in rows]
-    report("decode step", columns, values, dtype="bfloat16", read_bytes_per_us=meter.bytes_per_us)
+    report("decode step", columns, values, dtype="bfloat16", ep=config.ep, read_bytes_per_us=meter.bytes_per_us)
     stop()
 
 
