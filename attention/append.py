@@ -36,22 +36,23 @@ def rotate(x_RHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interle
 
 @triton.jit
 def _append_kernel(k, v, k_row_stride, v_row_stride, pages, slots, page_stride, kv_stride, head_stride,
-                   BLOCK_SIZE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):  # fmt: skip
+                   BLOCK_SIZE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_V: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
     if slot >= 0:
         d = tl.arange(0, D_PAD)
         to = pages + (slot // BLOCK_SIZE) * page_stride + head * head_stride + (slot % BLOCK_SIZE) * D + d
         tl.store(to, tl.load(k + row * k_row_stride + head * D + d, mask=d < D), mask=d < D)
-        tl.store(to + kv_stride, tl.load(v + row * v_row_stride + head * D + d, mask=d < D), mask=d < D)
+        if HAS_V:
+            tl.store(to + kv_stride, tl.load(v + row * v_row_stride + head * D + d, mask=d < D), mask=d < D)
 
 
-def append(k_RKD: torch.Tensor, v_RKD: torch.Tensor, pages: torch.Tensor, slot: torch.Tensor) -> None:
+def append(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: torch.Tensor, slot: torch.Tensor) -> None:
     """Write K and V of the rows that this rank owns into its pages; rows with slot -1 are skipped.
 
     Args:
-        k_RKD, v_RKD: [R, K, D], heads packed; rows may be strided.
-        pages: [P, 2, K, block_size, D], one layer's pages, K before V.
+        k_RKD, v_RKD: [R, K, D], heads packed; rows may be strided. v_RKD is None where K is all that is cached.
+        pages: [P, 2, K, block_size, D], one layer's pages, K before V; or [P, 1, K, block_size, D].
         slot: [R] int64, page * block_size + offset, or -1. No slot occurs twice.
     """
     block_size = pages.shape[3]
@@ -59,19 +60,22 @@ def append(k_RKD: torch.Tensor, v_RKD: torch.Tensor, pages: torch.Tensor, slot: 
         mine = slot >= 0
         page, offset = slot[mine] // block_size, slot[mine] % block_size
         pages[page, 0, :, offset] = k_RKD[mine]
-        pages[page, 1, :, offset] = v_RKD[mine]
+        if v_RKD is not None:
+            pages[page, 1, :, offset] = v_RKD[mine]
         return
     append_kernel(k_RKD, v_RKD, pages, slot)
 
 
-def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor, pages: torch.Tensor, slot: torch.Tensor) -> None:
+def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: torch.Tensor, slot: torch.Tensor) -> None:
     """Do what ``append`` does with one Triton launch of static shape, so that a CUDA graph can hold it."""
     rows, heads, head_dim = k_RKD.shape
     if rows == 0:
         return
+    v = k_RKD if v_RKD is None else v_RKD
     _append_kernel[(rows, heads)](
-        k_RKD, v_RKD, k_RKD.stride(0), v_RKD.stride(0), pages, slot, pages.stride(0), pages.stride(1), pages.stride(2),
-        BLOCK_SIZE=pages.shape[3], D=head_dim, D_PAD=triton.next_power_of_2(head_dim), num_warps=1,
+        k_RKD, v, k_RKD.stride(0), v.stride(0), pages, slot, pages.stride(0), pages.stride(1), pages.stride(2),
+        BLOCK_SIZE=pages.shape[3], D=head_dim, D_PAD=triton.next_power_of_2(head_dim), HAS_V=v_RKD is not None,
+        num_warps=1,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ class PartialAttention(Protocol):
     """Attends R rows to the local shard of a paged cache. No communication."""
 
     def __call__(
-        self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float
+        self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return partial results over S disjoint ranges of the local shard, S >= 1.
 
@@ -25,12 +25,14 @@ class PartialAttention(Protocol):
 
         Args:
             q_RQD: [R, Q, D]; query head i reads KV head i // (Q / K). Heads are packed, rows may be strided.
-            pages: [P, 2, K, block_size, D], one layer's pages, K before V; the last two dims are packed.
+            pages: [P, 2, K, block_size, D], one layer's pages, K before V; or [P, 1, 1, block_size, D], latents, which
+                are K and, their first elements, V of all heads. The last two dims are packed.
             rows: the step's rows; their K and V are already appended.
             scale: what the scores are multiplied by, positive, usually D ** -0.5.
+            value_dim: W, elements of a latent that are V; None where V has a plane of its own, as wide as K.
 
         Returns:
-            out [S, R, Q, D], each normalised over its own range, in q's dtype where S is 1 and float32 else; and lse
+            out [S, R, Q, W], each normalised over its own range, in q's dtype where S is 1 and float32 else; and lse
             [S, R, Q] float32, natural log. A row that sees nothing of a range has out = 0 and lse = -inf there.
         """
         ...

@@ -12,12 +12,13 @@ SCORES_AT_ONCE = 1 << 20
 
 
 def partial_attention(
-    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float
+    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend rows to the local shard in float32 (float64 stays float64), as one range; see ``PartialAttention``."""
-    num_rows, num_heads, _ = q_RQD.shape
+    num_rows, num_heads, head_dim = q_RQD.shape
+    value_dim = value_dim or head_dim
     dtype = torch.float64 if q_RQD.dtype == torch.float64 else torch.float32
-    out = torch.zeros(q_RQD.shape, dtype=dtype, device=q_RQD.device)
+    out = torch.zeros((num_rows, num_heads, value_dim), dtype=dtype, device=q_RQD.device)
     lse = torch.full((num_rows, num_heads), -torch.inf, dtype=dtype, device=q_RQD.device)
     starts = rows.query_start.tolist()
     for start, stop in pairwise(starts):
@@ -25,7 +26,8 @@ def partial_attention(
         length = int(visible.max()) if stop > start else 0
         if length == 0:
             continue  # rows that see nothing keep out = 0 and lse = -inf
-        kv = gather_tokens(pages, rows.page_table[rows.row_seq[start]], length)
+        k_KSD, v_KSD = gather_tokens(pages, rows.page_table[rows.row_seq[start]], length)
+        kv = k_KSD, v_KSD[..., :value_dim]
         step = max(1, SCORES_AT_ONCE // (length * num_heads))
         for first in range(start, stop, step):
             last = min(first + step, stop)
@@ -40,7 +42,7 @@ def partial_attention(
 def _attend(
     q_RQD: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], visible: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend rows that each see at least one token to K and V [K, S, D] of one sequence."""
+    """Attend rows that each see at least one token to K [K, S, D] and V [K, S, W] of one sequence."""
     k_KSD, v_KSD = (each.to(q_RQD.dtype) for each in kv)
     q_KGRD = q_RQD.unflatten(1, (k_KSD.shape[0], -1)).permute(1, 2, 0, 3)
     scores = q_KGRD @ k_KSD.unsqueeze(1).mT
@@ -51,14 +53,14 @@ def _attend(
 
 
 def gather_tokens(pages: torch.Tensor, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return K and V, each [K, length, D], of a sequence's first ``length`` local tokens.
+    """Return K and V, each [K, length, D], of a sequence's first ``length`` local tokens; of latents, these twice.
 
     Args:
-        pages: [P, 2, K, block_size, D].
+        pages: [P, 2, K, block_size, D], or [P, 1, 1, block_size, D].
         table: [pages of the sequence] int32, in ascending position.
         length: tokens, at most what the table's pages hold.
     """
     block_size = pages.shape[3]
     mine = pages[table[: -(-length // block_size)].long()]
     kv = mine.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
-    return kv[0], kv[1]
+    return kv[0], kv[-1]

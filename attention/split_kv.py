@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import many_rows, stream_kv
+from . import latent_kv, many_rows, stream_kv
 from .rows import Rows
 
 LOG2_E = 1.4426950408889634
@@ -148,9 +148,13 @@ class SplitKV:
         )
 
     def __call__(
-        self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float
+        self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend rows to the local shard."""
+        if value_dim is not None:
+            return latent_kv.latent_attention(
+                q_RQD, pages, rows, scale, value_dim=value_dim, processors=self._processors, pdl=self._pdl
+            )
         num_rows, num_heads, head_dim = q_RQD.shape
         num_kv_heads, block_size = pages.shape[2], pages.shape[3]
         group = num_heads // num_kv_heads

@@ -98,7 +98,7 @@ class LLM:
             config.attention.exchange,
             group=self.grid.kvp_group,
             heads=Heads(
-                decoder.num_heads, self.spec.head_dim, self.dtype, self.launch.device, num_layers=self.spec.num_layers
+                decoder.num_heads, self.spec.value_dim, self.dtype, self.launch.device, num_layers=self.spec.num_layers
             ),
             faults=self.faults,
             timeout_s=config.runtime.timeout_s,
@@ -289,6 +289,7 @@ class LLM:
                 head_dim=self.spec.head_dim,
                 dtype=self.dtype,
                 device=self.launch.device,
+                planes=self.spec.cache_planes,
             )
 
         runner = Runner(
@@ -306,9 +307,7 @@ class LLM:
             if self.launch.device.type == "cuda":
                 num_choices = scheduler.max_batch * (1 + self._drafting.max_draft_len)
                 runner.warm_up(scheduler.prefill_chunk + num_choices, num_choices)
-            page_bytes = PagedCache.page_bytes(
-                self.spec.num_layers, decoder.num_kv_heads, cache.block_size, self.spec.head_dim, self.dtype
-            )
+            page_bytes = runner.cache.page_bytes
             free = free_bytes(self.launch.device, cache.memory_fraction, self.launch.local_world_size)
             useful = scheduler.max_batch * -(-self.placement.num_blocks(self.spec.max_position) // self.layout.kvp)
             page_bytes += self.layout.kvp * self._drafting.page_bytes  # a draft model's cache holds as many tokens

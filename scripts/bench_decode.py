@@ -91,7 +91,7 @@ def floor_bytes(llm: LLM, context: int, batch: int) -> tuple[int, int]:
     """Return the bytes of this rank's KV, and of the weights that a step reads: all layers', and the output head's."""
     spec, decoder = llm.spec, llm.runner.decoder
     local = llm.placement.local_len(context, 0)
-    kv = 2 * decoder.num_kv_heads * spec.head_dim * local * batch * llm.dtype.itemsize * spec.num_layers
+    kv = spec.cache_planes * decoder.num_kv_heads * spec.head_dim * local * batch * llm.dtype.itemsize * spec.num_layers
     weights = decoder.layer_bytes + decoder.top["lm_head"].nbytes
     if spec.experts is not None:  # of those only what the batch chooses, each expert equally likely
         held = sum(layer[role].nbytes for layer in decoder.layers for role in EXPERT_ROLES if role in layer)

@@ -168,7 +168,7 @@ def bench_bandwidth(config: BenchTransferConfig, device: torch.device) -> list[l
     """Time writes of whole pages from rank 0 to rank 1. Collective over the world; rows on rank 0."""
     rank = dist.get_rank()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    page = PagedCache.page_bytes(LAYERS, HEADS, BLOCK, HEAD_DIM, dtype)
+    page = LAYERS * 2 * HEADS * BLOCK * HEAD_DIM * dtype.itemsize
     num_pages = (max(config.sizes_mib) << 20) // page
     cache = PagedCache(
         num_layers=LAYERS,
@@ -276,7 +276,7 @@ def bench_overlap(config: BenchTransferConfig) -> list[list[Any]]:
     began = json.loads(store.get("bench/started"))
     left = [(b - e) / 1e6 for b, e in zip(began, ended, strict=True)]
     overlapped, whole = left[0::2], left[1::2]
-    num_bytes = llm.runner.cache.page_bytes(llm.spec.num_layers, llm.spec.num_kv_heads, 1, llm.spec.head_dim, llm.dtype)
+    num_bytes = llm.spec.num_kv_heads * llm.runner.cache.pages[:, 0, :, 0, 0].nbytes  # of a token
     ours, theirs = statistics.median(overlapped), statistics.median(whole)
     return [[config.context, config.context * num_bytes / (1 << 20), ours, theirs, ours / theirs]]
 

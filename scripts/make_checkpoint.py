@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-FAMILIES = ("glm", "llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 NUM_BYTES = 256
@@ -39,6 +39,8 @@ GAINS = {
     "v_proj.bias": 0.1,
     "q_proj": 2.0,
     "k_proj": 2.0,
+    "q_b_proj": 3.0,
+    "kv_b_proj": 1.75,
     "q_norm": 2.0,
     "k_norm": 2.0,
     "o_proj": 4.0,
@@ -52,7 +54,8 @@ GAINS = {
 class Recipe:
     """Sizes of the model to make. kv_heads 0 stands for the family's own default: 2 for glm, else 4.
 
-    experts, experts_chosen and expert_ffn: of qwen3_moe, whose second layer has none.
+    experts, experts_chosen and expert_ffn: of qwen3_moe, whose second layer has none, and deepseek_*, whose first has
+    none. The latter have latents of 2 * head_dim elements and keys of which RoPE turns half.
     vocab: 256 bytes, 6 special tokens, the rest "<|extra_ID|>". max_position in tokens.
     max_shard_size: a size such as "200KB" splits the weights over several files; "" keeps one file.
     dtype: "float32", "bfloat16" or "float16". rope_scaling: the config's own setting of that name.
@@ -130,6 +133,9 @@ def randomise(model: "torch.nn.Module", seed: int) -> None:
                 weight.normal_(0.0, gain, generator=generator)
             else:
                 weight.normal_(0.0, gain / weight.shape[-1] ** 0.5, generator=generator)
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.1, generator=generator)
 
 
 @contextmanager
@@ -157,13 +163,35 @@ def _config(recipe: Recipe) -> Any:
             "norm_topk_prob": True,
             "mlp_only_layers": [1],
         }
+    kv_heads = recipe.kv_heads or (2 if recipe.family == "glm" else 4)
+    head_dim = recipe.head_dim
+    if recipe.family.startswith("deepseek"):
+        third = recipe.family == "deepseek_v3"
+        kv_heads, head_dim = recipe.heads, recipe.head_dim // 2
+        more |= {
+            "kv_lora_rank": 2 * recipe.head_dim,
+            "q_lora_rank": 3 * recipe.head_dim if third else None,
+            "qk_nope_head_dim": recipe.head_dim,
+            "qk_rope_head_dim": head_dim,
+            "v_head_dim": recipe.head_dim + 4,
+            "n_routed_experts": recipe.experts,
+            "num_experts_per_tok": recipe.experts_chosen,
+            "moe_intermediate_size": recipe.expert_ffn,
+            "n_shared_experts": 1,
+            "n_group": 3,
+            "topk_group": 2,
+            "topk_method": "noaux_tc" if third else "group_limited_greedy",
+            "norm_topk_prob": third,
+            "routed_scaling_factor": 1.5,
+            "first_k_dense_replace": 1,
+        }
     return AutoConfig.for_model(
         recipe.family,
         num_hidden_layers=recipe.layers,
         hidden_size=recipe.hidden,
         num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads or (2 if recipe.family == "glm" else 4),
-        head_dim=recipe.head_dim,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         intermediate_size=recipe.ffn,
         vocab_size=recipe.vocab,
         max_position_embeddings=recipe.max_position,

@@ -52,7 +52,7 @@ class PageMover:
         self.cache, self.rank = cache, rank
         pages = cache.pages
         shape = (host_pages, pages.shape[0], *pages.shape[2:])
-        self._page_bytes = pages[:, 0].numel() * pages.element_size()
+        self._page_bytes = pages[:, 0].nbytes
         try:
             self.host = torch.empty(shape, dtype=pages.dtype, pin_memory=pages.is_cuda and host_pages > 0)
         except RuntimeError as error:

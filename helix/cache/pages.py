@@ -13,7 +13,7 @@ class PagedCache:
     """This rank's pages.
 
     Attributes:
-        pages: [L, P, 2, K, block_size, D], all layers in one tensor.
+        pages: [L, P, 2, K, block_size, D], all layers in one tensor; 1 instead of 2 where latents are K and V.
         layers: one tensor [P, 2, K, block_size, D] a layer, K before V, of the model's dtype. Never read before it is
             written: pages start uninitialised.
     """
@@ -28,15 +28,16 @@ class PagedCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        planes: int = 2,
     ) -> None:
-        shape = (num_layers, num_pages, 2, num_kv_heads, block_size, head_dim)
+        shape = (num_layers, num_pages, planes, num_kv_heads, block_size, head_dim)
         self.pages = torch.empty(shape, dtype=dtype, device=device)
         self.layers = list(self.pages.unbind(0))
 
-    @staticmethod
-    def page_bytes(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Return the bytes of one page, all layers."""
-        return num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+    @property
+    def page_bytes(self) -> int:
+        """The bytes of one page, all layers."""
+        return self.pages[:, 0].nbytes
 
 
 def free_bytes(device: torch.device, fraction: float, local_world_size: int) -> int:

@@ -28,6 +28,7 @@ from parallel.sharded_argmax import ShardedArgmax
 
 from .embed import embed
 from .experts import mixture
+from .latent import project, values_of
 from .linear import gated_linear, linear, split_linear
 from .spec import Experts, ModelSpec
 from .weights import Part, Weight, layer_weights, model_weights
@@ -83,6 +84,7 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
         vocab=split_evenly(spec.vocab_size, world, rank),
         experts=split_evenly(num_experts, layout.ep, rank % layout.ep),
         expert_ffn=split_evenly(units, layout.tpf, rank // layout.ep),
+        shared_ffn=split_evenly(spec.shared_size, world, rank),
     )
 
 
@@ -112,7 +114,6 @@ class Decoder:
         self.part = part_of(spec, grid.layout, grid.rank)
         self.num_heads = self.part.q_heads[1] - self.part.q_heads[0]
         self.num_kv_heads = self.part.kv_heads[1] - self.part.kv_heads[0]
-        self._merged_len = (self.part.out_heads[1] - self.part.out_heads[0]) * spec.head_dim
         self._attention, self._pdl = attention, pdl
         self._reduce_norm = reduce_norm or AllReduceNorm(
             grid.world_group, hidden_size=spec.hidden_size, dtype=dtype, device=device
@@ -120,7 +121,6 @@ class Decoder:
         self._argmax = argmax or ShardedArgmax(
             grid.world_group, vocab=self.part.vocab, vocab_size=spec.vocab_size, device=device
         )
-        self._scale = spec.head_dim**-0.5
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
         self.top: Parameters = self._allocate(model_weights(spec, self.part))
         self.layers: list[Parameters] = [
@@ -129,7 +129,8 @@ class Decoder:
 
     def _allocate(self, weights: dict[str, Weight]) -> Parameters:
         return {
-            role: torch.empty(weight.shape, dtype=self.dtype, device=self.device) for role, weight in weights.items()
+            role: torch.empty(weight.shape, dtype=torch.float32 if weight.exact else self.dtype, device=self.device)
+            for role, weight in weights.items()
         }
 
     @property
@@ -153,7 +154,7 @@ class Decoder:
         Args:
             token_ids: [R] int64, equal on all ranks.
             rows: the step's rows.
-            pages: one tensor [P, 2, K, block_size, D] a layer; K and V of owned rows are appended to it.
+            pages: one tensor [P, 2, K, block_size, D] a layer; K and V of owned rows are appended to it (or latents).
             exchange: the exchange over the KVP group.
             share: how the KVP ranks share the QKV projection; None where each projects every row.
             chosen: [B] int64 on CUDA; a token id of -1 means the token there of the row's sequence.
@@ -173,12 +174,16 @@ class Decoder:
         if share is not None:
             cos, sin = cos[share.mine], sin[share.mine]
         next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
+        latent = self.spec.latent
+        value_dim = None if latent is None else latent.rank
         exchange.begin_step()
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             q = self._project_qkv(weights, normed, cos, sin, slot, pages[layer], share)
-            part, lse = self._attention(q, pages[layer], rows, self._scale)
-            merged = exchange(part, lse, layer=layer).reshape(-1, self._merged_len)
-            projected = split_linear(merged, weights["o"], pdl=self._pdl)
+            part, lse = self._attention(q, pages[layer], rows, self.spec.scale, value_dim=value_dim)
+            merged = exchange(part, lse, layer=layer)
+            if latent is not None:
+                merged = values_of(merged, weights["v_up"], latent)
+            projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl)
             normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * layer)
             added = self._feed_forward(weights, normed, self.spec.experts_of(layer))
             normed = self._sum_and_norm(added, stream, next_norm, 2 * layer + 1)
@@ -214,7 +219,23 @@ class Decoder:
             return split_linear(hidden, weights["down"], pdl=self._pdl)
         first, stop = self.part.experts
         gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in ("experts_gate_up", "experts_down"))
-        return mixture(normed, weights["router"], gate_up, down, experts=experts, first=first, pdl=self._pdl)
+        added = mixture(
+            normed,
+            weights["router"],
+            gate_up,
+            down,
+            experts=experts,
+            first=first,
+            bias=weights.get("router_bias"),
+            pdl=self._pdl,
+        )
+        if not experts.shared_size:
+            return added
+        hidden = gated_linear(normed, weights["shared_gate_up"], pdl=self._pdl)
+        shared = split_linear(hidden, weights["shared_down"], pdl=self._pdl)
+        if len(added) == len(shared) == 1:
+            return added + shared
+        return torch.cat((added.float(), shared.float()))
 
     def _sum_and_norm(
         self, projected: torch.Tensor, stream: torch.Tensor, weight: torch.Tensor, index: int
@@ -243,7 +264,12 @@ class Decoder:
         D, num_q, num_kv = self.spec.head_dim, self.num_heads, self.num_kv_heads
         flat = split_linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl)
         interleaved = self.spec.rope.interleaved
-        if flat.is_cuda:
+        if self.spec.latent is not None:
+            q = project(
+                flat, cos, sin, pages, slot, weights, self.spec.latent, num_heads=num_q, interleaved=interleaved,
+                pdl=self._pdl,
+            )  # fmt: skip
+        elif flat.is_cuda:
             norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if self.spec.qk_norm else None
             q = rope_append(
                 flat, cos, sin, pages, slot, num_heads=num_q, norms=norms, interleaved=interleaved, pdl=self._pdl

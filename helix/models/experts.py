@@ -33,6 +33,7 @@ def mixture(
     *,
     experts: Experts,
     first: int,
+    bias: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Return summands of what this rank's experts add to each row: [S, R, h], float32 where S > 1, else as x.
@@ -44,37 +45,82 @@ def mixture(
         router: [all experts, h].
         gate_up: [E, 2 F, h], the gate's rows first.
         down: [E, h, F].
-        experts: how many are chosen, and whether their weights are made to sum to one.
+        experts: how many are chosen, and how.
         first: the id of this rank's first expert.
+        bias: [all experts] float32, where experts are chosen by sigmoid.
         pdl: launch programmatically dependent.
     """
     if not x.is_cuda:
-        return mix_reference(x, *route(x, router, experts), gate_up, down, first=first).unsqueeze(0)
+        return mix_reference(x, *route(x, router, experts, bias), gate_up, down, first=first).unsqueeze(0)
     some = gate_up.numel() > 0
     if some and can_stream(x, gate_up.flatten(0, 1)) and can_stream(x, router) and down.stride(1) % 8 == 0:
-        used = experts_in_use(split_linear(x, router, pdl=pdl), down.shape[0], experts, first=first, pdl=pdl)
+        scores = split_linear(x, router, pdl=pdl)
+        used = experts_in_use(scores, down.shape[0], experts, first=first, bias=bias, pdl=pdl)
         return experts_split_linear(experts_gated_linear(x, gate_up, used, pdl=pdl), down, used, pdl=pdl)
-    return mix_queued(x, F.linear(x, router), gate_up, down, experts=experts, first=first).unsqueeze(0)
+    return mix_queued(x, logits_of(x, router, experts), gate_up, down, experts=experts, first=first, bias=bias)[None]
 
 
-def route(x: torch.Tensor, router: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_of(x: torch.Tensor, router: torch.Tensor, experts: Experts) -> torch.Tensor:
+    """Return the router's scores [R, all experts]: in x's dtype, in float32 at least where a sigmoid weighs them."""
+    if experts.sigmoid and x.element_size() < 4:
+        x, router = x.float(), router.float()
+    return F.linear(x, router)
+
+
+def route(
+    x: torch.Tensor, router: torch.Tensor, experts: Experts, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose each row's experts: their weights [R, C] float32 and ids [R, C] int64, equal on all ranks.
 
     Args:
         x: [R, h], equal on all ranks.
         router: [all experts, h].
-        experts: how many are chosen, and whether their weights are made to sum to one.
+        experts: how many are chosen, and how.
+        bias: [all experts] float32, where experts are chosen by sigmoid.
     """
-    weights, ids = F.linear(x, router).softmax(-1, dtype=torch.float32).topk(experts.num_chosen, -1)
+    logits = logits_of(x, router, experts)
+    scores = logits.float().sigmoid() if experts.sigmoid else logits.softmax(-1, dtype=torch.float32)
+    choice = scores if bias is None else scores + bias
+    if experts.groups > 1:
+        per_group = choice.unflatten(-1, (experts.groups, -1))
+        best = per_group.topk(min(2 if experts.sigmoid else 1, per_group.shape[-1]), -1).values.sum(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(experts.groups_chosen, -1).indices, True)
+        choice = per_group.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+    ids = choice.topk(experts.num_chosen, -1).indices
+    weights = scores.gather(-1, ids)
     if experts.normalised:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights, ids
+    return weights * experts.scale, ids
+
+
+@triton.jit
+def _in_best_groups(choice, e, SIZE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, PAIRS: tl.constexpr):
+    """Return ``choice`` [rows, experts], -inf outside the KEPT best groups of SIZE neighbours.
+
+    A group counts as its best expert, or with PAIRS as the sum of its best two.
+    """
+    group = e // SIZE
+    best = tl.full(choice.shape, float("-inf"), tl.float32)
+    for g in tl.static_range(GROUPS):
+        its = (group == g)[None, :]
+        mine = tl.where(its, choice, float("-inf"))
+        top = tl.max(mine, 1)
+        if PAIRS:
+            at = tl.min(tl.where(mine == top[:, None], e[None, :], GROUPS * SIZE), 1)
+            top += tl.max(tl.where(e[None, :] == at[:, None], float("-inf"), mine), 1)
+        best = tl.where(its, top[:, None], best)
+    left = best
+    for _ in range(KEPT):
+        at = tl.min(tl.where(left == tl.max(left, 1)[:, None], group[None, :], GROUPS), 1)
+        left = tl.where(group[None, :] == at[:, None], float("-inf"), left)
+    return tl.where((left == float("-inf")) & (best > float("-inf")), choice, float("-inf"))
 
 
 @triton.jit
 def _choose(
-    logits, r, e, num_rows,
-    SUMMANDS: tl.constexpr, ALL: tl.constexpr, CHOSEN: tl.constexpr, NORMALISED: tl.constexpr,
+    logits, bias, scale, r, e, num_rows,
+    SUMMANDS: tl.constexpr, ALL: tl.constexpr, CHOSEN: tl.constexpr, NORMALISED: tl.constexpr, SIGMOID: tl.constexpr,
+    GROUPS: tl.constexpr, GROUPS_CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """Return which experts ``e`` the rows ``r`` choose, and their weights: [rows, experts], zero where not chosen."""
     here = (r < num_rows)[:, None] & (e < ALL)[None, :]
@@ -82,29 +128,42 @@ def _choose(
     for s in tl.static_range(SUMMANDS):
         score += tl.load(logits + (s * num_rows + r)[:, None] * ALL + e[None, :], mask=here, other=0.0).to(tl.float32)
     score = tl.where((e < ALL)[None, :], score, float("-inf"))
-    left = score
+    if SIGMOID:
+        value = 1.0 / (1.0 + tl.exp(-score))
+        choice = tl.where((e < ALL)[None, :], value + tl.load(bias + e, mask=e < ALL, other=0.0)[None, :], score)
+    else:
+        value = tl.exp(score - tl.max(score, 1)[:, None])
+        choice = score
+    if GROUPS > 1:
+        choice = _in_best_groups(choice, e, ALL // GROUPS, GROUPS, GROUPS_CHOSEN, SIGMOID and ALL // GROUPS > 1)
+    left = choice
     for _ in range(CHOSEN):  # the lowest of equals, as top-k does on GPUs
         at = tl.min(tl.where(left == tl.max(left, 1)[:, None], e[None, :], ALL), 1)
         left = tl.where(e[None, :] == at[:, None], float("-inf"), left)
-    chosen = (left == float("-inf")) & (score > float("-inf"))  # CHOSEN at most, of scores that are no numbers none
-    value = tl.exp(score - tl.max(score, 1)[:, None])
-    total = tl.sum(tl.where(chosen, value, 0.0) if NORMALISED else value, 1)
+    chosen = (left == float("-inf")) & (choice > float("-inf"))  # CHOSEN at most, of scores that are no numbers none
+    if NORMALISED:
+        value = value / tl.sum(tl.where(chosen, value, 0.0), 1)[:, None]
+    elif not SIGMOID:
+        value = value / tl.sum(value, 1)[:, None]
     chosen &= here
-    return chosen, tl.where(chosen, value / total[:, None], 0.0)
+    return chosen, tl.where(chosen, value * scale, 0.0)
 
 
 @triton.jit
 def _in_use_kernel(
-    logits, ids, count, row_weights, num_rows, first,
+    logits, bias, scale, ids, count, row_weights, num_rows, first,
     SUMMANDS: tl.constexpr, ALL: tl.constexpr, ALL_PAD: tl.constexpr, HELD: tl.constexpr, CHOSEN: tl.constexpr,
-    NORMALISED: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
+    NORMALISED: tl.constexpr, SIGMOID: tl.constexpr, GROUPS: tl.constexpr, GROUPS_CHOSEN: tl.constexpr,
+    BR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for all rows: what they choose, and which of this rank's experts that leaves in use."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     r, e = tl.arange(0, BR), tl.arange(0, ALL_PAD)
-    _, weight = _choose(logits, r, e, num_rows, SUMMANDS, ALL, CHOSEN, NORMALISED)
+    _, weight = _choose(
+        logits, bias, scale, r, e, num_rows, SUMMANDS, ALL, CHOSEN, NORMALISED, SIGMOID, GROUPS, GROUPS_CHOSEN
+    )
     held = (e >= first) & (e < first + HELD)
     to = row_weights + (e - first)[None, :] * num_rows + r[:, None]
     tl.store(to, weight, mask=(r < num_rows)[:, None] & held[None, :])
@@ -115,13 +174,15 @@ def _in_use_kernel(
 
 @triton.jit
 def _queue_kernel(
-    logits, weights, counts, queues, num_rows, first,
+    logits, bias, scale, weights, counts, queues, num_rows, first,
     ALL: tl.constexpr, ALL_PAD: tl.constexpr, HELD: tl.constexpr, CHOSEN: tl.constexpr, NORMALISED: tl.constexpr,
-    BR: tl.constexpr,
+    SIGMOID: tl.constexpr, GROUPS: tl.constexpr, GROUPS_CHOSEN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """What BR rows choose: their pairs join the queues of this rank's experts, in any order."""
     r, e = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, ALL_PAD)
-    chosen, weight = _choose(logits, r, e, num_rows, 1, ALL, CHOSEN, NORMALISED)
+    chosen, weight = _choose(
+        logits, bias, scale, r, e, num_rows, 1, ALL, CHOSEN, NORMALISED, SIGMOID, GROUPS, GROUPS_CHOSEN
+    )
     held = (e >= first) & (e < first + HELD)
     one = chosen.to(tl.int32)
     pair = r[:, None] * CHOSEN + tl.cumsum(one, 1) - one
@@ -134,28 +195,47 @@ def _queue_kernel(
 
 
 def experts_in_use(
-    logits: torch.Tensor, num_held: int, experts: Experts, *, first: int, pdl: bool = False
+    logits: torch.Tensor,
+    num_held: int,
+    experts: Experts,
+    *,
+    first: int,
+    bias: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> ExpertsInUse:
     """Do what ``route`` does for few rows, and list the experts in use, in one launch.
 
     Args:
         logits: [S, R, all experts], the router's, whose sum over S counts.
         num_held: E.
-        experts: how many are chosen, and whether their weights are made to sum to one.
+        experts: how many are chosen, and how.
         first: the id of this rank's first expert.
+        bias: [all experts] float32, where experts are chosen by sigmoid.
         pdl: launch programmatically dependent.
     """
-    summands, rows, num_experts = logits.shape
+    summands, rows, _ = logits.shape
     ids = torch.empty(min(num_held, rows * experts.num_chosen), dtype=torch.int32, device=logits.device)
     count, row_weights = ids.new_empty(1), ids.new_empty((num_held, rows), dtype=torch.float32)
-    padded, rows_padded = triton.next_power_of_2(num_experts), triton.next_power_of_2(rows)
+    rows_padded, rule = triton.next_power_of_2(rows), _rule(experts)
     _in_use_kernel[(1,)](
-        logits, ids, count, row_weights, rows, first,
-        SUMMANDS=summands, ALL=num_experts, ALL_PAD=padded, HELD=num_held, CHOSEN=experts.num_chosen,
-        NORMALISED=experts.normalised, BR=rows_padded, PDL=pdl,
-        num_warps=max(1, min(16, padded * rows_padded // ROUTE_WARP)), **({"launch_pdl": True} if pdl else {}),
+        logits, logits if bias is None else bias, experts.scale, ids, count, row_weights, rows, first,
+        SUMMANDS=summands, HELD=num_held, BR=rows_padded, PDL=pdl, **rule,
+        num_warps=max(1, min(16, rule["ALL_PAD"] * rows_padded // ROUTE_WARP)), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return ExpertsInUse(ids, count, row_weights)
+
+
+def _rule(experts: Experts) -> dict[str, int | bool]:
+    """Return how experts are chosen, as the kernels are compiled for it."""
+    return {
+        "ALL": experts.num_experts,
+        "ALL_PAD": triton.next_power_of_2(experts.num_experts),
+        "CHOSEN": experts.num_chosen,
+        "NORMALISED": experts.normalised,
+        "SIGMOID": experts.sigmoid,
+        "GROUPS": experts.groups,
+        "GROUPS_CHOSEN": experts.groups_chosen,
+    }
 
 
 def mix_reference(
@@ -270,6 +350,7 @@ def mix_queued(
     *,
     experts: Experts,
     first: int,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do what ``route`` and ``mix_reference`` do in four Triton launches, from the router's logits [R, all experts].
 
@@ -286,9 +367,8 @@ def mix_queued(
     weights = counts.new_empty(num_pairs, dtype=torch.float32)
     of_rows = 16
     _queue_kernel[(-(-num_rows // of_rows),)](
-        logits, weights, counts, queues, num_rows, first,
-        ALL=experts.num_experts, ALL_PAD=triton.next_power_of_2(experts.num_experts), HELD=num_held, CHOSEN=chosen,
-        NORMALISED=experts.normalised, BR=of_rows, num_warps=4,
+        logits, logits if bias is None else bias, experts.scale, weights, counts, queues, num_rows, first,
+        HELD=num_held, BR=of_rows, **_rule(experts), num_warps=4,
     )  # fmt: skip
     rows = max(MIN_DOT, min(128, triton.next_power_of_2(-(-num_pairs // num_held))))  # what an expert gets on average
     many = rows >= 64

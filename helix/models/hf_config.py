@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .spec import Experts, ModelSpec, RopeSpec, WeightNames, as_token_ids, one_line
+from .spec import Experts, Latent, ModelSpec, RopeSpec, WeightNames, as_token_ids, one_line
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -42,6 +42,7 @@ def spec_from(
     interleaved: bool = False,
     names: WeightNames | None = None,
     experts: Experts | None = None,
+    latent: Latent | None = None,
 ) -> ModelSpec:
     """Return the spec of `config`, given what distinguishes its family; `rotary` is the family's rotary embedding.
 
@@ -49,12 +50,15 @@ def spec_from(
     """
     require(config.hidden_act == "silu", "hidden_act", config.hidden_act, "Helix computes 'silu' only")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads = config.num_key_value_heads or config.num_attention_heads
+    if latent is not None:  # what is cached of a token is one head, for all
+        head_dim, num_kv_heads = latent.rank + latent.turned_dim, 1
     return ModelSpec(
         family=family,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         ffn_size=config.intermediate_size,
         vocab_size=config.vocab_size,
@@ -67,6 +71,7 @@ def spec_from(
         eos_token_ids=as_token_ids(config.eos_token_id),
         names=names or WeightNames(),
         experts=experts,
+        latent=latent,
     )
 
 

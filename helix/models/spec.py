@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 FAMILIES = {
+    "deepseek_v2": ".deepseek",
+    "deepseek_v3": ".deepseek",
     "glm": ".glm",
     "llama": ".llama",
     "qwen2": ".qwen2",
@@ -47,11 +49,48 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Latent attention (DeepSeek-V2, arXiv 2405.04434): of a token one latent is cached, of which every head makes its
+    key and value, and one key that all heads share and RoPE turns.
+
+    rank: elements of the latent; turned_dim: of the key that RoPE turns, and of what each query has for it.
+    plain_dim: elements of a head's query and key that RoPE does not turn. value_dim: of a head's value.
+    q_rank: elements of the latent that queries are made of; None where they are made of the hidden state.
+    scale: what scores are multiplied by. eps: of the norms of both latents.
+    """
+
+    rank: int
+    turned_dim: int
+    plain_dim: int
+    value_dim: int
+    q_rank: int | None
+    scale: float
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "turned_dim", "plain_dim", "value_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"latent.{name} = {value!r}, must be an integer of at least 1")
+
+    @property
+    def q_dim(self) -> int:
+        """Elements of a head's query as the checkpoint projects it."""
+        return self.plain_dim + self.turned_dim
+
+
+@dataclass(frozen=True)
 class Experts:
     """The mixture that stands in for the feed-forward network of a layer.
 
     num_experts: of a layer. num_chosen: experts that a token goes through. ffn_size: units of one expert.
     normalised: the weights of those chosen sum to one. dense_layers: layers that keep a plain feed-forward.
+    sigmoid: experts are weighted by the sigmoid of their score, not by a softmax, and chosen by that plus a bias of
+        each expert, which the checkpoint holds (DeepSeek-V3, arXiv 2412.19437).
+    groups, groups_chosen: experts stand in so many groups, and only those of the best are chosen from: a group counts
+        as its best expert, with sigmoid as its best two.
+    scale: what the weights are multiplied by in the end.
+    shared_size: units of experts that every token goes through, taken as one; 0 for none.
     """
 
     num_experts: int
@@ -59,14 +98,29 @@ class Experts:
     ffn_size: int
     normalised: bool
     dense_layers: frozenset[int] = frozenset()
+    sigmoid: bool = False
+    groups: int = 1
+    groups_chosen: int = 1
+    scale: float = 1.0
+    shared_size: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "num_chosen", "ffn_size"):
+        for name in ("num_experts", "num_chosen", "ffn_size", "groups", "groups_chosen"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"experts.{name} = {value!r}, must be an integer of at least 1")
         if self.num_chosen > self.num_experts:
             raise ValueError(f"experts.num_chosen = {self.num_chosen} exceeds experts.num_experts = {self.num_experts}")
+        if self.num_experts % self.groups or not self.groups_chosen <= self.groups:
+            raise ValueError(
+                f"experts.groups = {self.groups} must divide experts.num_experts = {self.num_experts}, and "
+                f"experts.groups_chosen = {self.groups_chosen} not exceed it"
+            )
+        if self.num_chosen > self.groups_chosen * (self.num_experts // self.groups):
+            raise ValueError(
+                f"experts.num_chosen = {self.num_chosen} exceeds the experts of {self.groups_chosen} of {self.groups} "
+                f"groups of {self.num_experts}"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,11 +143,21 @@ class WeightNames:
     q_norm: str = "model.layers.{layer}.self_attn.q_norm.weight"
     k_norm: str = "model.layers.{layer}.self_attn.k_norm.weight"
     o: str = "model.layers.{layer}.self_attn.o_proj.weight"
+    q_a: str = "model.layers.{layer}.self_attn.q_a_proj.weight"
+    q_a_norm: str = "model.layers.{layer}.self_attn.q_a_layernorm.weight"
+    q_b: str = "model.layers.{layer}.self_attn.q_b_proj.weight"
+    kv_a: str = "model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"
+    kv_a_norm: str = "model.layers.{layer}.self_attn.kv_a_layernorm.weight"
+    kv_b: str = "model.layers.{layer}.self_attn.kv_b_proj.weight"
     post_norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
     gate: str = "model.layers.{layer}.mlp.gate_proj.weight"
     up: str | None = "model.layers.{layer}.mlp.up_proj.weight"
     down: str = "model.layers.{layer}.mlp.down_proj.weight"
     router: str = "model.layers.{layer}.mlp.gate.weight"
+    router_bias: str = "model.layers.{layer}.mlp.gate.e_score_correction_bias"
+    shared_gate: str = "model.layers.{layer}.mlp.shared_experts.gate_proj.weight"
+    shared_up: str = "model.layers.{layer}.mlp.shared_experts.up_proj.weight"
+    shared_down: str = "model.layers.{layer}.mlp.shared_experts.down_proj.weight"
     expert_gate: str = "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
     expert_up: str = "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
     expert_down: str = "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
@@ -105,12 +169,13 @@ class ModelSpec:
 
     Every layer is: RMSNorm, grouped-query attention with RoPE, residual, RMSNorm, SiLU-gated feed-forward, residual;
     the feed-forward may be a mixture of experts.
+    num_kv_heads, head_dim: of what is cached of a token; with latents one head of latent and turned key.
     qkv_bias: q, k and v projections have biases (no other projection ever does).
     qk_norm: RMSNorm over each head of q and k, before RoPE, with weights [head_dim] shared by all heads.
     tied_embeddings: the output head is the embedding matrix; the checkpoint's lm_head tensor, if any, is not read.
     max_position: the longest context the model takes, in tokens.
     eos_token_ids: ids that end a generation; may be empty.
-    experts: None for a model without.
+    experts: None for a model without. latent: None where keys and values are cached.
     """
 
     family: str
@@ -130,6 +195,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     names: WeightNames = field(default_factory=WeightNames)
     experts: Experts | None = None
+    latent: Latent | None = None
 
     def __post_init__(self) -> None:
         for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():
@@ -145,9 +211,29 @@ class ModelSpec:
             raise ValueError(f"rope.rotary_dim = {self.rope.rotary_dim} exceeds head_dim = {self.head_dim}")
 
     @property
+    def value_dim(self) -> int:
+        """Elements of what attention returns of a head."""
+        return self.head_dim if self.latent is None else self.latent.rank
+
+    @property
+    def cache_planes(self) -> int:
+        """Planes of a cached page: K and V, or latents alone."""
+        return 2 if self.latent is None else 1
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5 if self.latent is None else self.latent.scale
+
+    @property
     def expert_sizes(self) -> tuple[int, int]:
         """How many experts a layer has, and the units of each; (0, 0) for a model without."""
         return (0, 0) if self.experts is None else (self.experts.num_experts, self.experts.ffn_size)
+
+    @property
+    def shared_size(self) -> int:
+        """Units of the experts that every token goes through; 0 for none."""
+        return 0 if self.experts is None else self.experts.shared_size
 
     def experts_of(self, layer: int) -> Experts | None:
         """Return the experts of a layer; None where its feed-forward is a plain one."""

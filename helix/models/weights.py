@@ -10,7 +10,7 @@ Shape letters: h hidden size, D head size, V vocabulary.
 
 from dataclasses import dataclass
 
-from .spec import ModelSpec
+from .spec import Latent, ModelSpec
 
 Range = tuple[int, int]
 
@@ -22,7 +22,7 @@ class Part:
     q_heads, kv_heads: the heads whose queries, keys and values this rank computes; equal on ranks of one KVP group.
     out_heads: the query heads whose merged attention output this rank projects; these tile all heads over all ranks.
     ffn: the feed-forward units of this rank. vocab: the rows of the output head of this rank.
-    experts: the experts of this rank, and expert_ffn: the units of each of them.
+    experts: the experts of this rank, and expert_ffn: the units of each of them. shared_ffn: its units of shared ones.
     """
 
     q_heads: Range
@@ -32,9 +32,10 @@ class Part:
     vocab: Range
     experts: Range = (0, 0)
     expert_ffn: Range = (0, 0)
+    shared_ffn: Range = (0, 0)
 
     def __post_init__(self) -> None:
-        for name in ("q_heads", "kv_heads", "out_heads", "ffn", "vocab", "experts", "expert_ffn"):
+        for name in ("q_heads", "kv_heads", "out_heads", "ffn", "vocab", "experts", "expert_ffn", "shared_ffn"):
             start, stop = getattr(self, name)
             if not 0 <= start <= stop:
                 raise ValueError(f"part.{name} = ({start}, {stop}), must be a half-open range with 0 <= start <= stop")
@@ -51,10 +52,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of one rank: its shape, and the pieces that fill it from top to bottom (along dim 0)."""
+    """A parameter of one rank: its shape, and the pieces that fill it from top to bottom (along dim 0).
+
+    exact: kept in float32, whatever the model's dtype.
+    """
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    exact: bool = False
 
 
 def whole(spec: ModelSpec) -> Part:
@@ -62,7 +67,14 @@ def whole(spec: ModelSpec) -> Part:
     heads = (0, spec.num_heads)
     experts, units = spec.expert_sizes
     return Part(
-        heads, (0, spec.num_kv_heads), heads, (0, spec.ffn_size), (0, spec.vocab_size), (0, experts), (0, units)
+        q_heads=heads,
+        kv_heads=(0, spec.num_kv_heads),
+        out_heads=heads,
+        ffn=(0, spec.ffn_size),
+        vocab=(0, spec.vocab_size),
+        experts=(0, experts),
+        expert_ffn=(0, units),
+        shared_ffn=(0, spec.shared_size),
     )
 
 
@@ -90,11 +102,26 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     o [h, out heads * D]: columns of part.out_heads
     gate_up [2 * ffn, h]: gate rows, then up rows, of part.ffn
     down [h, ffn]: columns of part.ffn
-    where the layer has experts, instead of the last two:
-    router [all experts, h] whole on every rank
+    with latents, of rank elements and T turned ones, instead of the first four (P plain elements a head, W of a value):
+    qkv [(q_rank or q heads * (P + T)) + rank + T, h]: of queries or their latents, then of what is cached
+    q_a_norm [q_rank], q_b [q heads * (P + T), q_rank] where queries have a latent too; latent_norm [rank]
+    k_up [q heads * P, rank], v_up [out heads * W, rank], o [h, out heads * W]
+    where the layer has experts, instead of gate_up and down:
+    router [all experts, h] whole on every rank, router_bias [all experts] where they are chosen by sigmoid
+    shared_gate_up [2 * shared, h], shared_down [h, shared] of part.shared_ffn, where there are shared ones
     experts_gate_up [experts * 2 * units, h]: of each of part.experts gate rows, then up rows, of part.expert_ffn
     experts_down [experts * h, units]: of each of part.experts columns of part.expert_ffn
     """
+    h, names = spec.hidden_size, spec.names
+    return {
+        "input_norm": Weight((h,), (Piece(names.input_norm.format(layer=layer)),)),
+        "post_norm": Weight((h,), (Piece(names.post_norm.format(layer=layer)),)),
+        **(_attention(spec, layer, part) if spec.latent is None else _latent(spec, spec.latent, layer, part)),
+        **(_dense_ffn(spec, layer, part) if spec.experts_of(layer) is None else _experts_ffn(spec, layer, part)),
+    }
+
+
+def _attention(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     h, D, names = spec.hidden_size, spec.head_dim, spec.names
 
     def name(template: str) -> str:
@@ -103,14 +130,11 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     q_rows, kv_rows, o_cols = _times(part.q_heads, D), _times(part.kv_heads, D), _times(part.out_heads, D)
     qkv_len = _len(q_rows) + 2 * _len(kv_rows)
     weights = {
-        "input_norm": Weight((h,), (Piece(name(names.input_norm)),)),
         "qkv": Weight(
             (qkv_len, h),
             (Piece(name(names.q), q_rows), Piece(name(names.k), kv_rows), Piece(name(names.v), kv_rows)),
         ),
         "o": Weight((h, _len(o_cols)), (Piece(name(names.o), cols=o_cols),)),
-        "post_norm": Weight((h,), (Piece(name(names.post_norm)),)),
-        **(_dense_ffn(spec, layer, part) if spec.experts_of(layer) is None else _experts_ffn(spec, layer, part)),
     }
     if spec.qkv_bias:
         weights["qkv_bias"] = Weight(
@@ -121,6 +145,32 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
         weights["q_norm"] = Weight((D,), (Piece(name(names.q_norm)),))
         weights["k_norm"] = Weight((D,), (Piece(name(names.k_norm)),))
     return weights
+
+
+def _latent(spec: ModelSpec, latent: Latent, layer: int, part: Part) -> dict[str, Weight]:
+    h, names, num_q, num_out = spec.hidden_size, spec.names, _len(part.q_heads), _len(part.out_heads)
+    plain, value, both = latent.plain_dim, latent.value_dim, latent.plain_dim + latent.value_dim
+
+    def name(template: str) -> str:
+        return template.format(layer=layer)
+
+    q_rows, o_cols = _times(part.q_heads, latent.q_dim), _times(part.out_heads, value)
+    kv_a, kv_b = Piece(name(names.kv_a)), name(names.kv_b)  # of each head the rows of its key, then of its value
+    k_up = tuple(Piece(kv_b, (head * both, head * both + plain)) for head in range(*part.q_heads))
+    v_up = tuple(Piece(kv_b, (head * both + plain, (head + 1) * both)) for head in range(*part.out_heads))
+    weights = {
+        "latent_norm": Weight((latent.rank,), (Piece(name(names.kv_a_norm)),)),
+        "k_up": Weight((num_q * plain, latent.rank), k_up),
+        "v_up": Weight((num_out * value, latent.rank), v_up),
+        "o": Weight((h, num_out * value), (Piece(name(names.o), cols=o_cols),)),
+    }
+    if latent.q_rank is None:
+        return weights | {"qkv": Weight((_len(q_rows) + spec.head_dim, h), (Piece(name(names.q), q_rows), kv_a))}
+    return weights | {
+        "qkv": Weight((latent.q_rank + spec.head_dim, h), (Piece(name(names.q_a)), kv_a)),
+        "q_a_norm": Weight((latent.q_rank,), (Piece(name(names.q_a_norm)),)),
+        "q_b": Weight((_len(q_rows), latent.q_rank), (Piece(name(names.q_b), q_rows),)),
+    }
 
 
 def _dense_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
@@ -143,40 +193,66 @@ def _experts_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
 
     both = [Piece(name(each, expert), units) for expert in mine for each in (names.expert_gate, names.expert_up)]
     down = [Piece(name(names.expert_down, expert), cols=units) for expert in mine]
-    return {
+    weights = {
         "router": Weight((spec.expert_sizes[0], h), (Piece(names.router.format(layer=layer)),)),
         "experts_gate_up": Weight((len(both) * _len(units), h), tuple(both)),
         "experts_down": Weight((len(mine) * h, _len(units)), tuple(down)),
     }
+    if spec.experts is not None and spec.experts.sigmoid:
+        bias = Piece(names.router_bias.format(layer=layer))
+        weights["router_bias"] = Weight((spec.expert_sizes[0],), (bias,), exact=True)
+    if spec.shared_size:
+        gate, up, back = (each.format(layer=layer) for each in (names.shared_gate, names.shared_up, names.shared_down))
+        shared = part.shared_ffn
+        weights["shared_gate_up"] = Weight((2 * _len(shared), h), (Piece(gate, shared), Piece(up, shared)))
+        weights["shared_down"] = Weight((h, _len(shared)), (Piece(back, cols=shared),))
+    return weights
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return the name and full shape of every checkpoint tensor that the model needs."""
     h, D, names = spec.hidden_size, spec.head_dim, spec.names
-    q_len, kv_len, gates = spec.num_heads * D, spec.num_kv_heads * D, 2 if names.up is None else 1
+    latent, gates = spec.latent, 2 if names.up is None else 1
+    q_len, kv_len = spec.num_heads * D, spec.num_kv_heads * D
     shapes: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, h), names.final_norm: (h,)}
     if not spec.tied_embeddings:
         shapes[names.lm_head] = (spec.vocab_size, h)
-    layer: dict[str, tuple[int, ...]] = {
-        names.input_norm: (h,),
-        names.q: (q_len, h),
-        names.k: (kv_len, h),
-        names.v: (kv_len, h),
-        names.o: (h, q_len),
-        names.post_norm: (h,),
-    }
+    layer: dict[str, tuple[int, ...]] = {names.input_norm: (h,), names.post_norm: (h,)}
+    if latent is None:
+        layer |= {names.q: (q_len, h), names.k: (kv_len, h), names.v: (kv_len, h), names.o: (h, q_len)}
+    else:
+        made = spec.num_heads * latent.q_dim
+        layer |= {
+            names.kv_a: (D, h),
+            names.kv_a_norm: (latent.rank,),
+            names.kv_b: (spec.num_heads * (latent.plain_dim + latent.value_dim), latent.rank),
+            names.o: (h, spec.num_heads * latent.value_dim),
+        }
+        if latent.q_rank is None:
+            layer[names.q] = (made, h)
+        else:
+            layer |= {
+                names.q_a: (latent.q_rank, h),
+                names.q_a_norm: (latent.q_rank,),
+                names.q_b: (made, latent.q_rank),
+            }
     dense: dict[str, tuple[int, ...]] = {names.gate: (gates * spec.ffn_size, h), names.down: (h, spec.ffn_size)}
     if names.up is not None:
         dense[names.up] = (spec.ffn_size, h)
     num_experts, units = spec.expert_sizes
     one_expert = {names.expert_gate: (units, h), names.expert_up: (units, h), names.expert_down: (h, units)}
+    router: dict[str, tuple[int, ...]] = {names.router: (num_experts, h)}
+    if spec.experts is not None and spec.experts.sigmoid:
+        router[names.router_bias] = (num_experts,)
+    if shared := spec.shared_size:
+        router |= {names.shared_gate: (shared, h), names.shared_up: (shared, h), names.shared_down: (h, shared)}
     if spec.qkv_bias:
         layer |= {names.q_bias: (q_len,), names.k_bias: (kv_len,), names.v_bias: (kv_len,)}
     if spec.qk_norm:
         layer |= {names.q_norm: (D,), names.k_norm: (D,)}
     for number in range(spec.num_layers):
         has_experts = spec.experts_of(number) is not None
-        own = layer | ({names.router: (num_experts, h)} if has_experts else dense)
+        own = layer | (router if has_experts else dense)
         shapes |= {template.format(layer=number): shape for template, shape in own.items()}
         for expert in range(num_experts if has_experts else 0):
             shapes |= {each.format(layer=number, expert=expert): shape for each, shape in one_expert.items()}

@@ -85,7 +85,7 @@ class DrafterLoader:
         """Bytes of a page of the draft model's cache; 0 where there is no draft model."""
         if self._runner is None:
             return 0
-        return self._runner.cache.pages[:, 0].nbytes
+        return self._runner.cache.page_bytes
 
     def make_speculator(self, num_pages: int) -> Speculator | None:
         """Return what drafts, with so many pages for a draft model's cache; None without speculation.
@@ -117,6 +117,7 @@ class DrafterLoader:
             num_kv_heads=decoder.num_kv_heads,
             block_size=self._config.cache.block_size,
             head_dim=decoder.spec.head_dim,
+            planes=decoder.spec.cache_planes,
             dtype=decoder.dtype,
             device=decoder.device,
         )

@@ -41,6 +41,8 @@ def make_facts(spec: ModelSpec, *, block_size: int, dtype: str, weights: Path | 
         "model's rms_norm_eps": spec.rms_eps,
         "model's attention_bias": spec.qkv_bias,
         "model's tie_word_embeddings": spec.tied_embeddings,
+        "model's attention_scale": spec.scale,
+        "model's kv_lora_rank": 0 if spec.latent is None else spec.latent.rank,
         "model's num_experts": 0 if experts is None else experts.num_experts,
         "model's num_experts_per_tok": 0 if experts is None else experts.num_chosen,
         "model's moe_intermediate_size": 0 if experts is None else experts.ffn_size,

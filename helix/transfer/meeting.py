@@ -72,8 +72,9 @@ class Group:
         """Return where a rank's pages lie; ValueError when the pool is not one of this model."""
         token_bytes = self.spec.head_dim * self.engine.runner.cache.pages.element_size()
         heads = self.side(layout).heads(rank)
-        made = CacheMap(pool.layers, pool.page_bytes, token_bytes, self.config.cache.block_size, heads)
-        if pool.page_bytes != 2 * made.kv_bytes or len(pool.layers) != self.spec.num_layers:
+        planes = self.spec.cache_planes
+        made = CacheMap(pool.layers, pool.page_bytes, token_bytes, self.config.cache.block_size, heads, planes)
+        if pool.page_bytes != planes * made.kv_bytes or len(pool.layers) != self.spec.num_layers:
             raise ValueError(f"the pool of decode rank {rank} has {len(pool.layers)} layers of {pool.page_bytes} bytes")
         return made
 

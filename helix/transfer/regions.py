@@ -4,7 +4,8 @@ Ownership on both sides is a function of the global position, so the copies betw
 rank follow from two placements, two head splits and two page tables; no rank has to tell another. They are built by
 NumPy over whole requests: the Python work does not grow with blocks, layers or heads.
 
-A page is [2, K, block_size, D] of one layer, K before V; pages of one layer are ``page_bytes`` apart.
+A page is [2, K, block_size, D] of one layer, K before V, or [1, 1, block_size, D] of latents; pages of one layer are
+``page_bytes`` apart.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class CacheMap:
         token_bytes: one token of one head, D elements.
         block_size: tokens a page.
         heads: the KV heads that the rank holds.
+        planes: of a page: 2 for K and V, 1 for latents.
     """
 
     layers: IntArray
@@ -64,6 +66,7 @@ class CacheMap:
     token_bytes: int
     block_size: int
     heads: Range
+    planes: int = 2
 
     @property
     def head_bytes(self) -> int:
@@ -150,12 +153,12 @@ def _whole_blocks(
         return np.empty((0, 3), np.int64)
     num_bytes = (heads[1] - heads[0]) * source.head_bytes
     all_heads = num_bytes == source.kv_bytes == target.kv_bytes
-    size = np.full(len(source_pages), 2 * num_bytes if all_heads else num_bytes, np.int64)
+    size = np.full(len(source_pages), source.planes * num_bytes if all_heads else num_bytes, np.int64)
     if all_heads and size[0] == source.page_bytes == target.page_bytes:
         starts = np.flatnonzero(np.r_[True, (np.diff(source_pages) != 1) | (np.diff(target_pages) != 1)])
         size = np.add.reduceat(size, starts)
         source_pages, target_pages = source_pages[starts], target_pages[starts]
-    kv = np.arange(1 if all_heads else 2, dtype=np.int64)
+    kv = np.arange(1 if all_heads else source.planes, dtype=np.int64)
     return _expand(source, target, heads, (source_pages, target_pages), kv, 0, size)
 
 
@@ -167,7 +170,7 @@ def _part_of_block(source: CacheMap, target: CacheMap, heads: Range, pages: Rang
             target,
             (head, head + 1),
             (np.array([pages[0]], np.int64), np.array([pages[1]], np.int64)),
-            np.arange(2, dtype=np.int64),
+            np.arange(source.planes, dtype=np.int64),
             tokens[0] * source.token_bytes,
             np.array([(tokens[1] - tokens[0]) * source.token_bytes], np.int64),
         )
@@ -220,12 +223,12 @@ class PagePairs:
     @property
     def halves(self) -> int:
         """1 where K and V of a page are one piece on both sides, else 2."""
-        return 1 if self.source.heads == self.target.heads else 2
+        return 1 if self.source.heads == self.target.heads else self.source.planes
 
     @property
     def item_bytes(self) -> int:
         """Bytes of one item of the lists."""
-        return (self.heads[1] - self.heads[0]) * self.source.head_bytes * (2 // self.halves)
+        return (self.heads[1] - self.heads[0]) * self.source.head_bytes * (self.source.planes // self.halves)
 
     def strides(self) -> tuple[IntArray, IntArray]:
         """Return the two lists in short: [L x halves, 4] int64, first address, bytes, step, number of pages."""

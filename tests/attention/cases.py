@@ -11,25 +11,36 @@ from parallel.placement import BlockCyclic
 
 @dataclass
 class Case:
-    """B sequences and the rows that attend to them; K and V per sequence are [K, S, D]."""
+    """B sequences and the rows that attend to them; K and V per sequence are [K, S, D].
+
+    With ``value_dim``, K is a latent whose first elements are V.
+    """
 
     q: torch.Tensor
     kv: list[tuple[torch.Tensor, torch.Tensor]]
     positions: list[list[int]]  # of each sequence's rows
     place: BlockCyclic
     first_owners: list[int]
+    value_dim: int | None = None
 
 
-def make_case(seed, *, lengths, num_rows, heads, kv_heads, head_dim, block_size, kvp, dtype=torch.float32) -> Case:
+def make_case(
+    seed, *, lengths, num_rows, heads, kv_heads, head_dim, block_size, kvp, dtype=torch.float32, value_dim=None
+) -> Case:
     """Sequences of those lengths whose last ``num_rows[i]`` positions are rows."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
 
+    def keys_and_values(length):
+        k = randn(kv_heads, length, head_dim)
+        return k, randn(kv_heads, length, head_dim) if value_dim is None else k[..., :value_dim]
+
     return Case(
         q=randn(sum(num_rows), heads, head_dim),
-        kv=[(randn(kv_heads, n, head_dim), randn(kv_heads, n, head_dim)) for n in lengths],
+        kv=[keys_and_values(n) for n in lengths],
+        value_dim=value_dim,
         positions=[list(range(n - rows, n)) for n, rows in zip(lengths, num_rows, strict=True)],
         place=BlockCyclic(block_size, kvp),
         first_owners=[int(torch.randint(0, kvp, (), generator=generator)) for _ in lengths],
@@ -45,7 +56,8 @@ def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
         for (k, _), first in zip(case.kv, case.first_owners, strict=True)
     ]
     order = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(rank)).tolist()
-    pages = torch.full((len(order), 2, kv_heads, place.block_size, head_dim), torch.nan, dtype=case.q.dtype)
+    planes = 2 if case.value_dim is None else 1
+    pages = torch.full((len(order), planes, kv_heads, place.block_size, head_dim), torch.nan, dtype=case.q.dtype)
     table = torch.full((len(counts), max(*counts, 1) + 1), 2**30, dtype=torch.int32)
     visible, slots, row_seq = [], [], []
     for index, ((k, v), first) in enumerate(zip(case.kv, case.first_owners, strict=True)):
@@ -54,7 +66,9 @@ def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
         held = place.global_positions(k.shape[1], rank, first)
         for local, position in enumerate(held.tolist()):
             page, offset = mine[local // place.block_size], local % place.block_size
-            pages[page, 0, :, offset], pages[page, 1, :, offset] = k[:, position], v[:, position]
+            pages[page, 0, :, offset] = k[:, position]
+            if planes == 2:
+                pages[page, 1, :, offset] = v[:, position]
         for position in case.positions[index]:
             visible.append(place.local_len(position + 1, rank, first))
             local = place.local_position(position)

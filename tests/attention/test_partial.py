@@ -32,14 +32,14 @@ def build(seed, shape, max_rows, **more):
     return make_case(seed, num_rows=num_rows, heads=heads, head_dim=more.pop("head_dim", 8), **rest, **more)
 
 
-def attend(backend, q, pages, rows, scale):
+def attend(backend, q, pages, rows, scale, value_dim=None):
     """What a back end gives with its splits merged, in q's dtype."""
-    return merge_splits(*backend(q, pages, rows, scale), q.dtype)
+    return merge_splits(*backend(q, pages, rows, scale, value_dim=value_dim), q.dtype)
 
 
 def merged_over_ranks(case, backend):
     partials = [
-        attend(backend, case.q.to(DEVICE), *shard(case, rank, DEVICE), case.q.shape[-1] ** -0.5)
+        attend(backend, case.q.to(DEVICE), *shard(case, rank, DEVICE), case.q.shape[-1] ** -0.5, case.value_dim)
         for rank in range(case.place.kvp)
     ]
     return merge_reference(

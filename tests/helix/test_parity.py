@@ -35,7 +35,7 @@ def layouts(family: str) -> list[tuple[int, int]]:
     return [(kvp, tpa) for kvp, tpa in pairs if kvp * tpa <= 8 and (kvp == 1 or tpa <= kv_heads)]
 
 
-DENSE_FAMILIES = [family for family in FAMILIES if family != "qwen3_moe"]  # but for their FFN, experts are as qwen3
+DENSE_FAMILIES = [family for family in FAMILIES if family not in ("deepseek_v2", "deepseek_v3", "qwen3_moe")]
 ALL_LAYOUTS = [(family, *layout) for family in DENSE_FAMILIES for layout in layouts(family)]
 
 
@@ -134,11 +134,20 @@ def test_greedy_tokens_equal_transformers_in_every_layout(ranks, checkpoint, ref
     check(results, reference, family, runs)
 
 
-@pytest.mark.parametrize(("kvp", "tpa", "ep"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 4), (1, 4, 2)])
-def test_experts_split_every_way_equal_transformers(ranks, checkpoint, reference, kvp, tpa, ep):
+@pytest.mark.parametrize(
+    ("family", "kvp", "tpa", "ep"),
+    [
+        *(("qwen3_moe", *layout) for layout in ((1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 4), (1, 4, 2))),
+        *(("deepseek_v3", *layout) for layout in ((1, 1, 1), (2, 1, 2), (1, 2, 1), (4, 1, 1), (1, 4, 2), (8, 1, 2))),
+        *(("deepseek_v2", *layout) for layout in ((1, 1, 1), (2, 1, 1), (4, 1, 2))),
+    ],
+)
+def test_experts_and_latents_split_every_way_equal_transformers(ranks, checkpoint, reference, family, kvp, tpa, ep):
     runs = [(16, prompts_for(16), 16, 33, 0)]
-    results = ranks(kvp * tpa).run(generate_body, checkpoint("qwen3_moe"), kvp, tpa, runs, ep=ep)
-    check(results, reference, "qwen3_moe", runs)
+    if family == "deepseek_v3":
+        runs += [(1, prompts_for(1), 16, 33, 1)]  # ranks share the rows of long steps here
+    results = ranks(kvp * tpa).run(generate_body, checkpoint(family), kvp, tpa, runs, ep=ep)
+    check(results, reference, family, runs)
 
 
 @pytest.mark.parametrize(("kvp", "tpa"), [(2, 1), (2, 2), (4, 1), (8, 1)])

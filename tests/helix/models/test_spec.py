@@ -151,8 +151,8 @@ def test_unused_sliding_window_is_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("mistral", {}, "has model_type 'mistral'; supported: glm, llama, qwen2, qwen3"),
-        ("chatglm", {"auto_map": {"AutoConfig": "code.Config"}}, "has model_type 'chatglm'; supported: glm"),
+        ("mistral", {}, "has model_type 'mistral'; supported: deepseek_v2, deepseek_v3, glm, llama, qwen2, qwen3"),
+        ("chatglm", {"auto_map": {"AutoConfig": "code.Config"}}, "has model_type 'chatglm'; supported: deepseek"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}, "128; 2 of 3 layers"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}, "128; 3 of 3 layers"),
         ("llama", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),

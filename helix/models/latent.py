@@ -1,0 +1,72 @@
+"""Latent attention around the kernel that attends: queries into the latent space, what is cached, values out of it.
+
+What every head makes of a token's latent is linear, so the key's up-projection is applied to the query instead, and the
+value's to what attention returns (DeepSeek-V2, arXiv 2405.04434, section 2.1). Attention then reads one vector a token,
+for all heads, and that is what the cache holds: the latent after its norm, then the key that RoPE has turned.
+
+Shape letters: R rows, Q query heads of this rank, H those after the exchange; P plain, T turned, C latent elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from attention.append import append, rotate
+
+from .linear import linear
+from .spec import Latent
+
+
+def project(
+    flat: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: torch.Tensor,
+    slot: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    latent: Latent,
+    *,
+    num_heads: int,
+    interleaved: bool,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Append what owned rows are to cache, and return the queries of all rows in the latent space: [R, Q, C + T].
+
+    Args:
+        flat: [S, R, q_rank or Q (P + T), then C + T], as the projection ``qkv`` leaves it: the sum over S.
+        cos, sin: [R, T / 2] float32.
+        pages: [P, 1, 1, block_size, C + T], one layer's pages.
+        slot: [R] int64, page * block_size + offset, or -1.
+        weights: the layer's, by role.
+        latent: sizes.
+        num_heads: Q.
+        interleaved: see ``rotate``.
+        pdl: launch programmatically dependent, where a projection has a kernel of its own.
+    """
+    flat = flat.sum(0).to(pages.dtype) if flat.shape[0] > 1 else flat[0]
+    first, compressed, turning = flat.split((flat.shape[-1] - pages.shape[-1], latent.rank, latent.turned_dim), -1)
+    turned = rotate(turning.unsqueeze(1), cos, sin, interleaved=interleaved)
+    cached = torch.cat((_norm(compressed, weights["latent_norm"], latent).unsqueeze(1), turned), -1)
+    append(cached, None, pages, slot)
+    if latent.q_rank is not None:
+        first = linear(_norm(first, weights["q_a_norm"], latent), weights["q_b"], pdl=pdl)
+    plain, turning = first.unflatten(-1, (num_heads, latent.q_dim)).split((latent.plain_dim, latent.turned_dim), -1)
+    k_up = weights["k_up"].unflatten(0, (num_heads, latent.plain_dim))
+    absorbed = torch.bmm(plain.transpose(0, 1), k_up).transpose(0, 1)
+    return torch.cat((absorbed, rotate(turning, cos, sin, interleaved=interleaved)), -1)
+
+
+def values_of(merged: torch.Tensor, v_up: torch.Tensor, latent: Latent) -> torch.Tensor:
+    """Return the values [R, H, value_dim] of what attention returned in the latent space, [R, H, C].
+
+    v_up is [H value_dim, C].
+    """
+    per_head = v_up.unflatten(0, (merged.shape[1], latent.value_dim))
+    return torch.bmm(merged.transpose(0, 1), per_head.mT).transpose(0, 1)
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, latent: Latent) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, latent.eps)

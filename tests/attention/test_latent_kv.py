@@ -1,0 +1,88 @@
+"""Attention over latents: the reference against the definition, the kernel against the reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention.append import append
+from attention.merge import merge_reference, merge_splits
+from attention.partial import select_backend
+from attention.reference import partial_attention
+from tests.attention.cases import full_attention, make_case, shard
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def latents(seed, lengths, num_rows, *, heads, head_dim, value_dim, block_size, kvp, dtype=torch.float32):
+    return make_case(
+        seed, lengths=lengths, num_rows=num_rows, heads=heads, kv_heads=1, head_dim=head_dim, value_dim=value_dim,
+        block_size=block_size, kvp=kvp, dtype=dtype,
+    )  # fmt: skip
+
+
+def attend(name, case, pages, rows):
+    backend, q = select_backend(name, torch.device(DEVICE)), case.q.to(pages)
+    return merge_splits(*backend(q, pages, rows, q.shape[-1] ** -0.5, value_dim=case.value_dim), q.dtype)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+@settings(max_examples=20)
+@given(
+    st.integers(0, 2**31),
+    st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    st.sampled_from([1, 4, 16]),
+    st.integers(1, 4),
+    st.sampled_from([(1, 12, 8), (3, 24, 16), (8, 40, 32)]),
+)
+def test_sharded_and_merged_equals_full_attention(name, seed, lengths, block_size, kvp, sizes):
+    heads, head_dim, value_dim = sizes
+    num_rows = [min(n, 1 + (seed + i) % 7) for i, n in enumerate(lengths)]
+    case = latents(
+        seed, lengths, num_rows, heads=heads, head_dim=head_dim, value_dim=value_dim, block_size=block_size, kvp=kvp
+    )
+    parts = [attend(name, case, *shard(case, rank, DEVICE)) for rank in range(kvp)]
+    out, lse = merge_reference(torch.stack([o.cpu() for o, _ in parts]), torch.stack([s.cpu() for _, s in parts]))
+    expected, expected_lse = full_attention(case)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "rows"), [(16, 1), (128, 1), (20, 3), (16, 40)])
+def test_the_kernel_equals_the_reference_at_the_sizes_of_deepseek(dtype, heads, rows):
+    case = latents(
+        heads, [300, 70], [rows, 1], heads=heads, head_dim=576, value_dim=512, block_size=64, kvp=1, dtype=dtype
+    )
+    pages, rows = shard(case, 0, DEVICE)
+    out, lse = attend("triton", case, pages, rows)
+    q, scale = case.q.to(DEVICE), 576**-0.5
+    exact, exact_lse = merge_splits(
+        *partial_attention(q.float(), pages.float(), rows, scale, value_dim=512), torch.float32
+    )
+    plain = partial_attention(q, pages, rows, scale, value_dim=512)[0][0]
+    ours, theirs = (out.float() - exact).abs().max(), (plain.float() - exact).abs().max()
+    assert ours <= 2 * theirs + (2e-5 if dtype == torch.float32 else 4e-3)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_an_empty_shard_gives_zero_and_minus_infinity(name):
+    case = latents(0, [5, 20], [3, 1], heads=4, head_dim=24, value_dim=16, block_size=16, kvp=4)
+    case.first_owners = [0, 0]
+    out, lse = attend(name, case, *shard(case, 3, DEVICE))
+    assert not out.any() and torch.isneginf(lse).all()
+
+
+def test_latents_land_in_their_slots_and_nothing_else_changes():
+    case = latents(4, [40], [5], heads=2, head_dim=24, value_dim=16, block_size=4, kvp=2)
+    pages, rows = shard(case, 1, DEVICE)
+    cached = torch.randn(5, 1, 24, device=DEVICE)
+    expected = pages.clone()
+    for row, slot in enumerate(rows.slot.tolist()):
+        if slot >= 0:
+            expected[slot // 4, 0, :, slot % 4] = cached[row]
+    append(cached, None, pages, rows.slot)
+    torch.testing.assert_close(pages, expected, rtol=0, atol=0, equal_nan=True)
+    assert any(slot >= 0 for slot in rows.slot.tolist()) and -1 in rows.slot.tolist()
