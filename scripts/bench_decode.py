@@ -33,12 +33,13 @@ from scripts import cli
 from scripts.timing import read_bytes_per_us, report
 
 PARTS = {
-    "attention": ("_stream_kv_kernel", "_split_kernel", "_merge_splits_kernel"),
+    "attention": ("_stream_kv_kernel", "_split_kernel", "_latent_kernel", "_merge_splits_kernel"),
     "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
     "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
     "GEMMs": (
         "_stream_weights_kernel",
-        "_route_kernel",
+        "_in_use_kernel",
+        "_queue_kernel",
         "_gate_up_kernel",
         "_down_kernel",
         "gemm",
@@ -47,7 +48,7 @@ PARTS = {
         "nvjet",
         "splitK",
     ),
-    "append": ("_rope_append_kernel",),
+    "append": ("_append_kernel", "_queries_kernel"),
 }
 EXPERT_ROLES = ("experts_gate_up", "experts_down")
 

@@ -55,7 +55,8 @@ class Recipe:
     """Sizes of the model to make. kv_heads 0 stands for the family's own default: 2 for glm, else 4.
 
     experts, experts_chosen and expert_ffn: of qwen3_moe, whose second layer has none, and deepseek_*, whose first has
-    none. The latter have latents of 2 * head_dim elements and keys of which RoPE turns half.
+    none. The latter have latents of 2 * head_dim elements and keys of head_dim elements beside half as many that RoPE
+    turns; with experts 0 no layer has any.
     vocab: 256 bytes, 6 special tokens, the rest "<|extra_ID|>". max_position in tokens.
     max_shard_size: a size such as "200KB" splits the weights over several files; "" keeps one file.
     dtype: "float32", "bfloat16" or "float16". rope_scaling: the config's own setting of that name.
@@ -174,7 +175,7 @@ def _config(recipe: Recipe) -> Any:
             "qk_nope_head_dim": recipe.head_dim,
             "qk_rope_head_dim": head_dim,
             "v_head_dim": recipe.head_dim + 4,
-            "n_routed_experts": recipe.experts,
+            "n_routed_experts": recipe.experts or 6,
             "num_experts_per_tok": recipe.experts_chosen,
             "moe_intermediate_size": recipe.expert_ffn,
             "n_shared_experts": 1,
@@ -183,7 +184,7 @@ def _config(recipe: Recipe) -> Any:
             "topk_method": "noaux_tc" if third else "group_limited_greedy",
             "norm_topk_prob": third,
             "routed_scaling_factor": 1.5,
-            "first_k_dense_replace": 1,
+            "first_k_dense_replace": 1 if recipe.experts else recipe.layers,
         }
     return AutoConfig.for_model(
         recipe.family,

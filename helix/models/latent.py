@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from attention.append import append, rotate
+from attention.latent_append import latent_append, latent_queries
 
 from .linear import linear
 from .spec import Latent
@@ -46,17 +47,36 @@ def project(
         interleaved: see ``rotate``.
         pdl: launch programmatically dependent, where a projection has a kernel of its own.
     """
-    flat = flat.sum(0).to(pages.dtype) if flat.shape[0] > 1 else flat[0]
-    first, compressed, turning = flat.split((flat.shape[-1] - pages.shape[-1], latent.rank, latent.turned_dim), -1)
-    turned = rotate(turning.unsqueeze(1), cos, sin, interleaved=interleaved)
-    cached = torch.cat((_norm(compressed, weights["latent_norm"], latent).unsqueeze(1), turned), -1)
-    append(cached, None, pages, slot)
-    if latent.q_rank is not None:
-        first = linear(_norm(first, weights["q_a_norm"], latent), weights["q_b"], pdl=pdl)
-    plain, turning = first.unflatten(-1, (num_heads, latent.q_dim)).split((latent.plain_dim, latent.turned_dim), -1)
     k_up = weights["k_up"].unflatten(0, (num_heads, latent.plain_dim))
-    absorbed = torch.bmm(plain.transpose(0, 1), k_up).transpose(0, 1)
-    return torch.cat((absorbed, rotate(turning, cos, sin, interleaved=interleaved)), -1)
+    if flat.is_cuda:
+        first = latent_append(
+            flat,
+            cos,
+            sin,
+            pages,
+            slot,
+            latent_norm=weights["latent_norm"],
+            q_norm=weights.get("q_a_norm"),
+            eps=latent.eps,
+            interleaved=interleaved,
+            pdl=pdl,
+        )
+    else:
+        [flat] = flat
+        first, compressed, turning = flat.split((flat.shape[-1] - pages.shape[-1], latent.rank, latent.turned_dim), -1)
+        turned = rotate(turning.unsqueeze(1), cos, sin, interleaved=interleaved)
+        cached = torch.cat((_norm(compressed, weights["latent_norm"], latent).unsqueeze(1), turned), -1)
+        append(cached, None, pages, slot)
+        if latent.q_rank is not None:
+            first = _norm(first, weights["q_a_norm"], latent)
+    if latent.q_rank is not None:
+        first = linear(first, weights["q_b"], pdl=pdl)
+    first = first.unflatten(-1, (num_heads, latent.q_dim))
+    absorbed = torch.bmm(first[..., : latent.plain_dim].transpose(0, 1), k_up)
+    if flat.is_cuda:
+        return latent_queries(first, absorbed, cos, sin, interleaved=interleaved, pdl=pdl)
+    turned = rotate(first[..., latent.plain_dim :], cos, sin, interleaved=interleaved)
+    return torch.cat((absorbed.transpose(0, 1), turned), -1)
 
 
 def values_of(merged: torch.Tensor, v_up: torch.Tensor, latent: Latent) -> torch.Tensor:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention.append import append
+from attention.append import append, rotate
+from attention.latent_append import latent_append, latent_queries
 from attention.merge import merge_reference, merge_splits
 from attention.partial import select_backend
 from attention.reference import partial_attention
@@ -86,3 +87,42 @@ def test_latents_land_in_their_slots_and_nothing_else_changes():
     append(cached, None, pages, rows.slot)
     torch.testing.assert_close(pages, expected, rtol=0, atol=0, equal_nan=True)
     assert any(slot >= 0 for slot in rows.slot.tolist()) and -1 in rows.slot.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("summands", [1, 3])
+@pytest.mark.parametrize("norm_q", [True, False])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_two_launches_do_what_the_steps_do(dtype, summands, norm_q, interleaved):
+    """40 elements of queries (2 heads of 12 + 8 without a norm), latents of 24, turned keys of 8."""
+    generator = torch.Generator().manual_seed(summands)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    rows, rank, turned = 5, 24, 8
+    flat, cos, sin = randn(summands, rows, 40 + rank + turned), randn(rows, turned // 2), randn(rows, turned // 2)
+    flat = flat.to(dtype) if summands == 1 else flat
+    latent_norm, q_norm = randn(rank).to(dtype), randn(40).to(dtype)
+    pages, slot = randn(4, 1, 1, 4, rank + turned).to(dtype), torch.tensor([3, -1, 12, 9, -1], device=DEVICE)
+    whole = flat.sum(0).to(dtype) if summands > 1 else flat[0]
+    first, compressed, turning = whole.split((40, rank, turned), -1)
+
+    def norm(x, weight):
+        return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), 1e-6).to(dtype)
+
+    expected = pages.clone()
+    turning = rotate(turning.unsqueeze(1), cos, sin, interleaved=interleaved)
+    append(torch.cat((norm(compressed, latent_norm).unsqueeze(1), turning), -1), None, expected, slot)
+    got = latent_append(
+        flat, cos, sin, pages, slot, latent_norm=latent_norm, q_norm=q_norm if norm_q else None, eps=1e-6,
+        interleaved=interleaved,
+    )  # fmt: skip
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(got, norm(first, q_norm) if norm_q else first, **close)
+    torch.testing.assert_close(pages, expected, **close)
+
+    heads, absorbed = got.unflatten(-1, (2, 20)), randn(2, rows, rank).to(dtype)
+    queries = latent_queries(heads, absorbed, cos, sin, interleaved=interleaved)
+    by_steps = torch.cat((absorbed.transpose(0, 1), rotate(heads[..., 12:], cos, sin, interleaved=interleaved)), -1)
+    torch.testing.assert_close(queries, by_steps, **close)

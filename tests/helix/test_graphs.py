@@ -48,9 +48,18 @@ def body(path, kvp, tpa, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (2, 2), (4, 1), (1, 4)])
+@pytest.mark.parametrize(
+    ("family", "kvp", "tpa"),
+    [
+        *(
+            (family, *layout)
+            for family in ("llama", "qwen3_moe")
+            for layout in ((1, 1), (2, 1), (2, 2), (4, 1), (1, 4))
+        ),
+        *(("deepseek_v3", *layout) for layout in ((1, 1), (2, 1), (4, 1), (1, 4))),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_replay_equals_eager_and_itself_bit_for_bit(ranks, tmp_path, family, kvp, tpa, dtype):
     pool = ranks(kvp * tpa)
     if pool.device_type != "cuda":

@@ -7,6 +7,7 @@ import pytest
 
 from helix.request import Request
 from helix.sampling import SamplingParams
+from scripts.make_checkpoint import make_checkpoint
 from tests.helix.transfer.worlds import assert_idle, leave, make_llm
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
@@ -94,6 +95,18 @@ def test_tokens_equal_those_of_the_aggregated_run(groups, model, expected, prefi
             assert found[0] == 69 and found[1] >= 50, "the second batch finds the first one's blocks"
             assert counters["requests"] == 3 and counters["retried"] == counters["failed"] == 0
             assert counters["tokens_received"] == 70 + 57 + 67 - sum(found)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=str)
+def test_latents_arrive_as_keys_and_values_do(groups, ranks, tmp_path, prefill, decode):
+    path, sizes = str(make_checkpoint(tmp_path / "model", family="deepseek_v3")), BLOCK_SIZES
+    [wanted] = ranks(1).run(aggregated_body, path, sizes)
+    pools = groups(prefill[0] * prefill[1], decode[0] * decode[1])
+    _, results = pools.run(prefill_body, decode_body, path, prefill, decode, sizes)
+    for result in results:
+        for (batches, counters), expected_batches in zip(result, wanted, strict=True):
+            assert [tokens for tokens, _, _ in batches] == [tokens for tokens, _, _ in expected_batches]
+            assert counters["tokens_received"] > 0 and counters["failed"] == 0
 
 
 TIGHT = [(Random(n).choices(range(256), k=n), SamplingParams(max_tokens=30, ignore_eos=True)) for n in (90, 70, 80, 33)]

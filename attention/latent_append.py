@@ -1,0 +1,167 @@
+"""What stands around attention over latents, in two launches: norms, RoPE, the write of owned latents; and the queries.
+
+The same as ``attention.append`` does for keys and values. Every rank rotates with global positions, and only the owner
+of a position stores its latent.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sum_at(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constexpr):
+    """Load values, or the sums of SUMMANDS of them that stand ``stride`` apart, rounded to DTYPE."""
+    total = tl.load(source + at, mask=mask, other=0.0)
+    for s in tl.static_range(1, SUMMANDS):
+        total += tl.load(source + s * stride + at, mask=mask, other=0.0)
+    return total.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _partner(t, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return which element turns with element t, which angle turns both, and the sign of the partner's sine."""
+    if INTERLEAVED:
+        return t ^ 1, t // 2, tl.where(t % 2 == 0, -1.0, 1.0)
+    else:
+        first = t < HALF
+        return tl.where(first, t + HALF, t - HALF), tl.where(first, t, t - HALF), tl.where(first, -1.0, 1.0)
+
+
+@triton.jit
+def _normed(x, mask, weight, at, eps, LEN: tl.constexpr):
+    return x * tl.rsqrt(tl.sum(x * x, 0) / LEN + eps) * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _append_kernel(
+    flat, first, latent_norm, q_norm, cos, sin, pages, slots, num_rows, page_stride, eps,
+    SUMMANDS: tl.constexpr, Q_LEN: tl.constexpr, Q_PAD: tl.constexpr, NORM_Q: tl.constexpr,
+    C: tl.constexpr, C_PAD: tl.constexpr, T: tl.constexpr, T_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dtype: tl.constexpr = first.dtype.element_ty
+    columns: tl.constexpr = Q_LEN + C + T
+    slot = tl.load(slots + row)  # uploaded before the step's first kernel
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    source, stride = flat + row * columns, num_rows * columns
+    if part == 0:
+        c, t = tl.arange(0, C_PAD), tl.arange(0, T_PAD)
+        x = _sum_at(source, stride, Q_LEN + c, c < C, SUMMANDS, dtype)
+        other, angle, sign = _partner(t, T // 2, INTERLEAVED)
+        own = _sum_at(source, stride, Q_LEN + C + t, t < T, SUMMANDS, dtype)
+        partner = _sum_at(source, stride, Q_LEN + C + other, t < T, SUMMANDS, dtype)
+        cosine = tl.load(cos + row * (T // 2) + angle, mask=t < T, other=1.0)
+        sine = tl.load(sin + row * (T // 2) + angle, mask=t < T, other=0.0)
+        to = pages + (slot // BLOCK_SIZE) * page_stride + (slot % BLOCK_SIZE) * (C + T)
+        tl.store(to + c, _normed(x, c < C, latent_norm, c, eps, C).to(dtype), mask=(c < C) & (slot >= 0))
+        tl.store(to + C + t, (own * cosine + sign * partner * sine).to(dtype), mask=(t < T) & (slot >= 0))
+    else:
+        q = (part - 1) * Q_PAD + tl.arange(0, Q_PAD)
+        y = _sum_at(source, stride, q, q < Q_LEN, SUMMANDS, dtype)
+        if NORM_Q:
+            y = _normed(y, q < Q_LEN, q_norm, q, eps, Q_LEN)
+        tl.store(first + row * Q_LEN + q, y.to(dtype), mask=q < Q_LEN)
+
+
+@triton.jit
+def _queries_kernel(
+    first, absorbed, cos, sin, out, num_rows, num_heads,
+    P: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, T: tl.constexpr, T_PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    c, t = tl.arange(0, C_PAD), tl.arange(0, T_PAD)
+    to = out + (row * num_heads + head) * (C + T)
+    tl.store(to + c, tl.load(absorbed + (head * num_rows + row) * C + c, mask=c < C, other=0.0), mask=c < C)
+    other, angle, sign = _partner(t, T // 2, INTERLEAVED)
+    source = first + (row * num_heads + head) * (P + T) + P
+    own = tl.load(source + t, mask=t < T, other=0.0).to(tl.float32)
+    partner = tl.load(source + other, mask=t < T, other=0.0).to(tl.float32)
+    cosine = tl.load(cos + row * (T // 2) + angle, mask=t < T, other=1.0)
+    sine = tl.load(sin + row * (T // 2) + angle, mask=t < T, other=0.0)
+    tl.store(to + C + t, (own * cosine + sign * partner * sine).to(out.dtype.element_ty), mask=t < T)
+
+
+def latent_append(
+    flat: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: torch.Tensor,
+    slot: torch.Tensor,
+    *,
+    latent_norm: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    eps: float,
+    interleaved: bool,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Write the normalised latents and turned keys of owned rows into their pages; return what queries are made of.
+
+    Args:
+        flat: [S, R, F + C + T], packed, as the projection leaves it: the sum over S, in the pages' dtype.
+        cos, sin: [R, T / 2] float32, packed.
+        pages: [P, 1, 1, block_size, C + T], one layer's pages.
+        slot: [R] int64, page * block_size + offset, or -1.
+        latent_norm: [C], the weight of the latents' norm.
+        q_norm: [F], of the norm of the queries' latents; None where the first F elements are the queries themselves.
+        eps: of both norms.
+        interleaved: see ``attention.append.rotate``.
+        pdl: launch programmatically dependent.
+
+    Returns:
+        [R, F], normalised where there is a norm.
+    """
+    (summands, rows, columns), (block_size, width) = flat.shape, pages.shape[3:]
+    rank, q_len = latent_norm.shape[0], columns - width
+    first = pages.new_empty((rows, q_len))
+    if rows:
+        q_pad = triton.next_power_of_2(q_len) if q_norm is not None else 1024
+        _append_kernel[(rows, 1 + -(-q_len // q_pad))](
+            flat, first, latent_norm, latent_norm if q_norm is None else q_norm, cos, sin, pages, slot,
+            rows, pages.stride(0), eps,
+            SUMMANDS=summands, Q_LEN=q_len, Q_PAD=q_pad, NORM_Q=q_norm is not None,
+            C=rank, C_PAD=triton.next_power_of_2(rank), T=width - rank, T_PAD=triton.next_power_of_2(width - rank),
+            BLOCK_SIZE=block_size, INTERLEAVED=interleaved, PDL=pdl,
+            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return first
+
+
+def latent_queries(
+    first: torch.Tensor,
+    absorbed: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Return queries in the latent space, [R, Q, C + T]: what keys' projections made of them, then their turned part.
+
+    Args:
+        first: [R, Q, P + T], packed: of each head what is not turned, then what is, before RoPE.
+        absorbed: [Q, R, C], packed.
+        cos, sin: [R, T / 2] float32, packed.
+        interleaved: see ``attention.append.rotate``.
+        pdl: launch programmatically dependent.
+    """
+    num_heads, rows, rank = absorbed.shape
+    turned = 2 * cos.shape[-1]
+    out = first.new_empty((rows, num_heads, rank + turned))
+    if rows and num_heads:
+        _queries_kernel[(rows, num_heads)](
+            first, absorbed, cos, sin, out, rows, num_heads,
+            P=first.shape[-1] - turned, C=rank, C_PAD=triton.next_power_of_2(rank),
+            T=turned, T_PAD=triton.next_power_of_2(turned), INTERLEAVED=interleaved, PDL=pdl,
+            num_warps=1, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return out
