@@ -80,7 +80,17 @@ def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: torch.
 
 
 @triton.jit
-def _load_sum(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constexpr):
+def turns_with(d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return which element RoPE turns with element d, which angle turns both, and the sign of the other's sine."""
+    if INTERLEAVED:
+        return d ^ 1, d // 2, tl.where(d % 2 == 0, -1.0, 1.0)
+    else:
+        first = d < HALF
+        return tl.where(first, d + HALF, d - HALF), tl.where(first, d, d - HALF), tl.where(first, -1.0, 1.0)
+
+
+@triton.jit
+def load_sum(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constexpr):
     """Load values, or the sums of SUMMANDS of them that stand ``stride`` apart, as DTYPE."""
     total = tl.load(source + at, mask=mask, other=0.0)
     for s in tl.static_range(1, SUMMANDS):
@@ -98,12 +108,7 @@ def _rope_append_kernel(
     is_q, is_v = head < NUM_Q, head >= NUM_Q + NUM_KV
     d = tl.arange(0, D_PAD)
     real, turns = d < D, d < 2 * HALF
-    if INTERLEAVED:
-        other, angle, sign = d ^ 1, d // 2, tl.where(d % 2 == 0, -1.0, 1.0)
-    else:
-        first = d < HALF
-        other, angle = tl.where(first, d + HALF, d - HALF), tl.where(first, d, d - HALF)
-        sign = tl.where(first, -1.0, 1.0)
+    other, angle, sign = turns_with(d, HALF, INTERLEAVED)
     if NORM:
         weight = q_norm if is_q else k_norm
         own_weight = tl.load(weight + d, mask=real, other=0.0).to(tl.float32)
@@ -115,8 +120,8 @@ def _rope_append_kernel(
     # everything is asked for at once, whether this program needs it or not
     columns: tl.constexpr = (NUM_Q + 2 * NUM_KV) * D
     source = qkv + row * columns + head * D
-    x = _load_sum(source, num_rows * columns, d, real, SUMMANDS, q.dtype.element_ty)
-    partner = _load_sum(source, num_rows * columns, other, turns, SUMMANDS, q.dtype.element_ty).to(tl.float32)
+    x = load_sum(source, num_rows * columns, d, real, SUMMANDS, q.dtype.element_ty)
+    partner = load_sum(source, num_rows * columns, other, turns, SUMMANDS, q.dtype.element_ty).to(tl.float32)
     c = tl.load(cos + row * HALF + angle, mask=turns, other=1.0)
     s = tl.load(sin + row * HALF + angle, mask=turns, other=0.0)
     value = x.to(tl.float32)

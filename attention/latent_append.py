@@ -10,24 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _sum_at(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constexpr):
-    """Load values, or the sums of SUMMANDS of them that stand ``stride`` apart, rounded to DTYPE."""
-    total = tl.load(source + at, mask=mask, other=0.0)
-    for s in tl.static_range(1, SUMMANDS):
-        total += tl.load(source + s * stride + at, mask=mask, other=0.0)
-    return total.to(DTYPE).to(tl.float32)
-
-
-@triton.jit
-def _partner(t, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Return which element turns with element t, which angle turns both, and the sign of the partner's sine."""
-    if INTERLEAVED:
-        return t ^ 1, t // 2, tl.where(t % 2 == 0, -1.0, 1.0)
-    else:
-        first = t < HALF
-        return tl.where(first, t + HALF, t - HALF), tl.where(first, t, t - HALF), tl.where(first, -1.0, 1.0)
+from .append import load_sum, turns_with
 
 
 @triton.jit
@@ -52,10 +35,10 @@ def _append_kernel(
     source, stride = flat + row * columns, num_rows * columns
     if part == 0:
         c, t = tl.arange(0, C_PAD), tl.arange(0, T_PAD)
-        x = _sum_at(source, stride, Q_LEN + c, c < C, SUMMANDS, dtype)
-        other, angle, sign = _partner(t, T // 2, INTERLEAVED)
-        own = _sum_at(source, stride, Q_LEN + C + t, t < T, SUMMANDS, dtype)
-        partner = _sum_at(source, stride, Q_LEN + C + other, t < T, SUMMANDS, dtype)
+        x = load_sum(source, stride, Q_LEN + c, c < C, SUMMANDS, dtype).to(tl.float32)
+        other, angle, sign = turns_with(t, T // 2, INTERLEAVED)
+        own = load_sum(source, stride, Q_LEN + C + t, t < T, SUMMANDS, dtype).to(tl.float32)
+        partner = load_sum(source, stride, Q_LEN + C + other, t < T, SUMMANDS, dtype).to(tl.float32)
         cosine = tl.load(cos + row * (T // 2) + angle, mask=t < T, other=1.0)
         sine = tl.load(sin + row * (T // 2) + angle, mask=t < T, other=0.0)
         to = pages + (slot // BLOCK_SIZE) * page_stride + (slot % BLOCK_SIZE) * (C + T)
@@ -63,7 +46,7 @@ def _append_kernel(
         tl.store(to + C + t, (own * cosine + sign * partner * sine).to(dtype), mask=(t < T) & (slot >= 0))
     else:
         q = (part - 1) * Q_PAD + tl.arange(0, Q_PAD)
-        y = _sum_at(source, stride, q, q < Q_LEN, SUMMANDS, dtype)
+        y = load_sum(source, stride, q, q < Q_LEN, SUMMANDS, dtype).to(tl.float32)
         if NORM_Q:
             y = _normed(y, q < Q_LEN, q_norm, q, eps, Q_LEN)
         tl.store(first + row * Q_LEN + q, y.to(dtype), mask=q < Q_LEN)
@@ -82,7 +65,7 @@ def _queries_kernel(
     c, t = tl.arange(0, C_PAD), tl.arange(0, T_PAD)
     to = out + (row * num_heads + head) * (C + T)
     tl.store(to + c, tl.load(absorbed + (head * num_rows + row) * C + c, mask=c < C, other=0.0), mask=c < C)
-    other, angle, sign = _partner(t, T // 2, INTERLEAVED)
+    other, angle, sign = turns_with(t, T // 2, INTERLEAVED)
     source = first + (row * num_heads + head) * (P + T) + P
     own = tl.load(source + t, mask=t < T, other=0.0).to(tl.float32)
     partner = tl.load(source + other, mask=t < T, other=0.0).to(tl.float32)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .online_softmax import finish, fold, split_range
 from .rows import Rows
 
 LOG2_E = 1.4426950408889634
@@ -47,9 +48,7 @@ def _latent_kernel(
     q_mt = tl.load(at_q + VALUE + t[None, :], mask=real[:, None] & of_turned, other=0.0)
     # this split's share of the tile's tokens, in whole blocks of N
     longest = tl.max(visible, 0)
-    share = tl.cdiv(tl.cdiv(longest, SPLITS), N) * N
-    begin = split * share
-    end = tl.minimum(begin + share, longest)
+    begin, end = split_range(longest, split, SPLITS, N)
     table = page_table + tl.load(row_seq + first).to(tl.int64) * table_stride
     offsets = tl.arange(0, N)
 
@@ -68,17 +67,10 @@ def _latent_kernel(
         scores = tl.dot(q_mv, tl.trans(k_nv), input_precision="ieee")
         scores = tl.dot(q_mt, tl.trans(k_nt), acc=scores, input_precision="ieee") * scale_log2
         scores = tl.where((n[None, :] < visible[:, None]) & (n < end)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(weight, 1)
+        weight, decay, top, total = fold(scores, top, total)
         acc = acc * decay[:, None] + tl.dot(weight.to(k_nv.dtype), k_nv, input_precision="ieee")
-        top = new_top
 
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    natural = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / 1.4426950408889634)
+    acc, natural = finish(acc, top, total)
     cell = (split * num_rows + row) * num_heads + head
     tl.store(lse + cell, natural, mask=real)
     if SPLITS == 1 or begin < end:  # whoever merges splits does not read those with lse = -inf

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import latent_kv, many_rows, stream_kv
+from .online_softmax import finish, fold, split_range
 from .rows import Rows
 
 LOG2_E = 1.4426950408889634
@@ -62,9 +63,7 @@ def _split_kernel(
                    mask=real[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
     # this split's share of the tile's tokens, in whole blocks of N
     longest = tl.max(visible, 0)
-    share = tl.cdiv(tl.cdiv(longest, SPLITS), N) * N
-    begin = split * share
-    end = tl.minimum(begin + share, longest)
+    begin, end = split_range(longest, split, SPLITS, N)
     table = page_table + tl.load(row_seq + first).to(tl.int64) * table_stride
     offsets = tl.arange(0, N)
 
@@ -81,18 +80,11 @@ def _split_kernel(
         k_nd = tl.load(base[:, None] + d[None, :], mask=(n < end)[:, None] & (d < D)[None, :], other=0.0)
         scores = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * scale_log2
         scores = tl.where((n[None, :] < visible[:, None]) & (n < end)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(weight, 1)
+        weight, decay, top, total = fold(scores, top, total)
         v_nd = tl.load(base[:, None] + kv_stride + d[None, :], mask=(n < end)[:, None] & (d < D)[None, :], other=0.0)
         acc = acc * decay[:, None] + tl.dot(weight.to(v_nd.dtype), v_nd, input_precision="ieee")
-        top = new_top
 
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    natural = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / 1.4426950408889634)
+    acc, natural = finish(acc, top, total)
     cell = (split * num_rows + row) * num_heads + head
     tl.store(lse + cell, natural, mask=real)
     if SPLITS == 1 or begin < end:  # whoever merges splits does not read those with lse = -inf
