@@ -106,7 +106,7 @@ def latent_attention(
     tile_rows = max(1, min(rows.max_rows, (TILE // 4 if wide else TILE) // heads))
     m = max(16, triton.next_power_of_2(tile_rows * heads))
     tiles, runs, groups = -(-rows.max_rows // tile_rows), rows.query_start.shape[0] - 1, -(-num_heads // heads)
-    splits = max(1, min(processors // (runs * tiles * groups), -(-rows.max_visible_len // MIN_SPLIT_TOKENS)))
+    splits = max(1, min(processors // max(1, runs * tiles * groups), -(-rows.max_visible_len // MIN_SPLIT_TOKENS)))
     dtype = torch.float32 if splits > 1 else q_RQD.dtype
     part = torch.empty((splits, num_rows, num_heads, value_dim), dtype=dtype, device=q_RQD.device)
     lse = torch.empty((splits, num_rows, num_heads), dtype=torch.float32, device=q_RQD.device)

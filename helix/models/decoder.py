@@ -69,11 +69,14 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
         layout.check_experts(num_experts, units)
     elif layout.ep != 1:
         raise ValueError(f"parallel.ep = {layout.ep}, but {spec.family} models have no experts; use parallel.ep=1")
-    smallest = min(spec.ffn_size, spec.vocab_size)
-    if smallest < layout.world_size:
+    sizes = {"ffn_size": spec.ffn_size, "vocab_size": spec.vocab_size}
+    if spec.shared_size:
+        sizes["units of shared experts"] = spec.shared_size
+    if min(sizes.values()) < layout.world_size:
         raise ValueError(
-            f"{layout.world_size} ranks cannot split a model of ffn_size {spec.ffn_size} and vocab_size "
-            f"{spec.vocab_size}: each needs one of both at least; use fewer ranks"
+            f"{layout.world_size} ranks cannot split a model of "
+            f"{', '.join(f'{name} {size}' for name, size in sizes.items())}: "
+            "each needs one of all at least; use fewer ranks"
         )
     tpa_rank, kvp_rank, world = rank // layout.kvp, rank % layout.kvp, layout.world_size
     return Part(

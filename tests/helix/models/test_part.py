@@ -30,3 +30,9 @@ def test_experts_are_split_ep_ways_and_each_of_them_tpf_ways(tmp_path):
     few = replace(spec, experts=replace(spec.experts, ffn_size=1))
     with pytest.raises(ValueError, match=r"parallel.tpf = 4 exceeds the 1 units of the model's experts; raise ep"):
         part_of(few, Layout(kvp=4), 0)
+
+
+def test_shared_experts_of_fewer_units_than_ranks_are_refused(tmp_path):
+    spec = load_spec(str(make_checkpoint(tmp_path / "model", family="deepseek_v3", expert_ffn=3)))
+    with pytest.raises(ValueError, match="4 ranks cannot split a model of .*units of shared experts 3: each needs one"):
+        part_of(spec, Layout(kvp=4, tpa=1, tpf=1, ep=4), 0)
