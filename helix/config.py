@@ -74,7 +74,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """How the ranks are laid out; None is resolved by ``resolve``.
+    """How the ranks are laid out; null is TP over the KV heads as far as they go, and the sequence for the rest.
 
     Attributes:
         kvp: ways the sequence is sharded.
@@ -156,7 +156,7 @@ class AttentionConfig:
 
     Attributes:
         backend: the partial attention; auto is triton on GPUs and reference on CPUs.
-        exchange: how the KVP group exchanges partials.
+        exchange: how the KVP group exchanges partials; auto is fused where it shares GPU memory, else collective.
         share_qkv_rows: steps of at least so many rows share the QKV projection over the KVP group; 0 is never.
     """
 
@@ -218,7 +218,8 @@ class SpeculativeConfig:
         method: ngram looks a sequence's last tokens up in the sequence itself; draft_model asks a smaller model.
         max_draft_len: the most tokens that a sequence drafts in a step.
         draft_len_schedule: "up to this batch size" -> draft length, above the last 0; None is always max_draft_len.
-        ngram_max, ngram_min: the longest and the shortest run of last tokens that is looked up.
+        ngram_max: the longest run of last tokens that is looked up.
+        ngram_min: the shortest one.
         model: the draft model.
     """
 
@@ -282,10 +283,11 @@ class RuntimeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PrefillConfig:
-    """The layout of the prefill group where one world is split; None is resolved as for ``parallel``.
+    """The layout of the prefill group where one world is split; null is resolved as for ``parallel``.
 
     Attributes:
-        kvp, tpa: as in ``ParallelConfig``.
+        kvp: ways the sequence is sharded there.
+        tpa: ways the KV heads are split there.
     """
 
     kvp: int | None = None

@@ -31,11 +31,24 @@ _LOW_32 = 0xFFFFFFFF
 
 @dataclass(kw_only=True, slots=True)
 class SamplingParams:
-    """State how one request samples its tokens and when it stops.
+    """How one request samples its tokens and when it stops.
 
-    `max_tokens`, `top_k` and `logprobs` count tokens. `logprobs` is the number of alternatives returned beside the
-    sampled token (0: only the sampled token's own log-probability; None: nothing). `seed` None leaves the choice to the
-    engine. Raises ValueError that names the setting, its value and what would be valid.
+    Raises ValueError that names the setting, its value and what would be valid.
+
+    Attributes:
+        max_tokens: the most tokens it makes.
+        temperature: what logits are divided by; 0 takes the most likely token always.
+        top_k: sample among so many of the most likely tokens; 0 is all.
+        top_p: sample among the fewest most likely tokens whose probabilities add up to it; 1 is all.
+        min_p: drop tokens less likely than this times the most likely one; 0 drops none.
+        repetition_penalty: makes tokens of prompt and answer less likely; above 1, which is none.
+        presence_penalty: subtracted from the logits of tokens that the answer has already.
+        frequency_penalty: subtracted from them once for each time that the answer has them.
+        seed: an integer that makes sampling repeatable; None takes another one for each request.
+        stop: texts that end the answer; they are not part of it.
+        stop_token_ids: token ids that end the answer, beside the model's own.
+        ignore_eos: go on after the model's end of sequence.
+        logprobs: return each token's log-probability, and those of so many of the most likely; None returns nothing.
     """
 
     max_tokens: int = 16

@@ -20,7 +20,13 @@ from scripts.timing import graph_us, report
 
 @dataclass(kw_only=True, slots=True)
 class BenchAllreduceConfig:
-    """Elements of a row; rows of a step; replays to take the median of."""
+    """What to measure.
+
+    Attributes:
+        hidden_size: elements of a row.
+        rows: rows of a step.
+        repeats: replays to take the median of.
+    """
 
     hidden_size: int = 4096
     rows: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256, 512])

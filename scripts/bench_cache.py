@@ -48,7 +48,8 @@ class BenchCacheConfig(HelixConfig):
     Attributes:
         tokens: the cached prompt, in tokens.
         kvp: simulated ranks of the control plane.
-        requests: how many are admitted with a shared prefix of ``shared_tokens``.
+        requests: how many are admitted with a shared prefix.
+        shared_tokens: the length of that prefix.
         layers, kv_heads, head_dim: the shape of the pages that move.
         pages: how many move at once.
         repeats: of every measurement.

@@ -55,8 +55,15 @@ EXPERT_ROLES = ("experts_gate_up", "experts_down")
 
 @dataclass(kw_only=True, slots=True)
 class BenchDecodeConfig:
-    """What to measure: layouts [kvp, tpa], with the experts split ep ways in each; cases [context, batch]; steps a
-    measurement; and a profile of parts.
+    """What to measure.
+
+    Attributes:
+        layouts: [kvp, tpa] of each layout.
+        cases: [context, batch] of each case, in tokens and sequences.
+        ep: ways the experts are split, in every layout.
+        block_size: tokens a page.
+        steps: decode steps a measurement.
+        profile: also time the parts of a step.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

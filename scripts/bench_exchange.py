@@ -25,7 +25,13 @@ from scripts.timing import graph_us, report
 
 @dataclass(kw_only=True, slots=True)
 class BenchExchangeConfig:
-    """rows of a step; [heads, head_dim] of the whole KVP group; replays to take the median of."""
+    """What to measure.
+
+    Attributes:
+        rows: rows of a step.
+        shapes: [heads, head_dim] of the whole KVP group.
+        repeats: replays to take the median of.
+    """
 
     rows: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 256])
     shapes: list[list[int]] = field(default_factory=lambda: [[64, 128], [128, 512]])

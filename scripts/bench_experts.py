@@ -29,7 +29,18 @@ Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(kw_only=True, slots=True)
 class BenchExpertsConfig:
-    """Sizes of the mixture (those of Qwen3-30B-A3B), rows of a step, replays, and layers whose weights take turns."""
+    """What to measure; the sizes are those of Qwen3-30B-A3B.
+
+    Attributes:
+        hidden_size: elements of a row.
+        num_experts: experts of a layer.
+        num_chosen: experts that a row goes through.
+        ffn_size: units of an expert.
+        tpf: ways each expert is split.
+        rows: rows of a step.
+        layers: layers whose weights take turns, so that none is still in the L2 cache.
+        repeats: replays to take the median of.
+    """
 
     hidden_size: int = 2048
     num_experts: int = 128

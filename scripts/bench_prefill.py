@@ -36,7 +36,15 @@ from scripts.timing import report
 
 @dataclass(kw_only=True, slots=True)
 class BenchPrefillConfig:
-    """What to measure: layouts [kvp, tpa], prompt lengths and chunks in tokens, repeats to take the median of."""
+    """What to measure.
+
+    Attributes:
+        layouts: [kvp, tpa] of each layout.
+        prompts: lengths of prompts, in tokens.
+        chunks: prompt tokens a step.
+        block_size: tokens a page.
+        repeats: runs to take the median of.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -59,6 +59,7 @@ class BenchSpeculativeConfig:
         schedule: batch size -> draft length; None takes the best fixed lengths of this run.
         tokens: output tokens of each sequence that are timed, on average.
         repeats: runs of each case.
+        block_size: tokens a page.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

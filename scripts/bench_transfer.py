@@ -51,7 +51,9 @@ class BenchTransferConfig(HelixConfig):
     """What to measure.
 
     Attributes:
-        lengths: tokens of the requests whose preparation is timed, of ``layers`` layers in blocks of ``block``.
+        lengths: tokens of the requests whose preparation is timed.
+        layers: of the model there.
+        block: tokens a page there.
         sizes_mib: bytes of a transfer, in MiB.
         context: the prompt whose handover is timed, in tokens.
         prompts: prompts to take the median of, in each of the two ways.

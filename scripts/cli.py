@@ -31,10 +31,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.launch import Launch
+from scripts.key_help import help_text
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FAILURE, BAD_INPUT = 1, 2  # exit codes
@@ -43,6 +44,7 @@ DIR_FLAGS = {"-cd", "--config-dir"}
 FILE_FLAGS = {"-cp", "--config-path", "-cn", "--config-name"}
 INFO_FLAGS = {"-i", "--info"}  # take a value or none
 VALUE_FLAGS = {"-c", "--cfg", "-p", "--package", "--experimental-rerun"} | DIR_FLAGS | FILE_FLAGS | INFO_FLAGS
+HELP_FLAGS = {"-h", "--help"}
 RUN_FLAGS = {"-r", "--run"} | SWEEP_FLAGS | DIR_FLAGS | FILE_FLAGS  # run the command; all others only print
 TEXT_KEY = "prompt"  # its value is what a person wrote, not Hydra's grammar
 SWEEP_KEYS = ("hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher", "hydra.mode")
@@ -130,7 +132,7 @@ def main(
     RunFailed with exit code 1 and its message. All else, and a ValueError out of a model's steps, ends with exit code 1
     and a traceback.
     """
-    register(name, schema, (sys.modules[run.__module__].__doc__ or "").partition("\n")[0])
+    register(name, schema)
     overrides, options = split([quote_text(argument) for argument in sys.argv[1:]])
     flags = {option.partition("=")[0] for option in options if option.startswith("-")}
     runs = flags <= RUN_FLAGS
@@ -142,6 +144,11 @@ def main(
         if runs and flags & SWEEP_FLAGS:
             jobs = _jobs(overrides)
             options = [option for option in options if option not in SWEEP_FLAGS]
+        if flags & HELP_FLAGS:
+            does = (sys.modules[run.__module__].__doc__ or "").partition("\n")[0]
+            composed = compose(name, schema, overrides, folder=_folder(options))
+            print(help_text(f"{name}: {does}", schema, composed, presets(_folder(options))))
+            sys.exit(0)
         if flags <= SWEEP_FLAGS | DIR_FLAGS:
             folder = _folder(options)
             configs = [check(name, schema, job, folder=folder) for job in jobs]
@@ -187,10 +194,18 @@ def _call(step: Callable[[Any], None], config: Any) -> None:
     _rank_of_part = None
 
 
-def register(name: str, schema: type[Any], does: str = "") -> None:
-    """Let Hydra find what a command's YAML names: its schema, and in one line what it does."""
+def register(name: str, schema: type[Any]) -> None:
+    """Let Hydra find the schema that a command's YAML names."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    ConfigStore.instance().store(group="hydra/help", name="command", node={"header": does})
+
+
+def presets(folder: str | None = None) -> dict[str, list[str]]:
+    """Return the names of the presets of every group, those in a folder of the user's own too."""
+    found: dict[str, set[str]] = {}
+    for root in (CONF, *([] if folder is None else [Path(folder)])):
+        for file in root.glob("*/*.yaml"):
+            found.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(found[group]) for group in sorted(found)}
 
 
 def quote_text(argument: str) -> str:
@@ -243,14 +258,18 @@ def check(name: str, schema: type[Config], arguments: Sequence[str], *, folder: 
 
     ``folder`` holds presets beside those of conf/.
     """
+    config: Config = OmegaConf.to_object(compose(name, schema, arguments, folder=folder))  # type: ignore[assignment]
+    return config
+
+
+def compose(name: str, schema: type[Any], arguments: Sequence[str], *, folder: str | None = None) -> DictConfig:
+    """Return what conf/NAME.yaml and the overrides compose to, unchecked but for its keys and their types."""
     overrides = OverridesParser.create().parse_overrides(list(arguments))
     for override in overrides:
         _check_key(override, schema)
     search = [] if folder is None else [f"hydra.searchpath=['file://{Path(folder).resolve()}']"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose(name, [*arguments, *search])
-    config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    return config
+        return hydra.compose(name, [*arguments, *search])
 
 
 def _folder(options: Sequence[str]) -> str | None:

@@ -30,7 +30,12 @@ PARTS = {
 
 @dataclass(kw_only=True, slots=True)
 class PlotConfig:
-    """Where the results are, and the picture's file; its ending tells the format."""
+    """What to draw.
+
+    Attributes:
+        results: a file of the JSON lines that the benchmarks printed.
+        output: the picture's file; its ending tells the format.
+    """
 
     results: str = "docs/performance.jsonl"
     output: str = "docs/performance.png"

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from scripts import cli
+from scripts import cli, key_help
 from scripts.generate import GenerateConfig
 
 ROOT = Path(__file__).parents[2]
@@ -375,7 +375,7 @@ def test_only_rank_0_says_anything(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (("--help",), "max_tokens: 16"),
+        (("--help",), "sampling.max_tokens=16"),
         (("--cfg", "job"), "max_tokens: 16"),
         (("--version",), "Hydra 1."),
     ],
@@ -410,19 +410,22 @@ def test_a_flag_whose_value_may_be_left_out_takes_no_override_for_it() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in cli.CONF.glob("*.yaml") if file.stem != "base"))
-def test_help_begins_with_the_commands_name_and_what_it_does(
+def test_help_says_what_a_command_does_and_what_each_key_means(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = import_module(f"scripts.{name}")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "500")  # no line is folded
     schema = get_type_hints(module.run)["config"]
     with pytest.raises(SystemExit) as end:
         cli.main(name, schema, module.run)
     assert end.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"{name}: {module.__doc__.splitlines()[0]}\n")
-    for field in fields(schema):
-        assert f"\n{field.name}:" in shown
+    lines = [line.strip() for line in shown.splitlines()]
+    for key, meaning in key_help.meanings(schema):
+        assert meaning, f"{key} has no line under Attributes in the docstring of its dataclass"
+        assert any(line.startswith((f"{key}=", f"{key}: ")) and line.endswith(meaning) for line in lines), key
 
 
 def test_a_sweep_runs_every_job_on_every_rank_and_leaves_nothing(command: Command, tmp_path: Path) -> None:
