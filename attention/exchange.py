@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.collectives import all_to_all
-from parallel.grid import split_evenly
 from parallel.launch import minimum
+from parallel.layout import split_evenly
 from parallel.symmetric import Faults, shares_memory
 
 from .fused_exchange import FusedExchange, supports

@@ -12,8 +12,8 @@ from typing import Any
 
 from attention.exchange import EXCHANGES
 from attention.partial import BACKENDS
-from parallel.grid import Layout
 from parallel.launch import DEVICES
+from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
 from .cache.retention import MAX_PRIORITY

@@ -33,9 +33,10 @@ from .detokenize import Detokenizer
 from .engine import Engine
 from .graphs import buckets_up_to
 from .metrics import RunMetrics
-from .models.decoder import Decoder, part_of
+from .models.decoder import Decoder
 from .models.loading import fill
-from .plan import Plan
+from .models.weights import part_of
+from .prepare import Prepared
 from .prompts import Prompt, as_request
 from .request import Request, RequestOutput, StreamEvent
 from .request import Sequence as RunningSequence
@@ -84,16 +85,17 @@ class LLM:
 
     def __init__(self, config: HelixConfig, *, prompts: Sequence[Prompt] = ()) -> None:
         self.launch: Launch = enter(config)
-        plan = Plan(config, self.launch, prompts=prompts)
-        self.config = config = plan.config
-        self.spec, self.layout, self.dtype, self.tokenizer = plan.spec, plan.layout, plan.dtype, plan.tokenizer
+        prepared = Prepared(config, self.launch, prompts=prompts)
+        self.config = config = prepared.config
+        self.spec, self.layout = prepared.spec, prepared.layout
+        self.dtype, self.tokenizer = prepared.dtype, prepared.tokenizer
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
-        self._prompts, self._drafting, self._pdl = plan.prompts, plan.drafting, plan.pdl
+        self._prompts, self._drafting, self._pdl = prepared.prompts, prepared.drafting, prepared.pdl
         self.grid = HelixGrid.create(self.layout)
         self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
-        decoder = self._make_decoder(plan.attention)
-        agree(lambda: fill(decoder, plan.checkpoint))
-        self._drafting.load_weights(decoder, plan.attention, faults=self.faults, pdl=self._pdl)
+        decoder = self._make_decoder(prepared.attention)
+        agree(lambda: fill(decoder, prepared.checkpoint))
+        self._drafting.load_weights(decoder, prepared.attention, faults=self.faults, pdl=self._pdl)
         self.exchange = make_exchange(
             config.attention.exchange,
             group=self.grid.kvp_group,

@@ -25,8 +25,8 @@ from attention.merge import lse_words, merge_packed, merge_splits
 from attention.partial import PartialAttention, select_backend
 from helix.config import check_at_least, check_choice
 from parallel.collectives import all_to_all
-from parallel.grid import split_evenly
 from parallel.launch import set_up_logging, start, stop
+from parallel.layout import split_evenly
 from parallel.symmetric import Faults, can_launch_dependently
 from scripts import cli
 from scripts.attention_peers import Attend, Case, Shape, agree_on, flashinfer_runs, load_flashinfer, make_case, sdpa

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from helix.config import check_at_least
 from helix.models.experts import mixture, route
 from helix.models.spec import Experts
-from parallel.grid import split_evenly
 from parallel.launch import start, stop
+from parallel.layout import split_evenly
 from parallel.symmetric import can_launch_dependently
 from scripts import cli
 from scripts.timing import graph_us, read_bytes_per_us, report

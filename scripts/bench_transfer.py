@@ -37,8 +37,8 @@ from helix.sampling import SamplingParams
 from helix.transfer.regions import CacheMap, PagePairs, Side, build_regions, shared_blocks, split_blocks
 from helix.transfer.sender import Sender, Sending
 from helix.transfer.transport import DONE, RUNNING, Transport
-from parallel.grid import Layout
 from parallel.launch import start, stop
+from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 from scripts import cli
 from scripts.timing import report, show

@@ -27,7 +27,7 @@ from typing import Any
 from helix.cache.retention import Retention
 from helix.config import HelixConfig
 from helix.llm import LLM, enter
-from helix.plan import Plan
+from helix.prepare import Prepared
 from helix.request import Request, RequestOutput
 from helix.sampling import SamplingParams
 from parallel.launch import Launch, from_rank0, gather_values, set_up_logging, stop
@@ -241,7 +241,7 @@ def plan(config: GenerateConfig) -> None:
     """
     launch = enter(config)
     cli.enter_part(launch)
-    Plan(config, launch, prompts=[] if config.transfer.prefills(launch.part) else read_input(config))
+    Prepared(config, launch, prompts=[] if config.transfer.prefills(launch.part) else read_input(config))
     stop()
 
 

@@ -10,9 +10,9 @@ Shape letters: h hidden size, D head size, V vocabulary.
 
 from dataclasses import dataclass
 
-from .spec import Latent, ModelSpec
+from parallel.layout import Layout, Range, split_evenly
 
-Range = tuple[int, int]
+from .spec import Latent, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,40 @@ class Weight:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     exact: bool = False
+
+
+def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
+    """Return the slices of a model that a rank keeps.
+
+    Raises:
+        ValueError: when the layout does not fit the model's sizes, or asks a dense model for expert parallelism.
+    """
+    layout.check_heads(spec.num_heads, spec.num_kv_heads)
+    num_experts, units = spec.expert_sizes
+    if num_experts:
+        layout.check_experts(num_experts, units)
+    elif layout.ep != 1:
+        raise ValueError(f"parallel.ep = {layout.ep}, but {spec.family} models have no experts; use parallel.ep=1")
+    sizes = {"ffn_size": spec.ffn_size, "vocab_size": spec.vocab_size}
+    if spec.shared_size:
+        sizes["units of shared experts"] = spec.shared_size
+    if min(sizes.values()) < layout.world_size:
+        raise ValueError(
+            f"{layout.world_size} ranks cannot split a model of "
+            f"{', '.join(f'{name} {size}' for name, size in sizes.items())}: "
+            "each needs one of all at least; use fewer ranks"
+        )
+    tpa_rank, kvp_rank, world = rank // layout.kvp, rank % layout.kvp, layout.world_size
+    return Part(
+        q_heads=layout.query_heads(spec.num_heads, spec.num_kv_heads, tpa_rank),
+        kv_heads=layout.kv_heads(spec.num_kv_heads, tpa_rank),
+        out_heads=layout.merged_heads(spec.num_heads, spec.num_kv_heads, tpa_rank, kvp_rank),
+        ffn=split_evenly(spec.ffn_size, world, rank),
+        vocab=split_evenly(spec.vocab_size, world, rank),
+        experts=split_evenly(num_experts, layout.ep, rank % layout.ep),
+        expert_ffn=split_evenly(units, layout.tpf, rank // layout.ep),
+        shared_ffn=split_evenly(spec.shared_size, world, rank),
+    )
 
 
 def whole(spec: ModelSpec) -> Part:

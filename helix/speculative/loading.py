@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from attention.exchange import NoExchange
 from attention.partial import PartialAttention
-from parallel.grid import HelixGrid, Layout
+from parallel.grid import HelixGrid
 from parallel.launch import agree
+from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 from parallel.symmetric import Faults
 

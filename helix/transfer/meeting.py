@@ -22,8 +22,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.grid import Layout
 from parallel.launch import Launch, agree, from_rank0, host_group
+from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
 from ..config import HelixConfig

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from parallel.grid import Layout, Range
+from parallel.layout import Layout, Range
 from parallel.placement import BlockCyclic, IntArray
 
 IndexArray = npt.NDArray[np.int32]

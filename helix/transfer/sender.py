@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from parallel.grid import Layout
 from parallel.launch import minimums
+from parallel.layout import Layout
 from parallel.placement import BlockCyclic, IntArray
 
 from ..cache.retention import Retention

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.grid import Range
+from parallel.layout import Range
 from parallel.placement import IntArray
 
 from ..cache.pages import PagedCache

@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from attention.exchange import CollectiveExchange, Heads, NoExchange, make_exchange
 from attention.merge import merge_reference
-from parallel.grid import split_evenly
+from parallel.layout import split_evenly
 
 
 def partials(rank: int, rows: int, heads: int, head_dim: int, dtype: torch.dtype):

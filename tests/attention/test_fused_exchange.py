@@ -5,7 +5,7 @@ import torch.distributed as dist
 from attention.fused_exchange import FusedExchange
 from attention.merge import merge_reference
 from parallel.all_reduce_norm import AllReduceNorm
-from parallel.grid import split_evenly
+from parallel.layout import split_evenly
 from parallel.symmetric import Fault, Faults
 from tests.one_gpu import LocalWorld
 

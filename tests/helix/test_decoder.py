@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from attention.reference import partial_attention
-from helix.models.decoder import Decoder, part_of
+from helix.models.decoder import Decoder
 from helix.models.spec import ModelSpec, RopeSpec
-from parallel.grid import HelixGrid, Layout
+from helix.models.weights import part_of
+from parallel.grid import HelixGrid
+from parallel.layout import Layout
 
 
 def glm_like(**changes) -> ModelSpec:

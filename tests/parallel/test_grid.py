@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.grid import HelixGrid, Layout, split_evenly
+from parallel.grid import HelixGrid
+from parallel.layout import Layout, split_evenly
 
 
 @given(st.integers(0, 1000), st.integers(1, 32))

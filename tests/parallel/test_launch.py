@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from parallel.collectives import all_gather, all_reduce_, all_to_all
-from parallel.grid import HelixGrid, Layout
+from parallel.grid import HelixGrid
 from parallel.launch import agree, from_rank0, gather_values, minimum, minimums, start, stop
+from parallel.layout import Layout
 
 
 def collectives_body():

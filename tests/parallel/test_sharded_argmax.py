@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.grid import split_evenly
+from parallel.layout import split_evenly
 from parallel.sharded_argmax import ShardedArgmax
 from parallel.symmetric import Faults
 from tests.one_gpu import LocalWorld

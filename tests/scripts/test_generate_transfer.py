@@ -13,7 +13,7 @@ import pytest
 
 import scripts.generate
 from helix.config import CacheConfig, PrefillConfig, TransferConfig
-from helix.plan import config_of_part
+from helix.prepare import config_of_part
 from scripts import cli
 from scripts.generate import GenerateConfig, run
 from scripts.make_checkpoint import make_checkpoint

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from helix.models.decoder import part_of
 from helix.models.spec import load_spec
-from parallel.grid import Layout
+from helix.models.weights import part_of
+from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint
 
 

@@ -11,7 +11,7 @@ import torch
 
 from helix.models.spec import ModelSpec, load_spec
 from helix.models.weights import Part, Piece, Weight, layer_weights, model_weights, tensor_shapes, whole
-from parallel.grid import split_evenly
+from parallel.layout import split_evenly
 
 FAMILIES = ("glm", "llama", "qwen2", "qwen3", "qwen3_moe")
 

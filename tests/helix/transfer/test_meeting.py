@@ -11,8 +11,8 @@ from helix.config import HelixConfig, TransferConfig
 from helix.transfer import meeting
 from helix.transfer.channel import ChannelLost, Listener
 from helix.transfer.meeting import Group
-from parallel.grid import Layout
 from parallel.launch import Launch
+from parallel.layout import Layout
 from tests.helix.transfer.worlds import make_llm
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix.transfer.regions import CacheMap, PagePairs, Side, build_regions, shared_blocks, split_blocks
-from parallel.grid import Layout
+from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
 TOKEN_BYTES = 3

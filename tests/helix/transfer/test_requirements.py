@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-import helix.plan
+import helix.prepare
 from helix.config import TransferConfig
 from helix.transfer.requirements import require, shared_secret
 from parallel.launch import Launch
@@ -72,7 +72,7 @@ def test_a_port_that_is_taken_is_named_by_its_setting_before_anything_is_loaded(
 
 
 def test_a_port_that_is_taken_while_the_model_is_loaded_is_named_by_its_setting(taken, model, monkeypatch):
-    monkeypatch.setattr(helix.plan, "require_transfer", lambda *_: None)
+    monkeypatch.setattr(helix.prepare, "require_transfer", lambda *_: None)
     with pytest.raises(ValueError, match=f"^transfer.address = 127.0.0.1:{taken}: .* another port$"):
         make_llm(model, taken, "decode", (1, 1))
 

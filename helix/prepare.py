@@ -1,6 +1,6 @@
 """What is settled of a run before it takes any memory: its settings, checked against world, model and machine.
 
-A plan is cheap, so that of many runs every one can be checked before the first begins.
+It is cheap, so that of many runs every one can be checked before the first begins.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import replace
 import torch
 
 from attention.partial import select_backend
-from parallel.grid import Layout
 from parallel.launch import Launch, agree
+from parallel.layout import Layout
 from parallel.symmetric import can_launch_dependently
 
 from .config import HelixConfig, ParallelConfig, SpeculativeConfig
-from .models.decoder import part_of
 from .models.loading import open_checkpoint, read_spec
 from .models.spec import ModelSpec
 from .models.tokenizer import load_tokenizer
+from .models.weights import part_of
 from .prompts import Prompt, PromptReader
 from .speculative.loading import DrafterLoader
 from .transfer.requirements import require as require_transfer
@@ -40,7 +40,7 @@ def config_of_part(config: HelixConfig, part: int) -> HelixConfig:
     return replace(config, parallel=layout, speculative=SpeculativeConfig())
 
 
-class Plan:
+class Prepared:
     """A run that can be: what ``LLM`` builds.
 
     Collective over the world: every rank makes it with equal arguments. It holds the checkpoint's files open.
