@@ -8,6 +8,9 @@ child crashes. Here every rank reports on every body, and whatever else it does 
  3. After the first failure the others get a second more, since the victims of a broken collective often report before
     the culprit. Then all ranks are killed, and the next run starts a fresh set.
 
+Neighbouring ranks have hash seeds of their own, as torchrun's ranks have, so a decision that follows the order of a set
+is seen: ranks come from one fork server a seed.
+
 State survives from body to body in one set: a body that makes process groups destroys them. The ranks' environment is
 that of the first run in the session; later changes to ``os.environ`` do not reach them.
 """
@@ -19,15 +22,17 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -39,6 +44,7 @@ from tests.rank_process import Place, Report
 # to import, and loaded only when the tests that pytest has collected import it too.
 PRELOAD = ["torch", "torch.distributed", "triton", "pytest"]
 PRELOAD_IF_USED = ["transformers.modeling_utils"]
+HASH_SEEDS = (1, 2)  # each costs a process that loads all that
 START_TIMEOUT_S = 120.0
 GRACE_S = 1.0
 CLOSE_TIMEOUT_S = 10.0
@@ -121,14 +127,13 @@ class RankPool:
 
     def _start(self) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD + [name for name in PRELOAD_IF_USED if name in sys.modules])
         folder = Path(tempfile.mkdtemp(prefix="helix-ranks-"))
         for number in range(self.world_size):
             place = Place(number, self.world_size, self.device_type, folder)
             place.stack_file.touch()
             pipe, its_pipe = context.Pipe()
             process = context.Process(target=rank_process.serve, args=(place, its_pipe), daemon=True)
-            process.start()
+            _start_process(process, HASH_SEEDS[number % len(HASH_SEEDS)])
             its_pipe.close()  # so that the pipe ends when the rank does
             self._ranks.append(Rank(place, process, pipe))
         self._gather("joining the process group", START_TIMEOUT_S)
@@ -151,6 +156,23 @@ class RankPool:
             message = _describe(reports, pending, after)
             raise RankFailure(f"{message}\n\n({what} on {self.world_size} ranks, {self.device_type})")
         return [reports[number] for number in range(self.world_size)]
+
+
+_fork_servers: dict[int, forkserver.ForkServer] = {}
+_starting = threading.Lock()
+
+
+def _start_process(process: BaseProcess, hash_seed: int) -> None:
+    """Start a process from the fork server of a hash seed; ``multiprocessing`` itself knows one server only."""
+    with _starting:
+        for seed in HASH_SEEDS:
+            server = _fork_servers.setdefault(seed, forkserver.ForkServer())
+            server.set_forkserver_preload(PRELOAD + [name for name in PRELOAD_IF_USED if name in sys.modules])
+            with patch.dict(os.environ, PYTHONHASHSEED=str(seed)):
+                server.ensure_running()
+        connect = _fork_servers[hash_seed].connect_to_new_process
+        with patch.object(forkserver, "connect_to_new_process", connect):
+            process.start()
 
 
 def _receive(rank: Rank) -> Report:

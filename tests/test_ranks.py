@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,6 +40,10 @@ def all_reduced(device_type: str) -> float:
 
 def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+
+
+def hash_of_a_text() -> int:
+    return hash("a text")
 
 
 def process_id() -> int:
@@ -122,6 +127,12 @@ def test_ranks_see_torchruns_environment(ranks: Ranks) -> None:
     assert ranks().run(environment) == [sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
+@pytest.mark.ranks(4)
+def test_neighbours_have_hash_seeds_of_their_own(ranks: Ranks) -> None:
+    found = ranks().run(hash_of_a_text)
+    assert all(one != other for one, other in pairwise(found))
+
+
 @pytest.mark.ranks(2)
 def test_one_set_of_processes_serves_all_tests(ranks: Ranks) -> None:
     assert ranks().run(process_id) == ranks(2).run(process_id)
@@ -137,11 +148,9 @@ def test_one_set_of_processes_serves_all_tests(ranks: Ranks) -> None:
     ],
 )
 def test_the_culprit_is_named_first_while_others_wait_for_it(ranks: Ranks, how: str, headline: str) -> None:
-    began = time.monotonic()
     with pytest.raises(RankFailure) as failure:
         ranks().run(go_wrong, how, 2)
     assert str(failure.value).startswith(headline)
-    assert time.monotonic() - began < 30
     if how == "raise":
         assert "assert dist.get_rank() < culprit" in str(failure.value)
         assert "still running after 1 s after the first failure: rank 0, 1, 3" in str(failure.value)
@@ -151,10 +160,8 @@ def test_the_culprit_is_named_first_while_others_wait_for_it(ranks: Ranks, how: 
 @pytest.mark.ranks(2)
 def test_a_rank_that_hangs_is_named_within_the_limit(ranks: Ranks) -> None:
     ranks().run(own_rank)
-    began = time.monotonic()
     with pytest.raises(RankFailure, match="^still running after 2 s: rank 1\n") as failure:
         ranks().run(hang_alone, 1, timeout_s=2)
-    assert time.monotonic() - began < 10
     assert "hang_alone" in str(failure.value).split("rank 1 is here:")[1]
     assert ranks().run(own_rank) == [0, 1]
 
