@@ -17,7 +17,6 @@ from helix.cache.control import Claim
 from helix.cache.retention import Retention
 from tests.helix.cache.world import World, path_of
 
-NUM_RANDOM = 4000
 OPERATIONS = {
     "claim": 5, "admit": 6, "admit_all": 3, "drop": 1, "move": 1, "compute": 8, "extend": 4, "finish": 5, "release": 2,
     "discard": 1, "offload_ahead": 1, "pass_time": 1, "clear": 1,
@@ -197,9 +196,12 @@ def test_all_holds_after_any_operations(sizes: dict[str, int], number: int, oper
     Driver(**sizes, number=number).run(operations)
 
 
-def test_all_holds_after_thousands_of_long_random_sequences_of_operations() -> None:
+@pytest.mark.parametrize(
+    "seeds", [range(500), pytest.param(range(500, 4500), marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=len
+)
+def test_all_holds_after_hundreds_of_long_random_sequences_of_operations(seeds: range) -> None:
     reached: Counter[str] = Counter()
-    for seed in range(NUM_RANDOM):
+    for seed in seeds:
         random = Random(seed)
         sizes = {name: random.choice(values) for name, values in SIZES.items()}
         chosen = random.choices([*OPERATIONS], [*OPERATIONS.values()], k=random.randint(20, 60))
@@ -209,5 +211,5 @@ def test_all_holds_after_thousands_of_long_random_sequences_of_operations() -> N
         except Exception:
             pytest.fail(f"seed {seed}: {sizes}", pytrace=True)
     kinds = ("reused", "copied", "onboarded", "offloaded", "evicted")
-    assert all(reached[f"blocks_{kind}"] > NUM_RANDOM // 5 for kind in kinds), reached
-    assert min(reached["put back"], reached["gave up a part"]) > 20, reached
+    assert all(reached[f"blocks_{kind}"] > len(seeds) // 5 for kind in kinds), reached
+    assert min(reached["put back"], reached["gave up a part"]) > len(seeds) // 200, reached

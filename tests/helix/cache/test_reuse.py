@@ -33,8 +33,23 @@ SAMPLING = [
     SamplingParams(max_tokens=7, ignore_eos=True, temperature=0.9, seed=5, top_k=50),
 ]
 ROOMY = {"num_pages": 128}
-WAYS = ("roomy", "whole blocks", "tight", "host", "preempting")
-MORE_WAYS = ("one at a time", "large chunks", "small host")
+# Each way runs on one rank or on two, and those that move pages in larger worlds too.
+CHOSEN = {
+    (1, 1): ("roomy", "whole blocks", "host", "preempting"),
+    (2, 1): ("roomy", "one at a time", "large chunks", "tight", "small host"),
+    (2, 2): ("roomy", "host"),
+    (4, 1): ("tight", "preempting"),
+    (8, 1): ("host",),
+}
+# What a run must have done, or it would not show what it is there for.
+DONE = {
+    ("roomy", "cold"): "blocks_reused",
+    ("roomy", "warm"): "blocks_copied",
+    ("tight", "warm"): "blocks_evicted",
+    ("host", "cold"): "blocks_offloaded",
+    ("host", "warm"): "blocks_onboarded",
+    ("preempting", "cold"): "preemptions",
+}
 
 
 @pytest.fixture(scope="session")
@@ -106,19 +121,16 @@ def every_way_body(path, kvp, tpa, chosen):
     return counters
 
 
-@pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2)])
+@pytest.mark.parametrize(("kvp", "tpa"), CHOSEN)
 def test_tokens_are_the_same_however_they_were_cached(ranks, model, kvp, tpa):
-    chosen = WAYS if kvp * tpa > 2 else WAYS + MORE_WAYS
+    chosen = CHOSEN[kvp, tpa]
     results = ranks(kvp * tpa).run(every_way_body, model, kvp, tpa, chosen, timeout_s=250)
     assert all(result == results[0] for result in results)
     counters = results[0]
-    assert counters["roomy", "cold"]["blocks_reused"] > 10
-    assert counters["roomy", "warm"]["tokens_missed"] == len(PROMPTS)
-    assert counters["roomy", "warm"]["blocks_copied"] > 0
-    assert counters["tight", "warm"]["blocks_evicted"] > 0
-    assert counters["host", "warm"]["blocks_offloaded"] > 0
-    assert counters["host", "warm"]["blocks_onboarded"] > 0
-    assert counters["preempting", "cold"]["preemptions"] > 0
+    for run_of, name in DONE.items():
+        assert run_of not in counters or counters[run_of][name] > 0, (run_of, name)
+    if "roomy" in chosen:
+        assert counters["roomy", "warm"]["tokens_missed"] == len(PROMPTS)
 
 
 def bits_body(path, kvp):

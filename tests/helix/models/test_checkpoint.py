@@ -191,7 +191,6 @@ print(peak - start, sum(w.numel() * 4 for w in kept), max(sizes), sum(sizes))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
 def test_host_memory_peaks_below_the_shard_and_one_tensor(tmp_path: Path) -> None:
     sizes = {"hidden": 1024, "heads": 8, "kv_heads": 4, "head_dim": 128, "ffn": 3072, "vocab": 1024, "layers": 4}

@@ -84,7 +84,8 @@ def parity_body(path: str, draft: str, kvp: int, tpa: int, runs: list[tuple[int,
 @pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2)])
 def test_a_draft_model_equal_to_the_target_is_always_right(ranks, model, kvp, tpa):
     runs = [(16, False, {"max_draft_len": 4}), (1, True, {"max_draft_len": 3}), (64, True, {"max_draft_len": 8})]
-    results = ranks(kvp * tpa).run(parity_body, model, model, kvp, tpa, runs if tpa == 1 else runs[:1], timeout_s=250)
+    chosen = {4: runs[:1], 8: runs[1:2]}.get(kvp * tpa, runs)
+    results = ranks(kvp * tpa).run(parity_body, model, model, kvp, tpa, chosen, timeout_s=250)
     assert all(result == results[0] for result in results)
     for drafted, accepted, _ in results[0]:
         assert drafted == accepted > 20
@@ -99,7 +100,7 @@ def test_its_cache_catches_up_when_the_draft_length_comes_back(ranks, model, gra
         assert {0, 3, 4} <= {length for length, _ in steps} <= set(range(5))
 
 
-@pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (4, 1)])
+@pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1)])
 def test_tokens_with_another_model_equal_those_without(ranks, model, other, kvp, tpa):
     runs = [(16, True, {"max_draft_len": 4}), (1, False, {"max_draft_len": 5, "draft_len_schedule": {2: 5, 4: 1}})]
     results = ranks(kvp * tpa).run(parity_body, model, other, kvp, tpa, runs)

@@ -149,7 +149,6 @@ def dying_prefill_body(ports, path, layout, *_):
     llm.serve()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("prefill", "decode"), [((2, 1), (1, 2)), ((1, 1), (2, 1))], ids=str)
 def test_requests_complete_when_a_sender_is_killed(groups, model, expected, prefill, decode):
     pools = groups(prefill[0] * prefill[1], decode[0] * decode[1])
@@ -162,7 +161,6 @@ def test_requests_complete_when_a_sender_is_killed(groups, model, expected, pref
         assert counters["pages_quarantined"] == counters["pages_released"] > 0
 
 
-@pytest.mark.slow
 def test_without_retry_requests_fail_alone_when_a_sender_is_killed(groups, model, expected):
     settings = {"retry": False, "max_batch": 1}  # one after the other: the first two are through
     _, decoded = groups(1, 1).run(
@@ -219,7 +217,6 @@ def unknown_end_body(ports, path, _, layout):
     return outputs, str(log), len(quarantined)
 
 
-@pytest.mark.slow
 def test_pages_that_a_lost_writer_may_still_write_are_never_used_again(groups, model, expected):
     _, decoded = groups(1, 1).run(dying_prefill_body, unknown_end_body, model, (1, 1), (1, 1), fails="prefill")
     outputs, log, quarantined = decoded[0]
@@ -247,7 +244,6 @@ def dying_decode_body(ports, path, _, layout):
     llm.generate(requests())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("decode", [(1, 1), (2, 1)], ids=str)
 def test_the_prefill_group_ends_with_a_message_and_no_lost_page_when_a_receiver_is_killed(groups, model, decode):
     pools = groups(2, decode[0])
@@ -316,7 +312,6 @@ def late_decode_body(ports, path, _, layout):
     return outputs, after, str(log), rounds, landed
 
 
-@pytest.mark.slow
 def test_a_late_write_after_a_time_out_finds_no_page_in_use(groups, model, expected):
     served, decoded = groups(1, 2).run(late_prefill_body, late_decode_body, model, (1, 1), (2, 1), timeout_s=60)
     assert served[0][0] == ""
