@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from parallel.placement import BlockCyclic
 
+from .beginnings import Beginnings
 from .counters import CacheCounters
 from .events import Listener
 from .keys import BlockKeys
@@ -98,7 +99,7 @@ class CacheControl:
         self._host_pages, self._offload_min_priority = host_pages, offload_min_priority
         self.blocks = self._new_store(CacheCounters())
         self._detached: set[tuple[int, int]] = set()  # (rank, page): out of use, see ``detach``
-        self._starting: dict[tuple[str, bytes], list[int]] = {}  # first block -> [its rank, sequences computing it]
+        self._beginnings = Beginnings()
 
     def _new_store(self, counters: CacheCounters) -> BlockStore:
         return BlockStore(
@@ -206,13 +207,12 @@ class CacheControl:
             claim.partial, claim.partial_tokens = None, 0
 
     def _try_admit(self, claim: Claim, length: int) -> BlockTable | None:
+        first_owner = self._first_owner(claim)
         blocks, partial, found = self.blocks, claim.partial, len(claim.chain)
         on_device = claim.find_on_device()
-        is_free = partial is not None and partial.pins == 1 and not partial.children
-        in_place = partial is not None and is_free and partial.on_device
-        first_owner = self._first_owner(claim)
+        takes_over = partial is not None and self._can_take_over(partial, claim.partial_tokens)
         owners = self._owners(first_owner, on_device, self.placement.num_blocks(length))
-        if in_place:
+        if takes_over:
             del owners[found - on_device]
         if not self._available(owners):
             return None
@@ -229,33 +229,35 @@ class CacheControl:
             retention=claim.retention,
             keeps=self._reuse,
         )
-        if partial is not None:
-            self._use_partial(claim, table, partial, is_free)
-        self._announce(table)
+        if partial is not None and takes_over:
+            table.pages.insert(found, blocks.take_over(partial))
+        elif partial is not None:
+            self._copy_part(partial, claim.partial_tokens, table.pages[found])
+        if self._reuse:
+            self._beginnings.add(table)
         self._retain(claim)
-        blocks.counters.blocks_reused += on_device + in_place
+        blocks.counters.blocks_reused += on_device + takes_over
         blocks.counters.tokens_reused += table.num_reused
         blocks.counters.tokens_missed += length - table.num_reused
         return table
 
-    def _use_partial(self, claim: Claim, table: BlockTable, partial: Block, is_free: bool) -> None:
-        """Bring the matched tokens of a block into the page that the sequence goes on writing.
+    def _can_take_over(self, partial: Block, num_tokens: int) -> bool:
+        """Return whether a sequence may go on in the page of a block: all of it matches, and nobody else needs it.
 
-        Of several claims on one block the last finds it free and takes it over; the others copy.
+        Of several claims on one block the last finds it so; the others copy.
         """
-        blocks, at_block, rank = self.blocks, len(claim.chain), partial.rank
-        if partial.on_device and is_free:
-            table.pages.insert(at_block, partial.page)
-        elif partial.on_device:
-            blocks.movements.append(CopyTokens(rank, partial.page, table.pages[at_block], claim.partial_tokens))
+        return partial.on_device and partial.pins == 1 and partial.num_tokens == num_tokens
+
+    def _copy_part(self, partial: Block, num_tokens: int, page: int) -> None:
+        """Bring the matched tokens of a block into a page of the sequence's own; the block stays."""
+        blocks, rank = self.blocks, partial.rank
+        if partial.on_device:
+            blocks.movements.append(CopyTokens(rank, partial.page, page, num_tokens))
             blocks.counters.blocks_copied += 1
         else:
-            blocks.movements.append(Onboard(rank, partial.host_page, table.pages[at_block]))
+            blocks.movements.append(Onboard(rank, partial.host_page, page))
             blocks.counters.blocks_onboarded += 1
-        if is_free:
-            blocks.take_over(partial)
-        else:
-            blocks.unpin(partial, used=True)
+        blocks.unpin(partial, used=True)
 
     def _owners(self, first_owner: int, start: int, stop: int) -> list[int]:
         kvp = self.placement.kvp
@@ -277,32 +279,20 @@ class CacheControl:
     def _first_owner(self, claim: Claim) -> int:
         """Return the rank of block 0: that of the block it shares, else the one with the most room.
 
-        Of ranks with equally many available pages the one with more free ones, so that less goes; then the lowest.
+        Part of a first block alone does not unbalance the ranks: it decides where no rank has more room than its own,
+        the page aside that it is in. Where another rank is chosen the claim on it is given up.
         """
-        first = claim.chain[0] if claim.chain else claim.partial
-        if first is not None:
-            return first.rank
-        if claim.keys.full and (starting := self._starting.get((claim.keys.salt, claim.keys.full[0]))):
-            return starting[0]
-        room = [(self.num_available(rank), self.blocks.device.num_free(rank)) for rank in range(self.placement.kvp)]
-        return room.index(max(room))
-
-    def _announce(self, table: BlockTable) -> None:
-        """Note which rank computes a first block, so that a sequence with the same one can share what follows."""
-        if table.keys is None or not table.keys.full or table.num_cached or not self._reuse:
-            return
-        starting = self._starting.setdefault((table.keys.salt, table.keys.full[0]), [table.first_owner, 0])
-        if starting[0] == table.first_owner:
-            starting[1] += 1
-            table.announced = True
-
-    def _unannounce(self, table: BlockTable) -> None:
-        if table.announced and table.keys is not None:
-            name = (table.keys.salt, table.keys.full[0])
-            self._starting[name][1] -= 1
-            if not self._starting[name][1]:
-                del self._starting[name]
-            table.announced = False
+        if claim.chain:
+            return claim.chain[0].rank
+        partial, room = claim.partial, [self.num_available(rank) for rank in range(self.placement.kvp)]
+        chosen = self._beginnings.rank_of(claim.keys)
+        if chosen is None and partial is not None and room[partial.rank] + 1 >= max(room):
+            chosen = partial.rank
+        if chosen is None:  # of equal ranks the one with more free pages, so that less goes; then the lowest
+            chosen = max(range(len(room)), key=lambda rank: (room[rank], self.blocks.device.num_free(rank), -rank))
+        if partial is not None and partial.rank != chosen:
+            self._drop_partial(claim)
+        return chosen
 
     # --- growth -------------------------------------------------------------------------------------------------------
 
@@ -330,7 +320,7 @@ class CacheControl:
         if not table.keeps or keys is None or num_full <= table.num_cached:
             return
         keys.update()
-        self._unannounce(table)
+        self._beginnings.remove(table)
         for number in range(table.num_cached, num_full):
             table.keeps = self._commit_block(table, number, keys.full[number])
             if not table.keeps:
@@ -389,7 +379,7 @@ class CacheControl:
 
     def _empty(self, table: BlockTable) -> None:
         assert table.tail is not None
-        self._unannounce(table)
+        self._beginnings.remove(table)
         self.blocks.unpin(table.tail, used=True)
         table.pages.clear()
         table.own.clear()

@@ -27,6 +27,7 @@ class BlockTable:
         own: blocks below ``num_cached`` of which the sequence has a page of its own, because another sequence put the
             same tokens into the tree first.
         keeps: False when its blocks cannot enter the tree any more.
+        beginning: its salt and first block, while it computes that; see ``Beginnings``.
     """
 
     first_owner: int
@@ -38,7 +39,7 @@ class BlockTable:
     retention: tuple[Retention, ...] = ()
     own: list[int] = field(default_factory=list)
     keeps: bool = True
-    announced: bool = False  # its first block's tokens are among those that running sequences compute
+    beginning: tuple[str, bytes] | None = None
 
     def local_pages(self, rank: int, kvp: int, start: int = 0) -> list[int]:
         """Return the page ids on a rank in ascending position, from the ``start``-th local one on."""

@@ -105,16 +105,15 @@ class BlockStore:
         self._tell("stored", block)
         return block
 
-    def take_over(self, block: Block) -> None:
-        """Take a childless block that only the caller pins out of the tree; a device page is the caller's then."""
-        parent = block.parent
-        assert parent is not None and block.pins == 1 and not block.children
+    def take_over(self, block: Block) -> int:
+        """Take a leaf on the device that only the caller pins out of the tree; return its page, the caller's then."""
+        parent, page = block.parent, block.page
+        assert parent is not None and block.pins == 1 and not block.children and block.on_device
         self._tell("removed", block)
         parent.remove(block)
-        if not block.on_device:
-            self.host.give(block.rank, block.host_page)
-        block.pins, block.parent, block.page, block.host_page = 0, None, NOWHERE, NOWHERE
+        block.pins, block.parent, block.page = 0, None, NOWHERE
         self.unpin(parent)
+        return page
 
     def onboard(self, block: Block, page: int) -> None:
         """Copy a block from the host to a page that was taken for it, which then is the block's."""

@@ -1,5 +1,7 @@
 """The control plane by examples: what is found, what is copied, who goes, and who waits."""
 
+from collections import Counter
+
 import pytest
 
 from helix.cache.keys import BlockKeys
@@ -69,37 +71,42 @@ def test_without_reuse_nothing_is_kept_and_without_partial_reuse_only_whole_bloc
     assert whole.run(A[:12]) == 8, "the last block holds the token that must be computed"
 
 
-def test_a_free_leaf_is_taken_over_and_one_in_use_is_copied_by_its_matched_tokens_only() -> None:
+def test_a_leaf_that_matches_whole_is_taken_over_and_part_of_one_is_copied() -> None:
     w = world(kvp=2)
     w.run(A[:11])
-    running = w.start(A[:10] + B[:1])
-    assert running is not None and running.num_computed == 10
-    assert w.moved == []
-    assert counted(w) == (3, 0, 0)
+    running = w.start(A[:11] + B[:1])
+    assert running is not None and running.num_computed == 11
+    assert (w.moved, counted(w)) == ([], (3, 0, 0))
     w.compute(running)
     w.release(running)
-    first = w.start(A[:9] + C[:5])  # of the leaf A[8:10] + B[:1] one token matches
-    second = w.claim(w.keys(A[:9] + B[:5]))
-    assert first is not None and w.cache.counters.blocks_copied == 0
-    w.drop(second)
-    w.compute(first)  # now A[8:9] + C[:3] is a full block in use
-    other = w.start(A[:9] + B[:5])
-    assert other is not None and other.num_computed == 9
-    [copy] = w.moved
-    assert isinstance(copy, CopyTokens) and copy.num_tokens == 1
-    w.compute(other)
-    w.check()
+    for end in (1, 2):  # A[8:11] + B[:1] is a whole block now, which nobody uses: three of its tokens match
+        other = w.start(A[:11] + [end] * 5)
+        assert other is not None and other.num_computed == 11
+        [copy] = w.moved
+        assert isinstance(copy, CopyTokens) and copy.num_tokens == 3
+        w.compute(other)
+        w.release(other, keep=False)
+        w.check()
+
+
+@pytest.mark.parametrize(("kvp", "block_size"), [(1, 64), (8, 64), (8, 16)])
+def test_prompts_that_share_a_beginning_take_nothing_from_each_other_while_pages_are_free(
+    kvp: int, block_size: int
+) -> None:
+    w = world(kvp, block_size, num_pages=100)
+    one, other = [0, *A[:50]], [0, *B[:50]]
+    assert [w.run(tokens) for tokens in (one, other) * 4][2:] == [50] * 6
 
 
 def test_of_several_claims_on_one_leaf_the_last_takes_it_over_and_the_others_copy() -> None:
     w = world(kvp=2)
     w.run(A[:7])
-    claims = [w.claim(w.keys(A[:6] + [end] * 3)) for end in (1, 2, 3)]
+    claims = [w.claim(w.keys(A[:7] + [end] * 3)) for end in (1, 2, 3)]
     w.check(claims)
     running = [w.admit(each) for each in claims]
     w.move()
     assert [type(move) for move in w.moved] == [CopyTokens, CopyTokens]
-    assert [each.num_computed for each in running if each] == [6, 6, 6]
+    assert [each.num_computed for each in running if each] == [7, 7, 7]
     for each in running:
         assert each is not None
         w.compute(each)
@@ -168,8 +175,8 @@ def test_the_least_recently_used_leaf_goes_first() -> None:
     w.run(B[:8])
     w.run(A[:8])  # used again
     w.run(C[:12])  # needs one page more than is free
-    assert w.run(A[:8]) == 7
-    assert w.run(B[:8]) == 4, "its last block went, the one before stayed"
+    cached = Counter(path[0] for _, path in map(path_of, w.cache.blocks.tree.walk()))
+    assert cached == {A[0]: 2, B[0]: 1, C[0]: 3}, "the last block of B went, the one before stayed"
 
 
 def test_blocks_of_low_priority_go_first_and_priorities_end() -> None:
@@ -329,6 +336,26 @@ def test_sequences_that_share_nothing_begin_on_the_rank_with_most_room(kvp: int)
     running = [w.start([1000 * i + j for j in range(3)]) for i in range(2 * kvp)]
     owners = [each.tables[0].first_owner for each in running if each]
     assert owners == [*range(kvp)] * 2
+
+
+@pytest.mark.parametrize("shared", [1, 40], ids=["first token", "most of a block"])
+@pytest.mark.parametrize("partial_reuse", [True, False])
+def test_sequences_that_share_less_than_a_block_are_balanced(shared: int, partial_reuse: bool) -> None:
+    w = world(8, 64, num_pages=100, partial_reuse=partial_reuse)
+    start = A[:shared]
+    w.run(start + [7] * 500)  # a conversation that began alike
+    running = [w.start(start + [1000 + number] * (51 - shared)) for number in range(64)]
+    for each in running:
+        assert each is not None
+        w.compute(each)
+    held = [figures["held"] for figures in w.cache.occupancy()]
+    assert sum(held) == 64 and max(held) - min(held) <= 2
+    for each in running:
+        assert each is not None and w.extend(each, B[:100])
+        w.compute(each)
+    held = [figures["held"] for figures in w.cache.occupancy()]
+    assert sum(held) == 3 * 64 and max(held) - min(held) <= 2
+    w.check()
 
 
 def test_equal_prompts_that_start_together_begin_on_one_rank_and_share_what_follows() -> None:
