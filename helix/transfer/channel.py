@@ -17,12 +17,12 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
+import selectors
 import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from select import select
 
 from .protocol import MAX_MESSAGE_BYTES, Message, MessageError, decode, encode
 from .requirements import SAME_SECRET, SECRET_VARIABLE
@@ -67,7 +67,7 @@ class Channel:
         self.lost: str | None = None
 
     def fileno(self) -> int:
-        """Return the socket's number, for ``select``."""
+        """Return the socket's number, to wait for it."""
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
@@ -126,7 +126,7 @@ class Channel:
         self._lose("closed here")
 
     def _read(self) -> None:
-        while self.lost is None and len(self._incoming) <= MAX_MESSAGE_BYTES:
+        while self.lost is None and len(self._incoming) < _LENGTH + _MAC + MAX_MESSAGE_BYTES:
             try:
                 data = self._socket.recv(_READ_BYTES)
             except BlockingIOError:
@@ -186,7 +186,7 @@ class Listener:
 
     def poll(self, timeout_s: float = 0.0) -> list[Channel]:
         """Return the connections that have proved themselves since; waits ``timeout_s`` at most for something new."""
-        select([self._socket, *(each.sock for each in self._pending)], [], [], timeout_s)
+        _wait_readable([self._socket, *(each.sock for each in self._pending)], timeout_s)
         self._accept()
         proved: list[Channel] = []
         for each in list(self._pending):
@@ -298,9 +298,17 @@ def wait_for(channels: Sequence[Channel], timeout_s: float) -> None:
     """Wait until one of the open channels has something to read, at most ``timeout_s`` seconds."""
     still_open = [channel for channel in channels if channel.lost is None]
     if still_open:
-        select(still_open, [], [], timeout_s)
+        _wait_readable(still_open, timeout_s)
     else:
         time.sleep(timeout_s)
+
+
+def _wait_readable(ends: Sequence[Channel | socket.socket], timeout_s: float) -> None:
+    """Wait until one of the ends can be read. By ``poll``: ``select`` takes no descriptor above 1,023."""
+    with selectors.PollSelector() as selector:
+        for end in ends:
+            selector.register(end, selectors.EVENT_READ)
+        selector.select(timeout_s)
 
 
 def _session_keys(secret: bytes, listener: bytes, connector: bytes) -> tuple[bytes, bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .channel import Channel, wait_for
@@ -75,14 +75,23 @@ class Hearing:
         writers: the prefill ranks, in their order.
         timeout_s: how long they may be silent, and how long sequences may stand.
         vocabulary: token ids are below it.
+        clock: seconds that never go back.
     """
 
-    def __init__(self, writers: list[Writer], *, timeout_s: float, vocabulary: int) -> None:
+    def __init__(
+        self,
+        writers: list[Writer],
+        *,
+        timeout_s: float,
+        vocabulary: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._writers, self._timeout_s, self._vocabulary = writers, timeout_s, vocabulary
+        self._clock = clock
         self._told_lost: set[int] = set()
         self._told_ended: set[int] = set()
         self._silent = False
-        self._last_heard = time.monotonic()
+        self._last_heard = clock()
         self._stands_since: float | None = None
 
     def tell(self, message: Ask | Cancel | Bye) -> None:
@@ -92,7 +101,7 @@ class Hearing:
 
     def begin_to_wait(self) -> None:
         """Count silence from now on: nothing was waited for before."""
-        self._last_heard = time.monotonic()
+        self._last_heard = self._clock()
 
     def listen(self, awaited: Mapping[int, int], *, waits: bool, stands: bool, idle: bool) -> list[News]:
         """Return what has happened since the last call.
@@ -106,7 +115,7 @@ class Hearing:
         if idle:
             wait_for([writer.channel for writer in self._writers], IDLE_S)
         news: list[News] = []
-        now, heard, seeds = time.monotonic(), False, dict(awaited)
+        now, heard, seeds = self._clock(), False, dict(awaited)
         for number, writer in enumerate(self._writers):
             for message in writer.channel.receive():
                 heard = True
@@ -120,7 +129,7 @@ class Hearing:
         return news + self._watch(now, heard, waits, stands)
 
     def have_left(self, deadline: float) -> bool:
-        """Return whether every writer has closed its connection, or had until ``deadline`` to do so."""
+        """Return whether every writer has closed its connection, or had until ``deadline`` of ``time.monotonic``."""
         channels = [writer.channel for writer in self._writers if writer.channel.lost is None]
         wait_for(channels, IDLE_S)
         for channel in channels:

@@ -17,7 +17,7 @@ from helix.prepare import config_of_part
 from scripts import cli
 from scripts.generate import GenerateConfig, run
 from scripts.make_checkpoint import make_checkpoint
-from tests.helix.transfer.conftest import free_ports
+from tests.helix.transfer.conftest import reserved_ports
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "transfer.md").read_text("utf-8")
@@ -37,6 +37,13 @@ def prompts(tmp_path_factory):
     lines += [{"id": "bad", "prompt_token_ids": []}, {"id": "text", "prompt": "a text", "sampling": {"logprobs": 1}}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture
+def port():
+    """A port that is this test's alone."""
+    with reserved_ports(1) as [port]:
+        yield port
 
 
 def start(num_ranks, *arguments, folder, **env):
@@ -73,7 +80,6 @@ def lines_of(text):
     return lines
 
 
-@pytest.mark.slow
 def test_one_world_split_in_two_writes_the_lines_of_a_plain_run(model, prompts, expected, tmp_path):
     code, out, err = end(
         start(
@@ -93,8 +99,8 @@ def test_one_world_split_in_two_writes_the_lines_of_a_plain_run(model, prompts, 
 
 
 @pytest.mark.slow
-def test_two_worlds_that_meet_write_the_lines_of_a_plain_run(model, prompts, expected, tmp_path):
-    meet = [f"model.path={model}", f"transfer.address=127.0.0.1:{free_ports(1)[0]}"]
+def test_two_worlds_that_meet_write_the_lines_of_a_plain_run(model, prompts, expected, port, tmp_path):
+    meet = [f"model.path={model}", f"transfer.address=127.0.0.1:{port}"]
     secret = {"HELIX_TRANSFER_SECRET": "known to both of these"}
     prefill = start(1, *meet, "transfer.role=prefill", folder=tmp_path, **secret)
     decode = start(1, *meet, "transfer.role=decode", f"prompts={prompts}", folder=tmp_path, **secret)
@@ -106,8 +112,8 @@ def test_two_worlds_that_meet_write_the_lines_of_a_plain_run(model, prompts, exp
 
 
 @pytest.mark.slow
-def test_groups_that_do_not_agree_both_end_with_both_values(model, prompts, tmp_path):
-    meet = [f"model.path={model}", f"transfer.address=127.0.0.1:{free_ports(1)[0]}"]
+def test_groups_that_do_not_agree_both_end_with_both_values(model, prompts, port, tmp_path):
+    meet = [f"model.path={model}", f"transfer.address=127.0.0.1:{port}"]
     secret = {"HELIX_TRANSFER_SECRET": "known to both of these"}
     prefill = start(1, *meet, "transfer.role=prefill", "cache.block_size=16", folder=tmp_path, **secret)
     decode = start(1, *meet, "transfer.role=decode", f"prompts={prompts}", folder=tmp_path, **secret)
@@ -119,7 +125,6 @@ def test_groups_that_do_not_agree_both_end_with_both_values(model, prompts, tmp_
         assert "Traceback" not in err
 
 
-@pytest.mark.slow
 def test_a_missing_secret_ends_the_command_before_anything_is_loaded(prompts, tmp_path):
     env = {"HELIX_TRANSFER_SECRET": ""}
     code, out, err = end(

@@ -1,10 +1,9 @@
 """Two worlds of rank processes that meet on loopback: one prefills, the other decodes, with real NIXL between them."""
 
-import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,14 +14,17 @@ from scripts.make_checkpoint import make_checkpoint
 from tests.ranks import RankFailure, RankPool
 
 
-def free_ports(count: int = 3) -> list[int]:
-    """Return ports that nobody listens on, below those that the kernel gives to outgoing connections."""
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.randrange(20_000, 32_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            ports.append(port)
-    return ports
+@contextmanager
+def reserved_ports(count: int = 3) -> Iterator[list[int]]:
+    """Give ports that nobody else can have meanwhile: they are bound, and whoever asks for one by number may listen."""
+    with ExitStack() as stack:
+        ports: list[int] = []
+        for _ in range(count):
+            holder = stack.enter_context(socket.socket())
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", 0))
+            ports.append(holder.getsockname()[1])
+        yield ports
 
 
 @dataclass
@@ -40,11 +42,11 @@ class Groups:
         fails: str = "",
         timeout_s: float = 120.0,
     ) -> tuple[list[Any], list[Any]]:
-        """Run both bodies at once with free ports and ``args``; return what each group's ranks returned.
+        """Run both bodies at once with ports of their own and ``args``; return what each group's ranks returned.
 
         The group that ``fails`` names, prefill or decode, must fail; its results are then empty.
         """
-        ports, problems = free_ports(), dict[str, RankFailure]()
+        problems = dict[str, RankFailure]()
         results: dict[str, list[Any]] = {"prefill": [], "decode": []}
 
         def call(name: str, pool: RankPool, other: RankPool, body: Callable[..., Any]) -> None:
@@ -59,10 +61,11 @@ class Groups:
             threading.Thread(target=call, args=("prefill", self.prefill, self.decode, prefill_body)),
             threading.Thread(target=call, args=("decode", self.decode, self.prefill, decode_body)),
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with reserved_ports() as ports:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         for name, problem in problems.items():
             if name != fails:
                 problem.add_note(f"({name} group; failed: {', '.join(problems)})")

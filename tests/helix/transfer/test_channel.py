@@ -1,6 +1,8 @@
 """What a connection lets through: only messages that the peer signed for this connection, each once and in order."""
 
 import logging
+import os
+import resource
 import socket
 import threading
 import time
@@ -75,14 +77,25 @@ def test_messages_go_both_ways_in_order(pair):
 def test_a_message_larger_than_the_sockets_buffers_arrives_without_blocking(pair):
     mine, theirs = pair
     count = 8 << 20
-    began = time.monotonic()
     mine.send(Ask(0, np.arange(count, dtype=np.int32), 0, 0, np.arange(count // 16), {}, 1))
-    assert time.monotonic() - began < 5 and not mine.flush()
+    assert not mine.flush(), "it came back before all was sent"
     got, deadline = [], time.monotonic() + 20
     while not got and time.monotonic() < deadline:
         mine.flush()
         got = theirs.receive()
     assert np.array_equal(got[0].token_ids, np.arange(count))
+
+
+def test_the_longest_message_arrives_in_pieces(pair, monkeypatch):
+    mine, theirs = pair
+    message = Ask(0, np.arange(1000, dtype=np.int32), 0, 0, np.arange(60), {}, 1)
+    monkeypatch.setattr(channels, "MAX_MESSAGE_BYTES", len(encode(message)))
+    monkeypatch.setattr(channels, "_READ_BYTES", 100)
+    theirs.send(message)
+    while not theirs.flush():
+        pass
+    [got] = receive(mine, 1)
+    assert np.array_equal(got.token_ids, message.token_ids)
 
 
 def refused(listener, port=None):
@@ -102,9 +115,7 @@ def refused(listener, port=None):
 
 
 def test_both_sides_say_at_once_that_the_secret_differs(listener, caplog):
-    began = time.monotonic()
     problem = refused(listener)
-    assert time.monotonic() - began < 2
     assert "it refused this rank, whose HELIX_TRANSFER_SECRET differs from its own; set " in problem
     assert "its HELIX_TRANSFER_SECRET differs from this group's; set " in caplog.text
     assert listener.num_refused == 1
@@ -283,6 +294,29 @@ def test_a_signed_message_that_is_malformed_is_dropped_and_the_next_one_arrives(
         assert receive(mine, 1) == [Cancel(2)]
     assert "dropped a malformed message from 127.0.0.1" in caplog.text
     assert mine.lost is None
+
+
+def test_descriptors_above_those_of_select_are_waited_for_too(listener):
+    """A process that holds many files and connections: select() takes no descriptor above 1,023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip(f"needs 1,200 open files, this machine allows {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held = [os.dup(listener._socket.fileno())]
+    try:
+        while held[-1] < 1024:
+            held.append(os.dup(held[0]))
+        mine, theirs = meet(listener)
+        assert min(mine.fileno(), theirs.fileno()) > 1023
+        theirs.send(Cancel(1))
+        channels.wait_for([mine], 5.0)
+        assert mine.receive() == [Cancel(1)]
+        mine.close()
+        theirs.close()
+    finally:
+        for number in held:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_end_of_a_connection_is_told_on_both_sides(pair):

@@ -204,10 +204,23 @@ def test_a_lost_prefill_group_is_told_once_by_rank_0_and_not_with_every_request(
     assert outputs == (expected if retry else [gone] * len(PROMPTS))
 
 
+def jump_when(hearing, is_time):
+    """Let ``transfer.timeout_s`` pass for a rank's hearing with every look whose arguments say so; no test waits."""
+    plain, jumped = hearing.listen, [0.0]
+    hearing._clock = lambda: time.monotonic() + jumped[0]
+
+    def listen(awaited, **flags):
+        jumped[0] += 1000.0 if is_time(awaited, flags) else 0.0
+        return plain(awaited, **flags)
+
+    hearing.listen = listen
+
+
 def unknown_end_body(ports, path, _, layout):
     """The decode group cannot look the killed writer up, as on another machine, and has few pages."""
     Process.has_ended = lambda self: False
-    llm = make_llm(path, ports[0], "decode", layout, num_pages=8, max_batch=1, timeout_s=0.5)
+    llm = make_llm(path, ports[0], "decode", layout, num_pages=8, max_batch=1)
+    jump_when(llm._receiver._hearing, lambda awaited, flags: flags["stands"])
     log = Log()
     outputs = told(llm.generate(requests()))
     log.close()
@@ -257,31 +270,29 @@ def test_the_prefill_group_ends_with_a_message_and_no_lost_page_when_a_receiver_
 
 
 class LateWrite:
-    """A write that begins long after it was asked for."""
+    """A write that begins long after it was asked for: when a file is there."""
 
-    def __init__(self, begin, delay_s):
-        self._begin, self._at, self._write, self.reason = begin, time.monotonic() + delay_s, None, ""
+    def __init__(self, begin, begins):
+        self._begin, self._begins, self._write, self.reason = begin, begins, None, ""
 
     def poll(self):
-        if time.monotonic() < self._at:
-            return RUNNING
-        if self._write is None:
+        if self._write is None and self._begins.exists():
             self._write = self._begin()
-        return self._write.poll()
+        return RUNNING if self._write is None else self._write.poll()
 
     def abandon(self):
         raise AssertionError("the decode group is there")
 
 
-def late_prefill_body(ports, path, layout, *_):
-    """Everything that the first request writes comes 2.5 s late."""
+def late_prefill_body(ports, path, layout, _, begins):
+    """Everything that the first request writes comes late."""
     llm = make_llm(path, ports[0], "prefill", layout)
     plain = Peer.write
 
     def write(peer, *args):
         first = next((s for s in llm._sender._sendings if s.ask.id == 0), None)
         if first is not None and first.posted == args[-1][0] and len(first.ask.token_ids) >= args[-1][1]:
-            return LateWrite(lambda: plain(peer, *args), 2.5)
+            return LateWrite(lambda: plain(peer, *args), begins)
         return plain(peer, *args)
 
     Peer.write = write
@@ -291,10 +302,11 @@ def late_prefill_body(ports, path, layout, *_):
         Peer.write = plain
 
 
-def late_decode_body(ports, path, _, layout):
+def late_decode_body(ports, path, _, layout, begins):
     """The first request times out; then others fill every page that is not quarantined, until the late write lands."""
-    llm = make_llm(path, ports[0], "decode", layout, num_pages=16, timeout_s=0.8, max_batch=1)
+    llm = make_llm(path, ports[0], "decode", layout, num_pages=16, max_batch=1)
     log, receiver, control = Log(), llm._receiver, llm.engine.scheduler.cache
+    jump_when(receiver._hearing, lambda awaited, flags: flags["waits"] and not awaited)  # all but the writes has come
     outputs = told(llm.generate(requests()[:1]))
     [quarantine] = receiver._quarantined.values()
     mine = [page for rank, page in quarantine.pages if rank == llm.grid.kvp_rank]
@@ -305,6 +317,7 @@ def late_decode_body(ports, path, _, layout):
         rounds += 1
         held = {(block.rank, block.page) for block in control.blocks.tree.walk()}
         assert not receiver._quarantined or not held & set(quarantine.pages)
+        begins.touch()
     landed = not torch.equal(before, llm.runner.cache.pages[:, mine])
     after = told(llm.generate(requests()))
     log.close()
@@ -312,21 +325,23 @@ def late_decode_body(ports, path, _, layout):
     return outputs, after, str(log), rounds, landed
 
 
-def test_a_late_write_after_a_time_out_finds_no_page_in_use(groups, model, expected):
-    served, decoded = groups(1, 2).run(late_prefill_body, late_decode_body, model, (1, 1), (2, 1), timeout_s=60)
+def test_a_late_write_after_a_time_out_finds_no_page_in_use(groups, model, expected, tmp_path):
+    served, decoded = groups(1, 2).run(
+        late_prefill_body, late_decode_body, model, (1, 1), (2, 1), tmp_path / "begins", timeout_s=60
+    )
     assert served[0][0] == ""
     for outputs, after, _, rounds, landed in decoded:
         assert outputs == after == expected
         assert rounds > 0 and landed, "the late write landed, and was not used"
     log = decoded[0][2]
-    assert "has been silent for 0.8 s" in log and "is heard again" in log
+    assert "has been silent for 120 s" in log and "is heard again" in log
     assert "pages are quarantined" in log and "quarantined pages are free again" in log
 
 
 def idle_decode_body(ports, path, _, layout):
-    llm = make_llm(path, ports[0], "decode", layout, timeout_s=0.5)
+    llm = make_llm(path, ports[0], "decode", layout)
     llm.generate(requests()[:1])
-    time.sleep(1.0)
+    llm._receiver._hearing._clock = lambda: time.monotonic() + 1000.0
     outputs, _, counters = decode_and_log(llm)
     leave(llm)
     return outputs, counters["retried"]
