@@ -15,14 +15,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from io import TextIOWrapper
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import hydra
 import torch.distributed as dist
@@ -34,11 +33,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from parallel.launch import Launch
+from scripts.ending import FAILURE, RunFailed, crash, ending_on_signals, fail, leave_part
+from scripts.ending import rank as rank  # commands ask cli for these two
+from scripts.ending import say as say
 from scripts.key_help import help_text
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-FAILURE, BAD_INPUT = 1, 2  # exit codes
 SWEEP_FLAGS = {"-m", "--multirun"}
 DIR_FLAGS = {"-cd", "--config-dir"}
 FILE_FLAGS = {"-cp", "--config-path", "-cn", "--config-name"}
@@ -48,74 +48,7 @@ HELP_FLAGS = {"-h", "--help"}
 RUN_FLAGS = {"-r", "--run"} | SWEEP_FLAGS | DIR_FLAGS | FILE_FLAGS  # run the command; all others only print
 TEXT_KEY = "prompt"  # its value is what a person wrote, not Hydra's grammar
 SWEEP_KEYS = ("hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher", "hydra.mode")
-_PART_GRACE_S = 2.0
-_CRASH_GRACE_S = 1.0
-_GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
-_rank_of_part: int | None = None
 Config = TypeVar("Config")
-
-
-class RunFailed(Exception):
-    """A run did not do all that it was asked for, and neither its input nor the code is at fault: a disk was full.
-
-    Raised by every rank with the same message, which ends them in that one line and with exit code 1.
-    """
-
-
-def rank() -> int:
-    """Return this process's rank as torchrun set it, or in its part of a split world; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0)) if _rank_of_part is None else _rank_of_part
-
-
-def enter_part(launch: Launch) -> None:
-    """Where a world is split, speak for this rank's part of it from now on: rank 0 is then the part's own."""
-    global _rank_of_part
-    if launch.store is not None:
-        _rank_of_part = launch.rank
-
-
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
-def fail(problem: Exception | str, code: int = BAD_INPUT) -> NoReturn:
-    """End every rank with exit code 2, or another; rank 0 says why, in one line.
-
-    Called by every rank with the same problem. The others wait a little: torchrun ends all ranks as soon as one has
-    ended, and the one that speaks must be first. A rank that outlives the wait is alone with its problem and speaks.
-    In a split world rank 0 of the second part waits a moment for the first part's, which may have the same problem.
-    """
-    who = ""
-    if rank() == 0 and os.environ.get("RANK", "0") != "0":
-        time.sleep(_PART_GRACE_S)
-    if rank() != 0:
-        time.sleep(_GRACE_S)
-        who = f" on rank {rank()}"
-    print(f"error{who}: " + " ".join(str(problem).split()), file=sys.stderr, flush=True)
-    _exit(code)
-
-
-def crash(defect: Exception) -> NoReturn:
-    """End this rank with exit code 1 and its traceback, in one write; torchrun ends the others.
-
-    Every rank speaks, since none knows whether it has the cause or has only met the end of another. It then waits a
-    moment: torchrun calls the end that it sees first the cause, and this one must come after the one that it met.
-    """
-    who = f"rank {os.environ['RANK']} failed\n" if "RANK" in os.environ else ""
-    sys.stderr.write(who + "".join(traceback.format_exception(defect)))
-    sys.stderr.flush()
-    if dist.is_initialized():
-        time.sleep(_CRASH_GRACE_S)
-    _exit(FAILURE)
-
-
-def _exit(code: int) -> NoReturn:
-    if dist.is_initialized():  # the threads of a process group that others may still use abort an orderly exit
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def main(
@@ -130,8 +63,17 @@ def main(
     ``plan`` finds what ``run`` would refuse, without its cost; it looks at every job of a sweep before the first runs.
     ValueError and OSError that one of them raises on all ranks alike end these with exit code 2 and their message,
     RunFailed with exit code 1 and its message. All else, and a ValueError out of a model's steps, ends with exit code 1
-    and a traceback.
+    and a traceback. Signals end it as scripts/ending.py says.
     """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding ends no command
+    with ending_on_signals():
+        _main(name, schema, run, plan)
+
+
+def _main(
+    name: str, schema: type[Config], run: Callable[[Config], None], plan: Callable[[Config], None] | None
+) -> None:
     register(name, schema)
     overrides, options = split([quote_text(argument) for argument in sys.argv[1:]])
     flags = {option.partition("=")[0] for option in options if option.startswith("-")}
@@ -182,7 +124,6 @@ def main(
 
 def _call(step: Callable[[Any], None], config: Any) -> None:
     """Take a step of one job; every way that it can fail ends the rank."""
-    global _rank_of_part
     try:
         step(config)
     except (ValueError, OSError) as problem:
@@ -191,7 +132,7 @@ def _call(step: Callable[[Any], None], config: Any) -> None:
         fail(problem, FAILURE)
     except Exception as defect:
         crash(defect)
-    _rank_of_part = None
+    leave_part()
 
 
 def register(name: str, schema: type[Any]) -> None:

@@ -8,18 +8,20 @@ others decode; with transfer.role and transfer.address two worlds do (docs/trans
 
 An input line is {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}, with an optional "id",
 "sampling" (settings for that line), "cache_salt" (a string; lines share cached blocks with lines of the same salt only)
-and "retention" ({"start": 0, "end": 1000, "priority": 80, "duration_s": 60}, or a list of such ranges). Output lines
-come in input order. A bad line fails alone, with finish_reason "error". Where no line can run, the exit code is 2 and
-nothing is loaded or written. What cannot be written in the end, since the disk is full by then, is printed instead, and
-the exit code is 1.
+and "retention" ({"start": 0, "end": 1000, "priority": 80, "duration_s": 60}, or a list of such ranges). A bad
+line fails alone, with finish_reason "error". Where no line can run, the exit code is 2 and nothing is loaded.
+
+``output`` grows by a line when a request ends, and has the order of the input in the end. What is done is kept whatever
+ends the run, and resume=true goes on with the rest. What cannot be written, since the disk is full by then, is printed
+instead, and the exit code is 1 (exit codes: scripts/ending.py).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,10 @@ from helix.prepare import Prepared
 from helix.request import Request, RequestOutput
 from helix.sampling import SamplingParams
 from parallel.launch import Launch, from_rank0, gather_values, set_up_logging, stop
-from scripts import cli
-from scripts.outputs import EventFile, check_writable, save
+from scripts import cli, ending
+from scripts.outputs import EventFile, GrowingFile, PrintedLines, check_writable, output_lines, save
 from scripts.progress import RunProgress
+from scripts.resume import done_lines, hashes_of
 
 LINE_KEYS = ("prompt", "prompt_token_ids", "messages", "id", "sampling", "cache_salt", "retention")
 RETENTION_KEYS = ("start", "end", "priority", "duration_s")
@@ -48,12 +51,14 @@ class GenerateConfig(HelixConfig):
         prompt: one prompt, instead of a file; on the command line the text as it is, commas, braces and all.
         output: the JSON-lines file to write; None prints the lines.
         metrics: the JSON file to write measurements to.
+        resume: go on with the output file of a run that was interrupted: only lines that it lacks are made.
     """
 
     prompts: str | None = None
     prompt: str | None = None
     output: str | None = None
     metrics: str | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         self.speculative.check_used()
@@ -68,6 +73,8 @@ class GenerateConfig(HelixConfig):
             return
         if (self.prompts is None) == (self.prompt is None):
             raise ValueError("give one of prompts (a JSON-lines file) and prompt (one string)")
+        if self.resume and self.output is None:
+            raise ValueError("resume = true needs output=FILE, which it goes on with")
 
 
 def read_requests(config: GenerateConfig) -> list[Request]:
@@ -166,8 +173,8 @@ def _retention(ranges: Any) -> tuple[Retention, ...]:
     return tuple(Retention(**each) for each in ranges)
 
 
-def output_line(output: RequestOutput, index: int) -> str:
-    """Return the JSON of one output; a request without an id gets its index."""
+def output_line(output: RequestOutput, index: int, asked: str) -> str:
+    """Return the JSON of one output; a request without an id gets its index. ``asked`` is the request's hash."""
     item: dict[str, Any] = {
         "id": name_of(output.id, index),
         "token_ids": output.token_ids,
@@ -181,8 +188,7 @@ def output_line(output: RequestOutput, index: int) -> str:
             {"token_id": each.token_id, "logprob": each.logprob, "top": {str(k): v for k, v in each.top.items()}}
             for each in output.logprobs
         ]
-    if output.error is not None:
-        item["error"] = output.error
+    item |= {"hash": asked} if output.error is None else {"error": output.error}
     line = json.dumps(item, ensure_ascii=False)
     return line.encode("utf-8", "backslashreplace").decode()  # an id may hold a lone surrogate, \ud800
 
@@ -204,18 +210,37 @@ def metrics_of(llm: LLM) -> dict[str, Any]:
     }
 
 
-def generate(llm: LLM, requests: Sequence[Request]) -> list[RequestOutput]:
-    """Run requests with a progress display on rank 0. Collective over the world.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run has to do: those of its requests that are not done, with their indices among all and their hashes."""
+
+    requests: list[Request]
+    indices: list[int]
+    hashes: list[str]
+    num_lines: int
+
+
+def generate(llm: LLM, work: Work, lines: GrowingFile | PrintedLines | None) -> list[str]:
+    """Run requests with a progress display, keep each line as it ends, and return the errors of those that failed.
+
+    Collective over the world; rank 0 has the lines.
 
     Raises:
         RuntimeError: for an OSError on the way: what the run was given has been read, so it is no bad input.
     """
-    wanted = sum((request.sampling or llm.config.sampling).max_tokens for request in requests if not request.error)
+    default, errors = llm.config.sampling, list[str]()
+    wanted = sum((request.sampling or default).max_tokens for request in work.requests if not request.error)
     try:
         with RunProgress(llm.launch.speaks, wanted) as progress:
-            return llm.generate(requests, on_step=progress.update)
+            for event in llm.stream(work.requests, on_step=progress.update):
+                if event.output is not None:
+                    errors += [event.output.error] if event.output.error is not None else []
+                    if lines is not None:
+                        index = work.indices[event.index]
+                        lines.add(index, output_line(event.output, index, work.hashes[event.index]))
     except OSError as error:
         raise RuntimeError(f"the run broke off: {error}") from error
+    return errors
 
 
 @contextmanager
@@ -240,15 +265,17 @@ def plan(config: GenerateConfig) -> None:
         ValueError: as ``run`` would.
     """
     launch = enter(config)
-    cli.enter_part(launch)
-    Prepared(config, launch, prompts=[] if config.transfer.prefills(launch.part) else read_input(config))
+    ending.enter_part(launch)
+    Prepared(
+        config, launch, prompts=[] if config.transfer.prefills(launch.part) else checked_first(read_input(config)[0])
+    )
     stop()
 
 
 def run(config: GenerateConfig) -> None:
     """Run the command on this rank: serve in a prefill group, else generate."""
     launch = enter(config)
-    cli.enter_part(launch)
+    ending.enter_part(launch)
     prefills = config.transfer.prefills(launch.part)
     set_up_logging(launch.rank, "prefill rank" if prefills else "rank")
     if prefills:
@@ -256,30 +283,46 @@ def run(config: GenerateConfig) -> None:
         try:
             llm.serve()
         except OSError as error:
-            raise cli.RunFailed(str(error)) from error
+            raise ending.RunFailed(str(error)) from error
         llm.close()
     else:
         run_requests(config, launch)
 
 
-def read_input(config: GenerateConfig) -> list[Request]:
-    """Return the run's requests, once what comes of them can be written. Collective over the world."""
-    from_rank0(lambda: check_writable(config.output, config.metrics, config.cache.events, read=[config.prompts]))
-    return from_rank0(lambda: read_requests(config))
+def read_input(config: GenerateConfig) -> tuple[Work, dict[int, str]]:
+    """Return what there is to do, and on rank 0 the lines of output that are done. Collective over the world.
+
+    Raises:
+        ValueError: when the prompts cannot be read, or what comes of them cannot be written.
+    """
+    done: dict[int, str] = {}
+
+    def read() -> Work:
+        check_writable(config.output, config.metrics, config.cache.events, read=[config.prompts])
+        requests = read_requests(config)
+        hashes = hashes_of(requests, config)
+        if config.output is not None and Path(config.output).is_file():
+            names = [name_of(request.id, index) for index, request in enumerate(requests)]
+            done.update(done_lines(config.output, names, hashes, resume=config.resume))
+        todo = [index for index in range(len(requests)) if index not in done]
+        return Work([requests[index] for index in todo], todo, [hashes[index] for index in todo], len(requests))
+
+    return from_rank0(read), done
 
 
 def run_requests(config: GenerateConfig, launch: Launch) -> None:
     """Read the requests, generate, and write what came of them."""
-    requests = read_input(config)
-    llm = LLM(config, prompts=requests)
-    with cache_events(llm, config.cache.events) as events:
-        outputs = generate(llm, requests)
-    text = "".join(output_line(output, index) + "\n" for index, output in enumerate(outputs))
-    metrics = json.dumps(metrics_of(llm), indent=2) + "\n"
+    work, done = read_input(config)
+    llm = LLM(config, prompts=checked_first(work))
+    lines = output_lines(config.output, work.num_lines, done) if launch.speaks else None
+    with ending.last_words(lines.keep) if lines is not None else nullcontext():
+        with cache_events(llm, config.cache.events) as events:
+            errors = generate(llm, work, lines)
+        metrics = json.dumps(metrics_of(llm), indent=2) + "\n"
 
     def write() -> list[str]:
         problems = [events.problem] if events is not None else []
-        problems.append(save("output", config.output, text, sys.stdout))
+        problems += [lines.finish()] if lines is not None else []
         if config.metrics is not None:
             problems.append(save("metrics", config.metrics, metrics, sys.stderr))
         return [problem for problem in problems if problem is not None]
@@ -287,14 +330,16 @@ def run_requests(config: GenerateConfig, launch: Launch) -> None:
     problems = from_rank0(write)
     llm.close()
     if problems:
-        raise cli.RunFailed("; ".join(problems))
-    failed = [output for output in outputs if output.error is not None]
-    if len(failed) == len(outputs):
-        raise ValueError(
-            failed[0].error if len(failed) == 1 else f"all {len(failed)} prompts failed: {failed[0].error}"
-        )
-    if failed and launch.speaks:
-        print(f"{len(failed)} of {len(outputs)} prompts failed: {failed[0].error}", file=sys.stderr)
+        raise ending.RunFailed("; ".join(problems))
+    if errors and len(errors) == work.num_lines:
+        raise ValueError(errors[0] if len(errors) == 1 else f"all {len(errors)} prompts failed: {errors[0]}")
+    if errors and launch.speaks:
+        print(f"{len(errors)} of {work.num_lines} prompts failed: {errors[0]}", file=sys.stderr)
+
+
+def checked_first(work: Work) -> list[Request]:
+    """Return the requests of which one at least must be able to run: none where a run goes on, which has lines."""
+    return work.requests if len(work.requests) == work.num_lines else []
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.launch import set_up_logging
-from scripts import cli
+from scripts import cli, ending
 from scripts.generate import GenerateConfig
 from scripts.generate import run as run_generate
 
@@ -65,8 +65,10 @@ def run(config: GenerateConfig) -> None:
     """Run the job on all ranks, then the reference on rank 0."""
     if config.prompts is None or config.output is None or config.metrics is None:
         raise ValueError("the quickstart needs prompts, output and metrics")
+    if ending.rank() == 0:
+        Path(config.output).unlink(missing_ok=True)  # of a run that was broken off: this one begins anew
     run_generate(config)
-    if cli.rank() != 0:
+    if ending.rank() != 0:
         return
     set_up_logging(0)
     output = json.loads(Path(config.output).read_text("utf-8").split("\n")[0])

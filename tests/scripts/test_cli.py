@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from scripts import cli, key_help
+from scripts import cli, ending, key_help
 from scripts.generate import GenerateConfig
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ Command = Callable[..., Ended]
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Give ``generate``'s command line in this process, in an empty folder, with a body that only notes its config."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_GRACE_S", 0.0)
+    monkeypatch.setattr(ending, "_GRACE_S", 0.0)
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(
@@ -294,8 +294,8 @@ def test_a_refusal_of_the_command_itself_is_one_line_and_code_2(command: Command
 
 def test_other_ranks_wait_for_rank_0_to_speak(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(cli, "_GRACE_S", 20.0)
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(ending, "_GRACE_S", 20.0)
+    monkeypatch.setattr(ending.time, "sleep", waited.append)
     assert command(*GIVEN, "zzz=1", rank=1).code == 2
     assert waited == [20.0]
     assert command(*GIVEN, "zzz=1", rank=0).code == 2
@@ -315,7 +315,7 @@ def test_a_fault_is_not_taken_for_bad_input(command: Command) -> None:
 
 
 def test_a_run_that_failed_is_neither_bad_input_nor_a_defect(command: Command) -> None:
-    ended = command(*GIVEN, body=raising(cli.RunFailed("the disk\nis full")))
+    ended = command(*GIVEN, body=raising(ending.RunFailed("the disk\nis full")))
     assert (ended.code, ended.err) == (1, "error: the disk is full\n")
 
 

@@ -161,11 +161,11 @@ def test_four_ranks_decode_a_file_of_prompts_and_a_bad_line_fails_alone(model: P
     assert [output["id"] for output in outputs] == ["long", "7", "2", "3", "4"]
     keys = ["id", "token_ids", "text", "finish_reason", "prompt_tokens", "cached_tokens"]
     assert [list(output) for output in outputs] == [
-        keys,
-        [*keys, "logprobs"],
+        [*keys, "hash"],
+        [*keys, "logprobs", "hash"],
         [*keys, "error"],
-        keys,
-        keys,
+        [*keys, "hash"],
+        [*keys, "hash"],
     ]
     assert [output["prompt_tokens"] for output in outputs] == [70, 14, 0, 6, 2]
     assert {output["cached_tokens"] for output in outputs} == {0}
@@ -683,7 +683,7 @@ def test_an_output_line_holds_every_field_and_reads_back() -> None:
         cached_tokens=5,
         logprobs=[TokenLogprobs(3, -0.5, {3: -0.5, 9: -2.0}), TokenLogprobs(4, -0.25, {})],
     )
-    line = output_line(output, 6)
+    line = output_line(output, 6, "0123")
     assert "\n" not in line
     assert "ä" in line
     assert json.loads(line) == {
@@ -697,14 +697,15 @@ def test_an_output_line_holds_every_field_and_reads_back() -> None:
             {"token_id": 3, "logprob": -0.5, "top": {"3": -0.5, "9": -2.0}},
             {"token_id": 4, "logprob": -0.25, "top": {}},
         ],
+        "hash": "0123",
     }
-    failed = json.loads(output_line(RequestOutput("me", finish_reason="error", error="why"), 6))
-    assert (failed["id"], failed["error"], "logprobs" in failed) == ("me", "why", False)
+    failed = json.loads(output_line(RequestOutput("me", finish_reason="error", error="why"), 6, "0123"))
+    assert (failed["id"], failed["error"], "logprobs" in failed, "hash" in failed) == ("me", "why", False, False)
 
 
 def test_an_id_that_is_no_text_comes_back_and_spoils_no_file(tmp_path: Path) -> None:
     request = parse_line('{"id": "\\ud800", "prompt": "a"}', "here", SamplingParams())
-    write_text(str(tmp_path / "out.jsonl"), output_line(RequestOutput(request.id), 0))
+    write_text(str(tmp_path / "out.jsonl"), output_line(RequestOutput(request.id), 0, ""))
     assert json.loads((tmp_path / "out.jsonl").read_text("utf-8"))["id"] == "\ud800"
 
 

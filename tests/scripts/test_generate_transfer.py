@@ -14,7 +14,7 @@ import pytest
 import scripts.generate
 from helix.config import CacheConfig, PrefillConfig, TransferConfig
 from helix.prepare import config_of_part
-from scripts import cli
+from scripts import cli, ending
 from scripts.generate import GenerateConfig, run
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.transfer.conftest import reserved_ports
@@ -185,7 +185,7 @@ def test_a_decode_group_that_is_gone_is_no_bad_input_of_the_prefill_group(monkey
 
     monkeypatch.setattr(scripts.generate, "LLM", Serving)
     config = GenerateConfig(transfer=TransferConfig(role="prefill", address="127.0.0.1:1"))
-    with pytest.raises(cli.RunFailed, match="the decode group is gone"):
+    with pytest.raises(ending.RunFailed, match="the decode group is gone"):
         run(config)
 
 
