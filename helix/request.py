@@ -98,7 +98,7 @@ class Sequence:
         num_computed: tokens whose K and V are in the cache.
         batch_slot: its row of the page table while it runs, else -1.
         cache_salt, retention: the request's.
-        keys: its blocks' keys, made when it is queued.
+        keys: its blocks' keys, made when it is first matched.
         was_admitted: True from its first admission on; later ones resume it.
         keeps_pages: it keeps its pages when it ends, until whoever reads them releases them.
         distinct_prompt_ids: sorted ids of the prompt where a repetition penalty needs them, else None.

@@ -48,7 +48,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._prefill_chunk = config.prefill_chunk
         self._free_slots = list(range(config.max_batch))
-        self._blocked: Sequence | None = None  # the first that waits, while nothing was freed since it did not fit
+        self._blocked: tuple[Sequence, int] | None = None  # the first of a queue, and when it was found not to fit
         self.on_leave: Callable[[Sequence], None] = _ignore  # told of every sequence that ends or is preempted
 
     @property
@@ -58,13 +58,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the pools must be able to hold ``seq.max_len`` tokens."""
-        self.cut_keys(seq)
         self.waiting.append(seq)
-
-    def cut_keys(self, seq: Sequence) -> None:
-        """Give a sequence the keys of its blocks, once."""
-        if seq.keys is None:
-            seq.keys = BlockKeys(seq.token_ids, self.cache.placement.block_size, seq.cache_salt)
 
     def schedule(self) -> Step:
         """Choose the next step: one decode row of each sequence that is past its prompt, and prefill chunks.
@@ -96,7 +90,7 @@ class Scheduler:
             if chunk.stop + 1 < chunk.seq.max_len and not chunk.seq.has_ended
         ]
         something_ends = len(chunks) < len(launched.chunks)
-        if not chunks or (self.waiting and (something_ends or self.waiting[0] is not self._blocked)):
+        if not chunks or (self.waiting and (something_ends or not self._is_blocked(self.waiting))):
             return None
         if not all(self.cache.extend(chunk.seq.blocks, chunk.stop) for chunk in chunks):
             return None
@@ -106,6 +100,8 @@ class Scheduler:
     def commit(self, chunks: list[Chunk]) -> None:
         """Note that chunks are computed, and cache the blocks that they filled."""
         for chunk in chunks:
+            if chunk.start < chunk.seq.prompt_len:  # one that waits may begin with the same tokens
+                self._blocked = None
             chunk.seq.num_computed = chunk.stop
             self.cache.commit(chunk.seq.blocks, chunk.stop)
 
@@ -155,6 +151,57 @@ class Scheduler:
         seq.batch_slot = -1
         self._blocked = None
 
+    # --- admission ----------------------------------------------------------------------------------------------------
+
+    def admit(self, queue: deque[Sequence], budget: int) -> list[tuple[Sequence, BlockTable]]:
+        """Take sequences from the front of a queue, with their pages, while batch slots and a budget of tokens last.
+
+        In two phases: pin what every candidate finds cached, then allocate, in order. Admitting one by one would let
+        the first evict what the second was counted to reuse. What an admission reports is what the budget is charged,
+        whatever was expected. Where one does not fit, those behind it give up their claims and it tries again; if it
+        still does not fit it waits, and they wait behind it; it costs nothing then before something may let it fit.
+        """
+        admitted: list[tuple[Sequence, BlockTable]] = []
+        if not queue or self._is_blocked(queue):
+            return admitted
+        claims = self._claim(queue, budget)
+        while claims and budget > 0:
+            seq, claim = claims.popleft()
+            table = self.cache.admit(claim, len(seq.token_ids))
+            if table is None and claims:
+                while claims:
+                    self.cache.drop(claims.pop()[1])
+                table = self.cache.admit(claim, len(seq.token_ids))
+            if table is None:
+                self.cache.drop(claim)
+            else:
+                queue.popleft()
+                admitted.append((seq, table))
+                budget -= len(seq.token_ids) - table.num_reused
+        for _, claim in claims:
+            self.cache.drop(claim)
+        self._blocked = (queue[0], self.cache.num_returns) if queue and budget > 0 else None
+        return admitted
+
+    def _is_blocked(self, queue: deque[Sequence]) -> bool:
+        """Return whether the first of a queue did not fit, and no slot or page came back and no prompt block since."""
+        return self._blocked == (queue[0], self.cache.num_returns)
+
+    def _claim(self, queue: deque[Sequence], budget: int) -> deque[tuple[Sequence, Claim]]:
+        """Claim for those that the batch slots and the budget can take, the first in the queue first."""
+        claims: deque[tuple[Sequence, Claim]] = deque()
+        for seq in queue:
+            if budget <= 0 or len(claims) == len(self._free_slots):
+                break
+            if seq.keys is None:
+                seq.keys = BlockKeys(seq.token_ids, self.cache.placement.block_size, seq.cache_salt)
+            claim = self.cache.claim(seq.keys, seq.retention)
+            claims.append((seq, claim))
+            budget -= len(seq.token_ids) - claim.num_tokens
+        return claims
+
+    # --- the running sequences ----------------------------------------------------------------------------------------
+
     def _continue_running(self, step: Step) -> tuple[int, bool]:
         """Give running sequences their chunks; return what is left of the budget, and whether any was preempted."""
         budget, preempted, position = self._prefill_chunk, False, 0
@@ -175,50 +222,13 @@ class Scheduler:
         return budget, preempted
 
     def _admit_waiting(self, step: Step, budget: int) -> None:
-        """Admit in two phases: pin what every candidate finds cached, then allocate, in order.
-
-        Admitting one by one would let the first evict what the second was counted to reuse. What an admission reports
-        is what its chunk is cut by, so the budget holds whatever was expected. Where one does not fit, those behind it
-        give up their claims and it tries again; if it still does not fit it waits, and they wait behind it.
-        """
-        claims = self._claim_waiting(budget)
-        while claims and budget:
-            seq, claim = claims.popleft()
-            table = self.cache.admit(claim, len(seq.token_ids))
-            if table is None and claims:
-                while claims:
-                    self.cache.drop(claims.pop()[1])
-                table = self.cache.admit(claim, len(seq.token_ids))
-            if table is None:
-                self.cache.drop(claim)
-            else:
-                budget -= self._start(seq, table, budget, step)
-        for _, claim in claims:
-            self.cache.drop(claim)
-        self._blocked = self.waiting[0] if self.waiting and budget else None
-
-    def _claim_waiting(self, budget: int) -> deque[tuple[Sequence, Claim]]:
-        """Claim for those that the batch slots and the budget can take, the first in the queue first."""
-        claims: deque[tuple[Sequence, Claim]] = deque()
-        for seq in self.waiting:
-            if budget <= 0 or len(claims) == len(self._free_slots):
-                break
-            assert seq.keys is not None
-            claim = self.cache.claim(seq.keys, seq.retention)
-            claims.append((seq, claim))
-            budget -= len(seq.token_ids) - claim.num_tokens
-        return claims
-
-    def _start(self, seq: Sequence, table: BlockTable, budget: int, step: Step) -> int:
-        """Make the first waiting sequence run, and return the tokens that it computes in this step."""
-        first = self.waiting.popleft()
-        assert first is seq
-        seq.blocks, seq.batch_slot, seq.num_computed = table, heapq.heappop(self._free_slots), table.num_reused
-        self.running.append(seq)
-        step.admitted.append(seq)
-        count = min(len(seq.token_ids) - seq.num_computed, budget)
-        step.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
-        return count
+        for seq, table in self.admit(self.waiting, budget):
+            seq.blocks, seq.batch_slot, seq.num_computed = table, heapq.heappop(self._free_slots), table.num_reused
+            self.running.append(seq)
+            step.admitted.append(seq)
+            count = min(len(seq.token_ids) - seq.num_computed, budget)
+            step.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
+            budget -= count
 
     def _preempt(self, seq: Sequence) -> None:
         self.cache.counters.preemptions += 1

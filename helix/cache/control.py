@@ -82,6 +82,9 @@ class CacheControl:
         reuse: keep blocks for later requests.
         partial_reuse: also use the leading tokens of a block, and keep the unfilled last block of a sequence.
         offload_min_priority: blocks below this priority are dropped, not offloaded.
+
+    Attributes:
+        num_returns: how often pages came back from a sequence; what did not fit need not try again before.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class CacheControl:
         self.blocks = self._new_store(CacheCounters())
         self._detached: set[tuple[int, int]] = set()  # (rank, page): out of use, see ``detach``
         self._beginnings = Beginnings()
+        self.num_returns = 0
 
     def _new_store(self, counters: CacheCounters) -> BlockStore:
         return BlockStore(
@@ -373,17 +377,19 @@ class CacheControl:
 
     def reattach(self, pages: list[tuple[int, int]]) -> None:
         """Make pages free that ``detach`` took out of use."""
+        self.num_returns += 1
         for rank, page in pages:
             self._detached.remove((rank, page))
             self.blocks.device.give(rank, page)
 
     def _empty(self, table: BlockTable) -> None:
         assert table.tail is not None
+        self.num_returns += 1
         self._beginnings.remove(table)
         self.blocks.unpin(table.tail, used=True)
         table.pages.clear()
         table.own.clear()
-        table.tail = None
+        table.tail = table.keys = None  # whoever keeps the table does not keep its tokens
 
     def _keep_rest(self, table: BlockTable, num_computed: int) -> bool:
         """Hang the unfilled last block into the tree, unless its tokens are there already."""

@@ -57,6 +57,7 @@ class Expiries:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Block]] = []
         self._num_pushed = 0
+        self._limit = SLACK
 
     @property
     def pending(self) -> bool:
@@ -68,6 +69,10 @@ class Expiries:
         assert block.expires is not None
         self._num_pushed += 1
         heapq.heappush(self._heap, (block.expires, self._num_pushed, block))
+        if len(self._heap) > self._limit:  # blocks that were dropped, or whose end was moved
+            self._heap = [entry for entry in self._heap if entry[0] == entry[2].expires]
+            heapq.heapify(self._heap)
+            self._limit = 2 * len(self._heap) + SLACK
 
     def pop_due(self, now: float) -> list[Block]:
         """Return the blocks whose priority has ended, and end it."""

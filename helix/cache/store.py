@@ -111,7 +111,7 @@ class BlockStore:
         assert parent is not None and block.pins == 1 and not block.children and block.on_device
         self._tell("removed", block)
         parent.remove(block)
-        block.pins, block.parent, block.page = 0, None, NOWHERE
+        block.pins, block.parent, block.page, block.expires = 0, None, NOWHERE, None
         self.unpin(parent)
         return page
 
@@ -261,7 +261,7 @@ class BlockStore:
             self.device.give(block.rank, block.page)
         else:
             self.host.give(block.rank, block.host_page)
-        block.page, block.host_page, block.parent = NOWHERE, NOWHERE, None
+        block.page, block.host_page, block.parent, block.expires = NOWHERE, NOWHERE, None, None
         self.counters.blocks_evicted += 1
         self._queue(parent)
         self.tree.prune(parent)

@@ -17,6 +17,7 @@ A page is therefore never published before every writer is done, and never free 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,6 @@ import torch
 
 from parallel.launch import from_rank0, minimum
 
-from ..cache.control import Claim
 from ..config import TransferConfig
 from ..engine import Engine
 from ..metrics import RunMetrics
@@ -174,33 +174,17 @@ class Receiver:
         return []
 
     def _hold(self) -> list[Sequence]:
-        """Claim for all candidates, then give them pages and batch slots, first come first served.
+        """Give waiting sequences pages and batch slots, first come first served.
 
         Sequences that the scheduler has to resume come first: while one waits, nothing is held.
         """
         scheduler = self._engine.scheduler
-        if scheduler.waiting or not self._waiting:
+        if scheduler.waiting:
             return []
-        cache, held = scheduler.cache, list[Sequence]()
-        claims: deque[tuple[Sequence, Claim]] = deque()
-        for seq in list(self._waiting)[: scheduler.num_free_slots]:
-            scheduler.cut_keys(seq)
-            assert seq.keys is not None
-            claims.append((seq, cache.claim(seq.keys, seq.retention)))
-        while claims:
-            seq, claim = claims.popleft()
-            table = cache.admit(claim, seq.prompt_len)
-            if table is None and claims:  # those behind it may have claimed what it needs
-                while claims:
-                    cache.drop(claims.pop()[1])
-                table = cache.admit(claim, seq.prompt_len)
-            if table is None:
-                cache.drop(claim)
-                break
-            self._waiting.popleft()
+        admitted = scheduler.admit(self._waiting, sys.maxsize)
+        for seq, table in admitted:
             scheduler.hold(seq, table)
-            held.append(seq)
-        return held
+        return [seq for seq, _ in admitted]
 
     # --- listening ----------------------------------------------------------------------------------------------------
 

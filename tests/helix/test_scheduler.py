@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix.cache.control import CacheControl
+from helix.cache.control import CacheControl, Claim
+from helix.cache.keys import BlockKeys
 from helix.cache.movements import CopyTokens, Movement
+from helix.cache.retention import Retention
 from helix.config import SchedulerConfig
 from helix.detokenize import Detokenizer
 from helix.request import Chunk, RequestOutput, Sequence
@@ -370,3 +372,62 @@ def test_nothing_is_launched_ahead_past_the_end_nor_where_that_would_preempt() -
     assert spans(launched.chunks) == [(0, 7, 8), (1, 7, 8)]
     assert scheduler.look_ahead(launched) is None
     assert scheduler.cache.counters.preemptions == 0 and len(scheduler.running) == 2
+
+
+# --- what waits costs nothing -----------------------------------------------------------------------------------------
+
+
+def count_claims(scheduler: Scheduler) -> list[int]:
+    """The lengths of the sequences that are matched from now on."""
+    plain, lengths = scheduler.cache.claim, list[int]()
+
+    def claim(keys: BlockKeys, retention: Many[Retention] = ()) -> Claim:
+        lengths.append(len(keys.token_ids))
+        return plain(keys, retention)
+
+    scheduler.cache.claim = claim  # type: ignore[method-assign]
+    return lengths
+
+
+def test_who_waits_is_matched_and_its_keys_are_cut_when_it_may_start() -> None:
+    scheduler = make_scheduler(max_batch=2, prefill_chunk=16)
+    seqs = [make_sequence(index, 20, 4) for index in range(100)]
+    for seq in seqs:
+        scheduler.add(seq)
+    claimed = count_claims(scheduler)
+    step(scheduler)
+    assert claimed == [20]
+    assert [seq.keys is not None for seq in seqs] == [True] + [False] * 99
+
+
+def test_one_that_does_not_fit_is_matched_again_when_pages_come_back_and_not_before() -> None:
+    scheduler = make_scheduler(num_pages=8, prefill_chunk=64)
+    for seq in (make_sequence(0, 16, 8), make_sequence(1, 25, 2)):
+        scheduler.add(seq)
+    claimed = count_claims(scheduler)
+    while len(scheduler.waiting):
+        step(scheduler)
+        assert len(claimed) < 5
+    assert claimed[:2] == [16, 25]
+    assert claimed[2:] == [25, 25], "after the prompt beside it, whose blocks it may share, and after its end"
+
+
+def test_pages_that_another_group_lets_go_let_a_waiting_sequence_start() -> None:
+    scheduler = make_scheduler(num_pages=8, prefill_chunk=64)
+    held = scheduler.cache.admit(scheduler.cache.claim(BlockKeys([7] * 16, 4)), 16)
+    assert held is not None
+    pages = scheduler.cache.detach(held)
+    scheduler.add(make_sequence(1, 25, 2))
+    for _ in range(3):
+        assert step(scheduler) == []
+    scheduler.cache.reattach(pages)
+    assert step(scheduler) == [(1, 0, 25)]
+
+
+def test_one_that_waits_starts_as_soon_as_the_prompt_beside_it_has_the_blocks_that_it_lacks() -> None:
+    scheduler = make_scheduler(num_pages=7, prefill_chunk=16)
+    first, second = make_sequence(0, 23, 9), make_sequence(1, 24, 1)
+    second.token_ids[:20] = first.token_ids[:20]
+    scheduler.add(first)
+    scheduler.add(second)
+    assert [step(scheduler) for _ in range(3)] == [[(0, 0, 16)], [(0, 16, 23)], [(0, 23, 24), (1, 20, 24)]]

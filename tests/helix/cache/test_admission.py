@@ -1,11 +1,14 @@
 """Admission in two phases: what is promised to any request of a batch is what it reuses, and the budget holds."""
 
+from collections import deque
 from collections.abc import Callable
 from random import Random
 
 import pytest
 
 from helix.cache.control import CacheControl
+from helix.cache.keys import BlockKeys
+from helix.cache.pool import BlockTable
 from helix.config import SchedulerConfig
 from helix.detokenize import Detokenizer
 from helix.request import RequestOutput, Sequence
@@ -19,16 +22,13 @@ A, B, C = list(range(100, 200)), list(range(200, 300)), list(range(300, 400))
 class OneByOne(Scheduler):
     """The test double: each request is matched and admitted before the next is looked at."""
 
-    def _admit_waiting(self, step: Step, budget: int) -> None:
-        while budget > 0 and self.waiting and self._free_slots:
-            seq = self.waiting[0]
-            assert seq.keys is not None
-            claim = self.cache.claim(seq.keys)
-            table = self.cache.admit(claim, len(seq.token_ids))
-            if table is None:
-                self.cache.drop(claim)
-                return
-            budget -= self._start(seq, table, budget, step)
+    def admit(self, queue: deque[Sequence], budget: int) -> list[tuple[Sequence, BlockTable]]:
+        admitted: list[tuple[Sequence, BlockTable]] = []
+        while budget > 0 and queue and (found := super().admit(deque([queue[0]]), budget)):
+            queue.popleft()
+            admitted += found
+            budget -= len(found[0][0].token_ids) - found[0][1].num_reused
+        return admitted
 
 
 def sequence(index: int, tokens: list[int], made: int = 1) -> Sequence:
@@ -75,10 +75,7 @@ def first_chunks(step: Step) -> dict[int, tuple[int, int]]:
 
 def promised(scheduler: Scheduler, seq: Sequence) -> int:
     """What a claim finds now."""
-    scheduler.add(seq)
-    scheduler.waiting.pop()
-    assert seq.keys is not None
-    claim = scheduler.cache.claim(seq.keys)
+    claim = scheduler.cache.claim(BlockKeys(seq.token_ids, 4))
     scheduler.cache.drop(claim)
     return claim.num_tokens
 

@@ -191,6 +191,13 @@ def test_blocks_of_low_priority_go_first_and_priorities_end() -> None:
         assert w.run(B[:7]) == (6 if b_stays else 4)
 
 
+def test_blocks_that_went_before_their_priority_ended_are_forgotten() -> None:
+    w = world(num_pages=8)
+    for number in range(300):
+        w.run([number] * 8, retention=(Retention(priority=90, duration_s=1e6),))
+    assert len(w.cache.blocks.expiries._heap) < 100
+
+
 def test_a_range_of_tokens_has_its_own_priority_and_a_reuse_can_change_it() -> None:
     w = world(num_pages=8)
     w.run(A[:16], retention=(Retention(priority=80), Retention(start=8, end=12, priority=5)))

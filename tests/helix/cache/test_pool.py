@@ -61,6 +61,7 @@ def test_a_released_table_holds_nothing_and_gives_nothing_back_twice() -> None:
     for _ in range(2):
         cache.release(table, 0)
         assert (table.pages, [cache.num_available(rank) for rank in range(2)]) == ([], [3, 3])
+    assert table.keys is None, "a runner keeps the last table of every slot, but not its tokens"
 
 
 @pytest.mark.parametrize("kvp", [1, 2, 4, 8])
