@@ -19,11 +19,8 @@ def make_spec(config: Any) -> ModelSpec:
     require(not config.attention_bias, "attention_bias", True, "Helix has no biases of latents; valid: false")
     require(not getattr(config, "mlp_bias", False), "mlp_bias", True, "Helix has no biases there; valid: false")
     groups, groups_chosen = config.n_group or 1, config.topk_group or 1
-    if not third:
-        method = config.topk_method
-        known = ("greedy", "group_limited_greedy")
-        require(method in known, "topk_method", method, f"supported: {', '.join(known)}")
-        groups, groups_chosen = (groups, groups_chosen) if method == "group_limited_greedy" else (1, 1)
+    if not third and config.topk_method != "group_limited_greedy":
+        groups, groups_chosen = 1, 1
     experts = Experts(
         num_experts=config.n_routed_experts,
         num_chosen=config.num_experts_per_tok,

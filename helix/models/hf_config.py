@@ -5,7 +5,7 @@ come out alike, and the RoPE frequencies come from the family's own rotary embed
 the runtime would compute wrongly without a word is refused here, with the setting's name.
 """
 
-from pathlib import Path
+import copy
 from typing import Any
 
 import torch
@@ -13,23 +13,25 @@ import torch
 from .spec import Experts, Latent, ModelSpec, RopeSpec, WeightNames, as_token_ids, one_line
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+UNUSED = {"bos_token_id": None, "pad_token_id": None}  # whatever they hold, nothing here reads them
 
 
-def read_config(config_file: Path, raw: dict[str, Any], path: str | Path) -> Any:
-    """Return the transformers config in `config_file`, whose JSON is `raw`; no code is taken from the checkpoint.
+def read_config(raw: dict[str, Any]) -> Any:
+    """Return the transformers config of the JSON object `raw`; no code is taken from the checkpoint.
 
     Raises ValueError when the weights are quantised, or when transformers itself refuses the config.
     """
     if raw.get("quantization_config"):
-        raise ValueError(
-            f"model.path = {path} has a quantization_config; Helix reads float32, float16 and bfloat16 weights only"
-        )
-    from transformers import AutoConfig
+        raise ValueError("config has a quantization_config; Helix reads float32, float16 and bfloat16 weights only")
+    from transformers import CONFIG_MAPPING
 
+    known = copy.deepcopy(raw) | UNUSED
+    if "eos_token_id" in raw:  # transformers refuses an id that is no integer
+        known["eos_token_id"] = list(as_token_ids(raw["eos_token_id"])) or None
     try:
-        return AutoConfig.from_pretrained(str(config_file), local_files_only=True, trust_remote_code=False)
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(known)
     except Exception as error:  # the library's validation raises its own types, which differ between its versions
-        raise ValueError(f"model.path = {path}: {config_file.name} was refused: {one_line(error)}") from error
+        raise ValueError(f"config.json was refused: {one_line(error)}") from error
 
 
 def spec_from(
@@ -79,20 +81,6 @@ def require(ok: bool, name: str, value: object, rule: str) -> None:
     """Raise ValueError "config NAME = VALUE; RULE" unless `ok`."""
     if not ok:
         raise ValueError(f"config {name} = {value!r}; {rule}")
-
-
-def require_full_attention(config: Any) -> None:
-    """Raise ValueError when any layer of `config` attends through a sliding window."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        sliding = sum(kind != "full_attention" for kind in layer_types)
-    elif getattr(config, "use_sliding_window", False) and config.sliding_window is not None:
-        sliding = max(0, config.num_hidden_layers - config.max_window_layers)
-    else:
-        sliding = 0
-    window = getattr(config, "sliding_window", None)
-    rule = f"{sliding} of {config.num_hidden_layers} layers would use it and Helix computes full attention only"
-    require(sliding == 0, "sliding_window", window, rule)
 
 
 def require_full_rotation(spec: ModelSpec) -> ModelSpec:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 from ..config import ModelConfig
 from .checkpoint import Checkpoint, fill_dummy
 from .decoder import Decoder
-from .spec import ModelSpec, load_spec
+from .spec import ModelSpec, load_spec, spec_of
 from .weights import layer_weights, model_weights, tensor_shapes
 
 
@@ -23,9 +21,7 @@ def read_spec(config: ModelConfig) -> ModelSpec:
         ValueError: in one line that begins with the setting, when there is no such model or it is not supported.
     """
     if config.config is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(config.config), "utf-8")
-            return load_spec(folder, max_position=config.max_position)
+        return spec_of(config.config, "model.config", max_position=config.max_position)
     if not config.path:
         raise ValueError("model.path is empty: give a Hugging Face checkpoint folder")
     return load_spec(config.path, max_position=config.max_position)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .hf_config import require_full_attention, require_full_rotation, spec_from
+from .hf_config import require_full_rotation, spec_from
 from .spec import ModelSpec
 
 
@@ -10,5 +10,4 @@ def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers Qwen2Config; ValueError for a setting that Helix does not compute."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-    require_full_attention(config)
     return require_full_rotation(spec_from(config, "qwen2", Qwen2RotaryEmbedding, qkv_bias=True))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .hf_config import require, require_full_attention, require_full_rotation, spec_from
+from .hf_config import require, require_full_rotation, spec_from
 from .spec import ModelSpec
 
 
@@ -14,5 +14,4 @@ def make_spec(config: Any) -> ModelSpec:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
     require(not config.attention_bias, "attention_bias", True, "Helix has no output projection bias; valid: false")
-    require_full_attention(config)
     return require_full_rotation(spec_from(config, "qwen3", Qwen3RotaryEmbedding, qk_norm=True))

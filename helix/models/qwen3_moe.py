@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .hf_config import require, require_full_attention, require_full_rotation, spec_from
+from .hf_config import require, require_full_rotation, spec_from
 from .spec import Experts, ModelSpec
 
 
@@ -11,7 +11,6 @@ def make_spec(config: Any) -> ModelSpec:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
     require(not config.attention_bias, "attention_bias", True, "Helix has no output projection bias; valid: false")
-    require_full_attention(config)
     step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
     experts = Experts(
         num_experts=config.num_experts,

@@ -248,20 +248,32 @@ def load_spec(path: str | Path, *, max_position: int | None = None) -> ModelSpec
     something that the runtime does not compute (a sliding window, another activation, quantised weights, ...).
     """
     config_file = find_config(path)
-    raw = read_json(config_file, path)
+    generation = config_file.parent / "generation_config.json"
+    spec = spec_of(read_json(config_file, path), f"model.path = {path}", max_position=max_position)
+    settings = read_json(generation, path) if generation.is_file() else {}
+    try:
+        eos = as_token_ids(settings.get("eos_token_id"))
+    except ValueError as error:
+        raise ValueError(f"model.path = {path}: {generation.name}: {error}") from error
+    return replace(spec, eos_token_ids=eos or spec.eos_token_ids)
+
+
+def spec_of(raw: dict[str, Any], source: str, *, max_position: int | None = None) -> ModelSpec:
+    """Return the spec of the config.json whose content is `raw`; see `load_spec`. Errors begin with `source`."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model.path = {path} has model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"{source} has model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
+    from .config_keys import check_keys
     from .hf_config import read_config
 
-    config = read_config(config_file, raw, path)
     family = importlib.import_module(FAMILIES[model_type], __package__)
     try:
+        config = read_config(raw)
+        check_keys(raw, config, model_type, max_position or config.max_position_embeddings)
         spec: ModelSpec = family.make_spec(config)
+        return spec if max_position is None else replace(spec, max_position=max_position)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"model.path = {path}: {one_line(error)}") from error
-    spec = replace(spec, eos_token_ids=_read_eos(config_file, path) or spec.eos_token_ids)
-    return spec if max_position is None else replace(spec, max_position=max_position)
+        raise ValueError(f"{source}: {one_line(error)}") from error
 
 
 def find_config(path: str | Path) -> Path:
@@ -296,13 +308,17 @@ def one_line(error: BaseException) -> str:
     return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
 
 
-def as_token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """Return a config's eos_token_id, which may be one id, several or none, as a tuple."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def as_token_ids(value: Any) -> tuple[int, ...]:
+    """Return a config's eos_token_id, which may be one id, several or none, as a tuple.
 
-
-def _read_eos(config_file: Path, path: str | Path) -> tuple[int, ...]:
-    file = config_file.parent / "generation_config.json"
-    return as_token_ids(read_json(file, path).get("eos_token_id")) if file.is_file() else ()
+    Tools write ids as floats, as text and in lists of lists; -1 stands for none. Raises ValueError for anything else.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(token for each in value for token in as_token_ids(each)))
+    try:
+        token = -1 if value is None else int(value)
+        if isinstance(value, bool) or token < -1 or (isinstance(value, float) and token != value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"eos_token_id = {value!r}; must be a token id or a list of them") from None
+    return () if token == -1 else (token,)

@@ -136,16 +136,39 @@ def test_generation_config_overrides_the_eos_ids(tmp_path: Path) -> None:
     assert load_spec(tmp_path).eos_token_ids == (7,)
 
 
+@pytest.mark.parametrize(
+    ("value", "ids"),
+    [
+        ("5", (5,)),
+        (5.0, (5,)),
+        ([[5], ["6", 6.0]], (5, 6)),
+        ([None, 5, -1], (5,)),
+        ([], ()),
+        ([5, 5], (5,)),
+    ],
+)
+def test_eos_ids_of_odd_types_are_read(tmp_path: Path, value: Any, ids: tuple[int, ...]) -> None:
+    for family in ("llama", "qwen3_moe"):
+        assert load_spec(write_config(tmp_path, family, eos_token_id=value, pad_token_id=[0.5])).eos_token_ids == ids
+    write_config(tmp_path, "llama")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert load_spec(tmp_path).eos_token_ids == (ids or (7,))
+
+
+@pytest.mark.parametrize("value", ["</s>", 5.5, True, -2, {"id": 5}, [5, ["x"]], float("inf")])
+def test_eos_ids_that_could_mean_anything_are_refused(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"eos_token_id = .*; must be a token id or a list of them"):
+        load_spec(write_config(tmp_path, "llama", eos_token_id=value))
+    write_config(tmp_path, "llama")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id = .*; must be"):
+        load_spec(tmp_path)
+
+
 def test_max_position_can_be_overridden(tmp_path: Path) -> None:
     spec = load_spec(write_config(tmp_path, "llama"), max_position=1 << 22)
     assert spec.max_position == 1 << 22
     assert torch.equal(spec.rope.inv_freq, load_spec(tmp_path).rope.inv_freq)
-
-
-def test_unused_sliding_window_is_accepted(tmp_path: Path) -> None:
-    assert load_spec(write_config(tmp_path, "qwen2", use_sliding_window=False, sliding_window=128)).num_layers == 3
-    above = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 3}
-    assert load_spec(write_config(tmp_path, "qwen2", **above)).num_layers == 3
 
 
 @pytest.mark.parametrize(
@@ -153,8 +176,6 @@ def test_unused_sliding_window_is_accepted(tmp_path: Path) -> None:
     [
         ("mistral", {}, "has model_type 'mistral'; supported: deepseek_v2, deepseek_v3, glm, llama, qwen2, qwen3"),
         ("chatglm", {"auto_map": {"AutoConfig": "code.Config"}}, "has model_type 'chatglm'; supported: deepseek"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}, "128; 2 of 3 layers"),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}, "128; 3 of 3 layers"),
         ("llama", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias = True"),
