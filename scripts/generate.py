@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,15 +212,14 @@ def metrics_of(llm: LLM) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run has to do: those of its requests that are not done, with their indices among all and their hashes."""
+    """What a run has to do: those of its requests that are not done, and their indices among all."""
 
     requests: list[Request]
     indices: list[int]
-    hashes: list[str]
     num_lines: int
 
 
-def generate(llm: LLM, work: Work, lines: GrowingFile | PrintedLines | None) -> list[str]:
+def generate(llm: LLM, work: Work, hashes: Sequence[str], lines: GrowingFile | PrintedLines | None) -> list[str]:
     """Run requests with a progress display, keep each line as it ends, and return the errors of those that failed.
 
     Collective over the world; rank 0 has the lines.
@@ -237,7 +236,7 @@ def generate(llm: LLM, work: Work, lines: GrowingFile | PrintedLines | None) -> 
                     errors += [event.output.error] if event.output.error is not None else []
                     if lines is not None:
                         index = work.indices[event.index]
-                        lines.add(index, output_line(event.output, index, work.hashes[event.index]))
+                        lines.add(index, output_line(event.output, index, hashes[event.index]))
     except OSError as error:
         raise RuntimeError(f"the run broke off: {error}") from error
     return errors
@@ -300,12 +299,11 @@ def read_input(config: GenerateConfig) -> tuple[Work, dict[int, str]]:
     def read() -> Work:
         check_writable(config.output, config.metrics, config.cache.events, read=[config.prompts])
         requests = read_requests(config)
-        hashes = hashes_of(requests, config)
         if config.output is not None and Path(config.output).is_file():
             names = [name_of(request.id, index) for index, request in enumerate(requests)]
-            done.update(done_lines(config.output, names, hashes, resume=config.resume))
+            done.update(done_lines(config.output, names, hashes_of(requests, config), resume=config.resume))
         todo = [index for index in range(len(requests)) if index not in done]
-        return Work([requests[index] for index in todo], todo, [hashes[index] for index in todo], len(requests))
+        return Work([requests[index] for index in todo], todo, len(requests))
 
     return from_rank0(read), done
 
@@ -314,10 +312,11 @@ def run_requests(config: GenerateConfig, launch: Launch) -> None:
     """Read the requests, generate, and write what came of them."""
     work, done = read_input(config)
     llm = LLM(config, prompts=checked_first(work))
+    hashes = from_rank0(lambda: hashes_of(work.requests, config))
     lines = output_lines(config.output, work.num_lines, done) if launch.speaks else None
     with ending.last_words(lines.keep) if lines is not None else nullcontext():
         with cache_events(llm, config.cache.events) as events:
-            errors = generate(llm, work, lines)
+            errors = generate(llm, work, hashes, lines)
         metrics = json.dumps(metrics_of(llm), indent=2) + "\n"
 
     def write() -> list[str]:

@@ -13,26 +13,27 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from scripts.settings import Tree, get
 
 KEY_WIDTH = 40
-ENDING = "--cfg job shows the keys as YAML, --multirun runs lists of values (key=1,2), --hydra-help shows all flags."
+ENDING = (
+    "--cfg job shows the keys as YAML, --multirun runs lists of values (key=1,2), --config-dir DIR has more presets."
+)
 
 
-def help_text(header: str, schema: type[Any], composed: DictConfig, presets: dict[str, list[str]]) -> str:
+def help_text(header: str, schema: type[Any], tree: Tree, presets: dict[str, list[str]]) -> str:
     """Return the help of a command whose keys have the values that were composed."""
-    groups = [name for name in presets if name in composed]
+    groups = [name for name in presets if name in tree]
     lines = [header, ""]
     if groups:
         lines += ["Presets (group=preset):", *(f"  {name}: {', '.join(presets[name])}" for name in groups), ""]
     lines.append("Keys, as they stand, and what they mean:")
     width = shutil.get_terminal_size((160, 50)).columns
     for key, meaning in meanings(schema):
-        value = OmegaConf.select(composed, key)
-        if isinstance(value, DictConfig) and key in groups_of(schema):
+        if key in groups_of(schema):
             lines.append(f"{key}: {meaning}")
             continue
-        given = f"  {key}={_as_typed(value)}"
+        given = f"  {key}={_as_typed(get(tree, key))}"
         gap = " " * max(KEY_WIDTH - len(given), 2)
         lines += textwrap.wrap(
             given + gap + meaning,
@@ -84,6 +85,4 @@ def _as_typed(value: Any) -> str:
     """Return a value as the command line takes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value)
     return "''" if value == "" else str(value)

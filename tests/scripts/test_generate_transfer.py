@@ -214,7 +214,6 @@ def documented_commands():
 
 @pytest.mark.parametrize("arguments", documented_commands(), ids=" ".join)
 def test_the_documents_commands_are_valid(arguments):
-    cli.register("generate", GenerateConfig)
     cli.check("generate", GenerateConfig, arguments)
 
 
