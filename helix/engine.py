@@ -20,21 +20,20 @@ what they would be without it:
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from parallel.launch import from_rank0, gather_values
+from parallel.launch import from_rank0
 
-from .cache.movements import as_ints
 from .cache.mover import PageMover
+from .check import compare_ranks
 from .graphs import PendingTokens
 from .metrics import RunMetrics
-from .request import Chunk, Sequence, StreamEvent, TokenLogprobs
+from .outcome import take_token
+from .request import ABORT, ERROR, Chunk, Sequence, StreamEvent, TokenLogprobs
 from .runner import Runner
 from .sampling import SampledTokens, sample
 from .scheduler import Scheduler, Step
@@ -43,10 +42,6 @@ from .speculative.speculator import Speculator
 from .speculative.verify import num_accepted, sampling_batch
 
 SHARE_TIME_EVERY = 64  # steps between two readings of the shared clock, while some priority ends at a time
-
-
-class RankMismatch(RuntimeError):
-    """Two ranks took different decisions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +99,7 @@ class Engine:
         self._flight: Flight | None = None  # launched, not read yet
         self._check_ranks = check_ranks
         self._clock = clock
-        self._started: dict[Sequence, float] = {}
-        self._last_token: dict[Sequence, float] = {}
+        self._live: dict[int, Sequence] = {}  # by index: what has arrived and not ended
         self._steps_since_time = 0
         self._share_time_now = False
         self.in_step = False
@@ -131,11 +125,15 @@ class Engine:
         self.compute(seq)
 
     def note_arrival(self, seq: Sequence) -> None:
-        """Start the clock of a sequence, which ``compute`` queues or ``go_on`` continues."""
-        self._started[seq] = self._clock()
-        self.metrics.num_requests += 1
+        """Know a sequence, which ``compute`` queues or ``go_on`` continues, until it ends."""
+        self._live[seq.index] = seq
+        self.metrics.note_arrival(seq, self._clock())
         if seq.retention:
             self._share_time_now = True
+
+    def find(self, index: int) -> Sequence | None:
+        """Return the sequence of an index; None where it has ended, or never was."""
+        return self._live.get(index)
 
     def compute(self, seq: Sequence) -> None:
         """Queue a sequence that has arrived, its prompt to be computed here."""
@@ -149,27 +147,35 @@ class Engine:
         self.scheduler.run_held(seq)
         if seq.output.logprobs is not None and logprobs is not None:
             seq.output.logprobs.append(logprobs)
-        event = self._append(seq, token)
-        self._record_time(seq, self._clock(), 1)
+        event = take_token(seq, token, self._eos)
+        self.metrics.note_tokens(seq, self._clock(), 1)
         if event.output is not None:
-            self._finish(seq)
+            self.end(seq, seq.output.finish_reason)
         return event
 
-    def fail(self, seq: Sequence, reason: str) -> StreamEvent:
-        """End a sequence that neither waits nor runs with an error, alone."""
-        self._forget(seq)
-        self.metrics.num_errors += 1
-        seq.output.finish_reason, seq.output.error = "error", reason
-        return StreamEvent(seq.index, [], "", seq.output)
+    def abort(self, index: int) -> list[StreamEvent]:
+        """End a request at once, wherever it is; one that has ended meanwhile is left alone. Return its last event."""
+        seq = self.find(index)
+        return [] if seq is None else [self.end(seq, ABORT)]
 
-    def drop(self, seq: Sequence) -> None:
-        """Take out a sequence that waits or runs, without a word; a step in flight still holds its pages."""
-        seq.output.finish_reason = "error"
-        if seq in self.scheduler.waiting:
-            self.scheduler.waiting.remove(seq)
-            self._forget(seq)
-        else:
-            self._leave(seq)
+    def fail(self, seq: Sequence, reason: str) -> StreamEvent:
+        """End a sequence with an error, alone."""
+        seq.output.error = reason
+        return self.end(seq, ERROR)
+
+    def end(self, seq: Sequence, reason: str) -> StreamEvent:
+        """End a sequence, whether it waits, runs or is held elsewhere: the one way out. Return its last event.
+
+        What it computed stays cached. A step in flight that has a row of it keeps its slot and pages until it lands.
+        """
+        seq.output.finish_reason = reason
+        del self._live[seq.index]
+        place = self.runner.placement
+        held = [place.local_len(seq.num_computed, rank, seq.blocks.first_owner) for rank in range(place.kvp)]
+        self.metrics.note_end(seq, self._clock(), held)
+        if self._flight is None or not self._flight.holds(seq):
+            self.scheduler.remove(seq)
+        return StreamEvent(seq.index, [], "", seq.output)
 
     def abort_all(self) -> None:
         """Drop every sequence; its pages are free or cached. After a step that failed, nothing stays cached.
@@ -184,12 +190,14 @@ class Engine:
         finally:
             self._drop_all()
 
+    def close(self) -> None:
+        """Leave nobody: an engine is alone."""
+
     def _drop_all(self) -> None:
         for seq in list(self.scheduler.running):
-            self.scheduler.finish(seq, keep=not self.in_step)
+            self.scheduler.remove(seq, keep=not self.in_step)
         self.scheduler.waiting.clear()
-        self._started.clear()
-        self._last_token.clear()
+        self._live.clear()
         if self.in_step:  # pages that it should have written or moved may hold anything
             self.scheduler.cache.clear()
             self.in_step = False
@@ -228,7 +236,7 @@ class Engine:
         if self.speculator is not None:
             self.speculator.propose(step, self.scheduler)
         if self._check_ranks:  # before any collective whose shape the step decides
-            self._compare_ranks(step, None)
+            compare_ranks(self.metrics.num_steps, step)
         self.mover.execute(step.movements)
         if self.runner.can_launch(step.chunks) and all(chunk.seq.sampling.is_plain for chunk in step.chunks):
             return self._launched(step)
@@ -261,19 +269,16 @@ class Engine:
         going_on = []
         for chunk in chunks:
             if chunk.seq.has_ended:
-                self.scheduler.finish(chunk.seq)
+                self.scheduler.remove(chunk.seq)
             else:
                 going_on.append(chunk)
         if not going_on:
             return []
         self.scheduler.commit(going_on)
         if self._check_ranks:
-            self._compare_ranks(flight.step, tokens)
+            compare_ranks(self.metrics.num_steps, flight.step, tokens)
         metrics = self.metrics
-        for chunk in going_on:
-            metrics.prefill_tokens += chunk.stop - chunk.start if chunk.start < chunk.seq.prompt_len else 0
-        metrics.prefill_total = max(metrics.prefill_total, metrics.prefill_tokens)
-        metrics.num_steps += 1
+        metrics.note_step(going_on)
         return [] if tokens is None else self._commit([chunk for chunk in chunks if chunk.samples], tokens)
 
     def _read(self, flight: Flight) -> SampledTokens | None:
@@ -301,7 +306,7 @@ class Engine:
             if not seq.was_admitted:
                 seq.was_admitted = True
                 seq.output.cached_tokens = seq.num_computed
-                self.metrics.prefill_total -= seq.num_computed
+                self.metrics.note_admission(seq, self._clock())
 
     def _commit(self, chunks: list[Chunk], tokens: SampledTokens) -> list[StreamEvent]:
         """Add to each sequence the drafts that its rows confirm and the token that follows them, up to its end."""
@@ -319,7 +324,7 @@ class Engine:
             for at in range(first_row, first_row + 1 + accepted):
                 if seq.output.logprobs is not None and logprobs is not None:
                     seq.output.logprobs.append(logprobs[at])
-                events.append(self._append(seq, ids[at]))
+                events.append(take_token(seq, ids[at], self._eos))
                 if events[-1].output is not None:
                     break
             made = len(events) - first
@@ -327,74 +332,10 @@ class Engine:
                 self.scheduler.commit_accepted(seq)
             if is_decode and self.metrics.speculative is not None:
                 self.metrics.speculative.note(len(drafts), accepted, made)
-            self._record_time(seq, now, made)
+            self.metrics.note_tokens(seq, now, made)
             if events[-1].output is not None:
-                self._finish(seq)
+                self.end(seq, seq.output.finish_reason)
         return events
-
-    def _append(self, seq: Sequence, token: int) -> StreamEvent:
-        """Add a token to its sequence, decide whether that ends it, and return what is new."""
-        params, output = seq.sampling, seq.output
-        seq.token_ids.append(token)
-        output.token_ids.append(token)
-        is_eos = token in self._eos and not params.ignore_eos
-        text = ""
-        if is_eos or token in params.stop_token_ids:
-            output.finish_reason = "stop"
-        else:
-            text = seq.detokenizer.push(token)
-            if seq.detokenizer.stopped is not None:
-                output.finish_reason = "stop"
-            elif len(seq.token_ids) >= seq.max_len:
-                output.finish_reason = "length"
-        if output.finish_reason:
-            text += seq.detokenizer.finish()
-            output.text = seq.detokenizer.text
-        return StreamEvent(seq.index, [token], text, output if output.finish_reason else None)
-
-    def _finish(self, seq: Sequence) -> None:
-        place = self.runner.placement
-        for rank in range(place.kvp):
-            self.metrics.tokens_per_rank[rank] += place.local_len(seq.num_computed, rank, seq.blocks.first_owner)
-        self._leave(seq)
-
-    def _leave(self, seq: Sequence) -> None:
-        if self._flight is None or not self._flight.holds(seq):  # else when that has landed
-            self.scheduler.finish(seq)
-        self._forget(seq)
-
-    def _forget(self, seq: Sequence) -> None:
-        self._started.pop(seq, None)
-        self._last_token.pop(seq, None)
-
-    def _record_time(self, seq: Sequence, now: float, num_tokens: int) -> None:
-        """Note when tokens came; those of one step share the time that it took."""
-        self.metrics.decode_tokens += num_tokens
-        if seq in self._last_token:
-            self.metrics.ttl_s += [(now - self._last_token[seq]) / num_tokens] * num_tokens
-        else:
-            self.metrics.ttft_s.append(now - self._started[seq])
-            self.metrics.ttl_s += [0.0] * (num_tokens - 1)
-        self._last_token[seq] = now
-
-    def _compare_ranks(self, step: Step, tokens: SampledTokens | None) -> None:
-        """Compare a digest of what this step decided over all ranks."""
-        digest = hashlib.blake2b(digest_size=7)
-        for movement in step.movements:
-            digest.update(np.array(as_ints(movement), np.int64).tobytes())
-        for chunk in step.chunks:
-            seq = chunk.seq
-            state = [seq.index, chunk.start, chunk.stop, seq.batch_slot, seq.blocks.first_owner, *seq.blocks.pages]
-            digest.update(np.array([*state, -1, *chunk.drafts], np.int64).tobytes())
-        if tokens is not None:
-            digest.update(tokens.token_ids.cpu().numpy().tobytes())
-        values = gather_values(int.from_bytes(digest.digest(), "little"))
-        different = [rank for rank, value in enumerate(values) if value != values[0]]
-        if different:
-            raise RankMismatch(
-                f"step {self.metrics.num_steps}: rank {different[0]} decided otherwise than rank 0 "
-                f"({len(different)} of {len(values)} ranks differ from it)"
-            )
 
 
 def _host_logprobs(tokens: SampledTokens, chunks: list[Chunk]) -> list[TokenLogprobs]:

@@ -31,6 +31,7 @@ from .cache.pages import PagedCache, free_bytes
 from .config import HelixConfig
 from .detokenize import Detokenizer
 from .engine import Engine
+from .front import Front
 from .graphs import buckets_up_to
 from .metrics import RunMetrics
 from .models.decoder import Decoder
@@ -140,6 +141,10 @@ class LLM:
         """True in a prefill group, which serves another group: call ``serve``; nothing else runs there."""
         return self.config.transfer.prefills(self.launch.part)
 
+    @property
+    def _front(self) -> Front:
+        return self._receiver or self.engine
+
     def serve(self) -> None:
         """Compute what the decode group asks for until it is closed. Collective over a prefill group.
 
@@ -188,7 +193,7 @@ class LLM:
         """
         if self._sender is not None:
             raise RuntimeError("a prefill group takes its prompts from the decode group; call serve()")
-        front = self._receiver or self.engine
+        front = self._front
         if front.has_work:
             raise RuntimeError("another stream of this LLM is open; iterate it to its end or close it first")
         default = sampling or self.config.sampling
@@ -200,8 +205,7 @@ class LLM:
                 try:
                     seq = self._prepare(index, request, request.sampling or default)
                 except ValueError as error:
-                    metrics.num_requests += 1
-                    metrics.num_errors += 1
+                    metrics.note_refusal()
                     failed = RequestOutput(request.id, finish_reason="error", error=str(error))
                     yield StreamEvent(index, [], "", failed)
                 else:
@@ -230,8 +234,7 @@ class LLM:
 
     def close(self) -> None:
         """Leave the other group, where there is one, and the world. Collective."""
-        if self._receiver is not None:
-            self._receiver.close()
+        self._front.close()
         self.runner.release_graphs()
         stop()
 

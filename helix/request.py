@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .detokenize import Detokenizer
     from .sampling import SamplingParams
 
+STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
+"""Why a request ended: its own end or a stop of its settings, its length, its caller, a failure."""
+
 
 @dataclass(slots=True)
 class Request:
@@ -59,7 +62,7 @@ class RequestOutput:
         id: the request's.
         token_ids: the tokens made, the one that stopped it included.
         text: their text, without special tokens and up to a stop string.
-        finish_reason: stop, length or error.
+        finish_reason: stop, length, abort or error.
         prompt_tokens: length of the prompt, in tokens.
         cached_tokens: prompt tokens whose KV was found in the cache, not computed.
         logprobs: one entry a token, when asked for.
@@ -101,6 +104,7 @@ class Sequence:
         keys: its blocks' keys, made when it is first matched.
         was_admitted: True from its first admission on; later ones resume it.
         keeps_pages: it keeps its pages when it ends, until whoever reads them releases them.
+        arrived_s, last_token_s: when it came, and its last token, by this rank's own clock: for the metrics alone.
         distinct_prompt_ids: sorted ids of the prompt where a repetition penalty needs them, else None.
     """
 
@@ -120,6 +124,8 @@ class Sequence:
     keys: BlockKeys | None = None
     was_admitted: bool = False
     keeps_pages: bool = False
+    arrived_s: float = 0.0
+    last_token_s: float | None = None
     distinct_prompt_ids: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:

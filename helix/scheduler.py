@@ -122,11 +122,15 @@ class Scheduler:
         seq.num_computed = len(seq.token_ids) - 1
         self.cache.commit(seq.blocks, seq.num_computed)
 
-    def finish(self, seq: Sequence, *, keep: bool = True) -> None:
-        """Take a sequence out; what it computed stays cached, unless ``keep`` is False."""
-        self.running.remove(seq)
-        self._free(seq, keep)
-        self.on_leave(seq)
+    def remove(self, seq: Sequence, *, keep: bool = True) -> None:
+        """Take out a sequence that waits or runs; what it computed stays cached, unless ``keep`` is False.
+
+        One that does neither is another's to take care of: nothing happens.
+        """
+        if seq in self.running:
+            self._stop(seq, keep)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
 
     # --- sequences that another group prefills ------------------------------------------------------------------------
 
@@ -232,14 +236,16 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.cache.counters.preemptions += 1
-        self.finish(seq)
+        self._stop(seq, keep=True)
         seq.num_computed = 0
         self.waiting.appendleft(seq)
 
-    def _free(self, seq: Sequence, keep: bool) -> None:
+    def _stop(self, seq: Sequence, keep: bool) -> None:
+        self.running.remove(seq)
         if not seq.keeps_pages:
             self.cache.release(seq.blocks, seq.num_computed if keep else 0)
         self.free_slot(seq)
+        self.on_leave(seq)
 
 
 def _ignore(seq: Sequence) -> None:

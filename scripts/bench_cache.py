@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -244,8 +245,9 @@ def bench_decode(config: BenchCacheConfig) -> dict[str, Any]:
         number += len(free)
 
     def ttl(on_step: Callable[[RunMetrics], None] | None) -> list[float]:
-        llm.generate([prompt], sampling, on_step=on_step)
-        return llm.metrics.ttl_s[10:]
+        stream = llm.stream([prompt], sampling, on_step=on_step)
+        times = [time.perf_counter() for event in stream for _ in event.token_ids]
+        return [after - before for before, after in pairwise(times)][10:]
 
     ttl(None)
     without, beside = [], []

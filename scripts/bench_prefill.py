@@ -93,7 +93,7 @@ def prefill(llm: LLM, prompt_len: int) -> tuple[float, int | None]:
     if output.error is not None:
         raise ValueError(output.error)
     assert output.cached_tokens == 0 and len(output.token_ids) == 1
-    ttft_s = max(gather_values(int(llm.metrics.ttft_s[0] * 1e9))) / 1e9
+    ttft_s = max(gather_values(int(llm.metrics.ttft_s.mean_s() * 1e9))) / 1e9
     peak = max(gather_values(torch.cuda.max_memory_allocated() - before)) if on_gpu else None
     return ttft_s, peak
 

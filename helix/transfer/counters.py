@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..metrics import percentiles_ms
+from ..metrics import Durations
 
 
 @dataclass(slots=True)
@@ -30,10 +30,10 @@ class TransferCounters:
     failed: int = 0
     pages_quarantined: int = 0
     pages_released: int = 0
-    handover_s: list[float] = field(default_factory=list)
+    handover_s: Durations = field(default_factory=Durations)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures in the form of metrics.json."""
         figures = asdict(self)
-        figures["handover_ms"] = percentiles_ms(figures.pop("handover_s"))
+        figures["handover_ms"] = figures.pop("handover_s").as_dict_ms()
         return figures

@@ -118,6 +118,16 @@ class Receiver:
         self._engine.note_arrival(seq)
         self._waiting.append(seq)
 
+    def abort(self, index: int) -> list[StreamEvent]:
+        """End a request; pages that are being written for it stay out of use until their writers have ended."""
+        seq = self._engine.find(index)
+        if seq is not None and seq in self._waiting:
+            self._waiting.remove(seq)
+        for number, inbound in self._inbound.items():
+            if inbound.seq is seq:
+                self._hearing.tell(Cancel(number))
+        return self._engine.abort(index)
+
     def step(self) -> list[StreamEvent]:
         """Ask, listen, and compute one step; return what is new of the sequences that got a token or ended."""
         events = self._ask()
@@ -269,7 +279,7 @@ class Receiver:
             return []
         if inbound.first is None and not inbound.problems:
             inbound.problems.append("its first token never came")
-        if inbound.problems or self._aborting:
+        if inbound.problems or self._aborting or inbound.seq.has_ended:
             return self._end_early(end.id, inbound, inbound.unknown, (inbound.problems or [FAILED])[0])
         del self._inbound[end.id]
         return [self._publish(inbound)]
@@ -299,7 +309,7 @@ class Receiver:
         else:
             scheduler.cache.release(seq.blocks, seq.blocks.num_reused)
         scheduler.free_slot(seq)
-        if self._aborting:
+        if self._aborting or seq.has_ended:
             return []
         if self._config.retry:
             self._warn("request %s is computed by the decode group: %s", seq.output.id or seq.index, reason)
@@ -325,7 +335,7 @@ class Receiver:
         self.counters.requests += 1
         self.counters.tokens_received += seq.prompt_len - seq.blocks.num_reused
         self.counters.tokens_cached += seq.blocks.num_reused
-        self.counters.handover_s.append(time.perf_counter() - inbound.first_heard)
+        self.counters.handover_s.add(time.perf_counter() - inbound.first_heard)
         logprobs = None
         if first.logprob is not None:
             top = dict(zip(first.top_ids.tolist(), first.top_logprobs.tolist(), strict=True))

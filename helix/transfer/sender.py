@@ -62,7 +62,6 @@ class Sending:
         pages: the page of each block here, known once it is admitted.
         posted: tokens below it are written, or on their way, or cached at the receiver.
         writes: those on their way.
-        dropped: it is to be computed no further; alike on all ranks.
         stopping: why this rank writes no more of it; empty while it does.
         broken: a write of this rank may still land, though it failed.
         state: this rank's end state, once it is reported.
@@ -74,7 +73,6 @@ class Sending:
     pages: IntArray | None = None
     posted: int = 0
     writes: list[Write] = field(default_factory=list)
-    dropped: bool = False
     stopping: str = ""
     broken: bool = False
     state: str | None = None
@@ -199,14 +197,8 @@ class Sender:
 
     def _stop(self, sending: Sending, reason: str) -> None:
         """Compute and write no more of a prompt; what is under way ends first. Called alike on all ranks."""
-        self._drop(sending)
+        self._engine.abort(sending.ask.id)
         sending.stopping = sending.stopping or reason
-
-    def _drop(self, sending: Sending) -> None:
-        seq = sending.seq
-        if seq is not None and not sending.dropped and not seq.output.finish_reason:
-            self._engine.drop(seq)
-        sending.dropped = True
 
     def _lose(self) -> None:
         if self._lost is None:
@@ -296,7 +288,7 @@ class Sender:
         while self._num_released < ended:
             self._num_released += 1
             sending = self._sendings.popleft()
-            self._drop(sending)  # its writes broke off on every rank before its prompt was computed
+            self._engine.abort(sending.ask.id)  # its writes broke off on every rank before its prompt was computed
             if sending.seq is not None:
                 self._engine.scheduler.cache.release(sending.seq.blocks, sending.seq.num_computed)
 

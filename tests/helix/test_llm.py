@@ -11,8 +11,8 @@ import torch
 
 import helix.engine
 from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
+from helix.check import RankMismatch
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
-from helix.engine import RankMismatch
 from helix.runner import RankLost
 from helix.sampling import SampledTokens
 from parallel.symmetric import Faults
@@ -440,6 +440,22 @@ def test_messages_without_a_chat_template_fail(edited: Callable[..., Path]) -> N
 # --- several ranks ----------------------------------------------------------------------------------------------------
 
 
+def tamper_input(llm: LLM, tampered: str) -> None:
+    """Change what one sequence begins with, so that every decision stays what it was."""
+    original = llm.engine.add
+
+    def add(seq: Any) -> None:
+        if seq.index == 1 and tampered == "prompt":
+            seq.token_ids[0] ^= 1
+        elif seq.index == 1 and tampered == "seed":
+            seq.seed += 1
+        elif seq.index == 1:
+            seq.sampling = seq.sampling.with_overrides({"top_p": 0.5})
+        original(seq)
+
+    llm.engine.add = add  # type: ignore[method-assign]
+
+
 def rank_body(path: Path, tampered: str) -> tuple[list[list[int]], str]:
     """Run with check_ranks; rank 1 takes one decision of its own. Return the tokens, or what was found."""
     llm = make_llm(path, kvp=2, check=True)
@@ -462,6 +478,8 @@ def rank_body(path: Path, tampered: str) -> tuple[list[list[int]], str]:
         scheduler._prefill_chunk = 8
     elif llm.launch.rank == 1 and tampered == "slot":
         scheduler._free_slots = scheduler._free_slots[1:]
+    elif llm.launch.rank == 1 and tampered in ("prompt", "seed", "sampling"):
+        tamper_input(llm, tampered)
     try:
         outputs = llm.generate(PROMPTS[:3], drawn(12, 1))
     except RankMismatch as mismatch:
@@ -478,7 +496,10 @@ def test_ranks_that_agree_pass_the_check_and_make_the_tokens_of_one_rank(
     assert ranks(2).run(rank_body, path, "") == [(expected, "")] * 2
 
 
-@pytest.mark.parametrize(("tampered", "at_step"), [("token", 4), ("page", 0), ("slot", 0), ("chunk", 0)])
+@pytest.mark.parametrize(
+    ("tampered", "at_step"),
+    [("token", 4), ("page", 0), ("slot", 0), ("chunk", 0), ("seed", 1), ("sampling", 1), ("prompt", 1)],
+)
 def test_a_rank_that_decides_otherwise_is_found_and_named(
     path: Path, ranks: Callable[..., Any], tampered: str, at_step: int
 ) -> None:

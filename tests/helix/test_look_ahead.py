@@ -388,7 +388,7 @@ def test_a_fault_in_any_launched_step_is_raised_and_the_next_call_runs(model: Pa
     assert llm.generate([request(PROMPTS[4], 8)])[0].token_ids == wanted.token_ids
 
 
-def test_a_sequence_dropped_in_flight_keeps_its_pages_until_the_step_has_landed(model: Path) -> None:
+def test_a_sequence_aborted_in_flight_keeps_its_pages_until_the_step_has_landed(model: Path) -> None:
     expected = make_llm(model, True).generate([request(prompt) for prompt in PROMPTS[:3]])
     llm = make_llm(model, True)
     stream = llm.stream([request(prompt) for prompt in PROMPTS[:3]])
@@ -397,7 +397,8 @@ def test_a_sequence_dropped_in_flight_keeps_its_pages_until_the_step_has_landed(
     assert flight is not None
     dropped = flight.step.chunks[1].seq
     held = list(dropped.blocks.pages)
-    llm.engine.drop(dropped)
+    [end] = llm.engine.abort(dropped.index)
+    assert end.output is dropped.output and end.output.finish_reason == "abort"
     assert dropped in llm.engine.scheduler.running and dropped.blocks.pages == held
     seen += list(stream)
     outputs = {event.index: event.output for event in seen if event.output is not None}

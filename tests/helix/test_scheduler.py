@@ -53,7 +53,7 @@ def advance(scheduler: Scheduler, chunks: Many[Chunk]) -> list[Sequence]:
         if chunk.samples:
             seq.token_ids.append(1000 * seq.index + len(seq.token_ids))
             if len(seq.token_ids) == seq.max_len:
-                scheduler.finish(seq)
+                scheduler.remove(seq)
                 done.append(seq)
     return done
 
@@ -343,7 +343,7 @@ def test_the_step_after_a_launched_one_has_the_next_row_of_all_that_go_on_and_wa
     advance(scheduler, launched.chunks)
     first.output.finish_reason = "stop"
     assert scheduler.look_ahead(ahead) is None, "the third will have its place"
-    scheduler.finish(first)
+    scheduler.remove(first)
     assert scheduler.look_ahead(Step(ahead.chunks[1:])) is None, "and has it now"
     advance(scheduler, ahead.chunks[1:])
     assert step(scheduler) == [(1, 6, 7), (2, 0, 4)]

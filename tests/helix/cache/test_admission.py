@@ -65,7 +65,7 @@ def run(scheduler: Scheduler, *sequences: Sequence) -> list[Step]:
             if chunk.samples:
                 chunk.seq.token_ids.append(chunk.seq.index)
                 if len(chunk.seq.token_ids) == chunk.seq.max_len:
-                    scheduler.finish(chunk.seq)
+                    scheduler.remove(chunk.seq)
     return steps
 
 

@@ -1,0 +1,38 @@
+"""What stands in front of the steps: the interface of the engine, and of the receiver that takes its place.
+
+Requests come in and go out here, and nowhere else. Every method is collective over the world: all ranks call it in the
+same order with equal arguments, so whatever one rank alone can see has to be shared before.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from .metrics import RunMetrics
+from .request import Sequence, StreamEvent
+
+
+class Front(Protocol):
+    """Runs sequences to their end."""
+
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence waits, is on its way, or runs."""
+
+    def reset_metrics(self) -> RunMetrics:
+        """Start a new set of counters and return it."""
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence."""
+
+    def abort(self, index: int) -> list[StreamEvent]:
+        """End a request with reason abort; return its last event, none where it has ended before."""
+
+    def step(self) -> list[StreamEvent]:
+        """Compute one step and return what is new of the sequences that got a token or ended."""
+
+    def abort_all(self) -> None:
+        """Drop every sequence without a word; its pages are free or cached."""
+
+    def close(self) -> None:
+        """Leave whoever else takes part."""
