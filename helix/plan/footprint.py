@@ -1,0 +1,218 @@
+"""The bytes of one rank: its weights, and what it caches of a token.
+
+Weights are counted from the same shapes that the decoder allocates, so they are exact. Of a world's ranks the first is
+the fullest: all that is split unevenly gives its remainder to the first ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from parallel.layout import Layout, Range
+from parallel.placement import BlockCyclic
+
+from ..models.spec import ModelSpec
+from ..models.weights import Part, Weight, layer_weights, model_weights, part_of
+
+FP8_BLOCK = 128
+FP4_GROUP = 16
+EXPERT_ROLES = ("experts_gate_up", "experts_down")
+QUANTISED = (
+    *("qkv", "q_b", "k_up", "v_up", "o", "gate_up", "down", "shared_gate_up", "shared_down"),
+    *EXPERT_ROLES,
+)
+FORMATS = ("fp32", "bf16", "fp8", "fp4")
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2, "fp4": 2}  # of what stays as it is
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How weights and cache are kept.
+
+    Attributes:
+        weights: fp32, bf16 (any 16 bits), fp8 (e4m3, a float32 scale for each 128 x 128 block of a checkpoint's matrix)
+            or fp4 (a scale of a byte for 16 elements). Embedding, head, router, norms and biases keep 16 bits.
+        cache: the same names: fp8 has a float32 scale for each token and head, with latents for each token, of which
+            the turned elements keep 16 bits; fp4 a byte for 16 elements.
+    """
+
+    weights: str = "bf16"
+    cache: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for name, value in (("weights", self.weights), ("cache.dtype", self.cache)):
+            if value not in FORMATS:
+                raise ValueError(f"{name} = {value!r} must be one of {', '.join(FORMATS)}")
+
+    def weight_bytes(self, role: str, weight: Weight) -> int:
+        """Return the bytes of one parameter of a rank, scales included."""
+        elements = _product(weight.shape)
+        if weight.exact:
+            return 4 * elements
+        if role not in QUANTISED or self.weights in ("fp32", "bf16"):
+            return elements * _ELEMENT_BYTES[self.weights]
+        if self.weights == "fp8":
+            return elements + 4 * _scale_blocks(weight)
+        rows, columns = weight.shape
+        return rows * (-(-columns // 2) + -(-columns // FP4_GROUP))
+
+    def token_bytes(self, spec: ModelSpec, num_kv_heads: int) -> int:
+        """Return what one layer caches of a token in so many KV heads, in bytes."""
+        size, latent = spec.head_dim, spec.latent
+        if self.cache in ("fp32", "bf16"):
+            return spec.cache_planes * num_kv_heads * size * _ELEMENT_BYTES[self.cache]
+        kept = 0 if latent is None else latent.turned_dim
+        packed = size - kept
+        narrow = packed + 4 if self.cache == "fp8" else -(-packed // 2) + -(-packed // FP4_GROUP)
+        return spec.cache_planes * num_kv_heads * (narrow + 2 * kept)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter of one rank: its elements and its bytes, scales included."""
+
+    elements: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers that are alike: how many there are, whether they have experts, and the parameters of one, by role."""
+
+    count: int
+    has_experts: bool
+    matrices: Mapping[str, Matrix]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the fullest rank of a layout keeps of a model.
+
+    Raises:
+        ValueError: when ``part`` is first used, where the layout does not fit the model.
+    """
+
+    spec: ModelSpec
+    layout: Layout
+    storage: Storage = field(default_factory=Storage)
+    block_size: int = 64
+
+    @cached_property
+    def part(self) -> Part:
+        """The slices that the rank keeps."""
+        return part_of(self.spec, self.layout, 0)
+
+    @cached_property
+    def placement(self) -> BlockCyclic:
+        """Which rank holds which token."""
+        return BlockCyclic(self.block_size, self.layout.kvp)
+
+    @cached_property
+    def top(self) -> Mapping[str, Matrix]:
+        """The parameters outside the layers, by role."""
+        return self._matrices(model_weights(self.spec, self.part))
+
+    @cached_property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """The layers, those that are alike together."""
+        kinds = []
+        for has_experts in (False, True):
+            numbers = [
+                layer
+                for layer in range(self.spec.num_layers)
+                if (self.spec.experts_of(layer) is not None) == has_experts
+            ]
+            if numbers:
+                weights = self._matrices(layer_weights(self.spec, numbers[0], self.part))
+                kinds.append(LayerKind(len(numbers), has_experts, weights))
+        return tuple(kinds)
+
+    @cached_property
+    def num_heads(self) -> int:
+        """Query heads of the rank before the exchange."""
+        return self.part.q_heads[1] - self.part.q_heads[0]
+
+    @cached_property
+    def num_kv_heads(self) -> int:
+        """KV heads of the rank."""
+        return self.part.kv_heads[1] - self.part.kv_heads[0]
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        """All weights of the rank, in bytes."""
+        layers = sum(kind.count * _sum_bytes(kind.matrices) for kind in self.layers)
+        return layers + _sum_bytes(self.top)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """What the rank caches of a token that it owns, all layers, in bytes."""
+        return self.spec.num_layers * self.storage.token_bytes(self.spec, self.num_kv_heads)
+
+    @property
+    def page_bytes(self) -> int:
+        """The bytes of one page, all layers."""
+        return self.block_size * self.token_bytes
+
+    def cache_bytes_per_token(self, context: int) -> float:
+        """Return the cache of one sequence of ``context`` tokens on the fullest rank, in bytes a token of it."""
+        return self.placement.num_local_blocks(context, 0) * self.page_bytes / context
+
+    def num_pages(self, free_bytes: int, *, page_bytes_beside: int = 0) -> int:
+        """Return how many pages fit into so many bytes; each page takes ``page_bytes_beside`` more elsewhere."""
+        return max(0, free_bytes) // (self.page_bytes + page_bytes_beside)
+
+    def max_tokens(self, num_pages: int) -> int:
+        """Return how many tokens so many pages a rank hold in all."""
+        return num_pages * self.layout.kvp * self.block_size
+
+    def max_sequences(self, num_pages: int, context: int) -> int:
+        """Return how many sequences of ``context`` tokens so many pages a rank hold, their first owners in turn."""
+        return num_pages * self.layout.kvp // self.placement.num_blocks(context)
+
+    def activation_bytes(self, num_rows: int) -> int:
+        """Return about what a step of so many rows takes beside weights and cache.
+
+        Its widest moments: the gated units of the rows, some copies of the stream, and the partials of attention.
+        """
+        spec, part = self.spec, self.part
+        units = part.ffn[1] - part.ffn[0]
+        if spec.experts is not None:
+            held = part.expert_ffn[1] - part.expert_ffn[0]
+            units = max(units, spec.experts.num_chosen * (held + spec.hidden_size) // 3)
+        width = 3 * units + 6 * spec.hidden_size + 2 * self.num_heads * spec.value_dim
+        return num_rows * width * _ELEMENT_BYTES[self.storage.weights]
+
+    def _matrices(self, weights: Mapping[str, Weight]) -> dict[str, Matrix]:
+        return {
+            role: Matrix(_product(weight.shape), self.storage.weight_bytes(role, weight))
+            for role, weight in weights.items()
+        }
+
+
+def _sum_bytes(matrices: Mapping[str, Matrix]) -> int:
+    return sum(matrix.num_bytes for matrix in matrices.values())
+
+
+def _scale_blocks(weight: Weight) -> int:
+    """Count the 128 x 128 blocks of checkpoint matrices that a parameter's pieces touch."""
+    rows, columns = weight.shape
+    known = sum(piece.rows[1] - piece.rows[0] for piece in weight.pieces if piece.rows is not None)
+    whole = sum(piece.rows is None for piece in weight.pieces)
+    blocks = 0
+    for piece in weight.pieces:
+        span = piece.rows or (0, (rows - known) // max(whole, 1))
+        blocks += _touched(span) * _touched(piece.cols or (0, columns))
+    return blocks
+
+
+def _touched(span: Range) -> int:
+    return -(-span[1] // FP8_BLOCK) - span[0] // FP8_BLOCK if span[1] > span[0] else 0
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

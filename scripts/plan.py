@@ -1,0 +1,297 @@
+"""Which layout: what each needs and how fast it is, by the model of cost in helix/plan; a config.json is enough.
+
+    python -m scripts.plan model.path=DIR gpus=8 context=1M batch=1,8 hardware=h200
+    python -m scripts.plan model=glm4_9b_1m gpus=8 context=128K,1M batch=auto ttl_ms=20 hardware=h200 plot=plan.png
+
+Needs no GPU. Lists are split at their commas; K is 1,024 and M 1,048,576. Prints a line for each layout in each case,
+the best of a case marked, the context at which KVP overtakes plain TP, refused layouts, and the command to paste; and
+last, on one line, all of it as JSON. ``batch=auto`` takes the largest batch within ``ttl_ms`` for each layout, of
+smaller worlds too.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from helix.config import ModelConfig, check_at_least
+from helix.models.loading import read_spec
+from helix.plan.footprint import FORMATS, Storage
+from helix.plan.hardware import Hardware, named_hardware, read_hardware
+from helix.plan.planner import Fleet, Plan, Refusal, Row, Setup
+from helix.plan.sizes import parse_size, parse_sizes, short
+from parallel.layout import Layout
+from scripts import cli
+from scripts.outputs import check_writable
+from scripts.pareto import Point, draw_pareto, require_matplotlib
+from scripts.timing import show
+
+LISTS = ("context", "batch")
+GPUS_PER_NODE = 8
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanHardware:
+    """The machine, by its constants.
+
+    Attributes:
+        name: a file of conf/hardware/ without its ending; hardware=NAME says the same.
+        file: a file of constants that scripts.calibrate wrote, instead.
+    """
+
+    name: str = "h200"
+    file: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanCache:
+    """The paged KV cache of each rank.
+
+    Attributes:
+        dtype: auto (that of a 16-bit model), fp32, bf16, fp8 or fp4.
+        block_size: tokens a page.
+        memory_fraction: the part of a GPU's memory that weights, activations and cache may fill together.
+    """
+
+    dtype: str = "auto"
+    block_size: int = 64
+    memory_fraction: float = 0.9
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What to plan for.
+
+    Attributes:
+        gpus: how many there are.
+        context: tokens of a sequence, a list.
+        batch: sequences that decode together, a list, or auto: the most within ttl_ms.
+        ttl_ms: the limit of batch=auto: milliseconds from token to token.
+        weights: auto (as the model's), fp32, bf16, fp8 or fp4.
+        prefill_chunk: prompt tokens a step, as scheduler.prefill_chunk.
+        plot: a file for the picture: tokens a second of a user against those of a GPU.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hardware: PlanHardware = field(default_factory=PlanHardware)
+    cache: PlanCache = field(default_factory=PlanCache)
+    gpus: str = "8"
+    context: str = "128K,1M"
+    batch: str = "1,8"
+    ttl_ms: float | None = None
+    weights: str = "auto"
+    prefill_chunk: str = "2048"
+    plot: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.batch == "auto") != (self.ttl_ms is not None):
+            raise ValueError(
+                f"batch = {self.batch} and ttl_ms = {self.ttl_ms}: a limit goes with batch=auto and batch=auto with a "
+                "limit, such as ttl_ms=20"
+            )
+        if self.ttl_ms is not None:
+            check_at_least("ttl_ms", self.ttl_ms, 0.001)
+
+
+def setup_of(config: PlanConfig) -> Setup:
+    """Return what the settings describe.
+
+    Raises:
+        ValueError: in one line, for a model or a machine that cannot be read, and for a value that does not fit.
+    """
+    hardware = config.hardware
+    constants = named_hardware(hardware.name) if hardware.file is None else read_hardware(hardware.file)
+    weights = "bf16" if config.weights == "auto" else config.weights
+    cache = ("fp32" if weights == "fp32" else "bf16") if config.cache.dtype == "auto" else config.cache.dtype
+    for name, value in (("weights", weights), ("cache.dtype", cache)):
+        if value not in FORMATS:
+            raise ValueError(f"{name} = {value} must be one of auto, {', '.join(FORMATS)}")
+    if not 0.0 < config.cache.memory_fraction <= 1.0:
+        raise ValueError(f"cache.memory_fraction = {config.cache.memory_fraction} must lie in (0, 1]")
+    return Setup(
+        read_spec(config.model),
+        constants,
+        Storage(weights, cache),
+        block_size=config.cache.block_size,
+        memory_fraction=config.cache.memory_fraction,
+        prefill_chunk=parse_size("prefill_chunk", config.prefill_chunk),
+    )
+
+
+def json_row(row: Row) -> dict[str, Any]:
+    """Return a row's part of the JSON line."""
+    layout = row.layout
+    return {
+        "kvp": layout.kvp,
+        "tpa": layout.tpa,
+        "tpf": layout.tpf,
+        "ep": layout.ep,
+        "context": row.context,
+        "batch": row.batch,
+        "weights_bytes": row.weights_bytes,
+        "cache_bytes_per_token": row.cache_bytes_per_token,
+        "max_tokens": row.max_tokens,
+        "max_sequences": row.max_sequences,
+        "ttl_ms": row.ttl.us / 1e3,
+        "ttft_s": row.ttft.us / 1e6,
+        "bound_by": row.ttl.bound_by,
+        "best": row.best,
+    }
+
+
+def name_of(layout: Layout) -> str:
+    """Return a layout in short."""
+    return f"kvp {layout.kvp} x tpa {layout.tpa}" + (f", ep {layout.ep}" if layout.ep > 1 else "")
+
+
+def table_row(row: Row, gpus: int, hardware: Hardware) -> dict[str, Any]:
+    """Return a row's line of the table."""
+    replicas = gpus // row.layout.world_size
+    remarks = ["best"] if row.best else [] if row.fits else ["too many"]
+    return {
+        "context x batch": f"{short(row.context)} x {row.batch}",
+        "kvp x tpa": name_of(row.layout).replace("kvp ", "").replace("tpa ", ""),
+        "worlds": replicas,
+        "weights GB": row.weights_bytes / 1e9,
+        "KB a token": row.cache_bytes_per_token / 1e3,
+        "most tokens": short(row.max_tokens),
+        "most seqs": row.max_sequences,
+        "TTL ms": row.ttl.us / 1e3,
+        "bound by": row.ttl.bound_by,
+        "TTFT s": row.ttft.us / 1e6,
+        "bound by ": row.ttft.bound_by,
+        "tok/s user": round(row.tokens_per_s_user),
+        "tok/s GPU": round(row.tokens_per_s_gpu),
+        "": ", ".join(remarks + ([] if hardware.is_measured else [hardware.source])),
+    }
+
+
+def command(row: Row, setup: Setup, model: Sequence[str]) -> str:
+    """Return the line that runs a row's layout; ``model`` are the arguments that name the model."""
+    layout, size = row.layout, row.layout.world_size
+    keys = [*model, f"parallel.kvp={layout.kvp}", f"parallel.tpa={layout.tpa}"]
+    if layout.ep > 1:
+        keys.append(f"parallel.ep={layout.ep}")
+    if row.context > setup.spec.max_position:
+        keys.append(f"model.max_position={row.context}")
+    if row.batch > 64:
+        keys.append(f"scheduler.max_batch={row.batch}")
+    keys += ["prompts=in.jsonl", "output=out.jsonl"]
+    if size > GPUS_PER_NODE:
+        nodes = -(-size // GPUS_PER_NODE)
+        start = (
+            f"sbatch --nodes={nodes} --gpus-per-node={size // nodes} scripts/launch/torchrun.sbatch scripts.generate"
+        )
+    else:
+        start = f"torchrun --standalone --nproc-per-node {size} -m scripts.generate"
+    return f"{start} {shlex.join(keys)}"
+
+
+def notes(plan: Plan, rows: Sequence[Row], model: Sequence[str]) -> list[str]:
+    """Return what is to be said below the table."""
+    setup, lines = plan.setup, []
+    hardware, storage = setup.hardware, setup.storage
+    for batch in sorted({row.batch for row in rows if row.layout.world_size == plan.gpus}):
+        at = plan.crossover(batch)
+        if at is not None:
+            lines.append(f"batch {batch}: KVP overtakes plain TP from about {at:,} tokens of context")
+        elif plan.costs and not any(cost.footprint.layout.kvp == 1 for cost, _ in plan.costs):
+            lines.append(f"batch {batch}: plain TP cannot be; see what is refused")
+        elif len(plan.costs) > 1:
+            lines.append(f"batch {batch}: plain TP is not overtaken up to 16M tokens of context")
+    if not hardware.is_measured:
+        lines.append(f"hardware = {hardware.name}: constants of a data sheet; scripts.calibrate measures them")
+    over = max((row.context for row in rows), default=0)
+    if over > setup.spec.max_position:
+        lines.append(f"the model takes {setup.spec.max_position:,} tokens; more need model.max_position={over}")
+    if storage.weights == "fp4" or storage.cache == "fp4":
+        lines.append("fp4 is planned for comparison; Helix does not run it")
+    lines += [f"run {row.context:,} x {row.batch}: {command(row, setup, model)}" for row in rows if row.best]
+    return lines
+
+
+def json_line(rows: Sequence[Row], refused: Sequence[Refusal]) -> str:
+    """Return the line for machines."""
+    return json.dumps(
+        {
+            "layouts": [json_row(row) for row in rows],
+            "refused": [{"kvp": each.kvp, "tpa": each.tpa, "why": each.why} for each in refused],
+        }
+    )
+
+
+def plan_rows(config: PlanConfig, setup: Setup) -> tuple[Plan, list[Row]]:
+    """Return the plan of all GPUs, and the rows of all cases."""
+    gpus, contexts = parse_size("gpus", config.gpus), parse_sizes("context", config.context)
+    if config.batch == "auto":
+        assert config.ttl_ms is not None
+        fleet = Fleet(setup, gpus)
+        return fleet.plans[0], fleet.rows(contexts, config.ttl_ms)
+    plan = Plan(setup, gpus)
+    return plan, plan.rows(contexts, parse_sizes("batch", config.batch))
+
+
+def run(config: PlanConfig, model: Sequence[str]) -> None:
+    """Plan, and say it."""
+    if config.plot is not None:
+        check_writable(config.plot)
+        require_matplotlib("plot", config.plot)
+    parse_sizes("context", config.context)
+    setup = setup_of(config)
+    plan, rows = plan_rows(config, setup)
+    constants = f"constants of {setup.hardware.name}: {setup.hardware.source}"
+    if rows:
+        show(
+            f"{setup.spec.family}, {plan.gpus} GPUs, predicted ({constants})",
+            [table_row(row, plan.gpus, setup.hardware) for row in rows],
+        )
+    else:
+        cli.say(f"no layout of {plan.gpus} GPUs can be" + (" within ttl_ms" if config.ttl_ms else ""))
+    for line in notes(plan, rows, model):
+        cli.say(line)
+    for each in plan.refused:
+        cli.say(f"refused: kvp {each.kvp} x tpa {each.tpa}: {each.why}")
+    if config.plot is not None:
+        points = [
+            Point(
+                name_of(row.layout),
+                row.context,
+                row.batch,
+                row.tokens_per_s_user,
+                row.tokens_per_s_gpu,
+                row.layout.kvp == 1,
+            )
+            for row in rows
+            if row.fits
+        ]
+        draw_pareto(points, config.plot, title=f"predicted, {setup.hardware.name} ({setup.hardware.source})")
+        cli.say(f"drew {config.plot}")
+    cli.say(json_line(rows, plan.refused))
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """Return a command line that Hydra takes: lists are texts here, not sweeps, and hardware is named by its file."""
+    taken = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in LISTS and "," in value:
+            argument = f"{key}='{value}'"
+        elif equals and key == "hardware":
+            argument = f"hardware.name={value}"
+        taken.append(argument)
+    return taken
+
+
+def naming(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments that name the model."""
+    return [argument for argument in arguments if argument.partition("=")[0].partition(".")[0] == "model"]
+
+
+if __name__ == "__main__":
+    _model = naming(sys.argv[1:])
+    sys.argv[1:] = prepared(sys.argv[1:])
+    cli.main("plan", PlanConfig, lambda config: run(config, _model))

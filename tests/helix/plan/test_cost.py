@@ -1,0 +1,127 @@
+"""The model of cost: terms against arithmetic by hand, and the whole beside steps that were measured."""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helix.plan.cost import CostModel, experts_in_use
+from helix.plan.footprint import Footprint
+from helix.plan.hardware import hardware_names, named_hardware, read_hardware
+from helix.plan.planner import Plan, Setup
+from parallel.layout import Layout
+from tests.helix.plan.presets import preset
+
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+# Steps of kernels that are no more: the experts before they were streamed.
+OLD = {("qwen3_30b_a3b", "efd0f66")}
+
+
+def cost(model: str, hardware: str, **layout: int) -> CostModel:
+    return CostModel(Footprint(preset(model), Layout(**layout)), named_hardware(hardware))
+
+
+def measured_steps() -> list[tuple[str, float, float, tuple]]:
+    """(machine, measured ms, predicted ms, (model, commit, ranks, context, batch)) of every decode step in docs/."""
+    steps = []
+    for file, machine in (("performance.jsonl", "h200"), ("performance-h100.jsonl", "h100")):
+        for line in (DOCS / file).read_text().splitlines():
+            bench = json.loads(line)
+            model = bench.get("model", "glm4_9b_1m")
+            if bench["bench"] != "decode step" or (model, bench["commit"]) in OLD:
+                continue
+            ep = bench.get("ep", 1)
+            for row in bench["rows"]:
+                layout = {"kvp": row["kvp"], "tpa": row["tpa"], "ep": ep}
+                ms = cost(model, machine, **layout).decode(row["context"], row["batch"]).us / 1e3
+                case = (model, bench["commit"], bench["world_size"], row["context"], row["batch"])
+                steps.append((machine, row["TTL ms"], ms, case))
+    return steps
+
+
+def test_the_terms_of_a_step_by_hand() -> None:
+    """GLM-4-9B, kvp 2 x tpa 2, 131,072 tokens, on made-up hardware of round numbers."""
+    hw = replace(
+        named_hardware("h200"), read_bytes_per_us=1e6, launch_us=1.0, attention_us=2.0, exchange_us=3.0,
+        all_reduce_us=4.0, all_reduce_peer_us=0.5, step_us=10.0, link_bytes_per_us=1e6,
+    )  # fmt: skip
+    foot = Footprint(preset("glm4_9b_1m"), Layout(kvp=2, tpa=2))
+    terms = CostModel(foot, hw).decode(131072, 1).terms
+    assert terms["cache"] == pytest.approx(40 * 2 * 128 * 2 * 65536 / 1e6)
+    assert terms["weights"] == pytest.approx((foot.weights_bytes - 2 * 4096 * (151552 + 1)) / 1e6)
+    assert terms["launches"] == pytest.approx(40 * (5 * 1.0 + 2.0) + 4 * 1.0 + 10.0)
+    assert terms["exchange"] == pytest.approx(40 * (3.0 + 16 * 128 * 2 / 2 / 1e6))
+    assert terms["all-reduce"] == pytest.approx(40 * 2 * (4.0 + 2 * 0.5 + 3 * 8192 / 1e6))
+
+
+def test_steps_that_were_measured_are_predicted() -> None:
+    """A first, weaker check: points in docs/, of several commits, mostly one model; no constant is fitted to them."""
+    steps = measured_steps()
+    errors = [abs(predicted / measured - 1) for _, measured, predicted, _ in steps]
+    assert len(errors) >= 30
+    assert statistics.median(errors) <= 0.05
+    assert max(errors) <= 0.12
+
+
+def test_the_faster_of_two_layouts_is_never_the_wrong_one() -> None:
+    steps, pairs = measured_steps(), 0
+    for i, (machine, measured, predicted, case) in enumerate(steps):
+        for other, other_measured, other_predicted, other_case in steps[:i]:
+            if (
+                machine == other
+                and case == other_case
+                and max(measured, other_measured) > 1.1 * min(measured, other_measured)
+            ):
+                pairs += 1
+                assert (measured < other_measured) == (predicted < other_predicted), case
+    assert pairs >= 3
+
+
+def test_experts_in_use() -> None:
+    experts = preset("qwen3_30b_a3b").experts
+    assert experts_in_use(experts, 1, 1) == pytest.approx(8 / 128)
+    assert experts_in_use(experts, 1, 2) == pytest.approx(1 - (1 - 8 / 128) ** 2)
+    # the fuller of two halves has 4 of the 8 and what the mean of |binomial(8, 1/2) - 4| is: 1.09
+    assert experts_in_use(experts, 2, 1) * 64 == pytest.approx(4 + 1.09, abs=0.1)
+    assert experts_in_use(experts, 128, 10000) == pytest.approx(1.0)
+
+
+def test_kvp_overtakes_plain_tp_where_the_two_are_equal() -> None:
+    plan = Plan(Setup(preset("glm4_9b_1m"), named_hardware("h200")), 8)
+    at = plan.crossover(1)
+    assert at is not None and 32768 < at < 131072
+    fastest = plan.fastest(at, 1), plan.fastest(at - plan.setup.block_size * 8, 1)
+    assert fastest[0] is not None and fastest[0].kvp > 1
+    assert fastest[1] is not None and fastest[1].kvp == 1
+    assert Plan(plan.setup, 2).crossover(1) is None  # two KV heads on two GPUs: nothing is stored twice
+
+
+def test_the_largest_batch_within_a_limit_is_the_last_one() -> None:
+    plan = Plan(Setup(preset("glm4_9b_1m"), named_hardware("h200")), 8)
+    for row in plan.largest_within(131072, 20.0):
+        model = next(model for model, _ in plan.costs if model.footprint.layout == row.layout)
+        assert row.ttl.us <= 20e3
+        assert row.batch == row.max_sequences or model.decode(131072, row.batch + 1).us > 20e3
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_hardware_files_are_whole_and_name_their_source(name: str) -> None:
+    hardware = named_hardware(name)
+    assert hardware.name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("name: x", "lacks all_reduce_peer_us"),
+        ("- 1", "holds list"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_a_broken_file_of_constants_ends_in_one_line(tmp_path, text: str, why: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"hardware.file = {file}.*{why}"):
+        read_hardware(file)

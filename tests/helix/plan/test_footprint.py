@@ -1,0 +1,91 @@
+"""Bytes of a rank, against arithmetic by hand and against what the runtime allocates."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from helix import LLM, HelixConfig
+from helix.config import CacheConfig, ModelConfig
+from helix.models.loading import read_spec
+from helix.plan.footprint import Footprint, Storage
+from parallel.layout import Layout
+from scripts.make_checkpoint import make_checkpoint
+from tests.helix.plan.presets import preset
+
+STREAM = 2 * 4096  # bytes of a row of GLM-4-9B's hidden states
+
+
+def test_weights_of_a_dense_model_by_hand() -> None:
+    """GLM-4-9B over kvp 4 x tpa 2: 16 of 32 query heads, 1 KV head, 4 heads and 1,712 of 13,696 units after that."""
+    foot = Footprint(preset("glm4_9b_1m"), Layout(kvp=4, tpa=2))
+    qkv, o, ffn = (16 + 2) * 128, 4 * 128, 13696 // 8
+    layer = STREAM * (qkv + o + 3 * ffn + 2) + 2 * qkv  # two norms; q, k and v have biases
+    top = STREAM * (151552 + 151552 // 8 + 1)
+    assert foot.weights_bytes == 40 * layer + top == 4_003_262_464
+
+
+def test_cache_of_a_dense_model_by_hand() -> None:
+    foot = Footprint(preset("glm4_9b_1m"), Layout(kvp=4, tpa=2), block_size=16)
+    assert foot.token_bytes == 40 * 2 * 128 * 2
+    assert foot.page_bytes == 16 * 20480
+    assert foot.cache_bytes_per_token(1 << 20) == 20480 / 4
+    assert foot.cache_bytes_per_token(100) == 2 * 16 * 20480 / 100  # of 7 blocks the fullest rank holds 2
+    assert foot.num_pages(1_000_000_000) == 1_000_000_000 // 327_680 == 3051
+    assert (foot.max_tokens(3051), foot.max_sequences(3051, 1 << 17)) == (3051 * 64, 3051 * 4 // 8192)
+
+
+def test_plain_tp_beyond_the_kv_heads_keeps_copies() -> None:
+    foot = Footprint(preset("glm4_9b_1m"), Layout(kvp=1, tpa=8))
+    assert foot.cache_bytes_per_token(1 << 20) == 40 * 2 * 128 * 2
+
+
+def test_weights_of_experts_by_hand() -> None:
+    """Qwen3-30B-A3B over kvp 2 x tpa 2 with ep 2: 64 of 128 experts, 384 of 768 units of each."""
+    foot = Footprint(preset("qwen3_30b_a3b"), Layout(kvp=2, tpa=2, ep=2))
+    attention = 2048 * (16 + 2 * 2) * 128 + 2048 * 8 * 128 + 2 * 128 + 2 * 2048
+    experts = 128 * 2048 + 64 * 3 * 384 * 2048
+    top = 2048 * (151936 + 151936 // 4 + 1)
+    assert foot.weights_bytes == 2 * (48 * (attention + experts) + top)
+
+
+def test_latents_are_cached_once_whatever_the_heads() -> None:
+    foot = Footprint(preset("deepseek_v2_lite"), Layout(kvp=8, tpa=1))
+    assert foot.token_bytes == 27 * (512 + 64) * 2
+    narrow = replace(foot, storage=Storage("bf16", "fp8"))
+    assert narrow.token_bytes == 27 * (512 + 4 + 2 * 64)
+
+
+def test_fp8_scales_follow_the_blocks_of_the_whole_matrix(tmp_path) -> None:
+    """192 of 384 units: a slice that ends within a block of 128 x 128 has a scale for the whole of it."""
+    spec = read_spec(ModelConfig(path=str(make_checkpoint(tmp_path / "model", family="llama"))))
+    spec = replace(spec, ffn_size=384, hidden_size=256)
+    wide, narrow = (Footprint(spec, Layout(kvp=2), Storage(weights)).layers[0].matrices for weights in ("bf16", "fp8"))
+    assert narrow["gate_up"].num_bytes == wide["gate_up"].num_bytes // 2 + 4 * 2 * 2 * 2  # 192 rows of each touch 2
+    assert narrow["down"].num_bytes == wide["down"].num_bytes // 2 + 4 * 2 * 2
+    assert narrow["input_norm"] == wide["input_norm"]
+
+
+def test_the_first_rank_is_the_fullest() -> None:
+    spec = replace(preset("qwen2_5_7b_1m"), num_heads=28)
+    foot = Footprint(spec, Layout(kvp=8))
+    heads = [foot.layout.merged_heads(28, 4, 0, rank) for rank in range(8)]
+    assert max(stop - start for start, stop in heads) == heads[0][1] - heads[0][0] == 4
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import helix.plan.planner"  # importing None fails
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("family", ["glm", "deepseek_v3"])
+def test_the_runtime_allocates_what_was_counted(tmp_path, family) -> None:
+    path = str(make_checkpoint(tmp_path / "model", family=family))
+    config = HelixConfig(model=ModelConfig(path=path), cache=CacheConfig(num_pages=8, block_size=16))
+    llm = LLM(config)
+    foot = Footprint(llm.spec, llm.layout, Storage("fp32", "fp32"), 16)
+    decoder = llm.runner.decoder
+    assert foot.weights_bytes == decoder.layer_bytes + sum(tensor.nbytes for tensor in decoder.top.values())
+    assert foot.page_bytes == llm.runner.cache.page_bytes
+    llm.close()

@@ -1,0 +1,86 @@
+"""The plan command: its lists, its JSON line, its picture, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helix.config import ModelConfig
+from helix.plan.hardware import named_hardware
+from helix.plan.planner import Fleet, Setup
+from helix.plan.sizes import parse_size, parse_sizes, short
+from scripts.make_checkpoint import make_checkpoint
+from scripts.pareto import Point, frontier
+from scripts.plan import PlanConfig, PlanHardware, prepared, run
+from tests.helix.plan.presets import CONF, preset
+
+LAYOUT_KEYS = [
+    *"kvp tpa tpf ep context batch weights_bytes cache_bytes_per_token".split(),
+    *"max_tokens max_sequences ttl_ms ttft_s bound_by best".split(),
+]
+
+
+def test_a_config_is_planned_without_weights(tmp_path) -> None:
+    folder = make_checkpoint(tmp_path / "model", family="qwen3_moe", experts=8)
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    picture = tmp_path / "plan.png"
+    cases = ["gpus=4", "context=64K,1M", "batch=1,8"]
+    line = [sys.executable, "-m", "scripts.plan", f"model.path={folder}", *cases, "hardware=h100", f"plot={picture}"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    layouts, refused = result["layouts"], result["refused"]
+    assert all(list(each) == LAYOUT_KEYS for each in layouts)
+    assert {(each["kvp"], each["tpa"]) for each in layouts} | {(each["kvp"], each["tpa"]) for each in refused} == {
+        (1, 4), (2, 2), (4, 1),
+    }  # fmt: skip
+    assert {each["ep"] for each in layouts} == {1, 2, 4}
+    cases = {(each["context"], each["batch"]) for each in layouts}
+    assert cases == {(65536, 1), (65536, 8), (1 << 20, 1), (1 << 20, 8)}
+    assert sum(each["best"] for each in layouts) == len(cases)
+    assert "torchrun --standalone --nproc-per-node 4 -m scripts.generate" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_auto_finds_the_largest_batch_in_smaller_worlds_too() -> None:
+    rows = Fleet(Setup(preset("glm4_9b_1m"), named_hardware("h200")), 8).rows([131072], 20.0)
+    assert {row.layout.world_size for row in rows} == {1, 2, 4, 8}
+    assert all(row.ttl.us <= 20e3 and row.fits for row in rows)
+    [best] = [row for row in rows if row.best]
+    assert best.tokens_per_s_gpu == max(row.tokens_per_s_gpu for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"context": "1Q"}, "context = 1Q must be a whole number"),
+        ({"hardware": PlanHardware(name="a1")}, "hardware = a1 is not one of"),
+        ({"batch": "auto"}, "batch = auto and ttl_ms = None: a limit goes with batch=auto"),
+        ({"weights": "int4"}, "weights = int4 must be one of auto, fp32, bf16, fp8, fp4"),
+    ],
+)
+def test_bad_input_is_named(settings, line: str) -> None:
+    model = ModelConfig(path=str(CONF / "model" / "none"))
+    with pytest.raises(ValueError, match=line):
+        run(PlanConfig(**{"model": model, "context": "1M"} | settings), [])
+
+
+def test_sizes() -> None:
+    assert [parse_size("x", text) for text in ("8", "128K", "1m", "1.5K")] == [8, 131072, 1 << 20, 1536]
+    assert parse_sizes("x", "1,8,8") == [1, 8]
+    assert [short(size) for size in (64, 131072, 1 << 20, 25281792)] == ["64", "128K", "1M", "24.1M"]
+
+
+def test_lists_reach_hydra_as_texts() -> None:
+    assert prepared(["batch=1,8", "hardware=h200", "gpus=8"]) == ["batch='1,8'", "hardware.name=h200", "gpus=8"]
+
+
+def test_the_frontier_holds_what_nothing_beats() -> None:
+    def point(per_user: float, per_gpu: float) -> Point:
+        return Point("", 1, 1, per_user, per_gpu, False)
+
+    best = [point(1, 9), point(5, 5), point(9, 1)]
+    assert frontier([point(4, 4), *best, point(5, 1), point(1, 8)]) == best
