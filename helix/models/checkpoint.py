@@ -5,33 +5,28 @@ headers alone, before any model memory is taken, so that every rank comes to the
 files and copies only the rank's own slices: beyond the destination, host memory holds one piece at a time.
 """
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from safetensors import SafetensorError, safe_open
-
 from .spec import ModelSpec
+from .tensor_names import is_unread
+from .weight_files import CheckpointError, few, open_files
 from .weights import Piece, Weight, tensor_shapes
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth")
 DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; anything else is quantised or no weight
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message is one line and names the file or tensor."""
+__all__ = ["Checkpoint", "CheckpointError", "fill_dummy"]
 
 
 class Checkpoint:
     """The weights of one model on disk, checked against its spec.
 
-    path: a folder with model.safetensors, or with model.safetensors.index.json and the shards that it names.
+    path: a folder with safetensors files, see ``open_files``. spec: named as they are, see ``named_as_stored``.
     Raises CheckpointError for missing, truncated or pickle files, and for tensors that are missing or not as expected.
     Each rank opens the checkpoint for itself. Use as a context manager, or call `close`.
     """
@@ -40,9 +35,9 @@ class Checkpoint:
         self.path = Path(path).expanduser()
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        for name in self._shards():
-            self._files[name] = self._open(name)
-            self._file_of |= dict.fromkeys(self._files[name].keys(), name)
+        for name, file in open_files(self.path).items():
+            self._files[name] = file
+            self._file_of |= dict.fromkeys(file.keys(), name)
         self._check(spec)
 
     def __enter__(self) -> Self:
@@ -90,39 +85,12 @@ class Checkpoint:
         data: torch.Tensor = handle[rows] if len(handle.get_shape()) == 1 else handle[rows, cols]
         return data
 
-    def _shards(self) -> list[str]:
-        """Return the names of the safetensors files; raise CheckpointError unless all are there."""
-        index, single = self.path / INDEX_FILE, self.path / SINGLE_FILE
-        if index.is_file():
-            names = sorted(set(_read_weight_map(index).values()))
-            missing = [name for name in names if not (self.path / name).is_file()]
-            if missing:
-                count = f"{len(missing)} of {len(names)} files"
-                raise CheckpointError(f"{self.path} lacks {count} that {INDEX_FILE} names: {_few(missing)}")
-            return names
-        if single.is_file():
-            return [SINGLE_FILE]
-        pickles = sorted({file.name for pattern in PICKLE_PATTERNS for file in self.path.glob(pattern)})
-        if pickles:
-            raise CheckpointError(
-                f"{self.path} holds only pickle files ({_few(pickles)}), refused: Helix reads safetensors only; "
-                f"convert with AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-            )
-        raise CheckpointError(f"{self.path} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
-
-    def _open(self, name: str) -> Any:
-        try:
-            return safe_open(str(self.path / name), framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{self.path / name} is truncated or not a safetensors file ({reason})") from error
-
     def _check(self, spec: ModelSpec) -> None:
         """Raise CheckpointError unless the tensors are those that `spec` implies."""
         expected = tensor_shapes(spec)
         missing = [name for name in expected if name not in self._file_of]
         if missing:
-            raise CheckpointError(f"{self.path} lacks {len(missing)} tensors of a {spec.family} model: {_few(missing)}")
+            raise CheckpointError(f"{self.path} lacks {len(missing)} tensors of a {spec.family} model: {few(missing)}")
         for name, shape in expected.items():
             handle = self._files[self._file_of[name]].get_slice(name)
             found, dtype = tuple(handle.get_shape()), handle.get_dtype()
@@ -133,13 +101,11 @@ class Checkpoint:
         layers = spec.names.q.partition("{layer}")[0]
         prefixes = tuple(f"{layers}{layer}." for layer in range(spec.num_layers))
         unused = sorted(
-            name
-            for name in self._file_of
-            if name.startswith(prefixes) and name not in expected and not name.endswith("rotary_emb.inv_freq")
+            name for name in self._file_of if name.startswith(prefixes) and name not in expected and not is_unread(name)
         )
         if unused:
             raise CheckpointError(
-                f"{self.path} has {len(unused)} tensors that a {spec.family} model does not use: {_few(unused)}"
+                f"{self.path} has {len(unused)} tensors that a {spec.family} model does not use: {few(unused)}"
             )
 
 
@@ -158,17 +124,3 @@ def fill_dummy(role: str, columns: int, out: "torch.Tensor", generator: "torch.G
         out.normal_(0.0, 1.0, generator=generator)
     else:
         out.normal_(0.0, columns**-0.5, generator=generator)
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f'{index} is not an index of shards: a JSON object with a "weight_map"') from error
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f'{index} is not an index of shards: "weight_map" must map tensor names to file names')
-    return weight_map
-
-
-def _few(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -11,11 +11,13 @@ from ..config import ModelConfig
 from .checkpoint import Checkpoint, fill_dummy
 from .decoder import Decoder
 from .spec import ModelSpec, load_spec, spec_of
+from .tensor_names import named_as_stored
+from .weight_files import CheckpointError, tensor_names
 from .weights import layer_weights, model_weights, tensor_shapes
 
 
 def read_spec(config: ModelConfig) -> ModelSpec:
-    """Return the spec of the model that the settings name.
+    """Return the spec of the model that the settings name, its tensors named as in the checkpoint's files.
 
     Raises:
         ValueError: in one line that begins with the setting, when there is no such model or it is not supported.
@@ -24,12 +26,32 @@ def read_spec(config: ModelConfig) -> ModelSpec:
         return spec_of(config.config, "model.config", max_position=config.max_position)
     if not config.path:
         raise ValueError("model.path is empty: give a Hugging Face checkpoint folder")
-    return load_spec(config.path, max_position=config.max_position)
+    spec = load_spec(config.path, max_position=config.max_position)
+    if config.load == "dummy":
+        return spec
+    try:
+        return named_as_stored(spec, tensor_names(Path(config.path).expanduser()))
+    except CheckpointError as error:
+        raise _named(config, error) from error
 
 
 def open_checkpoint(config: ModelConfig, spec: ModelSpec) -> Checkpoint | None:
-    """Return the checkpoint to read, checked against the spec; None where weights are random."""
-    return Checkpoint(Path(config.path), spec) if config.load == "checkpoint" else None
+    """Return the checkpoint to read, checked against the spec; None where weights are random.
+
+    Raises:
+        ValueError: in one line that begins with the setting.
+    """
+    if config.load != "checkpoint":
+        return None
+    try:
+        return Checkpoint(Path(config.path), spec)
+    except CheckpointError as error:
+        raise _named(config, error) from error
+
+
+def _named(config: ModelConfig, error: CheckpointError) -> ValueError:
+    path = str(Path(config.path).expanduser())  # what most of these messages begin with
+    return ValueError(f"model.path = {error}" if str(error).startswith(path) else f"model.path = {path}: {error}")
 
 
 def fill(decoder: Decoder, checkpoint: Checkpoint | None) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .weight_files import OTHER_KINDS, is_lfs_pointer, what_else
+
 if TYPE_CHECKING:
     import torch
 
@@ -172,7 +174,7 @@ class ModelSpec:
     num_kv_heads, head_dim: of what is cached of a token; with latents one head of latent and turned key.
     qkv_bias: q, k and v projections have biases (no other projection ever does).
     qk_norm: RMSNorm over each head of q and k, before RoPE, with weights [head_dim] shared by all heads.
-    tied_embeddings: the output head is the embedding matrix; the checkpoint's lm_head tensor, if any, is not read.
+    tied_embeddings: the output head is the embedding matrix; false where the checkpoint's files hold a head beside it.
     max_position: the longest context the model takes, in tokens.
     eos_token_ids: ids that end a generation; may be empty.
     experts: None for a model without. latent: None where keys and values are cached.
@@ -281,16 +283,24 @@ def find_config(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"model.path = {path} does not exist; give a checkpoint folder or a config.json file")
-    config_file = path / "config.json" if path.is_dir() else path
-    if not config_file.is_file():
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path / "config.json"
+        if other := what_else(path):
+            raise ValueError(f"model.path = {path} holds {other}")
         raise ValueError(f"model.path = {path} has no config.json; give a checkpoint folder or a config.json file")
-    return config_file
+    if path.suffix != ".json":
+        what = "a GGUF file; " + OTHER_KINDS[0][2] if path.suffix == ".gguf" else "a file; give its folder"
+        raise ValueError(f"model.path = {path} is {what}")
+    return path
 
 
 def read_json(file: Path, path: str | Path) -> dict[str, Any]:
     """Return the JSON object in `file`, part of model.path `path`; ValueError names the line that is broken."""
+    if is_lfs_pointer(file):
+        raise ValueError(f"model.path = {path}: {file.name} is a git-lfs pointer; run git lfs pull in its folder")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"model.path = {path}: {file.name} is not valid JSON: line {error.lineno}, {error.msg}"

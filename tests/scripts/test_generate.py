@@ -423,7 +423,8 @@ def to_pickle(folder: Path) -> None:
 
 
 def no_index_shard(folder: Path) -> None:
-    weights = {"model.embed_tokens.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model.safetensors"}
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    weights = {name: f"model-0000{shard}-of-00002.safetensors" for shard, name in enumerate(("a", "b"), 1)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
@@ -442,17 +443,23 @@ def unlink(name: str) -> Callable[[Path], None]:
         ),
         (
             unlink("model.safetensors"),
-            "{0} has no weights: neither model.safetensors nor model.safetensors.index.json is there",
+            "model.path = {0} has no weights: neither model.safetensors nor model.safetensors.index.json is there",
         ),
         (
             no_index_shard,
-            "{0} lacks 1 of 2 files that model.safetensors.index.json names: model-00001-of-00002.safetensors",
+            "model.path = {0} lacks 1 of 2 files that model.safetensors.index.json names: model-00001-of",
         ),
-        (truncate, "{0}/model.safetensors is truncated or not a safetensors file (Error while deserializing header: "),
-        (to_pickle, "{0} holds only pickle files (pytorch_model.bin), refused: Helix reads safetensors only; convert "),
+        (
+            truncate,
+            "model.path = {0}/model.safetensors is truncated or not a safetensors file (Error while",
+        ),
+        (
+            to_pickle,
+            "model.path = {0} holds only pickle files (pytorch_model.bin), refused: Helix reads safetensors only",
+        ),
         (
             lambda folder: edit_config(folder, num_hidden_layers=3),
-            "{0} lacks 9 tensors of a llama model: model.layers.2",
+            "model.path = {0} lacks 9 tensors of a llama model: model.layers.2",
         ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "model.path = {0}: its tokenizer does not load: "),
     ],

@@ -216,7 +216,7 @@ def test_a_draft_model_that_is_not_there_is_named(model: str, tmp_path: Any) -> 
     with pytest.raises(ValueError, match="^speculative.model.path is empty: give a Hugging Face checkpoint folder"):
         make_llm(model, speculative=drafting(""))
     shutil.copy(f"{model}/config.json", tmp_path)
-    with pytest.raises(ValueError, match="^speculative.model: .* has no weights"):
+    with pytest.raises(ValueError, match="^speculative.model.path = .* has no weights"):
         make_llm(model, speculative=drafting(str(tmp_path)))
 
 
