@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .messages import plain_messages
 from .models.spec import ModelSpec
 from .request import Request
 
@@ -78,8 +79,9 @@ class PromptReader:
             return list(self._tokenizer(request.prompt)["input_ids"])
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError("messages needs a chat template, but the model's tokenizer has none; use prompt")
+        messages = plain_messages(request.messages or (), str(self._tokenizer.chat_template))
         try:
-            ids = self._tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=False)
+            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # a template is the model's own program: it may raise anything
             raise ValueError(f"the chat template refused messages: {error}") from error
         return list(ids)

@@ -6,10 +6,11 @@
 With transfer.prefill_ranks=2 (and transfer.prefill.kvp, transfer.prefill.tpa) the first 2 ranks compute prompts and the
 others decode; with transfer.role and transfer.address two worlds do (docs/transfer.md).
 
-An input line is {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}, with an optional "id",
-"sampling" (settings for that line), "cache_salt" (a string; lines share cached blocks with lines of the same salt only)
-and "retention" ({"start": 0, "end": 1000, "priority": 80, "duration_s": 60}, or a list of such ranges). A bad
-line fails alone, with finish_reason "error". Where no line can run, the exit code is 2 and nothing is loaded.
+An input line is {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}, or one of OpenAI's batch API
+(scripts/prompt_file.py), with an optional "id", "sampling" (settings for that line), "cache_salt" (a string; lines
+share cached blocks with lines of the same salt only) and "retention" ({"start": 0, "end": 1000, "priority": 80,
+"duration_s": 60}, or a list of such ranges). A bad line fails alone, with finish_reason "error". Where no line can run,
+the exit code is 2 and nothing is loaded.
 
 ``output`` grows by a line when a request ends, and has the order of the input in the end. What is done is kept whatever
 ends the run, and resume=true goes on with the rest. What cannot be written, since the disk is full by then, is printed
@@ -26,20 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helix.cache.retention import Retention
 from helix.config import HelixConfig
 from helix.llm import LLM, enter
 from helix.prepare import Prepared
 from helix.request import Request, RequestOutput
-from helix.sampling import SamplingParams
 from parallel.launch import Launch, from_rank0, gather_values, set_up_logging, stop
 from scripts import cli, ending
 from scripts.outputs import EventFile, GrowingFile, PrintedLines, check_writable, output_lines, save
 from scripts.progress import RunProgress
+from scripts.prompt_file import name_of, read_requests
 from scripts.resume import done_lines, hashes_of
-
-LINE_KEYS = ("prompt", "prompt_token_ids", "messages", "id", "sampling", "cache_salt", "retention")
-RETENTION_KEYS = ("start", "end", "priority", "duration_s")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,102 +72,6 @@ class GenerateConfig(HelixConfig):
             raise ValueError("give one of prompts (a JSON-lines file) and prompt (one string)")
         if self.resume and self.output is None:
             raise ValueError("resume = true needs output=FILE, which it goes on with")
-
-
-def read_requests(config: GenerateConfig) -> list[Request]:
-    """Return the run's requests; a line that is no request becomes one that carries its error.
-
-    Raises:
-        ValueError: when the file cannot be read, has no line, or is no text.
-    """
-    if config.prompt is not None:
-        return [Request(prompt=config.prompt)]
-    assert config.prompts is not None
-    try:
-        lines = Path(config.prompts).read_text("utf-8").split("\n")  # splitlines() also splits at U+2028
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts = {config.prompts} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise ValueError(f"prompts = {config.prompts} cannot be read: {error.strerror}") from error
-    numbered = {number: line for number, line in enumerate(lines, 1) if line.strip()}
-    if not numbered:
-        raise ValueError(f"prompts = {config.prompts} has no lines; give one JSON object a line")
-    requests, line_of = list[Request](), dict[str, int]()
-    for number, line in numbered.items():
-        where = f"{config.prompts}, line {number}"
-        request = parse_line(line, where, config.sampling)
-        name = name_of(request.id, len(requests))
-        first = line_of.setdefault(name, number)
-        if first != number and request.error is None:
-            shown = json.dumps(name, ensure_ascii=False)
-            which = f"id {shown}" if request.id is not None else f"its id, {shown} by default,"
-            request.error = f"{where}: {which} is that of line {first}; give every line an id of its own"
-        requests.append(request)
-    return requests
-
-
-def name_of(given: str | None, index: int) -> str:
-    """Return the id of an output line: the one that was given, or the index of its input line, from 0."""
-    return str(index) if given is None else given
-
-
-def parse_line(line: str, where: str, sampling: SamplingParams) -> Request:
-    """Return the request of an input line; ``where`` names the line in errors."""
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
-        return Request(error=f"{where}: not JSON: {reason}")
-    if not isinstance(item, dict):
-        return Request(error=f"{where}: a {type(item).__name__} where an object is expected")
-    name = item.get("id")
-    request = Request(id=name if name is None else str(name))
-    try:
-        _fill(request, item, sampling)
-    except ValueError as error:
-        request.error = f"{where}: {error}"
-    return request
-
-
-def _fill(request: Request, item: dict[str, Any], sampling: SamplingParams) -> None:
-    unknown = [key for key in item if key not in LINE_KEYS]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is not a key; the keys are {', '.join(LINE_KEYS)}")
-    prompt, ids, messages = item.get("prompt"), item.get("prompt_token_ids"), item.get("messages")
-    if prompt is not None and not isinstance(prompt, str):
-        raise ValueError(f"prompt is a {type(prompt).__name__}, must be a string")
-    if prompt is not None:
-        prompt.encode("utf-8")  # a lone surrogate is legal in JSON and in no text: UnicodeEncodeError, a ValueError
-    if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
-        raise ValueError("prompt_token_ids must be a list of integers")
-    if messages is not None and not (isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)):
-        raise ValueError('messages must be a list of objects {"role": ..., "content": ...}')
-    overrides = item.get("sampling", {})
-    if not isinstance(overrides, dict):
-        raise ValueError(f"sampling is a {type(overrides).__name__}, must be an object")
-    request.prompt, request.prompt_token_ids, request.messages = prompt, ids, messages
-    request.sampling = sampling.with_overrides(overrides)
-    salt = item.get("cache_salt", "")
-    if not isinstance(salt, str):
-        raise ValueError(f"cache_salt is a {type(salt).__name__}, must be a string")
-    request.cache_salt = salt
-    request.retention = _retention(item.get("retention", []))
-
-
-def _retention(ranges: Any) -> tuple[Retention, ...]:
-    """Return the retention of an input line: one range of tokens, or a list of them."""
-    ranges = [ranges] if isinstance(ranges, dict) else ranges
-    if not (isinstance(ranges, list) and all(isinstance(each, dict) for each in ranges)):
-        raise ValueError('retention must be an object {"start": ..., "end": ..., "priority": ..., "duration_s": ...}, '
-                         "or a list of them")  # fmt: skip
-    for each in ranges:
-        for key, value in each.items():
-            if key not in RETENTION_KEYS:
-                raise ValueError(f"retention.{key} is not a key; the keys are {', '.join(RETENTION_KEYS)}")
-            number = (int, float) if key == "duration_s" else (int,)
-            if not (type(value) in number or (value is None and key in ("end", "duration_s"))):
-                raise ValueError(f"retention.{key} = {json.dumps(value)} must be a number")
-    return tuple(Retention(**each) for each in ranges)
 
 
 def output_line(output: RequestOutput, index: int, asked: str) -> str:
@@ -298,7 +199,9 @@ def read_input(config: GenerateConfig) -> tuple[Work, dict[int, str]]:
 
     def read() -> Work:
         check_writable(config.output, config.metrics, config.cache.events, read=[config.prompts])
-        requests = read_requests(config)
+        requests = [Request(prompt=config.prompt)]
+        if config.prompts is not None:
+            requests = read_requests(config.prompts, config.sampling)
         if config.output is not None and Path(config.output).is_file():
             names = [name_of(request.id, index) for index, request in enumerate(requests)]
             done.update(done_lines(config.output, names, hashes_of(requests, config), resume=config.resume))

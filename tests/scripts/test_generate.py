@@ -17,14 +17,15 @@ import torch
 import helix.llm
 import scripts.progress
 from helix.metrics import RunMetrics
-from helix.request import Request, RequestOutput, TokenLogprobs
+from helix.request import RequestOutput, TokenLogprobs
 from helix.runner import Runner
 from helix.sampling import SamplingParams
 from parallel.launch import Launch
 from scripts import cli
-from scripts.generate import GenerateConfig, output_line, parse_line, plan, read_requests, run
+from scripts.generate import GenerateConfig, output_line, plan, run
 from scripts.make_checkpoint import make_checkpoint
 from scripts.outputs import write_text
+from scripts.prompt_file import parse_item
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("runtime.device=cpu", "cache.block_size=16", "cache.num_pages=16")
@@ -562,77 +563,6 @@ def test_ranks_refuse_bad_input_once_and_with_code_2(model: Path, tmp_path: Path
 
 # --- lines ------------------------------------------------------------------------------------------------------------
 
-LINE_KEYS = "the keys are prompt, prompt_token_ids, messages, id, sampling"
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "not JSON: Expecting property name enclosed in double quotes (column 2)"),
-        ('{"prompt": "a"} x', "not JSON: Extra data (column 17)"),
-        ("[" * 100_000, "not JSON: maximum recursion depth exceeded"),
-        ('"text"', "a str where an object is expected"),
-        ("[1]", "a list where an object is expected"),
-        ('{"promt": "a"}', f"'promt' is not a key; {LINE_KEYS}"),
-        ('{"prompt": 5}', "prompt is a int, must be a string"),
-        (
-            '{"prompt": "\\ud800"}',
-            "'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not allowed",
-        ),
-        ('{"prompt_token_ids": "1 2"}', "prompt_token_ids must be a list of integers"),
-        ('{"prompt_token_ids": [1, 2.0]}', "prompt_token_ids must be a list of integers"),
-        ('{"prompt_token_ids": [true]}', "prompt_token_ids must be a list of integers"),
-        ('{"messages": {"role": "user"}}', 'messages must be a list of objects {"role": ..., "content": ...}'),
-        ('{"messages": ["hi"]}', 'messages must be a list of objects {"role": ..., "content": ...}'),
-        ('{"prompt": "a", "sampling": 3}', "sampling is a int, must be an object"),
-        ('{"prompt": "a", "sampling": {"max_tokens": 0}}', "sampling.max_tokens = 0 must be at least 1"),
-        ('{"prompt": "a", "sampling": {"max_token": 1}}', "sampling.max_token is not a setting; valid settings: "),
-        (
-            '{"prompt": "a", "sampling": {"temperature": NaN}}',
-            "sampling.temperature = nan must be 0 (greedy) or lie in ",
-        ),
-    ],
-)
-def test_a_line_that_is_no_request_carries_its_error(line: str, message: str) -> None:
-    request = parse_line(line, "in.jsonl, line 9", SamplingParams())
-    assert request.error is not None
-    assert request.error.startswith("in.jsonl, line 9: " + message)
-
-
-def test_a_line_becomes_a_request_with_its_own_settings_over_the_runs() -> None:
-    given = SamplingParams(max_tokens=50, temperature=0.5)
-    messages = [{"role": "user", "content": "hi"}]
-    lines: list[dict[str, Any]] = [
-        {"prompt": "a", "sampling": {"max_tokens": 3, "stop": "x"}},
-        {"prompt_token_ids": [1, 2], "id": "mine"},
-        {"messages": messages, "id": 12},
-    ]
-    assert [parse_line(json.dumps(line), "here", given) for line in lines] == [
-        Request(prompt="a", sampling=SamplingParams(max_tokens=3, temperature=0.5, stop=["x"])),
-        Request(prompt_token_ids=[1, 2], sampling=given, id="mine"),
-        Request(messages=messages, sampling=given, id="12"),
-    ]
-
-
-def requests_of(file: Path) -> list[Request]:
-    return read_requests(GenerateConfig(prompts=str(file)))
-
-
-def test_line_numbers_count_blank_lines_and_nothing_but_line_ends(tmp_path: Path) -> None:
-    file = tmp_path / "in.jsonl"
-    text = "one\u2028two\x85three"
-    lines = [
-        "",
-        json.dumps({"prompt": text}, ensure_ascii=False) + "\r",
-        "   ",
-        "nonsense",
-        json.dumps({"prompt": "b"}),
-    ]
-    file.write_bytes("\n".join(lines).encode())
-    first, bad, last = requests_of(file)
-    assert (first.prompt, first.error, last.prompt) == (text, None, "b")
-    assert bad.error == f"{file}, line 4: not JSON: Expecting value (column 1)"
-
 
 def test_a_line_that_repeats_an_id_fails_alone_and_names_the_first_with_it(model: Path, command: Command) -> None:
     write_lines(
@@ -668,18 +598,6 @@ def test_a_line_that_repeats_an_id_fails_alone_and_names_the_first_with_it(model
     ]
 
 
-def test_a_file_without_lines_or_without_text_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "in.jsonl"
-    file.write_text("\n  \n")
-    with pytest.raises(ValueError, match=f"prompts = {file} has no lines; give one JSON object a line"):
-        requests_of(file)
-    file.write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(ValueError, match=f"prompts = {file} is not UTF-8 text: "):
-        requests_of(file)
-    with pytest.raises(ValueError, match="cannot be read: No such file"):
-        requests_of(tmp_path / "none.jsonl")
-
-
 def test_an_output_line_holds_every_field_and_reads_back() -> None:
     output = RequestOutput(
         None,
@@ -711,7 +629,7 @@ def test_an_output_line_holds_every_field_and_reads_back() -> None:
 
 
 def test_an_id_that_is_no_text_comes_back_and_spoils_no_file(tmp_path: Path) -> None:
-    request = parse_line('{"id": "\\ud800", "prompt": "a"}', "here", SamplingParams())
+    request = parse_item({"id": "\ud800", "prompt": "a"}, "here", SamplingParams())
     write_text(str(tmp_path / "out.jsonl"), output_line(RequestOutput(request.id), 0, ""))
     assert json.loads((tmp_path / "out.jsonl").read_text("utf-8"))["id"] == "\ud800"
 
