@@ -28,6 +28,7 @@ from .cache.control import CacheControl
 from .cache.events import Listener
 from .cache.mover import PageMover
 from .cache.pages import PagedCache, free_bytes
+from .callbacks import Callback
 from .config import HelixConfig
 from .detokenize import Detokenizer
 from .engine import Engine
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .transfer.sender import Sender
 
 _log = logging.getLogger(__name__)
+PREPARED_TOKENS = 1 << 16  # prompts that wait are prepared up to so many tokens ahead
 
 
 def enter(config: HelixConfig) -> Launch:
@@ -171,7 +173,7 @@ class LLM:
         """Run all prompts to their end and return their outputs, in the prompts' order.
 
         Collective: every rank calls it with equal prompts. A prompt that cannot run fails alone, with finish_reason
-        "error". ``on_step`` is called on this rank after every step, to show progress.
+        "error". ``on_step`` is called on this rank after every step, to show progress; what it raises is logged.
         """
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         for event in self.stream(prompts, sampling, on_step=on_step):
@@ -197,25 +199,30 @@ class LLM:
         if front.has_work:
             raise RuntimeError("another stream of this LLM is open; iterate it to its end or close it first")
         default = sampling or self.config.sampling
+        progress = None if on_step is None else Callback(on_step)
         metrics = front.reset_metrics()
         began = time.perf_counter()
         try:
-            for index, prompt in enumerate(prompts):
-                request = as_request(prompt)
-                try:
-                    seq = self._prepare(index, request, request.sampling or default)
-                except ValueError as error:
-                    metrics.note_refusal()
-                    failed = RequestOutput(request.id, finish_reason="error", error=str(error))
-                    yield StreamEvent(index, [], "", failed)
-                else:
-                    front.add(seq)
-            while front.has_work:
+            upcoming, queued = enumerate(prompts), list[RunningSequence]()
+            while True:
+                for index, prompt in self._due(upcoming, queued):
+                    request = as_request(prompt)
+                    try:
+                        seq = self._prepare(index, request, request.sampling or default)
+                    except ValueError as error:
+                        metrics.note_refusal()
+                        failed = RequestOutput(request.id, finish_reason="error", error=str(error))
+                        yield StreamEvent(index, [], "", failed)
+                    else:
+                        front.add(seq)
+                        queued.append(seq)
+                if not front.has_work:
+                    break
                 with _steps():
                     events = front.step()
                 metrics.elapsed_s = time.perf_counter() - began
-                if on_step is not None:
-                    on_step(metrics)
+                if progress is not None:
+                    progress(metrics)
                 yield from events
         finally:
             front.abort_all()
@@ -224,7 +231,7 @@ class LLM:
         """Call a function on this rank with every block that is stored, removed or moved from now on.
 
         It first hears of the blocks that are cached already. All ranks have the same events in the same order; any
-        rank may listen, alone or not.
+        rank may listen, alone or not. What it raises in a step is logged, and it hears no more.
         """
         self.engine.scheduler.cache.listen(listener)
 
@@ -325,6 +332,20 @@ class LLM:
             _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, num_pages * cache.block_size)
         runner.cache = agree(lambda: paged_cache(num_pages))
         return runner, num_pages
+
+    def _due(
+        self, upcoming: Iterator[tuple[int, Prompt]], queued: list[RunningSequence]
+    ) -> Iterator[tuple[int, Prompt]]:
+        """Yield the prompts to prepare and queue before the next step: all of them at once would hold it up.
+
+        No more are due while those that were queued and have not started could fill every batch slot, or many steps.
+        """
+        queued[:] = [seq for seq in queued if seq.batch_slot < 0 and not (seq.was_admitted or seq.has_ended)]
+        while len(queued) < self.config.scheduler.max_batch and sum(s.prompt_len for s in queued) < PREPARED_TOKENS:
+            following = next(upcoming, None)
+            if following is None:
+                return
+            yield following
 
     def _prepare(self, index: int, request: Request, sampling: SamplingParams) -> RunningSequence:
         """Check a request and turn it into a sequence; ValueError says why it cannot run."""

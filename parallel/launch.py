@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -130,24 +130,43 @@ def set_up_logging(rank: int, name: str = "rank") -> None:
     )
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """Why a step failed on a rank: bad input, or a defect."""
+
+    message: str
+    is_input: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> _Problem:
+        return cls(str(error) or repr(error), isinstance(error, (ValueError, OSError)))
+
+    def throw(self, rank: int, own: Exception | None) -> NoReturn:
+        """Raise it on this rank, whose ``own`` exception it is, or None; a defect keeps its traceback there."""
+        if self.is_input:
+            raise ValueError(self.message) from own
+        raise own or RuntimeError(f"rank {rank} failed: {self.message}")
+
+
 def agree(step: Callable[[], T]) -> T:
     """Run ``step`` on every rank and return this rank's result, if it succeeded on all of them.
 
     Raises:
-        ValueError: on all ranks, with the message of the lowest rank where ``step`` raised ValueError or OSError.
+        ValueError: on all ranks, with the lowest failed rank's message, when it raised ValueError or OSError.
+        RuntimeError: on the others, when the lowest rank that failed raised something else; there that is raised.
     """
-    result, problem, cause = None, "", None
+    result, problem, own = None, None, None
     try:
         result = step()
-    except (ValueError, OSError) as error:
-        problem, cause = str(error) or repr(error), error
+    except Exception as error:
+        problem, own = _Problem.of(error), error
     problems = [problem]
     if dist.is_initialized():
-        problems = [""] * dist.get_world_size()
+        problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem, group=host_group())
-    first = next((p for p in problems if p), None)
-    if first is not None:
-        raise ValueError(first) from cause
+    for rank, found in enumerate(problems):
+        if found is not None:
+            found.throw(rank, own)
     return result  # type: ignore[return-value]
 
 
@@ -156,21 +175,22 @@ def from_rank0(step: Callable[[], T]) -> T:
 
     Raises:
         ValueError: on all ranks, with its message, when ``step`` raised ValueError or OSError.
+        RuntimeError: on the others, when it raised something else, which is raised on rank 0.
     """
+    outcome: tuple[T | None, _Problem | None] = None, None
+    own = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            outcome: tuple[T | None, str | None] = step(), None
-        except (ValueError, OSError) as error:
-            outcome = None, str(error) or repr(error)
-    else:
-        outcome = None, None
+            outcome = step(), None
+        except Exception as error:
+            outcome, own = (None, _Problem.of(error)), error
     if dist.is_initialized():
         box = [outcome]
         dist.broadcast_object_list(box, src=0, group=host_group(), device=torch.device("cpu"))
         outcome = box[0]
     result, problem = outcome
     if problem is not None:
-        raise ValueError(problem)
+        problem.throw(0, own)
     return result  # type: ignore[return-value]
 
 

@@ -159,12 +159,15 @@ class CacheControl:
         self.blocks.advance(now)
 
     def listen(self, listener: Listener) -> None:
-        """Call a function with every event from now on, after one "stored" for each block that is cached now."""
+        """Call a function with every event from now on, after one "stored" for each block that is cached now.
+
+        What it raises later is logged, and it is called no more.
+        """
         self.blocks.listen(listener)
 
     def unlisten(self, listener: Listener) -> None:
         """Stop calling a function that listens."""
-        self.blocks.listeners.remove(listener)
+        self.blocks.unlisten(listener)
 
     def take_movements(self) -> list[Movement]:
         """Return the page movements since the last call; they are executed before the next step is computed."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from parallel.placement import BlockCyclic
 
+from ..callbacks import Callback
 from .counters import CacheCounters
 from .events import DEVICE, HOST, CacheEvent, Listener
 from .eviction import EvictionQueue, Expiries
@@ -51,7 +52,7 @@ class BlockStore:
         self.tree = PrefixTree()
         self.device, self.host = PagePool(kvp, num_pages), PagePool(kvp, host_pages)
         self.movements: list[Movement] = []
-        self.listeners: list[Listener] = []
+        self.listeners: list[Callback[[CacheEvent]]] = []
         self.now = 0.0
         self.expiries = Expiries()
         self._offload_min_priority = offload_min_priority
@@ -283,7 +284,11 @@ class BlockStore:
         """Call a function with every event from now on, after one "stored" for each block that is there."""
         for block in self.tree.walk():
             listener(_event("stored", block))
-        self.listeners.append(listener)
+        self.listeners.append(Callback(listener))
+
+    def unlisten(self, listener: Listener) -> None:
+        """Stop calling a function; ValueError where it does not listen."""
+        del self.listeners[[each.function for each in self.listeners].index(listener)]
 
     def follow(self, old: BlockStore) -> None:
         """Take the place of a store whose blocks go: its listeners hear of that, children first, and stay."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import helix.engine
+import helix.llm
 from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
 from helix.check import RankMismatch
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
@@ -521,3 +522,61 @@ def fault_body(path: Path) -> str:
 
 def test_a_fault_fails_the_step_without_graphs_too(path: Path, ranks: Callable[..., Any]) -> None:
     assert ranks(2).run(fault_body, path) == ["rank 1 never arrived at the exchange of layer 7"] * 2
+
+
+# --- callbacks and preparation ----------------------------------------------------------------------------------------
+
+
+def callbacks_body(path: Path) -> tuple[list[list[int]], list[int]]:
+    """Tokens, and how often a progress function and a listener were called that raise on rank 1 alone."""
+    llm, calls = make_llm(path, kvp=2), [0, 0]
+
+    def call(number: int) -> None:
+        calls[number] += 1
+        if llm.launch.rank == 1:
+            raise RuntimeError("the terminal is gone")
+
+    llm.listen(lambda event: call(0))
+    outputs = llm.generate(PROMPTS, greedy(6), on_step=lambda metrics: call(1))
+    assert_idle(llm)
+    return [output.token_ids for output in outputs], calls
+
+
+def test_what_a_callback_raises_on_one_rank_ends_no_run_and_is_called_no_more(
+    ranks: Callable[[int], Any], llm: LLM, path: Path
+) -> None:
+    expected = [output.token_ids for output in llm.generate(PROMPTS, greedy(6))]
+    (tokens, calls), (other_tokens, other_calls) = ranks(2).run(callbacks_body, path)
+    assert tokens == other_tokens == expected
+    assert min(calls) > 5 and other_calls == [1, 1]
+
+
+def test_what_a_callback_raises_is_logged_with_its_traceback(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(metrics: Any) -> None:
+        raise ValueError("no such column")
+
+    assert one_with_progress(llm, broken).finish_reason == "length"
+    [record] = [record for record in caplog.records if record.name == "helix.callbacks"]
+    assert "broken" in record.message and "is called no more" in record.message
+    assert record.exc_info and "no such column" in str(record.exc_info[1])
+
+
+def one_with_progress(llm: LLM, on_step: Callable[[Any], None]) -> RequestOutput:
+    (output,) = llm.generate([PROMPTS[0]], greedy(4), on_step=on_step)
+    return output
+
+
+def test_prompts_are_prepared_as_they_may_start_and_not_all_at_first(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[index, *range(50)] for index in range(40)]
+    expected = told(llm.generate(prompts, greedy(3)))
+    prepare, prepared, events = llm._prepare, list[int](), list[Any]()
+    monkeypatch.setattr(llm, "_prepare", lambda index, *args: prepared.append(index) or prepare(index, *args))
+    monkeypatch.setattr(helix.llm, "PREPARED_TOKENS", 150)
+    for event in llm.stream([*prompts, []], greedy(3)):
+        if not events:
+            assert len(prepared) <= 4, "150 tokens are enough for the first steps"
+        events.append(event)
+    assert prepared == list(range(41))
+    outputs = {event.index: event.output for event in events if event.output is not None}
+    assert told([outputs[index] for index in range(40)]) == expected
+    assert outputs[40].error is not None

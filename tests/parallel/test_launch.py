@@ -52,6 +52,25 @@ def test_a_problem_of_one_rank_is_raised_on_all_with_its_message(ranks):
     assert ranks(4).run(agree_body, [2, 3]) == ["no file on rank 2"] * 4
 
 
+def defect_body(collective, culprit):
+    """What each rank raises when a step of one rank fails otherwise than by bad input."""
+
+    def step():
+        if dist.get_rank() == culprit:
+            raise KeyError("a defect")
+
+    with pytest.raises(Exception) as raised:
+        collective(step)
+    return raised.type.__name__, str(raised.value)
+
+
+@pytest.mark.parametrize(("collective", "culprit"), [(agree, 1), (from_rank0, 0)], ids=["agree", "from_rank0"])
+def test_a_defect_of_one_rank_ends_all_and_keeps_its_type_there(ranks, collective, culprit):
+    ends = [("RuntimeError", f"rank {culprit} failed: 'a defect'")] * 2
+    ends[culprit] = ("KeyError", "'a defect'")
+    assert ranks(2).run(defect_body, collective, culprit) == ends
+
+
 def rank0_body(fails):
     def step():
         if fails:

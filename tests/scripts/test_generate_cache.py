@@ -64,7 +64,7 @@ def test_outputs_metrics_and_events_tell_what_was_cached(tmp_path: Path) -> None
         metrics=str(tmp_path / "metrics.json"),
     )
     config.model.path = str(model)
-    config.cache.block_size, config.cache.num_pages = 8, 16
+    config.cache.block_size, config.cache.num_pages = 8, 5
     config.cache.events = str(tmp_path / "events.jsonl")
     config.scheduler.max_batch = 1
     config.sampling = SamplingParams(max_tokens=2, ignore_eos=True)
@@ -75,7 +75,7 @@ def test_outputs_metrics_and_events_tell_what_was_cached(tmp_path: Path) -> None
     assert outputs[0]["token_ids"] == outputs[1]["token_ids"] == outputs[2]["token_ids"]
     counters = json.loads((tmp_path / "metrics.json").read_text())["cache"]
     assert (counters["tokens_reused"], counters["tokens_missed"]) == (19, 41)
-    assert counters["pages_per_kvp_rank"] == [{"free": 10, "cached": 6, "held": 0, "host": 0}]
+    assert counters["pages_per_kvp_rank"] == [{"free": 0, "cached": 5, "held": 0, "host": 0}]
 
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert {event["event"] for event in events} == {"stored", "removed"}
