@@ -30,7 +30,6 @@ from scripts.outputs import check_writable
 from scripts.pareto import Point, draw_pareto, require_matplotlib
 from scripts.timing import show
 
-LISTS = ("context", "batch")
 GPUS_PER_NODE = 8
 
 
@@ -274,16 +273,11 @@ def run(config: PlanConfig, model: Sequence[str]) -> None:
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """Return a command line that Hydra takes: lists are texts here, not sweeps, and hardware is named by its file."""
-    taken = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in LISTS and "," in value:
-            argument = f"{key}='{value}'"
-        elif equals and key == "hardware":
-            argument = f"hardware.name={value}"
-        taken.append(argument)
-    return taken
+    """Return a command line in which hardware is named by its key: its files hold no settings."""
+    return [
+        f"hardware.name={argument.removeprefix('hardware=')}" if argument.startswith("hardware=") else argument
+        for argument in arguments
+    ]
 
 
 def naming(arguments: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from helix.plan.planner import Fleet, Setup
 from helix.plan.sizes import parse_size, parse_sizes, short
 from scripts.make_checkpoint import make_checkpoint
 from scripts.pareto import Point, frontier
-from scripts.plan import PlanConfig, PlanHardware, prepared, run
+from scripts.plan import PlanConfig, PlanHardware, run
 from tests.helix.plan.presets import CONF, preset
 
 LAYOUT_KEYS = [
@@ -72,10 +72,6 @@ def test_sizes() -> None:
     assert [parse_size("x", text) for text in ("8", "128K", "1m", "1.5K")] == [8, 131072, 1 << 20, 1536]
     assert parse_sizes("x", "1,8,8") == [1, 8]
     assert [short(size) for size in (64, 131072, 1 << 20, 25281792)] == ["64", "128K", "1M", "24.1M"]
-
-
-def test_lists_reach_hydra_as_texts() -> None:
-    assert prepared(["batch=1,8", "hardware=h200", "gpus=8"]) == ["batch='1,8'", "hardware.name=h200", "gpus=8"]
 
 
 def test_the_frontier_holds_what_nothing_beats() -> None:
