@@ -4,7 +4,7 @@
 # asks for, in the versions of constraints.txt; nothing is installed again until one of the three changes.
 
 helix_env() {
-    local root venv python version wanted stamp
+    local root venv python version wanted stamp began=$SECONDS
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P) || return
     venv=$root/.venv stamp=$root/.venv/helix.stamp
     unset PYTHONHOME
@@ -25,9 +25,10 @@ helix_env() {
             "$python" -m venv --clear "$venv" || return
         fi
         echo "Installing what pyproject.toml asks for into .venv (once; a few minutes)" >&2
-        "$venv/bin/python" -m pip install --disable-pip-version-check \
+        "$venv/bin/python" -m pip install -q --disable-pip-version-check \
             -c "$root/constraints.txt" -e "$root[dev]" >&2 || return
         echo "$wanted" >"$stamp"
+        echo "Made the environment in $((SECONDS - began)) s" >&2
     fi
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
     hash -r

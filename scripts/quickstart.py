@@ -1,84 +1,213 @@
-"""Run the main job on a small checkpoint, and compare its tokens with transformers'. Started by scripts/quickstart.sh.
+"""Find pass keys in a real text, answer a question, and compare every token with transformers'.
 
-torchrun --standalone --nproc-per-node 4 -m scripts.quickstart
+    torchrun --standalone --nproc-per-node 4 -m scripts.quickstart model.path=DIR
+
+Started by scripts/quickstart.sh, which makes the model. Each pass key is asked for in a prompt of its own. Two prompts
+begin alike up to the first key in either, so what one has cached the next does not compute again.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from parallel.launch import set_up_logging
+from helix.config import HelixConfig
+from helix.llm import LLM, enter
+from helix.request import Request
+from helix.sampling import SamplingParams
+from parallel.launch import agree
 from scripts import cli, ending
-from scripts.generate import GenerateConfig
-from scripts.generate import run as run_generate
+from scripts.pass_key import FirstOwners, HiddenKey, hide
+
+KEY_TOKENS = 16  # an answer to a pass key's prompt
 
 
-def reference_tokens(path: str, prompt: str, num_tokens: int) -> list[int]:
-    """Return transformers' own greedy tokens, in float32 on the CPU."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass(kw_only=True, slots=True)
+class QuickstartConfig(HelixConfig):
+    """The settings of the quickstart.
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    Attributes:
+        text: the file whose words hide the pass keys.
+        words: how many of its words are taken.
+        depths: how far into them each pass key stands, from 0 to 1.
+        question: what is asked after them, without the text.
+    """
+
+    text: str = "LICENSE"
+    words: int = 500
+    depths: list[float] = field(default_factory=lambda: [0.95, 0.65, 0.35, 0.05])
+    question: str = "What is the capital of France?"
+
+
+@dataclass
+class Totals:
+    """What the prompts took together.
+
+    Attributes:
+        answers: prompt and output of each, as token ids.
+        tokens_per_rank: tokens that each KVP rank held, over all prompts.
+        prompt_tokens, cached_tokens: tokens of the prompts, and those of them that were cached.
+        ttft_s, ttl_s: seconds to each first token, and between two tokens.
+        found: pass keys that were answered.
+        drafted, accepted: tokens that were drafted, and those of them that stayed.
+    """
+
+    answers: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    tokens_per_rank: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    ttft_s: list[float] = field(default_factory=list)
+    ttl_s: list[float] = field(default_factory=list)
+    found: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+def ask(llm: LLM, token_ids: list[int], sampling: SamplingParams, totals: Totals) -> Iterator[str]:
+    """Yield the text of an answer as it comes, and add what it took. Collective over the world."""
+    for event in llm.stream([Request(prompt_token_ids=token_ids)], sampling):
+        yield event.text
+        if event.output is None:
+            continue
+        if event.output.error is not None:
+            raise ValueError(event.output.error)
+        totals.answers.append((token_ids, event.output.token_ids))
+        totals.prompt_tokens += event.output.prompt_tokens
+        totals.cached_tokens += event.output.cached_tokens
+    held = llm.metrics.tokens_per_rank
+    totals.tokens_per_rank = [a + b for a, b in zip(totals.tokens_per_rank or [0] * len(held), held, strict=True)]
+    totals.ttft_s += llm.metrics.ttft_s
+    totals.ttl_s += llm.metrics.ttl_s
+    if llm.metrics.speculative is not None:
+        totals.drafted += llm.metrics.speculative.drafted
+        totals.accepted += llm.metrics.speculative.accepted
+
+
+def find_keys(llm: LLM, keys: Sequence[HiddenKey], totals: Totals) -> None:
+    """Ask for every pass key, and say who held it and what came. Collective over the world."""
+    owners = FirstOwners(llm.placement)
+    llm.listen(owners)
+    for hidden in keys:
+        answer = "".join(ask(llm, hidden.token_ids, SamplingParams(max_tokens=KEY_TOKENS), totals))
+        holders = ranks_of(owners.owners(hidden.token_ids, hidden.tokens), llm)
+        found = hidden.key in answer
+        totals.found += found
+        ending.say(
+            f"  {hidden.key} at depth {hidden.depth:.2f}, tokens {hidden.tokens[0]} to {hidden.tokens[-1]}, on "
+            f"{holders}: {'found' if found else 'not found'}, {' '.join(answer.split())!r}"
+        )
+    llm.unlisten(owners)
+
+
+def ranks_of(kvp_ranks: Sequence[int], llm: LLM) -> str:
+    """Return the names of the ranks that have one of some places in their KVP group."""
+    ranks = [str(rank) for rank in range(llm.layout.world_size) if rank % llm.layout.kvp in kvp_ranks]
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks[:-1])} and {ranks[-1]}"
+
+
+def count_equal(path: str, answers: Sequence[tuple[list[int], list[int]]]) -> int:
+    """Return how many tokens of the answers are transformers' greedy ones, in float32 on the CPU.
+
+    Each is compared with the argmax that follows the prompt and the answer's tokens before it, from one forward for an
+    answer: if all are equal, then generating one by one gives the same, and if not, a difference is counted once. The
+    cache is transformers' own; an answer takes over what its prompt shares with the one before.
+    """
+    from transformers import AutoModelForCausalLM, DynamicCache
+
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    made = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        eos_token_id=None,
-        do_sample=False,
-    )
-    return list(made[0, ids.shape[1] :].tolist())
-
-
-def show(config: GenerateConfig, metrics: dict[str, Any], output: dict[str, Any], reference: list[int]) -> int:
-    """Print the table of the run and return how many tokens equal the reference's."""
-    layout = metrics["layout"]
-    table = Table(title=f"{config.model.path} on {metrics['world_size']} ranks ({metrics['device']}), "
-                        f"kvp {layout['kvp']} x tpa {layout['tpa']}")  # fmt: skip
-    table.add_column("what")
-    table.add_column("measured", justify="right")
-    table.add_row("prompt tokens", str(output["prompt_tokens"]))
-    for rank, held in enumerate(metrics["tokens_per_rank"]):
-        table.add_row(f"tokens held by rank {rank}", str(held))
-    table.add_row("TTFT", f"{metrics['ttft_ms']['mean']:.1f} ms")
-    table.add_row("TTL (median)", f"{metrics['ttl_ms']['p50']:.1f} ms")
-    if (drafts := metrics["speculative"]) is not None:
-        table.add_row("drafted tokens, accepted", f"{drafts['drafted']}, {drafts['accepted']}")
-        table.add_row("accepted a draft (mean)", f"{drafts['mean_accepted_len']:.2f}")
-        table.add_row("tokens a step of the model", f"{drafts['tokens_per_target_step']:.2f}")
-        for length, steps in drafts["steps_per_draft_len"].items():
-            table.add_row(f"steps with draft length {length}", str(steps))
-    equal = sum(ours == theirs for ours, theirs in zip(output["token_ids"], reference, strict=False))
-    table.add_row("tokens equal to the transformers reference", f"{equal}/{len(reference)}")
-    Console().print(table)
+    equal, cache, before = 0, DynamicCache(), list[int]()
+    with torch.inference_mode():
+        for prompt, made in answers:
+            ids = prompt + made[:-1]
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt[:-1], before, strict=False)))
+            if shared < len(before):
+                cache.crop(shared - len(before))
+            logits = model(torch.tensor([ids[shared:]]), past_key_values=cache, logits_to_keep=len(made)).logits[0]
+            equal += sum(ours == best for ours, best in zip(made, logits.argmax(-1).tolist(), strict=True))
+            before = ids
     return equal
 
 
-def run(config: GenerateConfig) -> None:
-    """Run the job on all ranks, then the reference on rank 0."""
-    if config.prompts is None or config.output is None or config.metrics is None:
-        raise ValueError("the quickstart needs prompts, output and metrics")
+def table_of(totals: Totals, llm: LLM, num_keys: int, equal: int) -> Table:
+    """Return the figures of the run."""
+    table = Table()
+    table.add_column("what")
+    table.add_column("measured", justify="right")
+    table.add_row("prompt tokens, of which cached", f"{totals.prompt_tokens}, {totals.cached_tokens}")
+    for rank in range(llm.layout.world_size):
+        table.add_row(f"tokens held by rank {rank}", str(totals.tokens_per_rank[rank % llm.layout.kvp]))
+    table.add_row("TTFT (longest)", f"{max(totals.ttft_s):.1f} s")
+    table.add_row("TTL (median)", f"{median(totals.ttl_s) * 1e3:.0f} ms")
+    if totals.drafted:
+        table.add_row("drafted tokens, accepted", f"{totals.drafted}, {totals.accepted}")
+    table.add_row("pass keys found", f"{totals.found}/{num_keys}")
+    wanted = sum(len(made) for _, made in totals.answers)
+    table.add_row("tokens equal to the transformers reference", f"{equal}/{wanted}")
+    return table
+
+
+def run(config: QuickstartConfig) -> None:
+    """Run the prompts on all ranks, then the reference on rank 0."""
+    enter(config)
+    text = " ".join(agree(lambda: Path(config.text).read_text("utf-8")).split()[: config.words])
+    began = time.perf_counter()
+    llm = LLM(config)
+    if llm.tokenizer is None or not llm.tokenizer.chat_template:
+        raise ValueError(f"model.path = {config.model.path} has no chat template; the quickstart asks in a chat's turn")
+    keys = [hide(text, depth, llm.tokenizer) for depth in config.depths]
+    question = [{"role": "user", "content": config.question}]
+    chat = llm.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    layout, totals = llm.layout, Totals()
+    ending.say(
+        f"{config.model.path} on {layout.world_size} ranks ({llm.launch.device.type}), kvp {layout.kvp} x tpa "
+        f"{layout.tpa}, blocks of {config.cache.block_size} tokens\n\n"
+        f"Pass keys hidden in {len(text.split())} words of {config.text}:"
+    )
+    find_keys(llm, keys, totals)
+    ending.say(f"\n{config.question}")
+    for piece in ask(llm, list(chat), config.sampling, totals):
+        if ending.rank() == 0:
+            shown = (letter if letter.isprintable() or letter == "\n" else "?" for letter in piece)
+            print("".join(shown), end="", flush=True)
+    ours_s = time.perf_counter() - began
+    ending.say("\n")
+    llm.close()
     if ending.rank() == 0:
-        Path(config.output).unlink(missing_ok=True)  # of a run that was broken off: this one begins anew
-    run_generate(config)
-    if ending.rank() != 0:
-        return
-    set_up_logging(0)
-    output = json.loads(Path(config.output).read_text("utf-8").split("\n")[0])
-    metrics = json.loads(Path(config.metrics).read_text("utf-8"))
-    prompt = json.loads(Path(config.prompts).read_text("utf-8").split("\n")[0])["prompt"]
-    torch.set_num_threads(max(torch.get_num_threads(), 2))
-    reference = reference_tokens(config.model.path, prompt, len(output["token_ids"]))
-    if show(config, metrics, output, reference) != len(reference):
-        raise ValueError("the tokens differ from the reference's")
+        compare(config, llm, totals, ours_s)
+
+
+def compare(config: QuickstartConfig, llm: LLM, totals: Totals, ours_s: float) -> None:
+    """Compute the reference and print the table; RunFailed where a token differs."""
+    began = time.perf_counter()
+    with _all_cores():
+        equal = count_equal(config.model.path, totals.answers)
+    Console().print(table_of(totals, llm, len(config.depths), equal))
+    print(f"{ours_s:.0f} s on the ranks, {time.perf_counter() - began:.0f} s for the reference", flush=True)
+    if equal != sum(len(made) for _, made in totals.answers):
+        raise ending.RunFailed("tokens differ from the reference's")
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let this process have the machine, and the library say nothing: the other ranks have ended."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
-    cli.main("quickstart", GenerateConfig, run)
+    cli.main("quickstart", QuickstartConfig, run)
