@@ -66,8 +66,3 @@ class HelixGrid:
     def tpa_rank(self) -> int:
         """This rank's index on the head axis."""
         return self.rank // self.layout.kvp
-
-    @cached_property
-    def tpf_rank(self) -> int:
-        """This rank's index on the FFN's tensor axis (EP is innermost)."""
-        return self.rank // self.layout.ep

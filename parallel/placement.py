@@ -68,10 +68,3 @@ class BlockCyclic:
     def num_local_blocks(self, length: int, rank: int, first_owner: int = 0) -> int:
         """Return the number of blocks, whole or begun, that a rank holds of ``length`` tokens."""
         return -(-self.local_len(length, rank, first_owner) // self.block_size)
-
-    def global_positions(self, length: int, rank: int, first_owner: int = 0) -> IntArray:
-        """Return the global positions, ascending, of the tokens that a rank holds: int64 [local_len]."""
-        local = np.arange(self.local_len(length, rank, first_owner), dtype=np.int64)
-        turn = (rank - first_owner) % self.kvp
-        block = local // self.block_size * self.kvp + turn
-        return block * self.block_size + local % self.block_size

@@ -63,8 +63,8 @@ def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
     for index, ((k, v), first) in enumerate(zip(case.kv, case.first_owners, strict=True)):
         mine = [order.pop() for _ in range(counts[index])]
         table[index, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
-        held = place.global_positions(k.shape[1], rank, first)
-        for local, position in enumerate(held.tolist()):
+        held = [position for position in range(k.shape[1]) if place.owner(position, first) == rank]
+        for local, position in enumerate(held):
             page, offset = mine[local // place.block_size], local % place.block_size
             pages[page, 0, :, offset] = k[:, position]
             if planes == 2:

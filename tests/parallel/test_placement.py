@@ -27,7 +27,7 @@ def test_worked_example_token_by_token():
     ranges = [(0, 100, 400, 500), (100, 200, 500, 600), (200, 300, 600, 700), (300, 400, 700, 800)]
     for rank, (a, b, c, d) in enumerate(ranges):
         expected = [*range(a // scale, b // scale), *range(c // scale, d // scale)]
-        assert held[rank] == expected == place.global_positions(32, rank).tolist()
+        assert held[rank] == expected
 
 
 @given(placements, st.integers(0, 500), st.integers(0, 15), st.integers(0, 15))
@@ -35,7 +35,6 @@ def test_closed_forms_agree_with_counting(place, length, rank, first_owner):
     rank, first_owner = rank % place.kvp, first_owner % place.kvp
     held = held_by_counting(place, length, rank, first_owner)
     assert place.local_len(length, rank, first_owner) == len(held)
-    assert place.global_positions(length, rank, first_owner).tolist() == held
     assert place.num_local_blocks(length, rank, first_owner) == len({p // place.block_size for p in held})
     assert [place.local_position(p) for p in held] == list(range(len(held)))
 
