@@ -25,7 +25,7 @@ helix_env() {
             "$python" -m venv --clear "$venv" || return
         fi
         echo "Installing what pyproject.toml asks for into .venv (once; a few minutes)" >&2
-        "$venv/bin/python" -m pip install -q --disable-pip-version-check \
+        "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
             -c "$root/constraints.txt" -e "$root[dev]" >&2 || return
         echo "$wanted" >"$stamp"
         echo "Made the environment in $((SECONDS - began)) s" >&2
