@@ -18,6 +18,17 @@ def split_evenly(count: int, parts: int, index: int) -> Range:
     return start, start + small + (index < extra)
 
 
+def split_units(count: int, parts: int, index: int) -> Range:
+    """Return the index-th of ``parts`` contiguous ranges over ``count`` units of a feed-forward, in as even numbers as
+    copies of tiles allow: they begin at multiples of up to 64 units where the longest is at most a tenth above even.
+    """
+    size = 1 if count % (16 * parts) == 0 else 64
+    while size > 1 and (count % size or -(-count // (size * parts)) * size * parts > 1.1 * count):
+        size //= 2
+    start, stop = split_evenly(count // size, parts, index)
+    return start * size, stop * size
+
+
 @dataclass(frozen=True)
 class Layout:
     """How many ways each axis is split. ``tpf`` and ``ep`` of 0 mean: whatever fills the world (ep = 1).

@@ -19,7 +19,7 @@ from helix.config import check_at_least
 from helix.models.experts import mixture, route
 from helix.models.spec import Experts
 from parallel.launch import start, stop
-from parallel.layout import split_evenly
+from parallel.layout import split_units
 from parallel.symmetric import can_launch_dependently
 from scripts import cli
 from scripts.timing import graph_us, read_bytes_per_us, report
@@ -140,7 +140,7 @@ def run(config: BenchExpertsConfig) -> None:
     table: list[dict[str, Any]] = []
     with torch.inference_mode():
         for tpf in config.tpf:
-            _, units = split_evenly(config.ffn_size, tpf, 0)
+            _, units = split_units(config.ffn_size, tpf, 0)
             layers = [make_weights(config, units, device) for _ in range(config.layers)]
             table += [measure(config, tpf, rows, layers, rate) for rows in config.rows]
             del layers

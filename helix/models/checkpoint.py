@@ -7,17 +7,24 @@ files and copies only the rank's own slices: beyond the destination, host memory
 
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+import torch
+
+from parallel.layout import Range
+
+from .quantization import BLOCK, SCALE_DTYPES, Quantization, num_blocks
+from .quantized import TILE, Matrix, Quantized
 from .spec import ModelSpec
 from .tensor_names import is_unread
 from .weight_files import CheckpointError, few, open_files
 from .weights import Piece, Weight, tensor_shapes
 
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; anything else is quantised or no weight
+DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
+DTYPE_8_BITS = "F8_E4M3"
+DUMMY_SPREAD = 16.0  # the standard deviation of random 8-bit values, whose largest is 448
+# ends of names of tensors of quantised files that nothing here needs: scales of activations, and of keys and values
+UNREAD_SCALES = ("_proj.input_scale", "_proj.k_scale", "_proj.v_scale", "self_attn.k_scale", "self_attn.v_scale")
 
 
 __all__ = ["Checkpoint", "CheckpointError", "fill_dummy"]
@@ -35,10 +42,11 @@ class Checkpoint:
         self.path = Path(path).expanduser()
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
+        self._spec = spec
         for name, file in open_files(self.path).items():
             self._files[name] = file
             self._file_of |= dict.fromkeys(file.keys(), name)
-        self._check(spec)
+        self._check()
 
     def __enter__(self) -> Self:
         return self
@@ -53,10 +61,11 @@ class Checkpoint:
         self._files.clear()
         self._file_of.clear()
 
-    def read(self, weight: Weight, out: "torch.Tensor") -> None:
+    def read(self, weight: Weight, out: Matrix) -> None:
         """Fill `out`, of shape weight.shape and any floating dtype, device and strides, with the weight's pieces.
 
-        Converts to out's dtype. Only the pieces' own bytes are read, one piece at a time.
+        Converts to out's dtype, so that quantised pieces are widened one by one; but where `out` is quantised too,
+        pieces and their scales are copied as they are. Only the pieces' own bytes are read, one piece at a time.
         Raises ValueError when the shapes differ or the pieces do not fill `out` exactly.
         """
         if tuple(out.shape) != weight.shape:
@@ -73,50 +82,119 @@ class Checkpoint:
                 raise ValueError(
                     f"{piece} has shape {tuple(data.shape)}, which does not fit rows {filled} on of {weight.shape}"
                 )
-            out[filled:stop].copy_(data)
+            _put(data, out, filled)
             filled = stop
         if filled != out.shape[0]:
             names = ", ".join(piece.name for piece in weight.pieces)
             raise ValueError(f"the pieces of {names} fill {filled} rows, must be {out.shape[0]}")
 
-    def _slice(self, piece: Piece) -> "torch.Tensor":
-        handle = self._files[self._file_of[piece.name]].get_slice(piece.name)
+    def _slice(self, piece: Piece) -> Matrix:
+        handle = self._tensor(piece.name)
         rows, cols = (slice(*span) if span else slice(None) for span in (piece.rows, piece.cols))
         data: torch.Tensor = handle[rows] if len(handle.get_shape()) == 1 else handle[rows, cols]
-        return data
+        if not self._spec.is_quantized(piece.name):
+            return data
+        whole = handle.get_shape()
+        columns = piece.cols or (0, whole[1])
+        scales = self._scales(piece.name, piece.rows or (0, whole[0]), columns)
+        return Quantized(data, scales, columns[0] % BLOCK)
 
-    def _check(self, spec: ModelSpec) -> None:
-        """Raise CheckpointError unless the tensors are those that `spec` implies."""
+    def _scales(self, name: str, rows: Range, columns: Range) -> torch.Tensor:
+        """Return the scale of each block of the columns and each of the rows of a matrix: [B, N] float32."""
+        how, blocks = self._quantization, num_blocks(*columns)
+        scale = how.scale_of(name)
+        if how.grain == "block":
+            top, left = rows[0] // BLOCK, columns[0] // BLOCK
+            grid = self._tensor(scale)[top : top + num_blocks(*rows), left : left + blocks].float()
+            return grid[torch.arange(*rows) // BLOCK - top].T
+        flat = self._files[self._file_of[scale]].get_tensor(scale).float().reshape(1, -1)
+        return (flat if how.grain == "tensor" else flat[:, slice(*rows)]).expand(blocks, rows[1] - rows[0])
+
+    @property
+    def _quantization(self) -> Quantization:
+        assert self._spec.quantization is not None
+        return self._spec.quantization
+
+    def _tensor(self, name: str) -> Any:
+        return self._files[self._file_of[name]].get_slice(name)
+
+    def _check(self) -> None:
+        """Raise CheckpointError unless the tensors are those that the spec implies."""
+        spec = self._spec
         expected = tensor_shapes(spec)
         missing = [name for name in expected if name not in self._file_of]
         if missing:
             raise CheckpointError(f"{self.path} lacks {len(missing)} tensors of a {spec.family} model: {few(missing)}")
+        scales = set()
         for name, shape in expected.items():
-            handle = self._files[self._file_of[name]].get_slice(name)
+            handle = self._tensor(name)
             found, dtype = tuple(handle.get_shape()), handle.get_dtype()
             if found != shape:
                 raise CheckpointError(f"{self.path}: {name} has shape {found}, config.json implies {shape}")
-            if dtype not in DTYPES:
+            if spec.is_quantized(name):
+                self._check_quantized(name, shape, dtype)
+                scales.add(self._quantization.scale_of(name))
+            elif dtype not in DTYPES:
                 raise CheckpointError(f"{self.path}: {name} has dtype {dtype}, must be one of {', '.join(DTYPES)}")
         layers = spec.names.q.partition("{layer}")[0]
         prefixes = tuple(f"{layers}{layer}." for layer in range(spec.num_layers))
+
+        def ignored(name: str) -> bool:
+            return is_unread(name) or (spec.quantization is not None and name.endswith(UNREAD_SCALES))
+
         unused = sorted(
-            name for name in self._file_of if name.startswith(prefixes) and name not in expected and not is_unread(name)
+            name
+            for name in self._file_of
+            if name.startswith(prefixes) and name not in expected and name not in scales and not ignored(name)
         )
         if unused:
             raise CheckpointError(
                 f"{self.path} has {len(unused)} tensors that a {spec.family} model does not use: {few(unused)}"
             )
 
+    def _check_quantized(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        """Raise CheckpointError unless a matrix has 8 bits, and the scale that its shape and the config imply."""
+        if dtype != DTYPE_8_BITS:
+            raise CheckpointError(
+                f"{self.path}: {name}, of shape {shape}, has dtype {dtype}, but quantization_config implies "
+                f"{DTYPE_8_BITS}; name its module among those that are not quantised"
+            )
+        scale, shapes = self._quantization.scale_of(name), self._quantization.scale_shapes(shape)
+        rule = f"must be {shapes[0]}, a scale for each {self._quantization.grain} of {name} {shape}"
+        if scale not in self._file_of:
+            raise CheckpointError(f"{self.path} lacks {scale}, whose shape {rule}")
+        handle = self._tensor(scale)
+        found, dtype = tuple(handle.get_shape()), handle.get_dtype()
+        if found not in shapes:
+            turned = "; it is transposed" if found[::-1] in shapes else ""
+            raise CheckpointError(f"{self.path}: {scale} has shape {found}, {rule}{turned}")
+        if dtype not in SCALE_DTYPES:
+            raise CheckpointError(f"{self.path}: {scale} has dtype {dtype}, must be one of {', '.join(SCALE_DTYPES)}")
 
-def fill_dummy(role: str, columns: int, out: "torch.Tensor", generator: "torch.Generator | None" = None) -> None:
+
+def _put(data: Matrix, out: Matrix, start: int) -> None:
+    """Copy rows of `data` to those of `out` from `start` on."""
+    stop = start + data.shape[0]
+    if isinstance(out, Quantized):
+        assert isinstance(data, Quantized) and data.shift == out.shift, "a quantised weight has quantised pieces only"
+        out.values[start:stop].copy_(data.values)
+        out.scales[:, start:stop].copy_(data.scales)
+    else:
+        out[start:stop].copy_(data.widen(0, data.shape[0], out.dtype) if isinstance(data, Quantized) else data)
+
+
+def fill_dummy(role: str, columns: int, out: Matrix, generator: torch.Generator | None = None) -> None:
     """Fill one rank's weight of this `role` with random values, made on its own device: norms 1, biases small.
 
     Matrices get a standard deviation of 1 / sqrt(columns), embeddings 1; `columns` are those of the whole matrix, so
     that what row-parallel ranks sum is as large in every layout. `generator` must be of out's device; ranks that hold
     copies of one weight agree only if they fill from the same seed.
     """
-    if role.endswith("norm"):
+    if isinstance(out, Quantized):
+        out.scales.fill_(columns**-0.5 / DUMMY_SPREAD)
+        for rows in out.values.split(max(1, TILE // max(1, out.shape[1]))):
+            rows.copy_(torch.empty(rows.shape, device=rows.device).normal_(0.0, DUMMY_SPREAD, generator=generator))
+    elif role.endswith("norm"):
         out.fill_(1.0)
     elif role.endswith("bias"):
         out.normal_(0.0, 0.02, generator=generator)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +32,11 @@ from .embed import embed
 from .experts import mixture
 from .latent import project, values_of
 from .linear import gated_linear, linear, split_linear
+from .quantized import Matrix, Quantized
 from .spec import Experts, ModelSpec
 from .weights import Weight, layer_weights, model_weights, part_of
 
-Parameters = dict[str, torch.Tensor]
+Parameters = dict[str, Any]  # tensors, and matrices that may be quantised
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,17 @@ class Decoder:
         ]
 
     def _allocate(self, weights: dict[str, Weight]) -> Parameters:
-        return {
-            role: torch.empty(weight.shape, dtype=torch.float32 if weight.exact else self.dtype, device=self.device)
-            for role, weight in weights.items()
-        }
+        return {role: self._room(weight) for role, weight in weights.items()}
+
+    def _room(self, weight: Weight) -> Matrix:
+        if weight.quantized:
+            return Quantized.empty(weight.shape[0], weight.columns, self.device)
+        return torch.empty(weight.shape, dtype=torch.float32 if weight.exact else self.dtype, device=self.device)
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of the weights that this rank's layers hold."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
+        return sum(int(weight.nbytes) for layer in self.layers for weight in layer.values())
 
     @torch.inference_mode()
     def forward(

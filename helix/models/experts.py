@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 
 from .linear import ExpertsInUse, can_stream, experts_gated_linear, experts_split_linear, split_linear
+from .quantization import BLOCK
+from .quantized import Matrix, Quantized, as_float, product
 from .spec import Experts
 
 ROUTE_WARP = 128  # scores that a warp looks through
@@ -28,8 +30,8 @@ MIN_DOT = 16  # the least rows of a product on tensor cores
 def mixture(
     x: torch.Tensor,
     router: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Matrix,
+    down: Matrix,
     *,
     experts: Experts,
     first: int,
@@ -52,12 +54,18 @@ def mixture(
     """
     if not x.is_cuda:
         return mix_reference(x, *route(x, router, experts, bias), gate_up, down, first=first).unsqueeze(0)
-    some = gate_up.numel() > 0
-    if some and can_stream(x, gate_up.flatten(0, 1)) and can_stream(x, router) and down.stride(1) % 8 == 0:
+    if _few(x, router, gate_up, down):
         scores = split_linear(x, router, pdl=pdl)
         used = experts_in_use(scores, down.shape[0], experts, first=first, bias=bias, pdl=pdl)
         return experts_split_linear(experts_gated_linear(x, gate_up, used, pdl=pdl), down, used, pdl=pdl)
     return mix_queued(x, logits_of(x, router, experts), gate_up, down, experts=experts, first=first, bias=bias)[None]
+
+
+def _few(x: torch.Tensor, router: torch.Tensor, gate_up: Matrix, down: Matrix) -> bool:
+    """Return whether each expert in use is multiplied with all rows."""
+    if isinstance(gate_up, Quantized) or isinstance(down, Quantized) or not gate_up.numel():
+        return False
+    return can_stream(x, gate_up.flatten(0, 1)) and can_stream(x, router) and down.stride(1) % 8 == 0
 
 
 def logits_of(x: torch.Tensor, router: torch.Tensor, experts: Experts) -> torch.Tensor:
@@ -242,8 +250,8 @@ def mix_reference(
     x: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Matrix,
+    down: Matrix,
     *,
     first: int,
 ) -> torch.Tensor:
@@ -259,8 +267,8 @@ def mix_reference(
     out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for expert in range(gate_up.shape[0]):
         row, choice = (ids == first + expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[row], gate_up[expert]).chunk(2, -1)
-        added = F.linear(F.silu(gate) * up, down[expert])
+        gate, up = product(x[row], gate_up[expert]).chunk(2, -1)
+        added = product(F.silu(gate) * up, down[expert])
         out.index_add_(0, row, added.to(out.dtype) * weights[row, choice].unsqueeze(-1))
     return out.to(x.dtype)
 
@@ -281,8 +289,28 @@ def _block_of(counts, queues, num_rows, block, HELD: tl.constexpr, HELD_PAD: tl.
 
 
 @triton.jit
+def _scale_of(scales, stride, row, here, at, BLOCK: tl.constexpr):
+    """Return the scales of rows of a quantised matrix in the block of columns at ``at``; 1 where it is a plain one."""
+    if BLOCK:
+        return tl.load(scales + at // BLOCK * stride + row, mask=here, other=0.0)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _add_product(acc, x_mk, w_nk, scale_n, BLOCK: tl.constexpr):
+    """Return acc + x . w of one tile, whose columns are of one block where w is quantised."""
+    if BLOCK:
+        w_nk = as_float(w_nk).to(x_mk.dtype)
+        return acc + tl.dot(x_mk, tl.trans(w_nk), input_precision="ieee") * scale_n[None, :]
+    else:
+        return acc + tl.dot(x_mk, tl.trans(w_nk), input_precision="ieee")
+
+
+@triton.jit
 def _gate_up_kernel(
-    x, w, counts, queues, hidden, num_rows,
+    x, w, scales, scale_stride, counts, queues, hidden, num_rows,
+    STRIDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
     HELD: tl.constexpr, HELD_PAD: tl.constexpr, CHOSEN: tl.constexpr, UNITS: tl.constexpr, H: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -291,24 +319,26 @@ def _gate_up_kernel(
     expert, pair, real = _block_of(counts, queues, num_rows, tl.program_id(1), HELD, HELD_PAD, BM)
     if expert < HELD:
         row = pair // CHOSEN
-        gate = w + (expert * 2 * UNITS + n) * H
+        gate = expert * 2 * UNITS + n
         a = tl.zeros([BM, BN], tl.float32)
         b = tl.zeros([BM, BN], tl.float32)
-        for at in range(0, H, BK):
-            k = at + tl.arange(0, BK)
-            here = (n < UNITS)[:, None] & (k < H)[None, :]
-            x_mk = tl.load(x + row[:, None] * H + k[None, :], mask=real[:, None] & (k < H)[None, :], other=0.0)
-            gate_nk = tl.load(gate[:, None] + k[None, :], mask=here, other=0.0)
-            up_nk = tl.load(gate[:, None] + UNITS * H + k[None, :], mask=here, other=0.0)
-            a += tl.dot(x_mk, tl.trans(gate_nk), input_precision="ieee")
-            b += tl.dot(x_mk, tl.trans(up_nk), input_precision="ieee")
+        for at in range(0, SHIFT + H, BK):
+            k = at - SHIFT + tl.arange(0, BK)
+            inside = (k >= 0) & (k < H) if SHIFT else k < H
+            here = (n < UNITS)[:, None] & inside[None, :]
+            x_mk = tl.load(x + row[:, None] * H + k[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            gate_nk = tl.load(w + gate[:, None] * STRIDE + k[None, :], mask=here, other=0)
+            up_nk = tl.load(w + (gate[:, None] + UNITS) * STRIDE + k[None, :], mask=here, other=0)
+            a = _add_product(a, x_mk, gate_nk, _scale_of(scales, scale_stride, gate, n < UNITS, at, BLOCK), BLOCK)
+            b = _add_product(b, x_mk, up_nk, _scale_of(scales, scale_stride, gate + UNITS, n < UNITS, at, BLOCK), BLOCK)
         value = (a / (1.0 + tl.exp(-a)) * b).to(hidden.dtype.element_ty)
         tl.store(hidden + pair[:, None] * UNITS + n[None, :], value, mask=real[:, None] & (n < UNITS)[None, :])
 
 
 @triton.jit
 def _down_kernel(
-    hidden, w, counts, queues, out, num_rows,
+    hidden, w, scales, scale_stride, counts, queues, out, num_rows,
+    STRIDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
     HELD: tl.constexpr, HELD_PAD: tl.constexpr, UNITS: tl.constexpr, H: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -316,14 +346,16 @@ def _down_kernel(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     expert, pair, real = _block_of(counts, queues, num_rows, tl.program_id(1), HELD, HELD_PAD, BM)
     if expert < HELD:
-        down = w + (expert * H + n) * UNITS
+        down = expert * H + n
         acc = tl.zeros([BM, BN], tl.float32)
-        for at in range(0, UNITS, BK):
-            k = at + tl.arange(0, BK)
-            there = real[:, None] & (k < UNITS)[None, :]
+        for at in range(0, SHIFT + UNITS, BK):
+            k = at - SHIFT + tl.arange(0, BK)
+            inside = (k >= 0) & (k < UNITS) if SHIFT else k < UNITS
+            there = real[:, None] & inside[None, :]
             hidden_mk = tl.load(hidden + pair[:, None] * UNITS + k[None, :], mask=there, other=0.0)
-            down_nk = tl.load(down[:, None] + k[None, :], mask=(n < H)[:, None] & (k < UNITS)[None, :], other=0.0)
-            acc += tl.dot(hidden_mk, tl.trans(down_nk), input_precision="ieee")
+            here = (n < H)[:, None] & inside[None, :]
+            down_nk = tl.load(w + down[:, None] * STRIDE + k[None, :], mask=here, other=0)
+            acc = _add_product(acc, hidden_mk, down_nk, _scale_of(scales, scale_stride, down, n < H, at, BLOCK), BLOCK)
         to = out + pair[:, None] * H + n[None, :]
         tl.store(to, acc.to(out.dtype.element_ty), mask=real[:, None] & (n < H)[None, :])
 
@@ -345,8 +377,8 @@ def _combine_kernel(pairs, weights, out, CHOSEN: tl.constexpr, H: tl.constexpr, 
 def mix_queued(
     x: torch.Tensor,
     logits: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Matrix,
+    down: Matrix,
     *,
     experts: Experts,
     first: int,
@@ -385,12 +417,22 @@ def mix_queued(
     }
     blocks = min(num_pairs, num_pairs // rows + num_held)  # as many as there could be
     hidden, added = x.new_empty((num_pairs, units)), x.new_empty((num_pairs, hidden_size))
+    w, how = _operand(gate_up)
     _gate_up_kernel[(-(-units // tile["BN"]), blocks)](
-        x.contiguous(), gate_up, counts, queues, hidden, num_rows, CHOSEN=chosen, **tile
+        x.contiguous(), *w, counts, queues, hidden, num_rows, CHOSEN=chosen, **how, **tile
     )
-    _down_kernel[(-(-hidden_size // tile["BN"]), blocks)](hidden, down, counts, queues, added, num_rows, **tile)
+    w, how = _operand(down)
+    _down_kernel[(-(-hidden_size // tile["BN"]), blocks)](hidden, *w, counts, queues, added, num_rows, **how, **tile)
     out = torch.empty_like(x)
     _combine_kernel[(num_rows,)](
         added, weights, out, CHOSEN=chosen, H=hidden_size, H_PAD=triton.next_power_of_2(hidden_size), num_warps=4
     )
     return out
+
+
+def _operand(w: Matrix) -> tuple[tuple[torch.Tensor, torch.Tensor, int], dict[str, int]]:
+    """Return matrices [E, N, K] as the kernels take them: values, scales and their stride, and constants."""
+    if isinstance(w, torch.Tensor):
+        return (w, w, 0), {"STRIDE": w.stride(-2), "SHIFT": 0, "BLOCK": 0}
+    operand = (w.values.view(torch.uint8), w.scales, w.scales.stride(0))
+    return operand, {"STRIDE": w.values.stride(-2), "SHIFT": w.shift, "BLOCK": BLOCK}

@@ -19,10 +19,8 @@ UNUSED = {"bos_token_id": None, "pad_token_id": None}  # whatever they hold, not
 def read_config(raw: dict[str, Any]) -> Any:
     """Return the transformers config of the JSON object `raw`; no code is taken from the checkpoint.
 
-    Raises ValueError when the weights are quantised, or when transformers itself refuses the config.
+    Raises ValueError when transformers itself refuses the config.
     """
-    if raw.get("quantization_config"):
-        raise ValueError("config has a quantization_config; Helix reads float32, float16 and bfloat16 weights only")
     from transformers import CONFIG_MAPPING
 
     known = copy.deepcopy(raw) | UNUSED

@@ -10,6 +10,7 @@ Shape letters: R rows, Q query heads of this rank, H those after the exchange; P
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def project(
     sin: torch.Tensor,
     pages: torch.Tensor,
     slot: torch.Tensor,
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, Any],
     latent: Latent,
     *,
     num_heads: int,

@@ -26,6 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .quantized import Matrix, Quantized, product
+
 MAX_ROWS = 64
 STAGE_BYTES = 147456  # one program a processor; memory needs some 10 MB in flight to be busy
 BN, BK = 64, 128
@@ -205,42 +207,42 @@ def _stream(
     return out
 
 
-def can_stream(x: torch.Tensor, w: torch.Tensor) -> bool:
+def can_stream(x: torch.Tensor, w: Matrix) -> bool:
     """Return whether x [R, K] times w [N, K] transposed goes through the kernel.
 
     It does for few rows of a 2-byte dtype on a GPU with the kernel's instructions, aligned to what its copies need.
     """
+    if isinstance(w, Quantized):
+        return False
     if not (x.is_cuda and x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.dtype in _ELEMENTS):
         return False
     aligned = all(t.stride(-1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
     return aligned and _processors(x.device) > 0
 
 
-def split_linear(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, *, pdl: bool = False
-) -> torch.Tensor:
+def split_linear(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None, *, pdl: bool = False) -> torch.Tensor:
     """Return summands of x [R, K] times w [N, K] transposed, plus bias [N]: [S, R, N].
 
     The result is their sum over S; they are float32 where S > 1, and in x's dtype where S is 1.
     """
-    if can_stream(x, w):
+    if isinstance(w, torch.Tensor) and can_stream(x, w):
         splits = choose_splits(w.shape[0], -(-x.shape[1] // BK), _processors(x.device))
         return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits, rows=x.shape[0])
-    return F.linear(x, w, bias).unsqueeze(0)
+    return product(x, w, bias).unsqueeze(0)
 
 
-def linear(x: torch.Tensor, w: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
+def linear(x: torch.Tensor, w: Matrix, *, pdl: bool = False) -> torch.Tensor:
     """Return x [R, K] times w [N, K] transposed: [R, N] in x's dtype, summed in float32."""
-    if can_stream(x, w):
+    if isinstance(w, torch.Tensor) and can_stream(x, w):
         return _stream(x, w, None, gated=False, pdl=pdl, splits=1, rows=x.shape[0])[0]
-    return F.linear(x, w)
+    return product(x, w)
 
 
-def gated_linear(x: torch.Tensor, gate_up: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
+def gated_linear(x: torch.Tensor, gate_up: Matrix, *, pdl: bool = False) -> torch.Tensor:
     """Return silu(x gate^T) * (x up^T): [R, F] for gate_up [2 F, K], the gate's rows first."""
-    if can_stream(x, gate_up):
+    if isinstance(gate_up, torch.Tensor) and can_stream(x, gate_up):
         return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0])[0]
-    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    gate, up = product(x, gate_up).chunk(2, -1)
     return F.silu(gate) * up
 
 

@@ -8,9 +8,11 @@ table below names them, and a family is imported only when a model asks for it.
 import importlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .quantization import Quantization, read_quantization
 from .weight_files import OTHER_KINDS, is_lfs_pointer, what_else
 
 if TYPE_CHECKING:
@@ -164,6 +166,15 @@ class WeightNames:
     expert_up: str = "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
     expert_down: str = "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
 
+    @cached_property
+    def linear_modules(self) -> frozenset[str]:
+        """How the layers' linear modules are called, which a quantised checkpoint holds in few bits."""
+        latents = (self.q_a, self.q_b, self.kv_a, self.kv_b)
+        shared = (self.shared_gate, self.shared_up, self.shared_down)
+        expert = (self.expert_gate, self.expert_up, self.expert_down)
+        plain = (self.q, self.k, self.v, self.o, self.gate, self.up or self.gate, self.down)
+        return frozenset(_module(name) for name in (*plain, *latents, *shared, *expert))
+
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
@@ -178,6 +189,7 @@ class ModelSpec:
     max_position: the longest context the model takes, in tokens.
     eos_token_ids: ids that end a generation; may be empty.
     experts: None for a model without. latent: None where keys and values are cached.
+    quantization: how the weights of its linear modules are quantised; None where they are not.
     """
 
     family: str
@@ -198,6 +210,7 @@ class ModelSpec:
     names: WeightNames = field(default_factory=WeightNames)
     experts: Experts | None = None
     latent: Latent | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():
@@ -237,9 +250,19 @@ class ModelSpec:
         """Units of the experts that every token goes through; 0 for none."""
         return 0 if self.experts is None else self.experts.shared_size
 
+    def is_quantized(self, name: str) -> bool:
+        """Return whether the checkpoint tensor `name` is a matrix of 8 bits, whose scale is another tensor."""
+        if self.quantization is None or not name.endswith(".weight"):
+            return False
+        return _module(name) in self.names.linear_modules and self.quantization.covers(name)
+
     def experts_of(self, layer: int) -> Experts | None:
         """Return the experts of a layer; None where its feed-forward is a plain one."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts
+
+
+def _module(name: str) -> str:
+    return name.split(".")[-2]
 
 
 def load_spec(path: str | Path, *, max_position: int | None = None) -> ModelSpec:
@@ -247,7 +270,7 @@ def load_spec(path: str | Path, *, max_position: int | None = None) -> ModelSpec
 
     max_position (tokens) replaces the config's own context limit; the RoPE frequencies stay as the config says.
     Raises ValueError, in one line, when the file is missing or broken, the family is unknown, or the config asks for
-    something that the runtime does not compute (a sliding window, another activation, quantised weights, ...).
+    something that the runtime does not compute (a sliding window, another activation, weights of 4 bits, ...).
     """
     config_file = find_config(path)
     generation = config_file.parent / "generation_config.json"
@@ -272,7 +295,7 @@ def spec_of(raw: dict[str, Any], source: str, *, max_position: int | None = None
     try:
         config = read_config(raw)
         check_keys(raw, config, model_type, max_position or config.max_position_embeddings)
-        spec: ModelSpec = family.make_spec(config)
+        spec: ModelSpec = replace(family.make_spec(config), quantization=read_quantization(raw))
         return spec if max_position is None else replace(spec, max_position=max_position)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{source}: {one_line(error)}") from error

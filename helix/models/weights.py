@@ -8,11 +8,15 @@ be empty.
 Shape letters: h hidden size, D head size, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from parallel.layout import Layout, Range, split_evenly
+from parallel.layout import Layout, Range, split_evenly, split_units
 
 from .spec import Latent, ModelSpec
+
+IN_8_BITS = frozenset(
+    "qkv q_b o gate_up down shared_gate_up shared_down experts_gate_up experts_down".split()
+)  # roles whose products take quantised matrices
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,19 @@ class Piece:
 class Weight:
     """A parameter of one rank: its shape, and the pieces that fill it from top to bottom (along dim 0).
 
-    exact: kept in float32, whatever the model's dtype.
+    exact: kept in float32, whatever the model's dtype. quantized: kept in 8 bits with the scales of its blocks.
     """
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     exact: bool = False
+    quantized: bool = False
+
+    @property
+    def columns(self) -> Range:
+        """The columns of the whole matrices that its pieces have, the same for all of them."""
+        cols = self.pieces[0].cols if self.pieces else None
+        return cols or (0, self.shape[-1])
 
 
 def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
@@ -88,11 +99,11 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
         q_heads=layout.query_heads(spec.num_heads, spec.num_kv_heads, tpa_rank),
         kv_heads=layout.kv_heads(spec.num_kv_heads, tpa_rank),
         out_heads=layout.merged_heads(spec.num_heads, spec.num_kv_heads, tpa_rank, kvp_rank),
-        ffn=split_evenly(spec.ffn_size, world, rank),
+        ffn=split_units(spec.ffn_size, world, rank),
         vocab=split_evenly(spec.vocab_size, world, rank),
         experts=split_evenly(num_experts, layout.ep, rank % layout.ep),
-        expert_ffn=split_evenly(units, layout.tpf, rank // layout.ep),
-        shared_ffn=split_evenly(spec.shared_size, world, rank),
+        expert_ffn=split_units(units, layout.tpf, rank // layout.ep),
+        shared_ffn=split_units(spec.shared_size, world, rank),
     )
 
 
@@ -145,14 +156,22 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     shared_gate_up [2 * shared, h], shared_down [h, shared] of part.shared_ffn, where there are shared ones
     experts_gate_up [experts * 2 * units, h]: of each of part.experts gate rows, then up rows, of part.expert_ffn
     experts_down [experts * h, units]: of each of part.experts columns of part.expert_ffn
+
+    A quantised checkpoint's matrices stay quantised in the roles of IN_8_BITS, where all of a role's pieces are: k_up
+    and v_up multiply other dims of what the checkpoint has as one matrix, head by head, and are widened when read.
     """
     h, names = spec.hidden_size, spec.names
-    return {
+    weights = {
         "input_norm": Weight((h,), (Piece(names.input_norm.format(layer=layer)),)),
         "post_norm": Weight((h,), (Piece(names.post_norm.format(layer=layer)),)),
         **(_attention(spec, layer, part) if spec.latent is None else _latent(spec, spec.latent, layer, part)),
         **(_dense_ffn(spec, layer, part) if spec.experts_of(layer) is None else _experts_ffn(spec, layer, part)),
     }
+    if spec.quantization is not None:
+        for role in IN_8_BITS & weights.keys():
+            if all(spec.is_quantized(piece.name) for piece in weights[role].pieces):
+                weights[role] = replace(weights[role], quantized=True)
+    return weights
 
 
 def _attention(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
@@ -244,7 +263,7 @@ def _experts_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Return the name and full shape of every checkpoint tensor that the model needs."""
+    """Return the name and full shape of every checkpoint tensor that the model needs, but for scales."""
     h, D, names = spec.hidden_size, spec.head_dim, spec.names
     latent, gates = spec.latent, 2 if names.up is None else 1
     q_len, kv_len = spec.num_heads * D, spec.num_kv_heads * D

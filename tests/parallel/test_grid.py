@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.grid import HelixGrid
-from parallel.layout import Layout, split_evenly
+from parallel.layout import Layout, split_evenly, split_units
 
 
 @given(st.integers(0, 1000), st.integers(1, 32))
@@ -91,3 +91,14 @@ def test_kvp_groups_are_neighbours(ranks):
     ]
     assert [row[3] for row in ranks(4).run(grid_body, Layout(kvp=4))] == [0b1111] * 4
     assert [row[3] for row in ranks(4).run(grid_body, Layout(tpa=4))] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "longest", "multiple"),
+    [(13696, 4, 3424, 16), (1408, 3, 512, 64), (768, 8, 96, 16), (18944, 6, 3200, 64), (72, 2, 36, 4), (3, 3, 1, 1)],
+)
+def test_units_are_split_where_tiles_begin(count, parts, longest, multiple):
+    ranges = [split_units(count, parts, index) for index in range(parts)]
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == count and max(stop - start for start, stop in ranges) == longest
+    assert all(start % multiple == 0 for start, _ in ranges)

@@ -181,7 +181,7 @@ def test_max_position_can_be_overridden(tmp_path: Path) -> None:
         ("llama", {"mlp_bias": True}, "mlp_bias = True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'; Helix computes 'silu' only"),
         ("glm", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method = 'gptq'"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'; supported"),
         ("llama", {"num_key_value_heads": 3}, "num_heads = 8 is not a multiple of num_kv_heads = 3"),
         ("llama", {"num_hidden_layers": 0}, "num_layers = 0, must be an integer of at least 1"),

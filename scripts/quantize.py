@@ -1,0 +1,196 @@
+"""Write the block-FP8 checkpoint of a 16- or 32-bit one, in the format of DeepSeek-V3's and Qwen3's files.
+
+    python -m scripts.quantize model.path=DIR output=NEW_DIR
+
+The matrices of the layers' linear modules become e4m3 with one float32 scale for each block of 128 x 128; embeddings,
+norms, biases, routers and the output head stay as they are. One file of the checkpoint is in memory at a time. It ends
+with the error of each role: how far values are from the original, as a root mean square of the original's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from helix.models.checkpoint import Checkpoint
+from helix.models.quantization import BLOCK, Quantization
+from helix.models.quantized import quantize_blocks, widen_blocks
+from helix.models.spec import ModelSpec, find_config, load_spec
+from helix.models.tensor_names import named_as_stored
+from helix.models.weight_files import INDEX_FILE, open_files, tensor_names
+from scripts import cli
+from scripts.timing import show
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """Which model to quantise.
+
+    Attributes:
+        path: a Hugging Face checkpoint folder whose weights have 16 or 32 bits.
+    """
+
+    path: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class QuantizeConfig:
+    """What to quantise.
+
+    Attributes:
+        output: the folder to write, which must be empty or not there yet.
+    """
+
+    model: SourceConfig = field(default_factory=SourceConfig)
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty: give the folder to write")
+
+
+@dataclass
+class Errors:
+    """What one role lost: matrices and elements so far, and sums over the elements."""
+
+    matrices: int = 0
+    elements: int = 0
+    squares: float = 0.0
+    lost: float = 0.0
+    worst: float = 0.0
+
+    def add(self, original: torch.Tensor, widened: torch.Tensor) -> None:
+        """Count one matrix, [N, K] in float32, and what it became."""
+        lost = widened - original
+        self.matrices += 1
+        self.elements += original.numel()
+        self.squares += float(original.double().square().sum())
+        self.lost += float(lost.double().square().sum())
+        self.worst = max(self.worst, float(lost.abs().max()))
+
+    def row(self, role: str) -> dict[str, Any]:
+        """Return the role's line of the table."""
+        return {
+            "role": role,
+            "matrices": self.matrices,
+            "elements (M)": self.elements / 1e6,
+            "error, % of rms": 100 * (self.lost / max(self.squares, 1e-300)) ** 0.5,
+            "largest error": f"{self.worst:.2e}",
+        }
+
+
+def quantize_checkpoint(path: str | Path, output: str | Path) -> dict[str, Errors]:
+    """Write the block-FP8 form of the checkpoint at `path` to the folder `output`; return the error of each role.
+
+    Raises ValueError, in one line, for a checkpoint that is not read or quantised already, and for a folder in use.
+    """
+    source, target = Path(path).expanduser(), Path(output).expanduser()
+    spec = load_spec(path)
+    spec = named_as_stored(spec, tensor_names(source))
+    if spec.quantization is not None:
+        raise ValueError(f"model.path = {path} is quantised already")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"output = {output} is not empty; give a new folder")
+    Checkpoint(source, spec).close()
+    config = json.loads(find_config(source).read_text("utf-8"))
+    kept = tuple(_kept(spec))
+    spec = replace(spec, quantization=Quantization(kept=kept))
+    target.mkdir(parents=True, exist_ok=True)
+    errors: dict[str, Errors] = defaultdict(Errors)
+    file_of: dict[str, str] = {}
+    files = [source / name for name in open_files(source)]
+    total_bytes = 0
+    with _progress(sum(file.stat().st_size for file in files)) as advance:
+        for file in files:
+            tensors = _quantized(file, spec, errors, advance)
+            save_file(tensors, target / file.name, metadata={"format": "pt"})
+            file_of |= dict.fromkeys(tensors, file.name)
+            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
+        (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": list(kept),
+    }
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    for other in source.iterdir():
+        if (
+            other.is_file()
+            and other.suffix in (".json", ".model", ".txt", ".jinja")
+            and not (target / other.name).exists()
+        ):
+            shutil.copyfile(other, target / other.name)
+    return dict(errors)
+
+
+def _kept(spec: ModelSpec) -> Iterator[str]:
+    """Yield the modules that are no norms and embeddings and stay as they are."""
+    yield spec.names.lm_head.removesuffix(".weight")
+    for layer in range(spec.num_layers):
+        if spec.experts_of(layer) is not None:
+            yield spec.names.router.format(layer=layer).removesuffix(".weight")
+
+
+def _quantized(file: Path, spec: ModelSpec, errors: dict[str, Errors], advance: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of one file, quantised where they are to be, with their scales."""
+    assert spec.quantization is not None
+    tensors: dict[str, torch.Tensor] = {}
+    with safe_open(str(file), framework="pt", device="cpu") as handle:
+        for name in handle.keys():  # noqa: SIM118 (it is no dict)
+            tensor = handle.get_tensor(name)
+            if spec.is_quantized(name) and tensor.dim() == 2:
+                original = tensor.float()
+                values, scales = quantize_blocks(original)
+                tensors[name], tensors[spec.quantization.scale_of(name)] = values, scales
+                errors[_role(name)].add(original, widen_blocks(values, scales))
+            else:
+                tensors[name] = tensor
+            advance(tensor.nbytes)
+    return tensors
+
+
+def _role(name: str) -> str:
+    """Return a tensor's module without the numbers of layer and expert."""
+    return re.sub(r"\.\d+(?=\.)", "", name).removeprefix("model.layers.").removesuffix(".weight")
+
+
+@contextmanager
+def _progress(total_bytes: int) -> Iterator[Any]:
+    """Show a bar on a terminal; yield what advances it by bytes that are done."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), TextColumn("{task.fields[done]} of {task.fields[all]} GB"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("quantize", total=total_bytes, done="0.0", all=f"{total_bytes / 1e9:.1f}")
+
+        def advance(num_bytes: int) -> None:
+            bar.advance(task, num_bytes)
+            bar.update(task, done=f"{bar.tasks[0].completed / 1e9:.1f}")
+
+        yield advance
+
+
+def run(config: QuantizeConfig) -> None:
+    """Quantise a checkpoint, and say what that cost."""
+    errors = quantize_checkpoint(config.model.path, config.output)
+    show(f"{config.output}: block FP8", [errors[role].row(role) for role in sorted(errors)])
+
+
+if __name__ == "__main__":
+    cli.main("quantize", QuantizeConfig, run)

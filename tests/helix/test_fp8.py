@@ -1,0 +1,76 @@
+"""Tokens of block-FP8 checkpoints equal transformers' float32 run of what their weights mean, however they are cut."""
+
+import json
+import shutil
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helix.models.quantized import widen_blocks
+from scripts.make_checkpoint import make_checkpoint
+from scripts.quantize import quantize_checkpoint
+from tests.helix.test_parity import check, generate_body
+
+SIZES = {"hidden": 192, "ffn": 424, "expert_ffn": 200, "heads": 12}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """``checkpoint(family)``: folders of a block-FP8 checkpoint, and of the float32 one that means the same."""
+
+    @cache
+    def make(family):
+        folder = tmp_path_factory.mktemp(family)
+        make_checkpoint(folder / "plain", family=family, kv_heads=2 if family == "glm" else 4, **SIZES)
+        quantize_checkpoint(folder / "plain", folder / "fp8")
+        shutil.copytree(folder / "plain", folder / "wide")
+        tensors = load_file(folder / "fp8" / "model.safetensors")
+        wide = {
+            name: widen_blocks(tensor, tensors[f"{name}_scale_inv"]) if f"{name}_scale_inv" in tensors else tensor
+            for name, tensor in tensors.items()
+            if not name.endswith("_scale_inv")
+        }
+        save_file(wide, folder / "wide" / "model.safetensors", metadata={"format": "pt"})
+        assert "quantization_config" not in json.loads((folder / "wide" / "config.json").read_text())
+        return str(folder / "fp8"), str(folder / "wide")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    """``reference(family, prompt, num_tokens)``: greedy tokens, and the gap of the two best logits at each."""
+    from transformers import AutoModelForCausalLM
+
+    def generate(family, prompt, num_tokens):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint(family)[1], dtype=torch.float32)
+        ids = torch.tensor([prompt])
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None,
+            pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        best = torch.stack(made.logits)[:, 0].topk(2, -1).values
+        return made.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
+
+    return generate
+
+
+@pytest.mark.parametrize(
+    ("family", "kvp", "tpa", "ep"),
+    [
+        ("llama", 6, 1, 1),
+        ("qwen2", 3, 1, 1),
+        ("qwen3", 1, 4, 1),
+        ("glm", 2, 2, 1),
+        ("qwen3_moe", 3, 1, 1),
+        ("deepseek_v2", 3, 1, 1),
+        ("deepseek_v3", 6, 1, 2),
+    ],
+)
+def test_tokens_equal_those_of_the_widened_weights(ranks, checkpoint, reference, family, kvp, tpa, ep):
+    prompt = tuple(torch.randint(0, 256, (41,), generator=torch.Generator().manual_seed(7)).tolist())
+    runs = [(16, [prompt], 12, 33, 0)]
+    results = ranks(kvp * tpa).run(generate_body, checkpoint(family)[0], kvp, tpa, runs, ep=ep)
+    check(results, reference, family, runs)
