@@ -55,6 +55,7 @@ def mixture(
     if not x.is_cuda:
         return mix_reference(x, *route(x, router, experts, bias), gate_up, down, first=first).unsqueeze(0)
     if _few(x, router, gate_up, down):
+        assert isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
         scores = split_linear(x, router, pdl=pdl)
         used = experts_in_use(scores, down.shape[0], experts, first=first, bias=bias, pdl=pdl)
         return experts_split_linear(experts_gated_linear(x, gate_up, used, pdl=pdl), down, used, pdl=pdl)

@@ -22,11 +22,13 @@ FAMILIES = {
     "deepseek_v2": ".deepseek",
     "deepseek_v3": ".deepseek",
     "glm": ".glm",
+    "kimi_k2": ".deepseek",
     "llama": ".llama",
     "qwen2": ".qwen2",
     "qwen3": ".qwen3",
     "qwen3_moe": ".qwen3_moe",
 }
+SAME_AS = {"kimi_k2": "deepseek_v3"}  # model types that are another one under a name that transformers does not know
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +290,8 @@ def spec_of(raw: dict[str, Any], source: str, *, max_position: int | None = None
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{source} has model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
+    model_type = SAME_AS.get(model_type, model_type)
+    raw = raw | {"model_type": model_type}
     from .config_keys import check_keys
     from .hf_config import read_config
 

@@ -1,9 +1,13 @@
 """Loading a checkpoint's tokenizer, from local files only and without running any code that comes with it."""
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from .spec import one_line
+
+_log = logging.getLogger(__name__)
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
@@ -12,11 +16,15 @@ def load_tokenizer(path: str | Path) -> Any:
     """Return the transformers tokenizer at `path`, a checkpoint folder or a file in it; None if the folder has none.
 
     A folder without one is what a run on dummy weights has: prompts are then token ids. Raises ValueError, in one line,
-    when tokenizer files are there but do not load.
+    when tokenizer files are there but do not load. A tokenizer that is code in the checkpoint, such as Kimi-K2's, is
+    logged and counts as none.
     """
     path = Path(path).expanduser()
     folder = path if path.is_dir() else path.parent
     if not any((folder / name).is_file() for name in FILES):
+        return None
+    if _is_code(folder):
+        _log.info("model.path = %s: its tokenizer is code, which is not run: prompts have to be token ids", path)
         return None
     from transformers import AutoTokenizer
 
@@ -24,3 +32,14 @@ def load_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the parsers raise: JSON, SentencePiece and Rust errors share no type
         raise ValueError(f"model.path = {path}: its tokenizer does not load: {one_line(error)}") from error
+
+
+def _is_code(folder: Path) -> bool:
+    """Return whether only code in the checkpoint's folder makes its tokenizer."""
+    settings = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() or not settings.is_file():
+        return False
+    try:
+        return "AutoTokenizer" in (json.loads(settings.read_text("utf-8")).get("auto_map") or {})
+    except (OSError, ValueError, AttributeError):
+        return False  # transformers says what is wrong with it

@@ -14,13 +14,13 @@ from parallel.layout import Layout, Range
 from parallel.placement import BlockCyclic
 
 from ..models.spec import ModelSpec
+from ..models.quantization import num_blocks
 from ..models.weights import Part, Weight, layer_weights, model_weights, part_of
 
-FP8_BLOCK = 128
 FP4_GROUP = 16
 EXPERT_ROLES = ("experts_gate_up", "experts_down")
 QUANTISED = (
-    *("qkv", "q_b", "k_up", "v_up", "o", "gate_up", "down", "shared_gate_up", "shared_down"),
+    *("qkv", "q_b", "o", "gate_up", "down", "shared_gate_up", "shared_down"),
     *EXPERT_ROLES,
 )
 FORMATS = ("fp32", "bf16", "fp8", "fp4")
@@ -32,8 +32,8 @@ class Storage:
     """How weights and cache are kept.
 
     Attributes:
-        weights: fp32, bf16 (any 16 bits), fp8 (e4m3, a float32 scale for each 128 x 128 block of a checkpoint's matrix)
-            or fp4 (a scale of a byte for 16 elements). Embedding, head, router, norms and biases keep 16 bits.
+        weights: fp32, bf16 (any 16 bits), fp8 (e4m3, a float32 scale for each row and 128 columns of a checkpoint's
+            matrix) or fp4 (a scale of a byte for 16 elements). Embedding, head, router, norms and biases keep 16 bits.
         cache: the same names: fp8 has a float32 scale for each token and head, with latents for each token, of which
             the turned elements keep 16 bits; fp4 a byte for 16 elements.
     """
@@ -51,11 +51,11 @@ class Storage:
         elements = _product(weight.shape)
         if weight.exact:
             return 4 * elements
+        rows, columns = weight.shape[0], weight.shape[-1]
         if role not in QUANTISED or self.weights in ("fp32", "bf16"):
             return elements * _ELEMENT_BYTES[self.weights]
         if self.weights == "fp8":
-            return elements + 4 * _scale_blocks(weight)
-        rows, columns = weight.shape
+            return elements + 4 * rows * num_blocks(*weight.columns)
         return rows * (-(-columns // 2) + -(-columns // FP4_GROUP))
 
     def token_bytes(self, spec: ModelSpec, num_kv_heads: int) -> int:
@@ -193,22 +193,6 @@ class Footprint:
 
 def _sum_bytes(matrices: Mapping[str, Matrix]) -> int:
     return sum(matrix.num_bytes for matrix in matrices.values())
-
-
-def _scale_blocks(weight: Weight) -> int:
-    """Count the 128 x 128 blocks of checkpoint matrices that a parameter's pieces touch."""
-    rows, columns = weight.shape
-    known = sum(piece.rows[1] - piece.rows[0] for piece in weight.pieces if piece.rows is not None)
-    whole = sum(piece.rows is None for piece in weight.pieces)
-    blocks = 0
-    for piece in weight.pieces:
-        span = piece.rows or (0, (rows - known) // max(whole, 1))
-        blocks += _touched(span) * _touched(piece.cols or (0, columns))
-    return blocks
-
-
-def _touched(span: Range) -> int:
-    return -(-span[1] // FP8_BLOCK) - span[0] // FP8_BLOCK if span[1] > span[0] else 0
 
 
 def _product(shape: tuple[int, ...]) -> int:

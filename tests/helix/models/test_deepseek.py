@@ -1,5 +1,7 @@
 """DeepSeek's specs, its temperature and its routers, against transformers' own; the routing kernels against those."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -8,6 +10,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from helix.models.experts import experts_in_use, mix_queued, mix_reference, route
 from helix.models.spec import Experts, Latent, load_spec
+from helix.models.tokenizer import load_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {
@@ -65,6 +68,27 @@ def test_the_spec_holds_what_the_config_says(tmp_path, family):
     assert (experts.num_experts, experts.num_chosen, experts.ffn_size, experts.shared_size) == (12, 3, 24, 48)
     assert (experts.groups, experts.groups_chosen, experts.scale) == (4, 2, 2.5)
     assert (experts.sigmoid, experts.dense_layers) == (third, {0})
+
+
+def test_kimi_is_the_third_generation_and_its_tokenizer_is_not_run(tmp_path, caplog):
+    third = spec_of(tmp_path, "deepseek_v3", rope_parameters=YARN)
+    config = json.loads((tmp_path / "config.json").read_text()) | {
+        "model_type": "kimi_k2",
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kimi = load_spec(tmp_path)
+    assert (kimi.family, kimi.latent, kimi.experts, kimi.scale) == (
+        "deepseek_v3",
+        third.latent,
+        third.experts,
+        third.scale,
+    )
+    auto_map = {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    with caplog.at_level("INFO"):
+        assert load_tokenizer(tmp_path) is None
+    assert "its tokenizer is code, which is not run: prompts have to be token ids" in caplog.text
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -174,7 +174,11 @@ def test_max_position_can_be_overridden(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("mistral", {}, "has model_type 'mistral'; supported: deepseek_v2, deepseek_v3, glm, llama, qwen2, qwen3"),
+        (
+            "mistral",
+            {},
+            "has model_type 'mistral'; supported: deepseek_v2, deepseek_v3, glm, kimi_k2, llama, qwen2, qwen3",
+        ),
         ("chatglm", {"auto_map": {"AutoConfig": "code.Config"}}, "has model_type 'chatglm'; supported: deepseek"),
         ("llama", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),

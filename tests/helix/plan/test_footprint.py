@@ -57,13 +57,13 @@ def test_latents_are_cached_once_whatever_the_heads() -> None:
     assert narrow.token_bytes == 27 * (512 + 4 + 2 * 64)
 
 
-def test_fp8_scales_follow_the_blocks_of_the_whole_matrix(tmp_path) -> None:
-    """192 of 384 units: a slice that ends within a block of 128 x 128 has a scale for the whole of it."""
+def test_fp8_rows_have_a_scale_for_each_block_of_columns_that_they_touch(tmp_path) -> None:
+    """192 of 384 units: a slice that ends within a block of columns has scales for the whole of it."""
     spec = read_spec(ModelConfig(path=str(make_checkpoint(tmp_path / "model", family="llama"))))
     spec = replace(spec, ffn_size=384, hidden_size=256)
     wide, narrow = (Footprint(spec, Layout(kvp=2), Storage(weights)).layers[0].matrices for weights in ("bf16", "fp8"))
-    assert narrow["gate_up"].num_bytes == wide["gate_up"].num_bytes // 2 + 4 * 2 * 2 * 2  # 192 rows of each touch 2
-    assert narrow["down"].num_bytes == wide["down"].num_bytes // 2 + 4 * 2 * 2
+    assert narrow["gate_up"].num_bytes == wide["gate_up"].num_bytes // 2 + 4 * 2 * 192 * 2
+    assert narrow["down"].num_bytes == wide["down"].num_bytes // 2 + 4 * 256 * 2
     assert narrow["input_norm"] == wide["input_norm"]
 
 
