@@ -11,8 +11,8 @@ that ends a turn. What is not known to come over unchanged is refused.
 from __future__ import annotations
 
 import math
-import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from helix.models.tokenizer import load_tokenizer
 from scripts import cli
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,6 +40,14 @@ CONFIG_KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+REQUIRED_KEYS = (
+    "context_length",
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+)
 ROPE_KEYS = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
 CHECKED_KEYS = ("attention.value_length", "rope.dimension_count", "rope.scaling.finetuned", *ROPE_KEYS)
 LLAMA3_FACTORS = "rope_freqs.weight"  # a factor a frequency, instead of the rule that made them
@@ -132,6 +141,13 @@ def config_of(file: GgufFile) -> Any:
         name = key.removeprefix(f"{file.arch}.")
         if name != key and name not in CONFIG_KEYS and name not in CHECKED_KEYS:
             raise ValueError(f"{key} = {value} is not a setting that import_gguf knows; use the model's own checkpoint")
+    if file.values.get("split.count", 1) != 1:
+        raise ValueError(f"file = {file.path} is one of {file.values['split.count']} that belong together; merge them")
+    for key in REQUIRED_KEYS:
+        if type(file.size(key)) is not int:
+            raise ValueError(
+                f"{file.arch}.{key} = {file.size(key)} must be one integer; use the model's own checkpoint"
+            )
     if file.arch != "qwen3moe" and file.size("expert_count"):
         raise ValueError(f"{file.arch}.expert_count = {file.size('expert_count')}: only qwen3moe may have experts")
     settings = {name: file.size(key) for key, name in CONFIG_KEYS.items() if file.size(key) is not None}
@@ -207,7 +223,8 @@ def model_of(file: GgufFile, config: Any, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_config(config)
     processor = TENSOR_PROCESSORS.get(file.arch, TensorProcessor)(config=config.to_dict())
     places = get_gguf_hf_weights_map(model, processor)
-    homeless = sorted(file.tensors - places.keys() - {LLAMA3_FACTORS})
+    known = {*places, *(f"{name}.weight" for name in places), LLAMA3_FACTORS}  # stacked experts have no ending there
+    homeless = sorted(file.tensors - known)
     if homeless:
         raise ValueError(f"file = {file.path}: {homeless[0]} and {len(homeless) - 1} others have no place in the model")
     weights = load_gguf_checkpoint(str(file.path), return_tensors=True, model_to_load=model, torch_dtype=dtype)
@@ -226,24 +243,24 @@ def import_gguf(config: ImportConfig) -> Path:
     Raises:
         ValueError: in one line, for a file that does not come over, and an output that is in use.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     path, output = Path(config.file).expanduser(), Path(config.output).expanduser()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"output = {output} is there already; give a folder that is new or empty")
     file = read_gguf(path)
     settings = config_of(file)
-    tokenizer = tokenizer_of(file) if config.tokenizer is None else AutoTokenizer.from_pretrained(config.tokenizer)
+    tokenizer = tokenizer_of(file) if config.tokenizer is None else _tokenizer_in(config.tokenizer)
     model = model_of(file, settings, getattr(torch, config.dtype))
     model.generation_config = GenerationConfig(
         bos_token_id=settings.bos_token_id, eos_token_id=_ends(file) or None, pad_token_id=settings.pad_token_id
     )
-    part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.replace(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
+        part = Path(beside) / "whole"
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(output)
     return output
 
 
@@ -255,6 +272,17 @@ def run(config: ImportConfig) -> None:
     output = import_gguf(config)
     num_bytes = sum(file.stat().st_size for file in output.iterdir())
     print(f"{output}: {num_bytes / 1e6:.0f} MB, {config.dtype}")
+
+
+def _tokenizer_in(folder: str) -> Any:
+    """Return the tokenizer of another folder; ValueError where it has none that loads."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path", "tokenizer", 1)) from error
+    if tokenizer is None:
+        raise ValueError(f"tokenizer = {folder} has no tokenizer's files")
+    return tokenizer
 
 
 def _ends(file: GgufFile) -> list[int]:

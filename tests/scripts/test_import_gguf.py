@@ -1,5 +1,6 @@
 """A GGUF file becomes the checkpoint that it was made of, and what would not come over unchanged is refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from scripts.import_gguf import ImportConfig, import_gguf
 from scripts.make_checkpoint import make_checkpoint
 
 gguf = pytest.importorskip("gguf", reason="needs the extra demo")
+FILE = "model.safetensors"
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -21,6 +23,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+def stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Join the matrices of a layer's experts into one tensor, the first as the first."""
+    experts: dict[str, list[np.ndarray]] = {}
+    for name in sorted(tensors):  # as many as one digit counts
+        if ".experts." in name:
+            experts.setdefault(re.sub(r"experts\.\d+", "experts", name), []).append(tensors[name])
+    plain = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    return plain | {name: np.stack(each) for name, each in experts.items()}
 
 
 def write_gguf(path: Path, folder: Path, arch: str, **more: Any) -> Path:
@@ -41,9 +53,12 @@ def write_gguf(path: Path, folder: Path, arch: str, **more: Any) -> Path:
     writer.add_uint32("tokenizer.ggml.eot_token_id", 7)
     for key, value in more.items():
         writer.add_uint32(f"{arch}.{key}", value)
+    if arch == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), config.num_hidden_layers)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        array = tensor.numpy()
+    for name, array in stacked({name: tensor.numpy() for name, tensor in load_file(folder / FILE).items()}).items():
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):  # llama.cpp turns neighbours, not halves
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
@@ -60,21 +75,27 @@ def write_gguf(path: Path, folder: Path, arch: str, **more: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"),
-    [("llama", {"rope_scaling": LLAMA3, "head_dim": 32}), ("qwen3", {"tied": True, "heads": 6, "kv_heads": 2})],
+    ("family", "arch", "sizes"),
+    [
+        ("llama", "llama", {"rope_scaling": LLAMA3, "head_dim": 32}),
+        ("qwen2", "qwen2", {}),
+        ("qwen3", "qwen3", {"tied": True, "heads": 6, "kv_heads": 2}),
+        ("qwen3_moe", "qwen3moe", {"layers": 1}),
+    ],
 )
 def test_weights_and_config_are_those_that_the_file_was_made_of(
-    tmp_path: Path, family: str, sizes: dict[str, Any]
+    tmp_path: Path, family: str, arch: str, sizes: dict[str, Any]
 ) -> None:
     source = make_checkpoint(tmp_path / "source", family=family, **sizes)
-    file = write_gguf(tmp_path / "model.gguf", source, family)
+    file = write_gguf(tmp_path / "model.gguf", source, arch)
     made = import_gguf(
         ImportConfig(file=str(file), output=str(tmp_path / "made"), dtype="float32", tokenizer=str(source))
     )
-    ours, theirs = load_file(made / "model.safetensors"), load_file(source / "model.safetensors")
+    ours, theirs = load_file(made / FILE), load_file(source / FILE)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     here, there = load_spec(made), load_spec(source)
+    assert here.experts == there.experts
     for name in ("head_dim", "num_heads", "num_kv_heads", "tied_embeddings", "max_position", "rms_eps", "ffn_size"):
         assert getattr(here, name) == getattr(there, name), name
     torch.testing.assert_close(here.rope.inv_freq, there.rope.inv_freq)
