@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from statistics import median
 
 import torch
 from rich.console import Console
@@ -57,7 +56,8 @@ class Totals:
         answers: prompt and output of each, as token ids.
         tokens_per_rank: tokens that each KVP rank held, over all prompts.
         prompt_tokens, cached_tokens: tokens of the prompts, and those of them that were cached.
-        ttft_s, ttl_s: seconds to each first token, and between two tokens.
+        ttft_s: seconds to each first token.
+        ttl_s, num_ttl: seconds between two tokens, all together, and how many these are.
         found: pass keys that were answered.
         drafted, accepted: tokens that were drafted, and those of them that stayed.
     """
@@ -67,7 +67,8 @@ class Totals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     ttft_s: list[float] = field(default_factory=list)
-    ttl_s: list[float] = field(default_factory=list)
+    ttl_s: float = 0.0
+    num_ttl: int = 0
     found: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -86,8 +87,9 @@ def ask(llm: LLM, token_ids: list[int], sampling: SamplingParams, totals: Totals
         totals.cached_tokens += event.output.cached_tokens
     held = llm.metrics.tokens_per_rank
     totals.tokens_per_rank = [a + b for a, b in zip(totals.tokens_per_rank or [0] * len(held), held, strict=True)]
-    totals.ttft_s += llm.metrics.ttft_s
-    totals.ttl_s += llm.metrics.ttl_s
+    totals.ttft_s.append(llm.metrics.ttft_s.mean_s())  # of the one request
+    totals.ttl_s += llm.metrics.ttl_s.total_s
+    totals.num_ttl += len(llm.metrics.ttl_s)
     if llm.metrics.speculative is not None:
         totals.drafted += llm.metrics.speculative.drafted
         totals.accepted += llm.metrics.speculative.accepted
@@ -147,7 +149,7 @@ def table_of(totals: Totals, llm: LLM, num_keys: int, equal: int) -> Table:
     for rank in range(llm.layout.world_size):
         table.add_row(f"tokens held by rank {rank}", str(totals.tokens_per_rank[rank % llm.layout.kvp]))
     table.add_row("TTFT (longest)", f"{max(totals.ttft_s):.1f} s")
-    table.add_row("TTL (median)", f"{median(totals.ttl_s) * 1e3:.0f} ms")
+    table.add_row("TTL (mean)", f"{totals.ttl_s / max(totals.num_ttl, 1) * 1e3:.0f} ms")
     if totals.drafted:
         table.add_row("drafted tokens, accepted", f"{totals.drafted}, {totals.accepted}")
     table.add_row("pass keys found", f"{totals.found}/{num_keys}")

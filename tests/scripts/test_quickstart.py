@@ -1,5 +1,6 @@
 """The quickstart's pass keys: where they stand, which ranks hold them, and what is counted as equal."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helix.cache.events import CacheEvent, block_hash, root_hash
 from helix.cache.keys import token_bytes
+from helix.config import CacheConfig, ModelConfig, RuntimeConfig, SpeculativeConfig
+from helix.sampling import SamplingParams
 from parallel.placement import BlockCyclic
 from scripts.make_checkpoint import make_checkpoint
 from scripts.pass_key import FirstOwners, hide
-from scripts.quickstart import count_equal
+from scripts.quickstart import QuickstartConfig, count_equal, run
 
 TEXT = " ".join(f"word{number}" for number in range(50))
 
@@ -41,6 +44,29 @@ def test_owners_count_on_from_the_rank_of_the_first_block() -> None:
     owners(CacheEvent("stored", block_hash(parent, token_bytes(second)).hex(), parent.hex(), "device", 0, 4))
     assert owners.owners(prompt, [0, 3]) == [2]
     assert owners.owners(prompt, [3, 4, 11]) == [0, 1, 2]
+
+
+def test_the_run_says_of_every_key_who_held_it_and_that_all_tokens_are_equal(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    run(
+        QuickstartConfig(
+            model=ModelConfig(path=str(path), dtype="float32"),
+            cache=CacheConfig(block_size=64, num_pages=64),
+            sampling=SamplingParams(max_tokens=8),
+            runtime=RuntimeConfig(device="cpu"),
+            speculative=SpeculativeConfig(method="ngram"),
+            text=str(tmp_path / "text"),
+            depths=[0.9, 0.1],
+        )
+    )
+    shown = capsys.readouterr().out
+    assert shown.count(", on rank 0: not found, ") == 2  # random weights
+    assert "│ tokens equal to the transformers reference │" in shown
+    made, wanted = re.search(r"transformers reference +│ +(\d+)/(\d+)", shown).groups()
+    assert made == wanted and 24 < int(wanted) <= 2 * 16 + 8
+    assert len(shown.splitlines()) < 40
 
 
 def test_tokens_are_counted_against_transformers_own(path: Path) -> None:
