@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .online_softmax import finish, fold, split_range
 from .rows import Rows
+from .shared_memory import fit_turn, shared_bytes
 
 LOG2_E = 1.4426950408889634
 TILE = 64  # rows x heads of a tile at most
@@ -107,15 +108,20 @@ def latent_attention(
     m = max(16, triton.next_power_of_2(tile_rows * heads))
     tiles, runs, groups = -(-rows.max_rows // tile_rows), rows.query_start.shape[0] - 1, -(-num_heads // heads)
     splits = max(1, min(processors // max(1, runs * tiles * groups), -(-rows.max_visible_len // MIN_SPLIT_TOKENS)))
+    value_pad, turned_pad = (triton.next_power_of_2(max(n, 16)) for n in (value_dim, head_dim - value_dim))
+    row_bytes = (value_pad + turned_pad) * q_RQD.element_size()
+    _, turn, stages = fit_turn(
+        m, 16 if wide else 32, 1 if wide else 2, least_m=m, row_bytes=row_bytes, token_bytes=row_bytes,
+        weight_bytes=q_RQD.element_size(), limit=shared_bytes(q_RQD.device),
+    )  # fmt: skip
     dtype = torch.float32 if splits > 1 else q_RQD.dtype
     part = torch.empty((splits, num_rows, num_heads, value_dim), dtype=dtype, device=q_RQD.device)
     lse = torch.empty((splits, num_rows, num_heads), dtype=torch.float32, device=q_RQD.device)
     _latent_kernel[(runs * tiles, groups, splits)](
         q_RQD, pages, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, lse,
         q_RQD.stride(0), pages.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_rows, num_heads, tiles,
-        TILE_ROWS=tile_rows, TILE_HEADS=heads, BLOCK_SIZE=pages.shape[3], M=m, N=16 if wide else 32,
-        D=head_dim, VALUE=value_dim, VALUE_PAD=triton.next_power_of_2(max(value_dim, 16)),
-        TURNED_PAD=triton.next_power_of_2(max(head_dim - value_dim, 16)), SPLITS=splits,
-        PDL=pdl, num_warps=8 if m > 16 else 4, num_stages=1 if wide else 2, **({"launch_pdl": True} if pdl else {}),
+        TILE_ROWS=tile_rows, TILE_HEADS=heads, BLOCK_SIZE=pages.shape[3], M=m, N=turn,
+        D=head_dim, VALUE=value_dim, VALUE_PAD=value_pad, TURNED_PAD=turned_pad, SPLITS=splits,
+        PDL=pdl, num_warps=8 if m > 16 else 4, num_stages=stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return part, lse

@@ -16,6 +16,7 @@ import triton.language as tl
 from . import latent_kv, many_rows, stream_kv
 from .online_softmax import finish, fold, split_range
 from .rows import Rows
+from .shared_memory import fit_turn, shared_bytes
 
 LOG2_E = 1.4426950408889634
 MIN_SPLIT_TOKENS = 64
@@ -106,8 +107,11 @@ class Tile:
     splits: int
 
 
-def choose_tile(rows: Rows, group: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, processors: int) -> Tile:
-    """Return the tile for a step's rows, ``group`` query heads a KV head, on a GPU of so many processors.
+def choose_tile(
+    rows: Rows, group: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, *, processors: int, limit: int
+) -> Tile:
+    """Return the tile for a step's rows, ``group`` query heads a KV head, on a GPU of so many processors, where a
+    program may take ``limit`` bytes of shared memory.
 
     It depends on sizes alone, not on the lengths of a step, so that a captured launch is right for every length.
     """
@@ -117,10 +121,17 @@ def choose_tile(rows: Rows, group: int, num_kv_heads: int, head_dim: int, dtype:
     programs = (rows.query_start.shape[0] - 1) * -(-rows.max_rows // tile_rows) * num_kv_heads
     splits = max(1, min(processors // max(programs, 1), -(-rows.max_visible_len // MIN_SPLIT_TOKENS)))
     if m > 32 or wide:
-        return Tile(tile_rows, m, n=32 if wide else 64, warps=8 if m > 64 else 4, stages=2, splits=splits)
-    if rows.max_visible_len >= LONG_SPLIT_TOKENS * splits:
-        return Tile(tile_rows, m, n=128, warps=8, stages=3, splits=splits)
-    return Tile(tile_rows, m, n=64, warps=4, stages=4, splits=splits)
+        n, warps, stages = 32 if wide else 64, 8 if m > 64 else 4, 2
+    elif rows.max_visible_len >= LONG_SPLIT_TOKENS * splits:
+        n, warps, stages = 128, 8, 3
+    else:
+        n, warps, stages = 64, 4, 4
+    row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
+    m, n, stages = fit_turn(
+        m, n, stages, least_m=max(16, triton.next_power_of_2(group)),
+        row_bytes=row_bytes, token_bytes=2 * row_bytes, weight_bytes=dtype.itemsize, limit=limit,
+    )  # fmt: skip
+    return Tile(max(1, min(tile_rows, m // group)), m, n=n, warps=warps, stages=stages, splits=splits)
 
 
 class SplitKV:
@@ -134,7 +145,7 @@ class SplitKV:
     """
 
     def __init__(self, device: torch.device, *, pdl: bool = False) -> None:
-        self._pdl = pdl
+        self._pdl, self._shared_bytes = pdl, shared_bytes(device)
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
         )
@@ -154,7 +165,9 @@ class SplitKV:
             return stream_kv.stream_attention(q_RQD, pages, rows, scale, processors=self._processors, pdl=self._pdl)
         if many_rows.supports(pages, group):
             return many_rows.many_rows_attention(q_RQD, pages, rows, scale, processors=self._processors, pdl=self._pdl)
-        tile = choose_tile(rows, group, num_kv_heads, head_dim, q_RQD.dtype, self._processors)
+        tile = choose_tile(
+            rows, group, num_kv_heads, head_dim, q_RQD.dtype, processors=self._processors, limit=self._shared_bytes
+        )
         tiles = -(-rows.max_rows // tile.rows)
         runs = rows.query_start.shape[0] - 1
         dtype = torch.float32 if tile.splits > 1 else q_RQD.dtype

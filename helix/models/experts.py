@@ -18,6 +18,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from attention.shared_memory import fit_stages, shared_bytes
+
 from .linear import ExpertsInUse, can_stream, experts_gated_linear, experts_split_linear, split_linear
 from .quantization import BLOCK
 from .quantized import Matrix, Quantized, as_float, product
@@ -404,17 +406,18 @@ def mix_queued(
         HELD=num_held, BR=of_rows, **_rule(experts), num_warps=4,
     )  # fmt: skip
     rows = max(MIN_DOT, min(128, triton.next_power_of_2(-(-num_pairs // num_held))))  # what an expert gets on average
-    many = rows >= 64
+    many, depth = rows >= 64, 128 // x.element_size()
+    columns, limit = 128 if many else 64, shared_bytes(x.device)
     tile = {
         "HELD": num_held,
         "HELD_PAD": triton.next_power_of_2(num_held),
         "UNITS": units,
         "H": hidden_size,
         "BM": rows,
-        "BN": 128 if many else 64,
-        "BK": 64 if x.element_size() == 2 else 32,
+        "BN": columns,
+        "BK": depth,
         "num_warps": 8 if many else 4,
-        "num_stages": 4 if many else 3,
+        "num_stages": fit_stages(4 if many else 3, (rows + 2 * columns) * depth * x.element_size(), limit),
     }
     blocks = min(num_pairs, num_pairs // rows + num_held)  # as many as there could be
     hidden, added = x.new_empty((num_pairs, units)), x.new_empty((num_pairs, hidden_size))

@@ -100,7 +100,7 @@ def test_kernel_result_does_not_depend_on_the_number_of_splits(monkeypatch):
     choose = split_kv.choose_tile
     for splits in (1, 2, 5, 200):
         monkeypatch.setattr(
-            split_kv, "choose_tile", lambda *sizes, splits=splits: replace(choose(*sizes), splits=splits)
+            split_kv, "choose_tile", lambda *sizes, splits=splits, **gpu: replace(choose(*sizes, **gpu), splits=splits)
         )
         results.append(attend(select_backend("triton", torch.device(DEVICE)), case.q.to(DEVICE), pages, rows, 0.25))
     for out, lse in results[1:]:
@@ -129,7 +129,7 @@ def test_splits_fill_the_gpu_and_no_more(batch, longest, splits):
         DEVICE,
     )
     rows = replace(rows, max_visible_len=longest)
-    assert split_kv.choose_tile(rows, 2, 2, 16, torch.bfloat16, 100).splits == splits
+    assert split_kv.choose_tile(rows, 2, 2, 16, torch.bfloat16, processors=100, limit=101376).splits == splits
 
 
 def test_unknown_back_end_is_refused():

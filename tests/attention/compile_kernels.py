@@ -1,0 +1,105 @@
+"""Compile the generic kernels for a GPU that is not there, as launches on it would be cut; a line of JSON for each.
+
+    python -m tests.attention.compile_kernels ARCH LIMIT CASE ...
+
+ARCH is a compute capability such as 86, LIMIT the bytes of shared memory that a program may take there, and each CASE
+one of CASES. It is a process of its own because Triton's interpreter must not be on when kernels are decorated.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from attention import latent_kv, split_kv
+from attention.partial import select_backend
+from helix.models import experts
+from helix.models.spec import Experts
+from tests.attention.cases import make_case, shard
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+            torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def attend(dtype: torch.dtype, *, heads: int, kv_heads: int, head_dim: int, rows: int, value_dim: int | None = None):
+    """A step of one sequence of 600 tokens."""
+    case = make_case(0, lengths=[600], num_rows=[rows], heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+                     block_size=64, kvp=1, dtype=dtype, value_dim=value_dim)  # fmt: skip
+    pages, step = shard(case, 0, "cpu")
+    select_backend("triton", torch.device("cpu"))(case.q, pages, step, 1.0, value_dim=value_dim)
+
+
+def mix(dtype: torch.dtype, rows: int) -> None:
+    """A mixture of 8 experts over so many rows."""
+    x, logits = torch.zeros(rows, 256, dtype=dtype), torch.zeros(rows, 8)
+    gate_up, down = torch.zeros(8, 256, 256, dtype=dtype), torch.zeros(8, 256, 128, dtype=dtype)
+    how = Experts(num_experts=8, num_chosen=2, ffn_size=128, normalised=True)
+    experts.mix_queued(x, logits, gate_up, down, experts=how, first=0)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "decode": lambda: attend(torch.bfloat16, heads=32, kv_heads=8, head_dim=128, rows=1),
+    "prefill": lambda: attend(torch.bfloat16, heads=32, kv_heads=8, head_dim=128, rows=64),
+    "prefill-256": lambda: attend(torch.bfloat16, heads=8, kv_heads=2, head_dim=256, rows=64),
+    "prefill-float32": lambda: attend(torch.float32, heads=32, kv_heads=8, head_dim=128, rows=64),
+    "latents": lambda: attend(torch.bfloat16, heads=128, kv_heads=1, head_dim=576, rows=1, value_dim=512),
+    "latents-float32": lambda: attend(torch.float32, heads=16, kv_heads=1, head_dim=576, rows=1, value_dim=512),
+    "experts": lambda: mix(torch.bfloat16, 1024),
+    "few-experts": lambda: mix(torch.bfloat16, 8),
+    "experts-float32": lambda: mix(torch.float32, 1024),
+}
+KERNELS = (
+    split_kv._split_kernel, latent_kv._latent_kernel, experts._gate_up_kernel, experts._down_kernel,
+    experts._queue_kernel, experts._combine_kernel,
+)  # fmt: skip
+
+
+def launches_of(case: str, limit: int) -> list[Launch]:
+    """Return what a case would launch where a program may take so many bytes, launching nothing."""
+    launches: list[Launch] = []
+
+    def recorder(kernel: Any) -> Callable[..., None]:
+        return lambda *args, grid, warmup, **settings: launches.append((kernel, args, settings))
+
+    for room in (split_kv, latent_kv, experts):
+        room.shared_bytes = lambda device: limit
+    for kernel in KERNELS:
+        kernel.run = recorder(kernel)
+    triton.knobs.runtime.interpret = True  # the back end asks whether kernels could run here
+    CASES[case]()
+    triton.knobs.runtime.interpret = False
+    return launches
+
+
+def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
+    """Compile a launch as Triton would on a GPU of this architecture, addresses and sizes aligned as they are."""
+    kernel, args, settings = launch
+    values = dict(zip(kernel.arg_names, args, strict=False)) | settings
+    signature, constants, attributes = {}, {}, {}
+    for place, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = values[name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {name: settings[name] for name in ("num_warps", "num_stages") if name in settings}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return {"kernel": kernel.fn.__name__, "shared": compiled.metadata.shared, "bytes": len(compiled.asm["cubin"])}
+
+
+if __name__ == "__main__":
+    arch, limit, *cases = sys.argv[1:]
+    for case in cases:
+        for launch in launches_of(case, int(limit)):
+            print(json.dumps({"case": case, **compile_launch(launch, int(arch))}), flush=True)
