@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from parallel.layout import Layout, Range
+from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
-from ..models.spec import ModelSpec
 from ..models.quantization import num_blocks
+from ..models.spec import ModelSpec
 from ..models.weights import Part, Weight, layer_weights, model_weights, part_of
 
 FP4_GROUP = 16
