@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts.key_help import meanings
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
@@ -52,14 +54,27 @@ GAINS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the model to make. kv_heads 0 stands for the family's own default: 2 for glm, else 4.
+    """The model to make.
 
-    experts, experts_chosen and expert_ffn: of qwen3_moe, whose second layer has none, and deepseek_*, whose first has
-    none. The latter have latents of 2 * head_dim elements and keys of head_dim elements beside half as many that RoPE
-    turns; with experts 0 no layer has any.
-    vocab: 256 bytes, 6 special tokens, the rest "<|extra_ID|>". max_position in tokens.
-    max_shard_size: a size such as "200KB" splits the weights over several files; "" keeps one file.
-    dtype: "float32", "bfloat16" or "float16". rope_scaling: the config's own setting of that name.
+    Attributes:
+        family: the model_type of its config.
+        layers: decoder layers.
+        hidden: elements of a row.
+        heads: query heads.
+        kv_heads: KV heads; 0 is the family's own default, 2 for glm, else 4.
+        head_dim: elements a head; deepseek_* have latents of twice as many, keys of so many, and of half as many that
+            RoPE turns.
+        ffn: units of a feed-forward network.
+        experts: of qwen3_moe, whose second layer has none, and of deepseek_*, whose first has none; with 0 no layer.
+        experts_chosen: experts that a token goes through.
+        expert_ffn: units of an expert.
+        vocab: 256 bytes, 6 special tokens, the rest "<|extra_ID|>".
+        max_position: the model's own limit of context, in tokens.
+        seed: of the weights.
+        tied: use the embedding as the output head.
+        dtype: float32, bfloat16 or float16.
+        max_shard_size: a size such as 200KB splits the weights over several files; empty keeps one file.
+        rope_scaling: the config's own setting of that name.
     """
 
     family: str = "llama"
@@ -236,16 +251,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("dir", metavar="DIR", type=Path)
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there already")
+    said = dict(meanings(Recipe))
     for item in fields(Recipe):
-        flag = "--" + item.name.replace("_", "-")
+        flag, text = "--" + item.name.replace("_", "-"), said[item.name]
         if item.name == "family":
-            parser.add_argument(flag, choices=FAMILIES, required=True)
+            parser.add_argument(flag, choices=FAMILIES, required=True, help=text)
         elif item.name == "tied":
-            parser.add_argument(flag, action="store_true", help="use the embedding as the output head")
+            parser.add_argument(flag, action="store_true", help=text)
         elif item.name == "dtype":
-            parser.add_argument(flag, choices=DTYPES, default=item.default, help="default: %(default)s")
+            parser.add_argument(flag, choices=DTYPES, default=item.default, help=f"{text} Default: %(default)s")
         elif item.name != "rope_scaling":
-            parser.add_argument(flag, type=type(item.default), default=item.default, help="default: %(default)s")
+            text += f" Default: {item.default or repr(item.default)}"
+            parser.add_argument(flag, type=type(item.default), default=item.default, help=text)
     options = vars(parser.parse_args())
     path = options.pop("dir")
     try:
