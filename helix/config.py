@@ -31,6 +31,8 @@ USED_BY = {
     "model": ("draft_model",),
 }
 ROLES = ("prefill", "decode")
+MOST = 2**31 - 1  # pages, rows and positions are 32-bit integers on the device
+MOST_SECONDS = 1_000_000  # some waits count milliseconds in 32 bits
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -40,8 +42,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise ValueError when the setting is below its least value."""
-    if value < least:
+    """Raise ValueError when the setting is below its least value, or above what any can be: a count, or seconds."""
+    most = MOST_SECONDS if name.endswith("_s") else MOST
+    if value > most:
+        raise ValueError(f"{name} = {value} must be at most {most}")
+    if not value >= least:
         raise ValueError(f"{name} = {value} must be at least {least}")
 
 
@@ -232,7 +237,9 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         check_choice("speculative.method", self.method, METHODS)
+        check_at_least("speculative.max_draft_len", self.max_draft_len, 0)
         check_at_least("speculative.ngram_min", self.ngram_min, 1)
+        check_at_least("speculative.ngram_max", self.ngram_max, 1)
         if self.ngram_max < self.ngram_min:
             raise ValueError(
                 f"speculative.ngram_max = {self.ngram_max} must be at least speculative.ngram_min = {self.ngram_min}"

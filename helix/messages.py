@@ -20,7 +20,8 @@ def plain_messages(messages: Sequence[Mapping[str, Any]], template: str) -> list
         template: the chat template's source.
 
     Raises:
-        ValueError: in one line that names the turn: it has no role, a part is no text, arguments are no JSON object.
+        ValueError: in one line that names the turn: it has no role or content, a part that is no
+            text, or arguments that are no JSON object.
     """
     return [_turn(turn, f"messages[{number}]", template) for number, turn in enumerate(messages)]
 
@@ -29,6 +30,8 @@ def _turn(turn: Mapping[str, Any], where: str, template: str) -> dict[str, Any]:
     if not (isinstance(turn, Mapping) and isinstance(turn.get("role"), str)):
         raise ValueError(f'{where} must be an object {{"role": ..., "content": ...}}')
     plain = {key: value for key, value in turn.items() if value is not None}
+    if "content" not in turn and "tool_calls" not in plain:
+        raise ValueError(f"{where} has no content; give text, or null for none")
     content = turn.get("content")
     if content is None and "tool_calls" in plain and "is none" in template:
         plain["content"] = None

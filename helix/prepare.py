@@ -21,7 +21,9 @@ from .models.loading import open_checkpoint, read_spec
 from .models.spec import ModelSpec
 from .models.tokenizer import load_tokenizer
 from .models.weights import part_of
+from .plan.footprint import Footprint, Storage
 from .prompts import Prompt, PromptReader
+from .room import require_room
 from .speculative.loading import DrafterLoader
 from .transfer.requirements import require as require_transfer
 
@@ -74,6 +76,9 @@ class Prepared:
         self.prompts = PromptReader(self.spec, self.tokenizer)
         self.prompts.require_one(prompts)
         self.dtype = self._resolve_dtype()
+        storage = Storage(*["fp32" if self.dtype == torch.float32 else "bf16"] * 2)
+        footprint = Footprint(self.spec, self.layout, storage, config.cache.block_size)
+        agree(lambda: require_room(config, footprint, launch))
 
     def _resolve_layout(self) -> Layout:
         try:

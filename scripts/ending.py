@@ -1,4 +1,4 @@
-"""How a rank ends: with one line for bad input, a signal or a lost peer, with its traceback for a defect.
+"""How a rank ends: in one line for bad input, a signal, a lost peer or lack of memory, with a traceback for a defect.
 
     0    done                    1    failed: a full disk, a lost rank, a defect
     2    bad input               130, 143, 129    ended by SIGINT (Ctrl-C), SIGTERM, SIGHUP
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from parallel.launch import Launch
@@ -27,6 +28,8 @@ FAILURE, BAD_INPUT = 1, 2  # exit codes
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What gloo and NCCL say where the other side of a connection has gone.
 _GONE = re.compile(r"connection (was )?(closed|reset)|broken pipe|socket closed|remote process (has )?exited", re.I)
+_NO_MEMORY = "can't allocate memory"  # PyTorch's words on a CPU
+_SIZES = "scheduler.prefill_chunk, scheduler.max_batch or cache.num_pages"
 _PART_GRACE_S = 2.0
 _CRASH_GRACE_S = 1.0
 _GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
@@ -106,6 +109,9 @@ def crash(defect: Exception) -> NoReturn:
     if (peer := _lost_peer(defect)) is not None:
         if rank() == 0:
             _speak(f"error: another rank has ended ({peer})")
+    elif (lack := _out_of_memory(defect)) is not None:
+        who = f" on rank {rank()}" if rank() else ""
+        _speak(f"error{who}: out of memory ({lack}); lower {_SIZES}, or use more ranks")
     else:
         who = f"rank {os.environ['RANK']} failed\n" if "RANK" in os.environ else ""
         _speak(who + "".join(traceback.format_exception(defect)), one_line=False)
@@ -167,10 +173,26 @@ def _lost_peer(defect: BaseException) -> str | None:
     """Return in a line that another rank was lost, where an error comes of that alone."""
     from helix.runner import RankLost
 
+    return _cause(
+        defect, lambda each, text: isinstance(each, RankLost) or (_is_runtime(each) and bool(_GONE.search(text)))
+    )
+
+
+def _out_of_memory(defect: BaseException) -> str | None:
+    """Return in a line what could not be had, where an error comes of that."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return _cause(defect, lambda each, text: isinstance(each, kinds) or (_is_runtime(each) and _NO_MEMORY in text))
+
+
+def _is_runtime(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError)
+
+
+def _cause(defect: BaseException, is_it: Callable[[BaseException, str], bool]) -> str | None:
     cause: BaseException | None = defect
     while cause is not None:
-        text = " ".join(str(cause).split())
-        if isinstance(cause, RankLost) or (isinstance(cause, RuntimeError) and _GONE.search(text)):
+        text = " ".join(str(cause).split()) or type(cause).__name__
+        if is_it(cause, text):
             return text if len(text) <= 200 else f"{text[:200]}..."
         cause = cause.__cause__
     return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
+
+from ..host_memory import available_host_bytes, available_process_bytes
 
 HOST_FRACTION = 0.5
 
@@ -44,11 +44,15 @@ def free_bytes(device: torch.device, fraction: float, local_world_size: int) -> 
     """Return the bytes that this rank's cache may take now; local to the rank, so reduce it before use.
 
     On CUDA ``fraction`` bounds the device's memory in use; what the allocator holds free counts as free. A CPU rank
-    takes its share of HOST_FRACTION of the free host memory.
+    takes its share of HOST_FRACTION of what the host, its container and ``ulimit -v`` leave.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + idle - total * (1.0 - fraction))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(free * HOST_FRACTION / local_world_size)
+    return int(free_host_bytes(local_world_size) * HOST_FRACTION)
+
+
+def free_host_bytes(local_world_size: int) -> int:
+    """Return the bytes of host memory that this rank may take, of those that the host's ranks share."""
+    return min(available_host_bytes() // local_world_size, available_process_bytes())

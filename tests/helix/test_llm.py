@@ -412,7 +412,10 @@ BAD = {
     "id too large": ([1, VOCAB, 2], "token id 320 is outside the vocabulary of 320"),
     "id negative": ([1, 2, -1], "token id -1 is outside the vocabulary of 320"),
     "too long": ([1] * 65536, "the prompt has 65536 tokens; the model takes at most 65535"),
-    "refused by the template": (Request(messages=[{"role": "user"}]), "the chat template refused messages: "),
+    "a turn without content": (
+        Request(messages=[{"role": "user"}]),
+        "messages[0] has no content; give text, or null for none",
+    ),
     "no turns": (Request(messages=[]), "the chat template refused messages: "),
     "refused by the caller": (Request(prompt="fine", error="line 3: not JSON"), "line 3: not JSON"),
 }

@@ -20,7 +20,6 @@ PLAIN_CALL = CALL | {"function": {"name": "add", "arguments": {"a": 1}}}
         ),
         ({"content": []}, {"content": ""}),
         ({"content": None, "name": None, "refusal": None}, {"content": ""}),
-        ({}, {"content": ""}),
         ({"content": None, "tool_calls": [CALL]}, {"content": "", "tool_calls": [PLAIN_CALL]}),
         ({"content": "", "tool_calls": [PLAIN_CALL]}, {"content": "", "tool_calls": [PLAIN_CALL]}),
         (
@@ -47,6 +46,7 @@ def test_null_beside_tool_calls_stays_where_the_template_asks_for_it() -> None:
     ("turn", "message"),
     [
         ({"content": "hi"}, 'messages[0] must be an object {"role": ..., "content": ...}'),
+        ({"role": "user", "contents": "hi"}, "messages[0] has no content; give text, or null for none"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
             "messages[0].content[0] is of type image_",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scripts import ending
 from scripts.make_checkpoint import make_checkpoint
@@ -129,7 +130,9 @@ def test_a_signal_ends_a_rank_with_its_code_and_prints_what_waited_for_its_turn(
     assert [json.loads(line)["id"] for line in out.splitlines()] == ["b"]
 
 
-def test_an_error_that_another_rank_caused_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_rank_and_a_lack_of_memory_are_told_in_one_line_and_no_defect_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     texts = [
         "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234",
         "Read error [127.0.0.1]:1: Connection reset by peer",
@@ -144,6 +147,14 @@ def test_an_error_that_another_rank_caused_is_told_in_one_line(capsys: pytest.Ca
             ending.crash(RuntimeError(text))
         assert end.value.code == 1
         assert capsys.readouterr().err == f"error: another rank has ended ({text}); 2 lines are kept\n"
+    for lack in (torch.OutOfMemoryError("tried 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")):
+        with ending.ending_on_signals(), pytest.raises(SystemExit) as end:
+            ending.crash(lack)
+        assert end.value.code == 1
+        assert capsys.readouterr().err == (
+            f"error: out of memory ({lack}); lower scheduler.prefill_chunk, scheduler.max_batch or cache.num_pages, or "
+            "use more ranks\n"
+        )
     with ending.ending_on_signals(), pytest.raises(SystemExit):
         ending.crash(RuntimeError("shapes differ"))
     assert capsys.readouterr().err == "RuntimeError: shapes differ\n"

@@ -499,6 +499,8 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(
         (("cache.events=/proc/events.jsonl",), "/proc/events.jsonl cannot be written: No such file or directory"),
         (("output=a.json", "metrics=./a.json"), "{0}/a.json is named twice among prompts, output, metrics and"),
         (("prompts=in.jsonl", "prompt=null", "output=in.jsonl"), "{0}/in.jsonl is named twice among prompts, output"),
+        (("cache.num_pages=2000000000",), "cache.num_pages = 2000000000 needs 32,768.0 GB of the "),
+        (("cache.num_pages=100000000000",), "cache.num_pages = 100000000000 must be at most 2147483647"),
         (("runtime.device=cuda",), "runtime.device = cuda, but this node has "),
         (("attention.backend=triton",), "attention.backend = triton needs a CUDA device (or TRITON_INTERPRET=1)"),
     ],
