@@ -7,21 +7,8 @@ Shape letters: B rows.
 import torch
 from torch import Tensor
 
-STREAM_LIMIT = 2**16 - 1
-TOKEN_STREAM = STREAM_LIMIT  # no caller of `uniform` can ask for it, so its numbers never repeat a token's noise
+TOKEN_STREAM = 2**16 - 1  # part of the hash: another one would change the tokens of every seeded request
 _LOW_32 = 0xFFFFFFFF
-
-
-def uniform(seeds: Tensor, positions: Tensor, num: int, stream: int = 0) -> Tensor:
-    """Return [B, num] float32 numbers in (0, 1), a function of (seed, position, stream, column) alone.
-
-    seeds (below 2**63) and positions (below 2**48) are [B] int64 on one device. Streams 0..65534 are independent of one
-    another and of the noise in `sample`. Numbers are multiples of 2**-24. Raises ValueError for any other stream.
-    """
-    if not 0 <= stream < STREAM_LIMIT:
-        raise ValueError(f"stream = {stream} must lie in [0, {STREAM_LIMIT})")
-    bits = _hash(row_keys(seeds, positions, stream), num)
-    return bits.bitwise_right_shift_(8).clamp_(min=1).to(torch.float32).mul_(2.0**-24)
 
 
 def gumbel(keys: Tensor, num: int) -> Tensor:

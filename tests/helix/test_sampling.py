@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 from torch import Tensor
 
-from helix.noise import STREAM_LIMIT, gumbel, uniform
 from helix.sampling import SamplingBatch, SamplingParams, sample, target_probabilities
 
 Tokens = Sequence[int]
@@ -409,72 +408,6 @@ def test_draw_repeats_for_equal_seed_and_position_and_changes_with_either() -> N
         assert int((draw(5, 0) == other).sum()) < 5  # by chance 0.2 of 200
 
 
-def test_uniform_numbers_are_uniform_and_inside_the_open_interval() -> None:
-    u = uniform(torch.arange(100), torch.arange(100) * 3, 10_000)
-    assert u.dtype == torch.float32
-    assert u.shape == (100, 10_000)
-    assert 0 < float(u.min()) < 1e-4
-    assert 1 - 1e-4 < float(u.max()) < 1
-    counts = torch.bincount((u.flatten() * 64).long(), minlength=64)
-    statistic, freedom = chi_squared(counts, torch.full((64,), 1 / 64))
-    assert statistic < chi_squared_limit(freedom)
-
-
-def test_extreme_hashes_give_numbers_inside_the_open_interval_and_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helix.noise._hash", lambda keys, num: torch.tensor([[0, 2**32 - 1]]))
-    assert uniform(torch.tensor([0]), torch.tensor([0]), 2).tolist() == [[2**-24, 1 - 2**-24]]
-    noise = gumbel(torch.zeros(2, 1, dtype=torch.int64), 2)
-    torch.testing.assert_close(noise, torch.tensor([[33 * math.log(2), -math.log(24 * math.log(2))]]))
-
-
-def test_uniform_numbers_of_other_seeds_positions_and_streams_are_uncorrelated() -> None:
-    near = [0, 1, 2, 3, 2**31, 2**32, 2**32 + 1, 2**62]
-    rows = [
-        uniform(torch.tensor([seed]), torch.tensor([position]), 20_000, stream)[0]
-        for seed in near
-        for position in (0, 1, 2, 65_536, 2**32)
-        for stream in (0, 1, 2)
-    ]
-    correlation = torch.corrcoef(torch.stack(rows)).fill_diagonal_(0)
-    assert float(correlation.abs().max()) < 5.5 / math.sqrt(20_000)  # 5.5 standard deviations over 7140 pairs
-
-
-def test_neighbouring_columns_are_uncorrelated() -> None:
-    u = uniform(torch.tensor([3]), torch.tensor([4]), 200_001)[0]
-    for lag in (1, 2, 64, 4096):
-        assert abs(float(torch.corrcoef(torch.stack((u[:-lag], u[lag:])))[0, 1])) < 4.5 / math.sqrt(200_001 - lag)
-
-
-def test_no_stream_repeats_the_noise_that_chooses_tokens() -> None:
-    num = 2000
-    params = [SamplingParams(temperature=1.0)] * num
-    batch = make_batch(params)
-    chosen = sample(torch.zeros(num, 64), batch).token_ids
-    for stream in (0, 1, STREAM_LIMIT - 1):
-        u = uniform(batch.seeds, batch.positions, 64, stream)
-        for extreme in (u.argmin(-1), u.argmax(-1)):
-            assert int((extreme == chosen).sum()) < 70  # by chance 31 of 2000
-
-
-def test_uniform_does_not_depend_on_the_batch_or_on_how_many_numbers_are_asked() -> None:
-    seeds, positions = torch.tensor([4, 5, 2**62 + 1]), torch.tensor([0, 9, 2**40])
-    whole = uniform(seeds, positions, 33, 2)
-    assert torch.equal(uniform(seeds[2:], positions[2:], 33, 2), whole[2:])
-    assert torch.equal(uniform(seeds, positions, 3, 2), whole[:, :3])
-
-
-@pytest.mark.parametrize("stream", [-1, STREAM_LIMIT])
-def test_stream_out_of_range_is_refused(stream: int) -> None:
-    with pytest.raises(ValueError, match=rf"stream = {stream} must lie in \[0, 65535\)"):
-        uniform(torch.tensor([0]), torch.tensor([0]), 1, stream)
-
-
-def test_hash_keeps_its_numbers() -> None:
-    """Recorded outputs: a change would silently change the tokens of every seeded request."""
-    got = uniform(torch.tensor([0, 42]), torch.tensor([0, 123_456_789]), 3, 1)
-    assert (got * 2**24).long().tolist() == [[712621, 6448589, 10754289], [9160294, 2896936, 6408360]]
-
-
 @pytest.mark.parametrize("temperature", [1e-5, 1e5])
 def test_extreme_temperatures_and_logits_stay_finite(temperature: float) -> None:
     logits = torch.tensor([[3e38, -3e38, 2e38, -math.inf], [1e-30, 2e-30, 0.0, -math.inf]])
@@ -591,9 +524,3 @@ def test_tokens_on_a_gpu_do_not_depend_on_the_rest_of_the_batch(vocabulary: int)
     quarter = SamplingBatch.from_requests([SamplingParams(temperature=1.0, top_p=0.25)], [0], [0], device="cuda")
     kept = target_probabilities(tied[:1] * 0, quarter)[0] > 0
     assert kept.nonzero()[:, 0].tolist() == list(range(math.ceil(vocabulary / 4)))
-
-
-@pytest.mark.gpu
-def test_uniform_numbers_on_a_gpu_are_those_of_the_cpu() -> None:
-    seeds, positions = torch.arange(5) * 2**60, torch.arange(5) * 2**33
-    assert torch.equal(uniform(seeds.cuda(), positions.cuda(), 999, 3).cpu(), uniform(seeds, positions, 999, 3))
