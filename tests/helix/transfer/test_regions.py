@@ -171,9 +171,9 @@ def test_cost_grows_with_regions_and_stays_far_below_a_python_loop():
     def best(work) -> float:
         times = []
         for _ in range(5):
-            began = time.perf_counter()
+            began = time.process_time()  # whatever else the machine does
             work()
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
         return min(times)
 
     ours = build_regions(where, half, blocks, *pages, (0, 8192))
