@@ -58,10 +58,10 @@ def mixture(
         return mix_reference(x, *route(x, router, experts, bias), gate_up, down, first=first).unsqueeze(0)
     if _few(x, router, gate_up, down):
         assert isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
-        scores = split_linear(x, router, pdl=pdl)
+        scores = split_linear(x, router, pdl=pdl, exact=True)
         used = experts_in_use(scores, down.shape[0], experts, first=first, bias=bias, pdl=pdl)
         return experts_split_linear(experts_gated_linear(x, gate_up, used, pdl=pdl), down, used, pdl=pdl)
-    return mix_queued(x, logits_of(x, router, experts), gate_up, down, experts=experts, first=first, bias=bias)[None]
+    return mix_queued(x, logits_of(x, router), gate_up, down, experts=experts, first=first, bias=bias)[None]
 
 
 def _few(x: torch.Tensor, router: torch.Tensor, gate_up: Matrix, down: Matrix) -> bool:
@@ -71,11 +71,15 @@ def _few(x: torch.Tensor, router: torch.Tensor, gate_up: Matrix, down: Matrix) -
     return can_stream(x, gate_up.flatten(0, 1)) and can_stream(x, router) and down.stride(1) % 8 == 0
 
 
-def logits_of(x: torch.Tensor, router: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """Return the router's scores [R, all experts]: in x's dtype, in float32 at least where a sigmoid weighs them."""
-    if experts.sigmoid and x.element_size() < 4:
-        x, router = x.float(), router.float()
-    return F.linear(x, router)
+def logits_of(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """Return the router's scores [R, all experts] in float32 at least: products of x's dtype are exact in it.
+
+    Rounded to 2 bytes, scores of many rows would choose other experts than the float32 sums of few rows do.
+    """
+    if x.is_cuda and x.element_size() == 2:
+        return torch.mm(x, router.T, out_dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(dtype), router.to(dtype))
 
 
 def route(
@@ -89,8 +93,8 @@ def route(
         experts: how many are chosen, and how.
         bias: [all experts] float32, where experts are chosen by sigmoid.
     """
-    logits = logits_of(x, router, experts)
-    scores = logits.float().sigmoid() if experts.sigmoid else logits.softmax(-1, dtype=torch.float32)
+    logits = logits_of(x, router)
+    scores = logits.float().sigmoid() if experts.sigmoid else logits.float().softmax(-1)
     choice = scores if bias is None else scores + bias
     if experts.groups > 1:
         per_group = choice.unflatten(-1, (experts.groups, -1))

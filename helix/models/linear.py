@@ -148,7 +148,7 @@ def _place(turn, matrix, num_turns, num_rows, EXPERTS: gl.constexpr, BK: gl.cons
 
 @cache
 def _processors(device: torch.device) -> int:
-    """Return the number of processors of a GPU that the kernel runs on (Hopper and later), else 0."""
+    """Return the number of processors of a GPU that the kernel runs on (Hopper), else 0."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count if properties.major == 9 else 0
 
@@ -188,14 +188,18 @@ def _stream(
     splits: int,
     rows: int,
     experts: ExpertsInUse | None = None,
+    exact: bool = False,
 ) -> torch.Tensor:
-    """Launch the kernel for w [1 or E, 1 or 2 times N, K]: [S, R, N], float32 where S > 1 and these are summands."""
+    """Launch the kernel for w [1 or E, 1 or 2 times N, K]: [S, R, N], float32 where S > 1 and these are summands, or
+    where it is to be ``exact``.
+    """
     parts = 2 if gated else 1
     w = w.reshape(-1, w.shape[-2] // parts, w.shape[-1])
     columns, depth = w.shape[1:]
     bm, half = max(8, triton.next_power_of_2(rows)), BN // parts
     each = gated and experts is not None
-    out = torch.empty((splits, rows, columns), dtype=x.dtype if splits == 1 or each else torch.float32, device=x.device)
+    dtype = x.dtype if (splits == 1 or each) and not exact else torch.float32
+    out = torch.empty((splits, rows, columns), dtype=dtype, device=x.device)
     ids, count, row_weights = (x, x, x) if experts is None else (experts.ids, experts.count, experts.row_weights)
     _stream_weights_kernel[(-(-columns // half), splits)](
         _tiles(w, [parts, half, BK]), _tiles(x, [bm, BK]), x if bias is None else bias, out, ids, count, row_weights,
@@ -220,14 +224,17 @@ def can_stream(x: torch.Tensor, w: Matrix) -> bool:
     return aligned and _processors(x.device) > 0
 
 
-def split_linear(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None, *, pdl: bool = False) -> torch.Tensor:
+def split_linear(
+    x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None, *, pdl: bool = False, exact: bool = False
+) -> torch.Tensor:
     """Return summands of x [R, K] times w [N, K] transposed, plus bias [N]: [S, R, N].
 
-    The result is their sum over S; they are float32 where S > 1, and in x's dtype where S is 1.
+    The result is their sum over S; they are float32 where S > 1, and in x's dtype where S is 1. Where ``can_stream``
+    holds, ``exact`` ones are float32 always.
     """
     if isinstance(w, torch.Tensor) and can_stream(x, w):
         splits = choose_splits(w.shape[0], -(-x.shape[1] // BK), _processors(x.device))
-        return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits, rows=x.shape[0])
+        return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits, rows=x.shape[0], exact=exact)
     return product(x, w, bias).unsqueeze(0)
 
 
