@@ -12,6 +12,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from parallel.device import capability
+
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 HEAD_DIMS = (64, 128, 256)
 SWIZZLE_BYTES = 128
@@ -22,8 +24,7 @@ _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 def is_readable(pages: torch.Tensor) -> bool:
     """Return whether these pages [P, 2, K, block_size, D] can be read in boxes on their device."""
     return (
-        pages.is_cuda
-        and torch.cuda.get_device_capability(pages.device)[0] == 9
+        capability(pages.device)[0] == 9
         and pages.dtype in _ELEMENTS
         and pages.is_contiguous()
         and pages.shape[3] in BLOCK_SIZES

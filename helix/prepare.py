@@ -70,6 +70,7 @@ class Prepared:
         self.layout = self._resolve_layout()
         self.pdl = can_launch_dependently(launch.device)
         self.attention = select_backend(config.attention.backend, launch.device, pdl=self.pdl)
+        self.config = config = self._without_graphs() if self._breaks_capture() else config
         self.checkpoint = agree(lambda: open_checkpoint(config.model, self.spec))
         self.drafting = agree(lambda: DrafterLoader(config, self.spec))
         self.tokenizer = agree(lambda: load_tokenizer(config.model.path) if config.model.path else None)
@@ -89,6 +90,15 @@ class Prepared:
                 raise
             raise ValueError(str(error).replace("parallel.", "transfer.prefill.")) from error
         return layout
+
+    def _breaks_capture(self) -> bool:
+        """Return whether decode graphs are asked for and attention looks at its data from the host."""
+        asked = self.launch.device.type == "cuda" and self.config.runtime.graphs
+        return asked and self.config.attention.backend == "reference"
+
+    def _without_graphs(self) -> HelixConfig:
+        _log.info("attention.backend=reference reads lengths on the host: runtime.graphs is off")
+        return replace(self.config, runtime=replace(self.config.runtime, graphs=False))
 
     def _resolve_dtype(self) -> torch.dtype:
         name = self.config.model.dtype

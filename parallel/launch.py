@@ -25,8 +25,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from .collectives import all_gather
+from .device import are_distinct, own_gpu
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 DEVICES = ("auto", "cpu", "cuda")
 _store: Store | None = None  # torchrun's, for as long as this process lives
 _world_store: Store | None = None
@@ -59,7 +61,8 @@ class Launch:
 def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> Launch:
     """Join the world that the environment describes and pick this rank's device.
 
-    Collective over the world. ``auto`` is CUDA when every rank of every node has a GPU of its own, else the CPU.
+    Collective over the world. ``auto`` is CUDA when every rank of every node has a GPU of its own, else the CPU; it may
+    see those of all ranks or its own alone.
     ``timeout_s`` bounds every later collective, in seconds. Calling it in a process whose default group exists
     already (a test harness) joins that one. The first ``split`` ranks become one world and the others another one;
     with 0 there is one.
@@ -78,11 +81,9 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
             f"transfer.prefill_ranks = {split} must leave ranks that decode, but {world_size} started; "
             f"lower it or start more than {split}"
         )
-    has_gpu = device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
-    if has_gpu:
-        torch.cuda.set_device(local_rank)
+    gpu = None if device == "cpu" else own_gpu(local_rank, local_world_size)
     one_host = local_world_size == world_size
-    part = int(split > 0 and rank >= split)
+    part, place = int(split > 0 and rank >= split), (rank, world_size)
     if split:
         rank, world_size = (rank - split, world_size - split) if part else (rank, split)
     if (world_size > 1 or split) and not dist.is_initialized():
@@ -94,21 +95,31 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
         _num_worlds += 1
         # one of its own for each: gloo would take the addresses at which the ranks of an earlier world met
         _world_store = PrefixStore(f"world{_num_worlds}", _store)
+        if device != "cpu" and not are_distinct(gpu, _world_store, *place):
+            gpu = None
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
             store=PrefixStore(f"part{part}", _world_store),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
-            device_id=torch.device("cuda", local_rank) if has_gpu else None,
+            device_id=None if gpu is None else torch.device("cuda", gpu),
         )
-    all_have_gpus = minimum(int(has_gpu)) == 1
-    if device == "cuda" and not all_have_gpus:
-        raise ValueError(
-            f"runtime.device = cuda, but this node has {torch.cuda.device_count()} GPUs "
-            f"for {local_world_size} ranks; use runtime.device=cpu or fewer ranks"
+    all_have_gpus = minimum(int(gpu is not None)) == 1
+    if not all_have_gpus and device != "cpu":
+        counts = f"this node has {torch.cuda.device_count()} GPUs for {local_world_size} ranks"
+        reason = (
+            counts if torch.version.hip is None else "Helix has no kernels for ROCm, which this PyTorch is built for"
         )
-    chosen = torch.device("cuda", local_rank) if all_have_gpus else torch.device("cpu")
+        if device == "cuda":
+            raise ValueError(f"runtime.device = cuda, but {reason}; use runtime.device=cpu or fewer ranks")
+        if rank == 0 and torch.cuda.is_available():
+            _log.warning("runtime.device=auto: CPUs, because %s", reason)
+    chosen = torch.device("cuda", gpu) if all_have_gpus and gpu is not None else torch.device("cpu")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     return Launch(rank, world_size, local_rank, local_world_size, chosen, part, _world_store if split else None)
 
 

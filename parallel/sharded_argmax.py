@@ -17,6 +17,7 @@ from .symmetric import Faults, SymmetricBuffer, deadline_of, note_fault, poll_gr
 
 OPERATION = 2
 """What a Fault's ``operation`` says for this kernel."""
+_OPERATION = tl.constexpr(OPERATION)
 MAX_FUSED_ROWS = 256
 CHUNK = 2048
 
@@ -60,7 +61,7 @@ def _choose_kernel(
         tl.debug_barrier()
         empty = tl.full([N_PAD], -1, tl.int32)
         push_granules(mine, empty, empty, empty, empty, on)
-        note_fault(faults, tl.where(late != 0, n, -1), 2)
+        note_fault(faults, tl.where(late != 0, n, -1), _OPERATION)
     tl.store(tokens + row, last_id - (best & 0xFFFFFFFF))
 
 

@@ -16,7 +16,6 @@ the step gives up at once; the host finds the note when it reads the step's toke
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from .device import capability, host
 from .launch import host_group
 
 _PEER_BITS = 8
@@ -87,18 +87,18 @@ def shares_memory(group: dist.ProcessGroup | None, device: torch.device) -> bool
     """
     if group is None or device.type != "cuda" or not dist.is_initialized():
         return False
-    host = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+    where = f"{host()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"  # within which a device's index means one GPU
     places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
-    dist.all_gather_object(places, (host, device.index or 0), group=host_group())
+    dist.all_gather_object(places, (where, device.index or 0), group=host_group())
     mine = [places[rank] for rank in dist.get_process_group_ranks(group)]
-    return all(name == host for name, _ in mine) and all(
-        torch.cuda.can_device_access_peer(a, b) for _, a in mine for _, b in mine if a != b
-    )
+    if len(set(mine)) < len(mine) or any(name != where for name, _ in mine):  # equal ones: each sees its own alone
+        return False
+    return all(torch.cuda.can_device_access_peer(a, b) for _, a in mine for _, b in mine if a != b)
 
 
 def can_launch_dependently(device: torch.device) -> bool:
     """Return whether kernels on this device may launch programmatically dependent (Hopper and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)
 
 
 @triton.jit

@@ -88,7 +88,7 @@ class Decoder:
         self.num_kv_heads = self.part.kv_heads[1] - self.part.kv_heads[0]
         self._attention, self._pdl = attention, pdl
         self._reduce_norm = reduce_norm or AllReduceNorm(
-            grid.world_group, hidden_size=spec.hidden_size, dtype=dtype, device=device
+            grid.world_group, hidden_size=spec.hidden_size, dtype=dtype, device=device, pdl=pdl
         )
         self._argmax = argmax or ShardedArgmax(
             grid.world_group, vocab=self.part.vocab, vocab_size=spec.vocab_size, device=device

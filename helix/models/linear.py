@@ -26,6 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from parallel.device import capability
+
 from .quantized import Matrix, Quantized, product
 
 MAX_ROWS = 64
@@ -149,8 +151,9 @@ def _place(turn, matrix, num_turns, num_rows, EXPERTS: gl.constexpr, BK: gl.cons
 @cache
 def _processors(device: torch.device) -> int:
     """Return the number of processors of a GPU that the kernel runs on (Hopper), else 0."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if properties.major == 9 else 0
+    if capability(device)[0] != 9:
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _tiles(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:

@@ -1,0 +1,57 @@
+"""What a GPU is and whether it is this rank's own.
+
+PyTorch calls AMD's GPUs "cuda" too and gives them capabilities that look like NVIDIA's; kernels with PTX, or for
+Hopper's units, ask here instead.
+"""
+
+from __future__ import annotations
+
+import socket
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import Store
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of an NVIDIA GPU; (0, 0) for any other device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+def own_gpu(local_rank: int, local_world_size: int) -> int | None:
+    """Return the index of the GPU that a rank of so many on its host would take; None where there are too few.
+
+    Launchers show a rank either all GPUs of the host or its own alone, as SLURM does with --gpus-per-task=1: with one
+    visible, ``are_distinct`` says whether it is another one for each rank.
+    """
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    count = torch.cuda.device_count()
+    return local_rank if count >= local_world_size else 0 if count == 1 else None
+
+
+def are_distinct(gpu: int | None, store: Store, rank: int, world_size: int) -> bool:
+    """Return whether every rank has a GPU, and no two the same one.
+
+    Collective over the ranks that share ``store``, which holds one key of each afterwards; no process group is needed.
+    """
+    store.set(f"gpu{rank}", "" if gpu is None else _uuid(gpu))
+    found = [store.get(f"gpu{each}") for each in range(world_size)]
+    return all(found) and len(set(found)) == world_size
+
+
+@cache
+def host() -> str:
+    """Return what names this host among others, also those whose containers have equal host names."""
+    return f"{socket.gethostname()} {BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ''}"
+
+
+def _uuid(gpu: int) -> str:
+    properties: Any = torch.cuda.get_device_properties(gpu)  # torch declares some of its attributes only
+    return str(properties.uuid)
