@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .spec import one_line
+from .weight_files import is_lfs_pointer
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +27,13 @@ def load_tokenizer(path: str | Path) -> Any:
     if _is_code(folder):
         _log.info("model.path = %s: its tokenizer is code, which is not run: prompts have to be token ids", path)
         return None
+    if pointer := next((name for name in FILES if is_lfs_pointer(folder / name)), None):
+        raise ValueError(f"model.path = {path}: {pointer} is a git-lfs pointer; run git lfs pull in its folder")
+    if _is_bare(folder):
+        raise ValueError(
+            f"model.path = {path}: tokenizer.model alone does not say how text is prepared for it, and a wrong guess "
+            f"gives other ids; add the model's tokenizer_config.json with its tokenizer_class, or tokenizer.json"
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -43,3 +51,13 @@ def _is_code(folder: Path) -> bool:
         return "AutoTokenizer" in (json.loads(settings.read_text("utf-8")).get("auto_map") or {})
     except (OSError, ValueError, AttributeError):
         return False  # transformers says what is wrong with it
+
+
+def _is_bare(folder: Path) -> bool:
+    """Return whether a SentencePiece model is there without the class that would read it: transformers guesses one."""
+    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        return False
+    try:
+        return not json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return True
