@@ -170,3 +170,19 @@ def test_handlers_are_as_they_were_afterwards_and_nohup_is_heeded() -> None:
     finally:
         signal.signal(signal.SIGHUP, before[2])
     assert [signal.getsignal(number) for number in ending.SIGNALS] == before
+
+
+def test_ctrl_c_while_a_command_is_still_imported_leaves_no_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.generate", "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
