@@ -30,6 +30,7 @@ from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, start, stop
 from scripts import cli
+from scripts.dummy_weights import check_weights, with_weights
 from scripts.timing import read_bytes_per_us, report
 
 PARTS = {
@@ -37,7 +38,8 @@ PARTS = {
     "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
     "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
     "GEMMs": (
-        "_stream_weights_kernel",
+        "stream_weights_kernel",
+        "stream_quantized_kernel",
         "_in_use_kernel",
         "_queue_kernel",
         "_gate_up_kernel",
@@ -61,6 +63,7 @@ class BenchDecodeConfig:
         layouts: [kvp, tpa] of each layout.
         cases: [context, batch] of each case, in tokens and sequences.
         ep: ways the experts are split, in every layout.
+        weights: bf16, or fp8: blocks of 128 x 128 in 8 bits.
         block_size: tokens a page.
         steps: decode steps a measurement.
         profile: also time the parts of a step.
@@ -71,9 +74,13 @@ class BenchDecodeConfig:
     layouts: list[list[int]] = field(default_factory=lambda: [[2, 2], [4, 1], [1, 4]])
     cases: list[list[int]] = field(default_factory=lambda: [[131072, 1], [131072, 8], [524288, 1]])
     ep: int = 1
+    weights: str = "bf16"
     block_size: int = 64
     steps: int = 60
     profile: bool = True
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights, self.model)
 
 
 def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
@@ -233,7 +240,10 @@ def run(config: BenchDecodeConfig) -> None:
         room = max((context + 8192) * batch for context, batch in config.cases)
         llm = LLM(
             HelixConfig(
-                model=replace(config.model, max_position=max(context for context, _ in config.cases) + 8192),
+                model=replace(
+                    with_weights(config.model, config.weights),
+                    max_position=max(context for context, _ in config.cases) + 8192,
+                ),
                 parallel=ParallelConfig(kvp=kvp, tpa=tpa, ep=config.ep),
                 cache=CacheConfig(block_size=config.block_size, num_pages=room // config.block_size // kvp + 64),
                 scheduler=SchedulerConfig(max_batch=max(batch for _, batch in config.cases)),
@@ -252,7 +262,8 @@ def run(config: BenchDecodeConfig) -> None:
         torch.cuda.empty_cache()
     columns = list(rows[0])
     values = [[row[name] for name in columns] for row in rows]
-    report("decode step", columns, values, dtype="bfloat16", ep=config.ep, read_bytes_per_us=meter.bytes_per_us)
+    facts = {"dtype": "bfloat16", "weights": config.weights, "ep": config.ep}
+    report("decode step", columns, values, **facts, read_bytes_per_us=meter.bytes_per_us)
     stop()
 
 

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from helix.config import check_at_least
+from helix.config import check_at_least, check_choice
 from helix.models.experts import mixture, route
+from helix.models.quantized import Matrix, quantize
 from helix.models.spec import Experts
 from parallel.launch import start, stop
 from parallel.layout import split_units
 from parallel.symmetric import can_launch_dependently
 from scripts import cli
+from scripts.dummy_weights import WEIGHTS
 from scripts.timing import graph_us, read_bytes_per_us, report
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -40,6 +42,7 @@ class BenchExpertsConfig:
         rows: rows of a step.
         layers: layers whose weights take turns, so that none is still in the L2 cache.
         repeats: replays to take the median of.
+        weights: bf16, or fp8: ours are blocks of 128 x 128 in 8 bits, the peer's are what these mean in bfloat16.
     """
 
     hidden_size: int = 2048
@@ -50,8 +53,10 @@ class BenchExpertsConfig:
     rows: list[int] = field(default_factory=lambda: [1, 2, 8, 32, 64, 128, 256, 2048, 8192])
     layers: int = 3
     repeats: int = 10
+    weights: str = "bf16"
 
     def __post_init__(self) -> None:
+        check_choice("weights", self.weights, WEIGHTS)
         check_at_least("layers", self.layers, 1)
         check_at_least("repeats", self.repeats, 2)
         if not self.tpf or not self.rows:
@@ -77,6 +82,18 @@ def make_weights(config: BenchExpertsConfig, units: int, device: torch.device) -
         torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(shape[-1] ** -0.5) for shape in shapes
     )
     return router, gate_up, down
+
+
+def in_8_bits(weights: Weights) -> tuple[torch.Tensor, Matrix, Matrix]:
+    """Return the weights with quantised experts, and let the plain ones be what these mean."""
+    router, *plain = weights
+    made = []
+    for w in plain:
+        quantized = quantize(w.flatten(0, 1)).unflatten(0, (w.shape[0], w.shape[1]))
+        for expert, matrix in enumerate(w):
+            matrix.copy_(quantized[expert].widen(0, w.shape[1], w.dtype))
+        made.append(quantized)
+    return router, made[0], made[1]
 
 
 def grouped(
@@ -106,8 +123,9 @@ def measure(config: BenchExpertsConfig, tpf: int, rows: int, layers: list[Weight
     experts = config.experts()
     x = torch.randn(rows, config.hidden_size, device=device, dtype=torch.bfloat16)
     pdl = can_launch_dependently(device)
+    kept = [in_8_bits(weights) for weights in layers] if config.weights == "fp8" else layers
     calls = {
-        "ours": [partial(mixture, x, *weights, experts=experts, first=0, pdl=pdl) for weights in layers],
+        "ours": [partial(mixture, x, *weights, experts=experts, first=0, pdl=pdl) for weights in kept],
         "grouped": [partial(grouped, x, *weights, experts) for weights in layers],
     }
     ours, theirs = (each[0]().float() for each in calls.values())
@@ -115,9 +133,9 @@ def measure(config: BenchExpertsConfig, tpf: int, rows: int, layers: list[Weight
     if count := int((far & clear(x, layers[0][0], experts)).sum()):
         raise AssertionError(f"{count} of {rows} rows differ from the library's grouped products")
     in_use = sum(route(x, router, experts)[1].unique().numel() for router, _, _ in layers) / len(layers)
-    _, gate_up, down = layers[0]
-    floor = in_use * (gate_up[0].nbytes + down[0].nbytes) / rate
-    flops = rows * config.num_chosen * 2 * (gate_up[0].numel() + down[0].numel())
+    _, gate_up, down = kept[0]
+    floor = in_use * (gate_up.nbytes + down.nbytes) / config.num_experts / rate
+    flops = rows * config.num_chosen * 2 * (gate_up.numel() + down.numel()) // config.num_experts
     times = {name: graph_us(each, repeats=config.repeats, iterations=12) for name, each in calls.items()}
     (ours_us, spread_us), (grouped_us, _) = times.values()
     return {
@@ -144,8 +162,11 @@ def run(config: BenchExpertsConfig) -> None:
             layers = [make_weights(config, units, device) for _ in range(config.layers)]
             table += [measure(config, tpf, rows, layers, rate) for rows in config.rows]
             del layers
-    sizes = {name: getattr(config, name) for name in ("hidden_size", "num_experts", "num_chosen", "ffn_size")}
+    sizes: dict[str, Any] = {
+        name: getattr(config, name) for name in ("hidden_size", "num_experts", "num_chosen", "ffn_size")
+    }
     values = [list(row.values()) for row in table]
+    sizes["weights"] = config.weights
     report("experts of a layer", list(table[0]), values, dtype="bfloat16", read_bytes_per_us=rate, **sizes)
     stop()
 

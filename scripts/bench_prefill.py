@@ -31,6 +31,7 @@ from helix.llm import LLM
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, start, stop
 from scripts import cli
+from scripts.dummy_weights import check_weights, with_weights
 from scripts.timing import report
 
 
@@ -44,6 +45,7 @@ class BenchPrefillConfig:
         chunks: prompt tokens a step.
         block_size: tokens a page.
         repeats: runs to take the median of.
+        weights: bf16, or fp8: blocks of 128 x 128 in 8 bits.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -53,8 +55,10 @@ class BenchPrefillConfig:
     chunks: list[int] = field(default_factory=lambda: [2048, 8192])
     block_size: int = 64
     repeats: int = 2
+    weights: str = "bf16"
 
     def __post_init__(self) -> None:
+        check_weights(self.weights, self.model)
         for name in ("layouts", "prompts", "chunks"):
             if not getattr(self, name):
                 raise ValueError(f"{name} = [] must name at least one")
@@ -68,7 +72,7 @@ class BenchPrefillConfig:
         """Return the settings of one layout and chunk: room for the longest prompt, and no reuse."""
         longest = max(self.prompts) + self.block_size
         return HelixConfig(
-            model=replace(self.model, max_position=longest),
+            model=replace(with_weights(self.model, self.weights), max_position=longest),
             parallel=ParallelConfig(kvp=kvp, tpa=tpa),
             cache=CacheConfig(
                 block_size=self.block_size, num_pages=-(-longest // (self.block_size * kvp)) + 1, reuse=False
@@ -128,7 +132,9 @@ def run(config: BenchPrefillConfig) -> None:
             gc.collect()
             if launch.device.type == "cuda":
                 torch.cuda.empty_cache()
-    report("prefill", list(rows[0]), [list(row.values()) for row in rows], repeats=config.repeats)
+    report(
+        "prefill", list(rows[0]), [list(row.values()) for row in rows], repeats=config.repeats, weights=config.weights
+    )
     stop()
 
 

@@ -22,7 +22,7 @@ from attention.shared_memory import fit_stages, shared_bytes
 
 from .linear import ExpertsInUse, can_stream, experts_gated_linear, experts_split_linear, split_linear
 from .quantization import BLOCK
-from .quantized import Matrix, Quantized, as_float, product
+from .quantized import Matrix, as_float, product
 from .spec import Experts
 
 ROUTE_WARP = 128  # scores that a warp looks through
@@ -57,7 +57,6 @@ def mixture(
     if not x.is_cuda:
         return mix_reference(x, *route(x, router, experts, bias), gate_up, down, first=first).unsqueeze(0)
     if _few(x, router, gate_up, down):
-        assert isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
         scores = split_linear(x, router, pdl=pdl, exact=True)
         used = experts_in_use(scores, down.shape[0], experts, first=first, bias=bias, pdl=pdl)
         return experts_split_linear(experts_gated_linear(x, gate_up, used, pdl=pdl), down, used, pdl=pdl)
@@ -66,9 +65,7 @@ def mixture(
 
 def _few(x: torch.Tensor, router: torch.Tensor, gate_up: Matrix, down: Matrix) -> bool:
     """Return whether each expert in use is multiplied with all rows."""
-    if isinstance(gate_up, Quantized) or isinstance(down, Quantized) or not gate_up.numel():
-        return False
-    return can_stream(x, gate_up.flatten(0, 1)) and can_stream(x, router) and down.stride(1) % 8 == 0
+    return can_stream(x, gate_up) and can_stream(x, router) and down.shape[-1] % 8 == 0
 
 
 def logits_of(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:

@@ -159,6 +159,15 @@ def quantize_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, scales
 
 
+def quantize(w: torch.Tensor) -> Quantized:
+    """Return w [N, K], whole, in 8 bits with the scales of its blocks."""
+    values, scales = quantize_blocks(w)
+    out = Quantized.empty(w.shape[0], (0, w.shape[1]), w.device)
+    out.values.copy_(values)
+    out.scales.copy_(scales.repeat_interleave(BLOCK, 0)[: w.shape[0]].T)
+    return out
+
+
 def widen_blocks(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return in float32 what ``quantize_blocks`` made: [N, K]."""
     return values.float() * _spread(scales, *values.shape)

@@ -1,13 +1,15 @@
 """Quantised matrices: slices that begin and end anywhere, against what the whole matrix means in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from helix.models.decoder import Decoder
-from helix.models.experts import mix_queued, mix_reference
-from helix.models.linear import gated_linear, linear, split_linear
+from helix.models.experts import mix_queued, mix_reference, mixture, route
+from helix.models.linear import can_stream, gated_linear, linear, split_linear
 from helix.models.quantization import Quantization, num_blocks
-from helix.models.quantized import BLOCK, Quantized, quantize_blocks, widen_blocks
+from helix.models.quantized import BLOCK, Quantized, quantize, quantize_blocks, widen_blocks
 from helix.models.spec import Experts, ModelSpec, RopeSpec
 from parallel.grid import HelixGrid
 from parallel.layout import Layout
@@ -81,6 +83,76 @@ def test_queues_of_experts_widen_what_the_reference_widens(rows):
     assert (ours.cpu() - exact).abs().max() <= 1e-5 * exact.abs().max()
     plain = mix_reference(on_device[0], weights.to(DEVICE), ids.to(DEVICE), gate_up, down, first=0)
     assert (plain.cpu() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_byte_is_widened_exactly(dtype):
+    """One row of x for each of 64 columns: products are the values themselves, subnormal ones too."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[[127, 255]] = 0  # NaN
+    w = Quantized.empty(256, (40, 140), DEVICE)
+    bytes_of = (codes[:, None].int() + torch.arange(100)[None, :] * 7) % 256
+    bytes_of[(bytes_of & 127) == 127] = 1
+    w.values.copy_(bytes_of.to(torch.uint8).view(torch.float8_e4m3fn))
+    w.scales.copy_(torch.tensor([[1.0], [2.0]]).expand(2, 256))
+    x = torch.zeros(64, 104, dtype=dtype, device=DEVICE)[:, :100]
+    x[torch.arange(64), 30 + torch.arange(64)] = 1.0
+    assert can_stream(x, w)
+    assert torch.equal(linear(x, w).double(), (w.widen(0, 256, torch.float64)[:, 30:94].T))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 17, 33, 64])
+@pytest.mark.parametrize(
+    ("width", "columns"), [(4608, (0, 4096)), (4096, (1712, 3424)), (96, (96, 192)), (200, (72, 2120))]
+)
+def test_streamed_rows_obey_the_tolerance_rule(dtype, rows, width, columns):
+    values, grid = blocks_of((width + 36, columns[1]), seed=rows)
+    exact_w = widen_blocks(values, grid)[36:, slice(*columns)].double() * 0.02
+    w = cut(values, grid * 0.02, (36, 36 + width), columns)
+    x = torch.randn(rows, columns[1] - columns[0], generator=torch.Generator().manual_seed(rows)).to(dtype)
+    wide = exact_w.to(dtype).to(DEVICE)
+    exact = x.double() @ exact_w.T
+    gate, up = exact.chunk(2, -1)
+    x = x.to(DEVICE)
+    assert can_stream(x, w)
+    plain = torch.nn.functional.linear(x, wide)
+    plain_gate, plain_up = plain.chunk(2, -1)
+    silu = torch.nn.functional.silu
+    for ours, theirs, wanted in (
+        (linear(x, w), plain, exact),
+        (split_linear(x, w).sum(0), plain, exact),
+        (gated_linear(x, w), silu(plain_gate) * plain_up, silu(gate) * up),
+    ):
+        error, allowed = ((each.cpu().double() - wanted).abs().max() for each in (ours, theirs))
+        assert error <= 2 * allowed + 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("held", [(0, 16), (5, 16)], ids=str)
+@pytest.mark.parametrize(("rows", "units", "hidden"), [(1, 64, 512), (5, 40, 776), (17, 192, 2048), (64, 768, 520)])
+def test_few_rows_go_through_every_quantised_expert_in_use(held, rows, units, hidden):
+    generator = torch.Generator().manual_seed(rows)
+    num = held[1] - held[0]
+    x = torch.randn(rows, hidden, generator=generator).to(torch.bfloat16).to(DEVICE)
+    router = (torch.randn(16, hidden, generator=generator) * hidden**-0.5).to(torch.bfloat16).to(DEVICE)
+    gate_up, down = (
+        quantize((torch.randn(num * n, k, generator=generator) * k**-0.5).to(DEVICE)).unflatten(0, (num, n))
+        for n, k in ((2 * units, hidden), (hidden, units))
+    )
+    down = replace(down, shift=64, scales=down.scales[[*range(len(down.scales)), -1]].contiguous())
+    wide = [torch.stack([w[e].widen(0, w.shape[1], torch.float64) for e in range(num)]) for w in (gate_up, down)]
+    experts = Experts(num_experts=16, num_chosen=3, ffn_size=units, normalised=True)
+    weights, ids = route(x.double(), router.double(), experts)
+    exact = mix_reference(x.double(), weights, ids, *wide, first=held[0])
+    plain = mix_reference(x, weights, ids, *(w.to(torch.bfloat16) for w in wide), first=held[0])
+    assert can_stream(x, gate_up)
+    ours = [mixture(x, router, gate_up, down, experts=experts, first=held[0]) for _ in range(2)]
+    assert torch.equal(*ours)
+    error, allowed = ((each - exact).abs().max() for each in (ours[0].sum(0), plain))
+    assert error <= 2 * allowed + 4e-3
 
 
 def test_a_quantised_model_takes_little_more_than_half_the_bytes():
