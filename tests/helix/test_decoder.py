@@ -39,10 +39,13 @@ def test_weight_bytes_per_rank_follow_the_formula(layout):
     h, D, Q, K, F, N = 512, 16, 32, 2, 1712, layout.world_size
     kv_heads = -(-K // layout.tpa)
     weights = h * (Q // layout.tpa) * D + h * (Q // N) * D + 2 * h * kv_heads * D + 3 * h * F // layout.tpf
+    found = []
     for rank in range(N):
         grid = HelixGrid(layout, rank, None, None)
         decoder = Decoder(spec, grid, dtype=torch.bfloat16, device=torch.device("cpu"), attention=partial_attention)
-        assert decoder.layer_bytes == pytest.approx(weights * spec.num_layers * 2, rel=0.01)
+        found.append(decoder.layer_bytes)
+    assert sum(found) / N == pytest.approx(weights * spec.num_layers * 2, rel=0.01)
+    assert max(found) - min(found) <= 3 * h * 64 * spec.num_layers * 2  # ranges of units begin at multiples of up to 64
 
 
 def test_parts_of_all_ranks_tile_the_model():
