@@ -91,10 +91,14 @@ def check_keys(raw: dict[str, Any], config: Any, family: str, max_position: int)
         if key.concerns(family) and value is not None and value not in key.neutral:
             raise ValueError(f"config {key.name} = {_short(value)}; {key.meaning}; {valid_values(key)}; {REMOVE}")
     for limit in LIMITS:
-        longest = limit.of(config)
+        value = _short(getattr(config, limit.name, None))
+        try:
+            longest = limit.of(config)
+            longest = None if longest is None else int(longest)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"config {limit.name} = {value}; not of the form that models have; correct it") from error
         if longest is not None and max_position > longest:
             way_out = f"set model.max_position={longest} or less" if longest else "Helix cannot run it"
-            value = _short(getattr(config, limit.name, None))
             raise ValueError(f"config {limit.name} = {value}; {limit.meaning} (here {max_position}); {way_out}")
 
 
@@ -115,12 +119,19 @@ def _value_of(raw: Any, name: str) -> Any:
     return raw
 
 
+def _other_layers(config: Any) -> int | None:
+    """Return 0 where a layer is of a kind that has no length up to which it equals full attention."""
+    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    known = {"sliding_attention"} if getattr(config, "sliding_window", None) else set()
+    return 0 if others - known else None
+
+
 def _sliding_window(config: Any) -> int | None:
     """Return the least window of any layer; None where all layers attend to everything."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds and any(kind != "full_attention" for kind in kinds):
-        return window or 0
+        return window
     by_layer = bool(kinds) and config.model_type in ("qwen2", "qwen3")  # elsewhere a window is that of every layer
     return None if by_layer or getattr(config, "use_sliding_window", None) is False else window
 
@@ -139,6 +150,7 @@ def _chunk(config: Any) -> int | None:
 
 
 LIMITS = (
+    Limit("layer_types", "of layers, full_attention and sliding_attention with a window are computed", _other_layers),
     Limit("sliding_window", "layers that have a window equal full attention up to its length only", _sliding_window),
     Limit("attention_chunk_size", "attention within chunks equals full attention up to one chunk only", _chunk),
     Limit("dual_chunk_attention_config", "positions are counted through here, as there up to one chunk", _dual_chunks),

@@ -85,3 +85,19 @@ def test_windows_and_chunks_limit_the_context(family: str, settings: dict[str, A
 )
 def test_unused_windows_and_chunks_are_read(family: str, settings: dict[str, Any]) -> None:
     assert load(family, **settings).max_position == 4096
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+        {"layer_types": ["sliding_attention"] * 3},
+        {"dual_chunk_attention_config": "yes"},
+        {"dual_chunk_attention_config": {"chunk_size": "long"}},
+        {"sliding_window": "wide"},
+    ],
+    ids=str,
+)
+def test_kinds_of_attention_that_are_unknown_are_refused_by_their_key(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^model.config: config {next(iter(settings))} = "):
+        load("llama", **settings)
