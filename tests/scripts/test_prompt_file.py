@@ -224,6 +224,14 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_toke
             Request(prompt="a", sampling=SamplingParams(max_tokens=4, seed=1)),
         ),
         ({"prompt": "a", "n": 1}, Request(prompt="a", sampling=SamplingParams())),
+        (
+            {"prompt": "a", "max_tokens": 4.0, "top_k": -1, "temperature": 1e-6},
+            Request(prompt="a", sampling=SamplingParams(max_tokens=4, top_k=0, temperature=0.0)),
+        ),
+        (
+            {"prompt": "a", "sampling": {"max_tokens": 4.0, "top_p": None, "seed": None, "n": 1}},
+            Request(prompt="a", sampling=SamplingParams(max_tokens=4)),
+        ),
     ],
 )
 def test_lines_of_other_programs_mean_what_they_mean_there(line: dict[str, Any], expected: Request) -> None:
