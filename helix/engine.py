@@ -26,8 +26,6 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel.launch import from_rank0
-
 from .cache.mover import PageMover
 from .check import compare_ranks
 from .graphs import PendingTokens
@@ -40,8 +38,6 @@ from .scheduler import Scheduler, Step
 from .speculative.counters import SpeculativeCounters
 from .speculative.speculator import Speculator
 from .speculative.verify import num_accepted, sampling_batch
-
-SHARE_TIME_EVERY = 64  # steps between two readings of the shared clock, while some priority ends at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +69,7 @@ class Engine:
         eos_token_ids: ids that end a sequence, unless it ignores them.
         look_ahead: launch decode steps before the tokens of the step before are read; not with check_ranks.
         check_ranks: compare the decision state over ranks at every step.
-        clock: seconds, for the metrics; rank 0's also tells when retention ends.
+        clock: seconds, for the metrics alone.
 
     Attributes:
         in_step: True inside ``step``, and after one that failed.
@@ -100,15 +96,12 @@ class Engine:
         self._check_ranks = check_ranks
         self._clock = clock
         self._live: dict[int, Sequence] = {}  # by index: what has arrived and not ended
-        self._steps_since_time = 0
-        self._share_time_now = False
         self.in_step = False
         self.metrics = self.reset_metrics()
 
     def reset_metrics(self) -> RunMetrics:
         """Start a new set of counters and return it."""
         cache = self.scheduler.cache
-        self._share_time_now = cache.needs_time
         self.metrics = RunMetrics([0] * self.runner.placement.kvp, cache.reset_counters(), cache.occupancy)
         if self.speculator is not None:
             self.metrics.speculative = self.speculator.counters = SpeculativeCounters()
@@ -128,8 +121,6 @@ class Engine:
         """Know a sequence, which ``compute`` queues or ``go_on`` continues, until it ends."""
         self._live[seq.index] = seq
         self.metrics.note_arrival(seq, self._clock())
-        if seq.retention:
-            self._share_time_now = True
 
     def find(self, index: int) -> Sequence | None:
         """Return the sequence of an index; None where it has ended, or never was."""
@@ -202,6 +193,18 @@ class Engine:
             self.scheduler.cache.clear()
             self.in_step = False
 
+    def listen(self) -> bytes:
+        """Return nothing: an engine hears of nobody."""
+        return b""
+
+    def advance(self, now: float) -> None:
+        """Tell the time, in seconds of one clock for all ranks: it ends the retention of cached blocks."""
+        self.scheduler.cache.advance(now)
+
+    def hear(self, news: bytes) -> list[StreamEvent]:
+        """Do nothing: there are no news."""
+        return []
+
     def step(self, *, may_wait: bool = False) -> list[StreamEvent]:
         """Compute one step and return what is new of the sequences that got a token.
 
@@ -210,7 +213,6 @@ class Engine:
         Raises:
             RankMismatch: with check_ranks, when ranks disagree.
         """
-        self._share_time()
         self.in_step = True
         flight = self._flight = self._flight or self._depart(may_wait)
         if flight is None:
@@ -291,14 +293,6 @@ class Engine:
         tokens = sample(flight.choice, sampling_batch(choosing, flight.choice.device)) if choosing else None
         self.runner.check_faults()
         return tokens
-
-    def _share_time(self) -> None:
-        """Tell the cache rank 0's time: when a request brings retention, and now and then while a priority may end."""
-        self._steps_since_time += 1
-        due = self._steps_since_time >= SHARE_TIME_EVERY and self.scheduler.cache.needs_time
-        if due or self._share_time_now:
-            self.scheduler.cache.advance(from_rank0(self._clock))
-            self._steps_since_time, self._share_time_now = 0, False
 
     def _note_reuse(self, step: Step) -> None:
         """Note what each sequence found cached when it was admitted first."""

@@ -16,6 +16,10 @@ class Front(Protocol):
     """Runs sequences to their end."""
 
     @property
+    def metrics(self) -> RunMetrics:
+        """The counters since they were last reset."""
+
+    @property
     def has_work(self) -> bool:
         """True while any sequence waits, is on its way, or runs."""
 
@@ -25,8 +29,20 @@ class Front(Protocol):
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
 
+    def find(self, index: int) -> Sequence | None:
+        """Return the sequence of an index; None where it has ended, or never was."""
+
     def abort(self, index: int) -> list[StreamEvent]:
         """End a request with reason abort; return its last event, none where it has ended before."""
+
+    def listen(self) -> bytes:
+        """Return what rank 0 has heard of others, for ``hear``. Rank 0 alone calls it; it may wait for some 20 ms."""
+
+    def advance(self, now: float) -> None:
+        """Tell the time, in seconds of one clock for all ranks."""
+
+    def hear(self, news: bytes) -> list[StreamEvent]:
+        """Act on rank 0's news and return what is new of the sequences that go on or end by them."""
 
     def step(self) -> list[StreamEvent]:
         """Compute one step and return what is new of the sequences that got a token or ended."""

@@ -9,7 +9,6 @@ Start it under torchrun, or plainly for a world of one.
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from attention.exchange import Heads, make_exchange
 from attention.partial import PartialAttention
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.grid import HelixGrid
-from parallel.launch import Launch, agree, from_rank0, minimum, start, stop
+from parallel.launch import Launch, agree, minimum, start, stop
 from parallel.placement import BlockCyclic
 from parallel.sharded_argmax import ShardedArgmax
 from parallel.symmetric import Faults, shares_memory
@@ -30,28 +29,30 @@ from .cache.mover import PageMover
 from .cache.pages import PagedCache, free_bytes
 from .callbacks import Callback
 from .config import HelixConfig
-from .detokenize import Detokenizer
+from .door import Door, Source
 from .engine import Engine
+from .feed import PromptFeed
 from .front import Front
 from .graphs import buckets_up_to
+from .inbox import Inbox
+from .loop import StepLoop
 from .metrics import RunMetrics
 from .models.decoder import Decoder
 from .models.loading import fill
 from .models.weights import part_of
 from .prepare import Prepared
-from .prompts import Prompt, as_request
-from .request import Request, RequestOutput, StreamEvent
-from .request import Sequence as RunningSequence
+from .prompts import Limits, Preparer, Prompt
+from .request import RequestOutput, StreamEvent
 from .runner import Runner
-from .sampling import SEED_LIMIT, SamplingParams
+from .sampling import SamplingParams
 from .scheduler import Scheduler
+from .text import TextReader
 
 if TYPE_CHECKING:
     from .transfer.receiver import Receiver
     from .transfer.sender import Sender
 
 _log = logging.getLogger(__name__)
-PREPARED_TOKENS = 1 << 16  # prompts that wait are prepared up to so many tokens ahead
 
 
 def enter(config: HelixConfig) -> Launch:
@@ -75,7 +76,7 @@ def _steps() -> Iterator[None]:
 class LLM:
     """A model spread over the world's ranks, ready to generate.
 
-    Collective over the world: every rank makes it and calls it with equal arguments.
+    Collective over the world: every rank makes it and calls it with equal arguments; of prompts rank 0's count.
 
     Args:
         config: the settings of the run.
@@ -93,7 +94,7 @@ class LLM:
         self.spec, self.layout = prepared.spec, prepared.layout
         self.dtype, self.tokenizer = prepared.dtype, prepared.tokenizer
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
-        self._prompts, self._drafting, self._pdl = prepared.prompts, prepared.drafting, prepared.pdl
+        self._drafting, self._pdl = prepared.drafting, prepared.pdl
         self.grid = HelixGrid.create(self.layout)
         self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
         decoder = self._make_decoder(prepared.attention)
@@ -131,8 +132,8 @@ class LLM:
             look_ahead=config.runtime.look_ahead,
             check_ranks=config.runtime.check_ranks,
         )
-        self._entropy = from_rank0(lambda: secrets.randbelow(SEED_LIMIT))
-        self._num_seeded = 0
+        limits = Limits(self.spec.max_position, self.placement, self.num_pages)
+        self.preparer = Preparer(prepared.prompts, limits, has_tokenizer=self.tokenizer is not None)
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
         if config.transfer.enabled:
@@ -165,67 +166,74 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | None,
         sampling: SamplingParams | None = None,
         *,
         on_step: Callable[[RunMetrics], None] | None = None,
     ) -> list[RequestOutput]:
         """Run all prompts to their end and return their outputs, in the prompts' order.
 
-        Collective: every rank calls it with equal prompts. A prompt that cannot run fails alone, with finish_reason
-        "error". ``on_step`` is called on this rank after every step, to show progress; what it raises is logged.
+        Collective: rank 0's prompts count, other ranks pass the same or None. All get the same outputs, but for the
+        text, which is empty above rank 0. A prompt that cannot run fails alone, with finish_reason "error".
+        ``on_step`` is called on this rank after every step, to show progress; what it raises is logged.
         """
-        outputs: list[RequestOutput | None] = [None] * len(prompts)
-        for event in self.stream(prompts, sampling, on_step=on_step):
-            if event.output is not None:
-                outputs[event.index] = event.output
-        return [output for output in outputs if output is not None]
+        outputs = {
+            event.index: event.output
+            for event in self.stream(prompts, sampling, on_step=on_step)
+            if event.output is not None
+        }
+        return [outputs[index] for index in range(len(outputs))]
 
     def stream(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | None,
         sampling: SamplingParams | None = None,
         *,
         on_step: Callable[[RunMetrics], None] | None = None,
     ) -> Iterator[StreamEvent]:
         """Yield new tokens as they are made; the last event of each prompt carries its output.
 
-        Collective: every rank iterates it with equal prompts, to its end or to the same event. One stream at a time:
-        RuntimeError while another is open.
+        Collective: every rank iterates it to its end or to the same event; rank 0's prompts count, other ranks pass the
+        same or None. Text is there on rank 0 alone. One stream at a time: RuntimeError while another is open.
         """
         if self._sender is not None:
             raise RuntimeError("a prefill group takes its prompts from the decode group; call serve()")
         front = self._front
         if front.has_work:
             raise RuntimeError("another stream of this LLM is open; iterate it to its end or close it first")
-        default = sampling or self.config.sampling
         progress = None if on_step is None else Callback(on_step)
         metrics = front.reset_metrics()
         began = time.perf_counter()
+        source: Source = Inbox()  # nobody reads another rank's
+        if self.launch.speaks:
+            if prompts is None:
+                raise ValueError("prompts = None is for the other ranks: rank 0's prompts count")
+            settings, num_waiting = sampling or self.config.sampling, self.config.scheduler.max_batch
+            source = PromptFeed(prompts, settings, self.preparer, front, num_waiting)
         try:
-            upcoming, queued = enumerate(prompts), list[RunningSequence]()
-            while True:
-                for index, prompt in self._due(upcoming, queued):
-                    request = as_request(prompt)
-                    try:
-                        seq = self._prepare(index, request, request.sampling or default)
-                    except ValueError as error:
-                        metrics.note_refusal()
-                        failed = RequestOutput(request.id, finish_reason="error", error=str(error))
-                        yield StreamEvent(index, [], "", failed)
-                    else:
-                        front.add(seq)
-                        queued.append(seq)
-                if not front.has_work:
-                    break
-                with _steps():
-                    events = front.step()
+            for number, events in enumerate(self.turns(source)):
                 metrics.elapsed_s = time.perf_counter() - began
-                if progress is not None:
+                if progress is not None and number:
                     progress(metrics)
                 yield from events
         finally:
             front.abort_all()
+
+    def turns(self, source: Source) -> Iterator[list[StreamEvent]]:
+        """Run what comes out of rank 0's source, such as an ``Inbox``; yield what is new after every step.
+
+        Collective: every rank iterates it to its end, which comes after a ``Close`` and the last request's. A world
+        without work waits for the source.
+        """
+        door = Door(source, timeout_s=self.config.runtime.timeout_s)
+        text = TextReader(self.tokenizer) if self.launch.speaks else None
+        turns = StepLoop(self._front, door, text).turns()
+        while True:
+            with _steps():
+                events = next(turns, None)
+            if events is None:
+                return
+            yield events
 
     def listen(self, listener: Listener) -> None:
         """Call a function on this rank with every block that is stored, removed or moved from now on.
@@ -251,7 +259,7 @@ class LLM:
 
         group = Group(self.config, self.launch, self.layout, self.spec, self.engine)
         if self.prefills:
-            self._sender = meet_decode_group(group, self._prepare)
+            self._sender = meet_decode_group(group, self.preparer.prepare)
         else:
             self._receiver = meet_prefill_group(group)
 
@@ -332,49 +340,3 @@ class LLM:
             _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, num_pages * cache.block_size)
         runner.cache = agree(lambda: paged_cache(num_pages))
         return runner, num_pages
-
-    def _due(
-        self, upcoming: Iterator[tuple[int, Prompt]], queued: list[RunningSequence]
-    ) -> Iterator[tuple[int, Prompt]]:
-        """Yield the prompts to prepare and queue before the next step: all of them at once would hold it up.
-
-        No more are due while those that were queued and have not started could fill every batch slot, or many steps.
-        """
-        queued[:] = [seq for seq in queued if seq.batch_slot < 0 and not (seq.was_admitted or seq.has_ended)]
-        while len(queued) < self.config.scheduler.max_batch and sum(s.prompt_len for s in queued) < PREPARED_TOKENS:
-            following = next(upcoming, None)
-            if following is None:
-                return
-            yield following
-
-    def _prepare(self, index: int, request: Request, sampling: SamplingParams) -> RunningSequence:
-        """Check a request and turn it into a sequence; ValueError says why it cannot run."""
-        token_ids = self._prompts.token_ids(request)
-        max_len = min(len(token_ids) + sampling.max_tokens, self.spec.max_position)
-        if not self.engine.scheduler.cache.fits(max_len - 1):
-            room = self.num_pages * self.placement.kvp * self.placement.block_size
-            raise ValueError(
-                f"{len(token_ids)} prompt tokens and sampling.max_tokens = {sampling.max_tokens} need more than the "
-                f"{room} tokens that cache.num_pages = {self.num_pages} pages a rank hold"
-            )
-        if sampling.stop and self.tokenizer is None:
-            raise ValueError(f"sampling.stop = {sampling.stop} needs a tokenizer, but the model folder has none")
-        seed = sampling.seed
-        if seed is None:
-            seed = (self._entropy + self._num_seeded) % SEED_LIMIT
-            self._num_seeded += 1
-        output = RequestOutput(
-            request.id, prompt_tokens=len(token_ids), logprobs=None if sampling.logprobs is None else []
-        )
-        return RunningSequence(
-            index=index,
-            token_ids=token_ids,
-            prompt_len=len(token_ids),
-            sampling=sampling,
-            seed=seed,
-            max_len=max_len,
-            detokenizer=Detokenizer(self.tokenizer, sampling.stop),
-            output=output,
-            cache_salt=request.cache_salt,
-            retention=request.retention,
-        )

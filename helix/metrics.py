@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .cache.counters import CacheCounters
-from .request import ERROR, Chunk
+from .request import ERROR, STOP, Chunk
 from .request import Sequence as RunningSequence
 from .speculative.counters import SpeculativeCounters
 
@@ -123,6 +123,12 @@ class RunMetrics:
         """Count a request that could not run."""
         self.num_requests += 1
         self.ends[ERROR] += 1
+
+    def note_cut(self, reason: str, num_tokens: int) -> None:
+        """Note that a request counted under a reason ended at a stop string, so many tokens before its last one."""
+        self.ends[reason] -= 1
+        self.ends[STOP] += 1
+        self.decode_tokens -= num_tokens
 
     def note_admission(self, seq: RunningSequence, now: float) -> None:
         """Note that a request began to run for the first time, with ``num_computed`` tokens found cached."""

@@ -1,4 +1,4 @@
-"""What one more token means for its sequence: its text, and whether it was the last."""
+"""What one more token means for its sequence: whether it was the last. Stop strings are the text's to find."""
 
 from __future__ import annotations
 
@@ -13,16 +13,8 @@ def take_token(seq: Sequence, token: int, eos_token_ids: Collection[int]) -> Str
     seq.token_ids.append(token)
     output.token_ids.append(token)
     is_eos = token in eos_token_ids and not params.ignore_eos
-    text = ""
     if is_eos or token in params.stop_token_ids:
         output.finish_reason = STOP
-    else:
-        text = seq.detokenizer.push(token)
-        if seq.detokenizer.stopped is not None:
-            output.finish_reason = STOP
-        elif len(seq.token_ids) >= seq.max_len:
-            output.finish_reason = LENGTH
-    if output.finish_reason:
-        text += seq.detokenizer.finish()
-        output.text = seq.detokenizer.text
-    return StreamEvent(seq.index, [token], text, output if output.finish_reason else None)
+    elif len(seq.token_ids) >= seq.max_len:
+        output.finish_reason = LENGTH
+    return StreamEvent(seq.index, [token], "", output if output.finish_reason else None)

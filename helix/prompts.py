@@ -1,13 +1,22 @@
-"""From a request to token ids: what a prompt must be, and what is said of one that cannot run."""
+"""From a request to what can run: what a prompt must be, its limits, its seed; what is said of one that cannot."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from parallel.placement import BlockCyclic
+
+from .commands import Add, Refuse, encode
 from .messages import plain_messages
 from .models.spec import ModelSpec
 from .request import Request
+from .sampling import SEED_LIMIT, SamplingParams
 
 Prompt = str | Sequence[int] | Request
 
@@ -16,7 +25,12 @@ def as_request(prompt: Prompt) -> Request:
     """Return the request that a prompt stands for: text, token ids, or itself."""
     if isinstance(prompt, Request):
         return prompt
-    return Request(prompt=prompt) if isinstance(prompt, str) else Request(prompt_token_ids=list(prompt))
+    if isinstance(prompt, str):
+        return Request(prompt=prompt)
+    try:
+        return Request(prompt_token_ids=list(prompt))
+    except TypeError:
+        return Request(error=f"a prompt is text, token ids or a Request, not a {type(prompt).__name__}")
 
 
 class PromptReader:
@@ -85,3 +99,86 @@ class PromptReader:
         except Exception as error:  # a template is the model's own program: it may raise anything
             raise ValueError(f"the chat template refused messages: {error}") from error
         return list(ids)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one sequence can take.
+
+    Attributes:
+        max_position: tokens that the model takes.
+        num_pages: of each KVP rank.
+    """
+
+    max_position: int
+    placement: BlockCyclic
+    num_pages: int
+
+    def fits(self, length: int) -> bool:
+        """Return whether empty pools can hold a sequence of so many tokens."""
+        return -(-self.placement.num_blocks(length) // self.placement.kvp) <= self.num_pages
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the pools hold in all."""
+        return self.num_pages * self.placement.kvp * self.placement.block_size
+
+
+class Settled(NamedTuple):
+    """An encoded command, and how many prompt tokens it adds; 0 where it refuses a request."""
+
+    data: bytes
+    prompt_len: int
+
+
+class Preparer:
+    """Settles on rank 0, from any thread, everything about a request that can fail or that ranks could see differently.
+
+    Args:
+        prompts: reads its prompt.
+        limits: what it may take.
+        has_tokenizer: whether text can be made, and a stop string be found in it.
+    """
+
+    def __init__(self, prompts: PromptReader, limits: Limits, *, has_tokenizer: bool) -> None:
+        self._prompts, self._limits, self._has_tokenizer = prompts, limits, has_tokenizer
+        self._entropy, self._num_seeded = secrets.randbelow(SEED_LIMIT), count()
+
+    def settle(self, index: int, prompt: Prompt, sampling: SamplingParams) -> Settled:
+        """Return the command that adds a prompt's request, or refuses it; ``sampling`` where it has none."""
+        request = as_request(prompt)
+        try:
+            add = self.prepare(index, request, request.sampling or sampling)
+            return Settled(encode(add), add.prompt_len)
+        except ValueError as problem:
+            error = str(problem).encode("utf-8", "backslashreplace").decode()
+            return Settled(encode(Refuse(index, _name(request), error)), 0)
+
+    def prepare(self, index: int, request: Request, sampling: SamplingParams) -> Add:
+        """Return the command that adds a request; ValueError says in one line why it cannot run."""
+        token_ids, limits = self._prompts.token_ids(request), self._limits
+        max_len = min(len(token_ids) + sampling.max_tokens, limits.max_position)
+        if not limits.fits(max_len - 1):
+            raise ValueError(
+                f"{len(token_ids)} prompt tokens and sampling.max_tokens = {sampling.max_tokens} need more than the "
+                f"{limits.num_tokens} tokens that cache.num_pages = {limits.num_pages} pages a rank hold"
+            )
+        if sampling.stop and not self._has_tokenizer:
+            raise ValueError(f"sampling.stop = {sampling.stop} needs a tokenizer, but the model folder has none")
+        seed = sampling.seed
+        if seed is None:
+            seed = (self._entropy + next(self._num_seeded)) % SEED_LIMIT
+        return Add(
+            index,
+            _name(request),
+            token_ids=np.array(token_ids, "<i4").tobytes(),
+            sampling=sampling,
+            seed=seed,
+            max_len=max_len,
+            cache_salt=request.cache_salt,
+            retention=request.retention,
+        )
+
+
+def _name(request: Request) -> bytes | None:
+    return None if request.id is None else request.id.encode("utf-8", "surrogatepass")

@@ -13,7 +13,6 @@ from .cache.pool import BlockTable
 from .cache.retention import Retention
 
 if TYPE_CHECKING:
-    from .detokenize import Detokenizer
     from .sampling import SamplingParams
 
 STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
@@ -22,7 +21,7 @@ STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 
 @dataclass(slots=True)
 class Request:
-    """One prompt: exactly one of text, token ids and chat messages; equal on every rank.
+    """One prompt: exactly one of text, token ids and chat messages. Rank 0's counts.
 
     Attributes:
         prompt: text; token ids are the tokenizer's, special tokens included.
@@ -56,7 +55,7 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """What became of one request; equal on every rank.
+    """What became of one request; equal on every rank, but for the text, which is rank 0's alone.
 
     Attributes:
         id: the request's.
@@ -81,7 +80,7 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class StreamEvent:
-    """New tokens of one request; ``output`` is set on its last event."""
+    """New tokens of one request, and on rank 0 their text; ``output`` is set on its last event."""
 
     index: int
     token_ids: list[int]
@@ -114,7 +113,6 @@ class Sequence:
     sampling: SamplingParams
     seed: int
     max_len: int
-    detokenizer: Detokenizer
     output: RequestOutput
     blocks: BlockTable = field(default_factory=lambda: BlockTable(0))
     num_computed: int = 0
@@ -136,6 +134,11 @@ class Sequence:
     def output_ids(self) -> list[int]:
         """The tokens made so far."""
         return self.token_ids[self.prompt_len :]
+
+    @property
+    def is_new(self) -> bool:
+        """True before it was admitted first."""
+        return self.batch_slot < 0 and not (self.was_admitted or self.has_ended)
 
     @property
     def has_ended(self) -> bool:

@@ -23,7 +23,6 @@ import triton.language as tl
 
 from helix.cache.pool import BlockTable
 from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
-from helix.detokenize import Detokenizer
 from helix.graphs import DecodeGraphs
 from helix.llm import LLM
 from helix.request import Chunk, RequestOutput, Sequence
@@ -95,7 +94,7 @@ def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
             pages[owner] += 1
         seq = Sequence(
             index=index, token_ids=[1] * context, prompt_len=context, sampling=SamplingParams(), seed=0,
-            max_len=context + 4096, detokenizer=Detokenizer(None), output=RequestOutput(None),
+            max_len=context + 4096, output=RequestOutput(None),
         )  # fmt: skip
         seq.blocks, seq.batch_slot = table, index
         sequences.append(seq)

@@ -139,7 +139,7 @@ class DraftModel:
         if twin is None:
             own = Sequence(
                 index=seq.index, token_ids=list(seq.token_ids), prompt_len=seq.prompt_len, sampling=_PLAIN, seed=0,
-                max_len=seq.max_len, detokenizer=seq.detokenizer, output=seq.output, batch_slot=seq.batch_slot,
+                max_len=seq.max_len, output=seq.output, batch_slot=seq.batch_slot,
             )  # fmt: skip
             twin = self._twins[seq] = _Twin(own, len(seq.token_ids))
         elif len(seq.token_ids) > twin.num_known:

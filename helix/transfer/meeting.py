@@ -234,7 +234,7 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
 
     Args:
         group: this rank's.
-        prepare: checks a request and turns it into a sequence.
+        prepare: settles a request.
 
     Raises:
         ValueError: on all ranks, when NIXL or the secret cannot be used, nobody listens, or the groups do not agree.

@@ -1,8 +1,8 @@
 """The decode group's side: ask the prefill group for prompts, go on with what arrives, survive what does not.
 
 It stands in front of the engine and takes its place in ``LLM``. Every rank of the group runs it on the same sequences;
-rank 0 alone is connected to the prefill ranks, and what it hears goes to all ranks in one broadcast a step, while
-anything is asked or quarantined. The life of a request:
+rank 0 alone is connected to the prefill ranks, and what it hears comes to all ranks through the door. The life of a
+request:
 
  1. Its cached prefix is claimed and its pages are allocated as the scheduler does it, for all candidates before any.
  2. When every rank has done what it still had to do with those pages, rank 0 asks every prefill rank for the rest.
@@ -17,6 +17,7 @@ A page is therefore never published before every writer is done, and never free 
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import time
 from collections import deque
@@ -102,6 +103,11 @@ class Receiver:
         self.counters = TransferCounters()
 
     @property
+    def metrics(self) -> RunMetrics:
+        """The counters since they were last reset."""
+        return self._engine.metrics
+
+    @property
     def has_work(self) -> bool:
         """True while any sequence waits, is on its way, or runs."""
         return bool(self._waiting or self._inbound or self._engine.has_work)
@@ -118,6 +124,10 @@ class Receiver:
         self._engine.note_arrival(seq)
         self._waiting.append(seq)
 
+    def find(self, index: int) -> Sequence | None:
+        """Return the sequence of an index; None where it has ended, or never was."""
+        return self._engine.find(index)
+
     def abort(self, index: int) -> list[StreamEvent]:
         """End a request; pages that are being written for it stay out of use until their writers have ended."""
         seq = self._engine.find(index)
@@ -128,10 +138,23 @@ class Receiver:
                 self._hearing.tell(Cancel(number))
         return self._engine.abort(index)
 
+    def advance(self, now: float) -> None:
+        """Tell the time, in seconds of one clock for all ranks."""
+        self._engine.advance(now)
+
+    def listen(self) -> bytes:
+        """Return rank 0's news of the prefill group."""
+        return pickle.dumps(self._listen())
+
+    def hear(self, news: bytes) -> list[StreamEvent]:
+        """Act on news, rank 0's own, and return what is new of the sequences that go on or end by them."""
+        if self._inbound or self._quarantined:
+            self._transport.progress()
+        return [event for each in pickle.loads(news) for event in self._act(each)]
+
     def step(self) -> list[StreamEvent]:
-        """Ask, listen, and compute one step; return what is new of the sequences that got a token or ended."""
+        """Ask, and compute one step; return what is new of the sequences that got a token or ended."""
         events = self._ask()
-        events += self._hear()
         if self._engine.has_work:
             events += self._engine.step(may_wait=bool(self._inbound or self._quarantined))
         return events
@@ -199,17 +222,13 @@ class Receiver:
     # --- listening ----------------------------------------------------------------------------------------------------
 
     def _hear(self) -> list[StreamEvent]:
-        """Share what rank 0 has heard and act on it."""
-        if not (self._inbound or self._quarantined):
-            return []
+        """Share what rank 0 has heard, beside the door, and act on it."""
         self._transport.progress()
-        events: list[StreamEvent] = []
-        for news in from_rank0(self._listen):
-            events += self._act(news)
-        return events
+        return [event for news in from_rank0(self._listen) for event in self._act(news)]
 
     def _listen(self) -> list[News]:
-        """Return rank 0's news."""
+        if not (self._inbound or self._quarantined):
+            return []
         scheduler = self._engine.scheduler
         stands = bool(scheduler.waiting or self._waiting) and not (scheduler.running or self._inbound)
         return self._hearing.listen(

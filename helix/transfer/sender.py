@@ -28,6 +28,7 @@ from parallel.layout import Layout
 from parallel.placement import BlockCyclic, IntArray
 
 from ..cache.retention import Retention
+from ..commands import Add
 from ..engine import Engine
 from ..request import Request, Sequence, StreamEvent
 from ..sampling import SamplingParams
@@ -40,8 +41,8 @@ LOST = -1
 IDLE_S = 0.02
 POLL_S = 0.001
 GIVE_UP_S = 5.0  # how long writes to a group that is gone may take to end
-Prepare = Callable[[int, Request, SamplingParams], Sequence]
-"""Turns a request, under its index and settings, into a sequence; ValueError says why it cannot run."""
+Prepare = Callable[[int, Request, SamplingParams], Add]
+"""Settles a request, under its index and settings; ValueError says why it cannot run."""
 _log = logging.getLogger(__name__)
 
 
@@ -89,7 +90,7 @@ class Sender:
         channel: to the decode group's rank 0.
         peers: the decode ranks that this rank writes to.
         transport: this rank's pool.
-        prepare: checks a request and turns it into a sequence.
+        prepare: settles a request.
     """
 
     def __init__(
@@ -148,7 +149,9 @@ class Sender:
         self._inbox += new
         self._num_heard += len(new)
         lost = self._channel.lost and self._num_done == self._num_heard and not self._closing
-        heard, ended = minimums([LOST if lost else self._num_heard, self._num_ended()])
+        now_us = int(time.monotonic() * 1e6)  # the least of the ranks' clocks is one clock for all
+        heard, ended, now_us = minimums([LOST if lost else self._num_heard, self._num_ended(), now_us])
+        self._engine.advance(now_us / 1e6)
         self._release(ended)
         if heard == LOST:
             self._lose()
@@ -185,7 +188,7 @@ class Sender:
                 ask.first_owner,
                 self._source.num_kv_heads,
             )
-            sending.seq = self._prepare(ask.id, *_request_of(ask))
+            sending.seq = self._prepare(ask.id, *_request_of(ask)).sequence()
         except (ValueError, TypeError) as problem:  # TypeError: settings of another name or type
             level = logging.WARNING if self._rank == 0 else logging.DEBUG  # every rank finds it alike
             _log.log(level, "request %d cannot run in the prefill group: %s", ask.id, problem)

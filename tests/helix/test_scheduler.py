@@ -12,7 +12,6 @@ from helix.cache.keys import BlockKeys
 from helix.cache.movements import CopyTokens, Movement
 from helix.cache.retention import Retention
 from helix.config import SchedulerConfig
-from helix.detokenize import Detokenizer
 from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from helix.scheduler import Scheduler, Step
@@ -34,7 +33,6 @@ def make_sequence(index: int, prompt_len: int, num_tokens: int) -> Sequence:
         sampling=SamplingParams(max_tokens=num_tokens),
         seed=index,
         max_len=prompt_len + num_tokens,
-        detokenizer=Detokenizer(None),
         output=RequestOutput(None),
     )
 

@@ -10,7 +10,6 @@ from helix.cache.control import CacheControl
 from helix.cache.keys import BlockKeys
 from helix.cache.pool import BlockTable
 from helix.config import SchedulerConfig
-from helix.detokenize import Detokenizer
 from helix.request import RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from helix.scheduler import Scheduler, Step
@@ -39,7 +38,6 @@ def sequence(index: int, tokens: list[int], made: int = 1) -> Sequence:
         sampling=SamplingParams(max_tokens=made),
         seed=0,
         max_len=len(tokens) + made,
-        detokenizer=Detokenizer(None),
         output=RequestOutput(None),
     )
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix.detokenize import Detokenizer
 from helix.request import RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from helix.speculative import ngram
@@ -33,7 +32,7 @@ def repeat(ids: list[int], end: int, limit: int) -> list[int]:
 def sequence(token_ids: list[int]) -> Sequence:
     return Sequence(
         index=0, token_ids=token_ids, prompt_len=len(token_ids), sampling=SamplingParams(), seed=0, max_len=1 << 30,
-        detokenizer=Detokenizer(None), output=RequestOutput(None),
+        output=RequestOutput(None),
     )  # fmt: skip
 
 

@@ -245,15 +245,15 @@ def test_pages_that_a_lost_writer_may_still_write_are_never_used_again(groups, m
 def dying_decode_body(ports, path, _, layout):
     """The last rank is killed while requests are on their way."""
     llm = make_llm(path, ports[0], "decode", layout)
-    plain, steps = Receiver._hear, [0]
+    plain, steps = Receiver.step, [0]
 
-    def hear(receiver):
+    def step(receiver):
         steps[0] += bool(receiver._inbound)
         if steps[0] == 3 and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(receiver)
 
-    Receiver._hear = hear
+    Receiver.step = step
     llm.generate(requests())
 
 
