@@ -24,7 +24,8 @@ from parallel.layout import split_evenly
 from parallel.symmetric import Faults, shares_memory
 
 from .fused_exchange import FusedExchange, supports
-from .merge import lse_words, merge_packed, merge_reference, merge_splits
+from .merge import lse_words, merge_packed, merge_parts, merge_reference
+from .partial import Partials
 
 EXCHANGES = ("auto", "collective", "fused")
 _log = logging.getLogger(__name__)
@@ -48,15 +49,14 @@ class Exchange(Protocol):
         """Stand before the first layer of every step."""
         ...
 
-    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
-        """Merge one layer's partials over splits and ranks.
+    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
+        """Merge one layer's partials over parts and ranks.
 
-        Collective over the KVP group: every rank calls it with the same R, layer by layer in the same order; S may
-        differ between ranks.
+        Collective over the KVP group: every rank calls it with partials of the same R rows, layer by layer in the same
+        order; how many partials a row has may differ between ranks.
 
         Args:
-            part_SRQD: [S, R, Q, D] local partial results, each normalised over its own range of the shard.
-            lse_SRQ: [S, R, Q] float32, natural log; -inf where a range holds nothing that the row sees.
+            partials: of R rows over this rank's shard.
             layer: which exchange of the step this is.
 
         Returns:
@@ -66,7 +66,7 @@ class Exchange(Protocol):
 
 
 class NoExchange:
-    """The exchange of a group of one: splits are merged."""
+    """The exchange of a group of one: the parts of a row are merged."""
 
     def __init__(self, dtype: torch.dtype, *, pdl: bool = False) -> None:
         self._dtype, self._pdl = dtype, pdl
@@ -74,9 +74,9 @@ class NoExchange:
     def begin_step(self) -> None:
         """Do nothing."""
 
-    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
-        """Merge the splits; see ``Exchange``."""
-        return merge_splits(part_SRQD, lse_SRQ, self._dtype, pdl=self._pdl)[0]
+    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
+        """Merge the parts; see ``Exchange``."""
+        return merge_parts(partials, self._dtype, pdl=self._pdl)[0]
 
 
 class CollectiveExchange:
@@ -104,9 +104,9 @@ class CollectiveExchange:
     def begin_step(self) -> None:
         """Do nothing."""
 
-    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
-        """Merge the splits, exchange and merge; see ``Exchange``."""
-        out, lse = merge_splits(part_SRQD, lse_SRQ, self._dtype)
+    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
+        """Merge the parts, exchange and merge; see ``Exchange``."""
+        out, lse = merge_parts(partials, self._dtype)
         received = all_to_all(self._pack(out, lse), self._group)
         if received.is_cuda:
             return merge_packed(received, self._heads, self._head_dim)
@@ -134,10 +134,10 @@ class BySizeExchange:
         """Advance the fused exchange's step counter."""
         self._fused.begin_step()
 
-    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
         """Exchange and merge; see ``Exchange``."""
-        exchange = self._fused if part_SRQD.shape[1] <= self._fused.max_rows else self._collective
-        return exchange(part_SRQD, lse_SRQ, layer=layer)
+        exchange = self._fused if partials.num_rows <= self._fused.max_rows else self._collective
+        return exchange(partials, layer=layer)
 
 
 def unpack(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

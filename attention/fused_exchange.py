@@ -1,6 +1,6 @@
-"""The fused exchange: merge of splits, push to the owners, wait and merge over ranks, in one launch.
+"""The fused exchange: merge of parts, push to the owners, wait and merge over ranks, in one launch.
 
-Every rank pushes each query head's partial (merged over its own splits on the way) straight into the receive slot of
+Every rank pushes each query head's partial (merged over its own parts on the way) straight into the receive slot of
 the rank that owns the head, and merges what arrives for its own heads. The data is its own flag
 (``parallel.symmetric``), so there is no fence, no flag and no barrier between the two halves: a program pushes some
 heads of a row and merges some others. The lse travels as one word a head beside the granules of O.
@@ -29,6 +29,9 @@ from parallel.symmetric import (
     push_word,
     unpack,
 )
+
+from .merge import parts_at_once
+from .partial import Partials
 
 OPERATION = 1
 """What a Fault's ``operation`` says for this kernel."""
@@ -59,32 +62,29 @@ def _weighed(word, weight):
 
 
 @triton.jit
-def _merged_splits(part, part_lse, row, head, g, rows, heads, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-                   GRANULES: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Merge one head's float32 splits into the words of granules g [1, G] of its GRANULES, and its lse [1, 1]."""
-    G: tl.constexpr = g.shape[1]
-    TURN: tl.constexpr = min(SPLITS_PAD, 1024 // G)
-    VALUES: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # of one granule on the wire; float32 in the splits
-    all_s = tl.arange(0, SPLITS_PAD)
-    b0 = tl.zeros([TURN, G], tl.float32)
+def _merged_parts(part, part_lse, start, stop, head, g, heads, MOST_PAD: tl.constexpr, TURN: tl.constexpr,
+                  GRANULES: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Merge one head's float32 parts [start, stop), TURN at a time: the words of granules g [1, G] of its GRANULES, and
+    its lse [1, 1].
+    """
+    VALUES: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # of one granule on the wire; float32 in the parts
+    every = start + tl.arange(0, MOST_PAD)
+    lse = tl.load(part_lse + every.to(tl.int64) * heads + head, mask=every < stop, other=float("-inf"))
+    top = tl.max(lse, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(lse - shift), 0)
+    scale = 1.0 / tl.where(total == 0.0, 1.0, total)
+    b0 = tl.zeros([TURN, g.shape[1]], tl.float32)
     b1, b2, b3, b4, b5, b6, b7 = b0, b0, b0, b0, b0, b0, b0
-    for first in tl.static_range(0, SPLITS_PAD, TURN):
-        s = first + tl.arange(0, TURN)[:, None]
-        cell = (s.to(tl.int64) * rows + row) * heads + head + g * 0
-        on = ((s < SPLITS) & (g >= 0)).to(tl.int32)  # no load waits for a weight; _weighed drops what is empty
+    for first in range(start, stop, TURN):
+        p = first + tl.arange(0, TURN)[:, None]
+        cell = p.to(tl.int64) * heads + head + g * 0
+        on = ((p < stop) & (g >= 0)).to(tl.int32)  # no load waits for a weight; _weighed drops what is empty
         address = part.to(tl.int64) + (cell * GRANULES + g) * VALUES * 4
         x0, x1, x2, x3 = load_granules(address, on)
         if VALUES == 8:
             x4, x5, x6, x7 = load_granules(address + 16, on)
-        own_lse = tl.load(part_lse + cell, mask=s < SPLITS, other=float("-inf"))
-        if first == 0:
-            lse = tl.load(part_lse + (all_s.to(tl.int64) * rows + row) * heads + head, mask=all_s < SPLITS,
-                          other=float("-inf"))  # fmt: skip
-            top = tl.max(lse, 0)
-            shift = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.sum(tl.exp(lse - shift), 0)
-            scale = 1.0 / tl.where(total == 0.0, 1.0, total)
-        weight = tl.exp(own_lse - shift) * scale
+        weight = tl.exp(tl.load(part_lse + cell, mask=p < stop, other=float("-inf")) - shift) * scale
         b0, b1 = b0 + _weighed(x0, weight), b1 + _weighed(x1, weight)
         b2, b3 = b2 + _weighed(x2, weight), b3 + _weighed(x3, weight)
         if VALUES == 8:
@@ -107,12 +107,12 @@ def _weigh(a, b, word, weight, decay, DTYPE: tl.constexpr):
     return a * decay + low * weight, b * decay + high * weight
 
 
-@triton.jit(do_not_specialize=["rank", "layer", "layers", "place", "timeout_ns", "rows", "merged_heads"])
+@triton.jit(do_not_specialize=["rank", "layer", "layers", "place", "timeout_ns", "merged_heads"])
 def _exchange_kernel(
-    part, part_lse, merged, peers, faults, clock, rank, layer, layers, place, timeout_ns, rows, merged_heads,
+    part, part_lse, part_start, merged, peers, faults, clock, rank, layer, layers, place, timeout_ns, merged_heads,
     HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, CAPACITY: tl.constexpr, PADDED: tl.constexpr,
     SLOT_BYTES: tl.constexpr, PUSH: tl.constexpr, PUSH_PAD: tl.constexpr, MERGE: tl.constexpr, SLICES: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, MOST_PAD: tl.constexpr, TURN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A program takes some heads of a row, and one slice of their granules; every slice has an lse word of its own.
     # Programs start in the order of their index, all of a row before the next, on every rank: what a resident program
@@ -137,6 +137,8 @@ def _exchange_kernel(
     there = (i < PUSH) & (head < HEADS)
     target = tl.load(addresses + owner, mask=there, other=0)
     mine = tl.load(addresses + rank)
+    if SPLIT:  # the step's work was uploaded before its first layer
+        first_part, last_part = tl.load(part_start + row), tl.load(part_start + row + 1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -144,9 +146,9 @@ def _exchange_kernel(
     slot = ((tl.load(clock).to(tl.int64) * layers + layer) & 1) * SLOT_BYTES
     target += slot
     mine += slot
-    if SPLITS > 1:
-        w0, w1, w2, w3, lse = _merged_splits(
-            part, part_lse, row, tile, g, rows, HEADS, SPLITS, SPLITS_PAD, granules, dtype
+    if SPLIT:
+        w0, w1, w2, w3, lse = _merged_parts(
+            part, part_lse, first_part, last_part, tile, g, HEADS, MOST_PAD, TURN, granules, dtype
         )
     else:
         on_all = (there & (g >= 0)).to(tl.int32)
@@ -158,7 +160,7 @@ def _exchange_kernel(
     w0, w1, w2, w3 = not_empty(w0), not_empty(w1), not_empty(w2), not_empty(w3)
     # A granule must be sent once: a second copy could land after the receiver has emptied the slot. A plain store is
     # done by one thread; inline assembly by every thread that holds a replica, so there is a granule for each.
-    if SPLITS > 1:
+    if SPLIT:
         to = (target + cell * head_bytes + g * 16).to(tl.pointer_type(tl.int64))
         tl.store(to, _pair(w0, w1), mask=there & (g >= 0))
         tl.store(to + 1, _pair(w2, w3), mask=there & (g >= 0))
@@ -203,7 +205,7 @@ def _exchange_kernel(
 
 
 class FusedExchange:
-    """Splits in, merged heads out, in one kernel over symmetric memory.
+    """Partials in, merged heads out, in one kernel over symmetric memory.
 
     Collective over the group: every rank makes it with equal arguments, and calls it for the same layers with the same
     rows in the same order; ``begin_step`` stands before the first layer of every step.
@@ -254,23 +256,26 @@ class FusedExchange:
         """Advance the step counter on the current stream."""
         self._clock.add_(1)
 
-    def __call__(self, part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
         """Exchange and merge one layer's partials; see ``Exchange``. At most max_rows rows."""
-        splits, rows, heads, head_dim = part_SRQD.shape
-        merged = torch.empty((rows, self._merged, head_dim), dtype=self._dtype, device=part_SRQD.device)
+        rows, (_, heads, head_dim) = partials.num_rows, partials.out.shape
+        split = partials.part_start is not None
+        merged = torch.empty((rows, self._merged, head_dim), dtype=self._dtype, device=partials.out.device)
         if rows == 0:
             return merged
         granules = head_dim * self._dtype.itemsize // 16
-        push = 1 if splits > 1 else _heads_of_a_program(rows, heads, granules)
+        push = 1 if split else _heads_of_a_program(rows, heads, granules)
         programs, slices = -(-heads // push), _slices_of_a_head(rows, heads, granules)
         _exchange_kernel[(programs * slices, rows)](
-            part_SRQD, lse_SRQ, merged, self._buffer.peers, self._faults.word, self._clock,
-            self._rank, layer, self._num_layers, layer * 4 + OPERATION, self._timeout_ns, rows, self._merged,
+            partials.out, partials.lse, self._clock if partials.part_start is None else partials.part_start, merged,
+            self._buffer.peers, self._faults.word, self._clock,
+            self._rank, layer, self._num_layers, layer * 4 + OPERATION, self._timeout_ns, self._merged,
             HEADS=heads, D=head_dim, N=self._kvp, CAPACITY=self.max_rows, PADDED=self._padded,
-            SLOT_BYTES=self._slot_bytes, PUSH=push, PUSH_PAD=1 if splits > 1 else max(push, 32 * slices // granules),
+            SLOT_BYTES=self._slot_bytes, PUSH=push, PUSH_PAD=1 if split else max(push, 32 * slices // granules),
             MERGE=triton.next_power_of_2(-(-self._padded // programs)), SLICES=slices,
-            SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PDL=self._pdl,
-            num_warps=4 if splits > 1 else max(1, min(4, push * granules // slices // 32)),
+            SPLIT=split, MOST_PAD=triton.next_power_of_2(partials.most), TURN=parts_at_once(rows * heads),
+            PDL=self._pdl,
+            num_warps=4 if split else max(1, min(4, push * granules // slices // 32)),
             **({"launch_pdl": True} if self._pdl else {}),
         )  # fmt: skip
         return merged

@@ -1,10 +1,11 @@
 """Partial attention of many rows for Hopper: prefill chunks, at the tensor cores' speed.
 
-A program takes a tile of 128 rows x heads of one KV head (the GQA group is packed into the tile) and streams the local
-shard through shared memory. Its warps have roles: one asks for tiles of K and V, and two groups of four attend, each
-with half of the rows. Within a group the products of a turn overlap the softmax of the next, and as no barrier holds
-the two groups together, one's products overlap the other's softmax (FlashAttention-3, arXiv 2407.08608, sections 3.1
-and 3.2). The mask is each row's own ``visible_len``; only tiles of tokens that some row does not see whole are masked.
+A program takes one piece of the step's work list (``work``): a tile of 128 rows x heads of one KV head (the GQA group
+is packed into the tile) and a range of tokens, which it streams through shared memory. Its warps have roles: one asks
+for tiles of K and V, and two groups of four attend, each with half of the rows. Within a group the products of a turn
+overlap the softmax of the next, and as no barrier holds the two groups together, one's products overlap the other's
+softmax (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2). The mask is each row's own ``visible_len``; only
+tiles of tokens that some row does not see whole are masked.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .page_tiles import FETCH_REGISTERS, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
-from .rows import Rows
+from .page_tiles import FETCH_REGISTERS, PIECE, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
+from .partial import Partials
+from .rows import Rows, Work
 from .stream_kv import LOG2_E
+from .work import Cutting
 
 M = 128  # rows x heads of a program, half of them to each group of warps
 STAGES = 2
@@ -68,9 +71,9 @@ def _softmax(scores, top, total, token, limit, scale_log2, masked):
 
 @gluon.jit
 def _attend(
-    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, out, lse,
-    q_row_stride, scale_log2, num_rows, num_heads, kv_head, split, first, stop, begin, end, count,
-    PART: gl.constexpr, GROUP: gl.constexpr, TILE_ROWS: gl.constexpr, SPLITS: gl.constexpr, PDL: gl.constexpr,
+    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, part_start, out, lse,
+    q_row_stride, scale_log2, num_heads, kv_head, part, first, stop, begin, end, count,
+    PART: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps that attend with one half of a program's rows x heads."""
     if PDL:
@@ -91,12 +94,12 @@ def _attend(
     d = gl.arange(0, D, layout=gl.SliceLayout(0, lines))
     q_row = (first + c // GROUP).to(gl.int64)
     from_q = q + (q_row * q_row_stride + (kv_head * GROUP + c % GROUP) * D)[:, None] + d[None, :]
-    own_q.store(gl.load(from_q, mask=((c < TILE_ROWS * GROUP) & (q_row < stop))[:, None], other=0.0))
+    own_q.store(gl.load(from_q, mask=(q_row < stop)[:, None], other=0.0))
     fence_async_shared()
 
     m = PART * HALF + gl.arange(0, HALF, layout=of_qk)
     row = first + m // GROUP
-    real = (m < TILE_ROWS * GROUP) & (row < stop)
+    real = row < stop
     limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
     # rows ascend: every token before what the first one sees is seen by all
     whole = gl.minimum(gl.load(visible_len + gl.minimum(first + PART * HALF // GROUP, stop - 1)), end)
@@ -141,46 +144,47 @@ def _attend(
 
     empty = total == 0.0
     sums = gl.where(empty, 1.0, total)
-    cell = (split * num_rows + row).to(gl.int64) * num_heads + kv_head * GROUP + m % GROUP
     natural = gl.where(empty, float("-inf"), (top * scale_log2 + gl.log2(sums)) / 1.4426950408889634)
-    gl.store(lse + cell, natural, mask=real)
-    if (SPLITS == 1) | (count > 0):  # whoever merges splits does not read those with lse = -inf
-        o_m = PART * HALF + gl.arange(0, HALF, layout=of_pv)
-        o_row = first + o_m // GROUP
-        o_cell = (split * num_rows + o_row).to(gl.int64) * num_heads + kv_head * GROUP + o_m % GROUP
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, pv))
-        value = acc / gl.convert_layout(sums, of_pv)[:, None]
-        there = (o_m < TILE_ROWS * GROUP) & (o_row < stop)
-        gl.store(out + o_cell[:, None] * D + o_d[None, :], value.to(out.dtype.element_ty), mask=there[:, None])
+    gl.store(lse + _cell(part_start, row, part, stop, SPLIT) * num_heads + kv_head * GROUP + m % GROUP, natural,
+             mask=real)  # fmt: skip
+    o_m = PART * HALF + gl.arange(0, HALF, layout=of_pv)
+    o_row = first + o_m // GROUP
+    o_cell = _cell(part_start, o_row, part, stop, SPLIT) * num_heads + kv_head * GROUP + o_m % GROUP
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, pv))
+    value = acc / gl.convert_layout(sums, of_pv)[:, None]
+    gl.store(out + o_cell[:, None] * D + o_d[None, :], value.to(out.dtype.element_ty), mask=(o_row < stop)[:, None])
+
+
+@gluon.jit
+def _cell(part_start, row, part, stop, SPLIT: gl.constexpr):
+    """Return which partials rows write; rows that are not there write none."""
+    if SPLIT:
+        return (gl.load(part_start + row, mask=row < stop, other=0) + part).to(gl.int64)
+    else:
+        return row.to(gl.int64)
 
 
 @gluon.jit
 def _many_rows_kernel(
-    kv, q, page_table, row_seq, visible_len, query_start, out, lse,
-    q_row_stride, table_stride, scale_log2, num_rows, num_heads, num_kv_heads, tiles,
-    GROUP: gl.constexpr, TILE_ROWS: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr, M: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, REGISTERS: gl.constexpr,
-    FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    kv, q, page_table, visible_len, pieces, span_start, part_start, out, lse,
+    q_row_stride, table_stride, scale_log2, num_heads, num_kv_heads,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     dtype: gl.constexpr = kv.dtype
-    # the last tiles of a run see most: they begin first
-    run, tile = gl.program_id(0) // tiles, tiles - 1 - gl.program_id(0) % tiles
-    kv_head, split = gl.program_id(1), gl.program_id(2)
-    # the step's sizes were uploaded before its first layer
-    run_start, run_stop = gl.load(query_start + run), gl.load(query_start + run + 1)
-    first = run_start + tile * TILE_ROWS
-    stop = gl.minimum(run_stop, first + TILE_ROWS)
-    there = first < stop
-    longest = gl.load(visible_len + stop - 1, mask=there, other=0)
-    share = gl.cdiv(gl.cdiv(longest, SPLITS), TILE) * TILE
-    begin = split * share
-    end = gl.minimum(begin + share, longest)
-    count = gl.cdiv(gl.maximum(end - begin, 0), TILE)
-    # tokens before it were cached by earlier steps: a row appends one at most
-    settled = gl.load(visible_len + run_stop - 1, mask=there, other=0) - (run_stop - run_start)
-    table = page_table + gl.load(row_seq + first, mask=there, other=0).to(gl.int64) * table_stride
+    kv_head = gl.program_id(1)
+    # the step's work was uploaded before its first layer
+    piece = gl.load(span_start + gl.program_id(0))
+    there = piece < gl.load(span_start + gl.program_id(0) + 1)
+    its = pieces + piece * PIECE
+    first, stop = gl.load(its, mask=there, other=0), gl.load(its + 1, mask=there, other=0)
+    begin, end = gl.load(its + 2, mask=there, other=0), gl.load(its + 3, mask=there, other=0)
+    part, settled = gl.load(its + 4, mask=there, other=0), gl.load(its + 5, mask=there, other=0)
+    count = gl.cdiv(end - begin, TILE)
+    table = page_table + gl.load(its + 6, mask=there, other=0).to(gl.int64) * table_stride
     page_rows = 2 * num_kv_heads * BLOCK_SIZE
     k_row, v_row = kv_head * BLOCK_SIZE, (num_kv_heads + kv_head) * BLOCK_SIZE
 
@@ -203,14 +207,14 @@ def _many_rows_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, out, lse,
-                    q_row_stride, scale_log2, num_rows, num_heads, kv_head, split, first, stop, begin, end, count,
-                    0, GROUP, TILE_ROWS, SPLITS, PDL,
+                    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, part_start, out, lse,
+                    q_row_stride, scale_log2, num_heads, kv_head, part, first, stop, begin, end, count,
+                    0, GROUP, SPLIT, PDL,
                 )),
                 (_attend, (
-                    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, out, lse,
-                    q_row_stride, scale_log2, num_rows, num_heads, kv_head, split, first, stop, begin, end, count,
-                    1, GROUP, TILE_ROWS, SPLITS, PDL,
+                    q, q_s, k_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, part_start, out, lse,
+                    q_row_stride, scale_log2, num_heads, kv_head, part, first, stop, begin, end, count,
+                    1, GROUP, SPLIT, PDL,
                 )),
                 (_fetch, (
                     kv, k_s, v_s, k_full, v_full, k_free, v_free, table, begin, end, count, settled, k_row, v_row,
@@ -229,25 +233,27 @@ def supports(pages: torch.Tensor, group: int) -> bool:
     return is_readable(pages) and group <= M
 
 
-def many_rows_attention(
-    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, processors: int, pdl: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend the rows of each sequence to the local shard; see ``PartialAttention``."""
-    num_rows, num_heads, head_dim = q_RQD.shape
+def _tile(head_dim: int) -> int:
+    """Return the tokens of a turn."""
+    return TILE_ELEMENTS // max(head_dim, 128)
+
+
+def cutting(group: int, max_rows: int, programs: int, *, head_dim: int) -> Cutting:
+    """Return how steps are cut, for ``group`` query heads a KV head of so many elements."""
+    return Cutting("many_rows", min(max_rows, M // group), _tile(head_dim), programs, persistent=False)
+
+
+def attend(
+    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, work: Work, partials: Partials, scale: float, *, pdl: bool
+) -> None:
+    """Attend the rows of each sequence to the local shard; see ``PartialAttention``. Partials are written."""
+    _, num_heads, head_dim = q_RQD.shape
     num_kv_heads, block_size = pages.shape[2], pages.shape[3]
-    group, runs = num_heads // num_kv_heads, rows.query_start.shape[0] - 1
-    tile_rows = min(rows.max_rows, M // group)
-    tiles = -(-rows.max_rows // tile_rows)
-    tile, programs = TILE_ELEMENTS // max(head_dim, 128), runs * tiles * num_kv_heads
-    splits = max(1, min(processors // programs, -(-rows.max_visible_len // tile)))
-    dtype = torch.float32 if splits > 1 else q_RQD.dtype
-    part = torch.empty((splits, num_rows, num_heads, head_dim), dtype=dtype, device=q_RQD.device)
-    lse = torch.empty((splits, num_rows, num_heads), dtype=torch.float32, device=q_RQD.device)
-    _many_rows_kernel[(runs * tiles, num_kv_heads, splits)](
-        boxes_of(pages, tile), q_RQD, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, lse,
-        q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_rows, num_heads, num_kv_heads, tiles,
-        GROUP=group, TILE_ROWS=tile_rows, D=head_dim, BLOCK_SIZE=block_size, M=M, TILE=tile, STAGES=STAGES,
-        SPLITS=splits, REGISTERS=REGISTERS, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4,
+    _many_rows_kernel[(work.programs, num_kv_heads)](
+        boxes_of(pages, _tile(head_dim)), q_RQD, rows.page_table, rows.visible_len, work.pieces,
+        work.span_start, work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
+        q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_heads, num_kv_heads,
+        GROUP=num_heads // num_kv_heads, D=head_dim, BLOCK_SIZE=block_size, M=M, TILE=_tile(head_dim), STAGES=STAGES,
+        SPLIT=work.part_start is not None, REGISTERS=REGISTERS, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    return part, lse

@@ -11,6 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .partial import Partials
+
+FEW_HEADS = 256  # rows x heads up to which a launch cannot fill a GPU, so that all that counts is how long one takes
+
+
+def parts_at_once(rows_x_heads: int) -> int:
+    """Return how many parts of a head are read at once: many where there are few heads, whose rows are cut finely."""
+    return 64 if rows_x_heads < FEW_HEADS else 16
+
 
 def merge_reference(out_NRQD: torch.Tensor, lse_NRQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge N partials in float32 (float64 stays float64), on any device.
@@ -93,58 +102,62 @@ def merge_packed(packed_NRQW: torch.Tensor, heads: int, head_dim: int) -> torch.
 
 
 @triton.jit
-def _merge_splits_kernel(
-    part, part_lse, out, lse, num_rows, num_heads, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr, PDL: tl.constexpr,
+def _merge_parts_kernel(
+    part, part_lse, part_start, out, lse, num_heads, D: tl.constexpr, D_PAD: tl.constexpr, TURN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    """One head of a row, TURN parts at a time, values and lse asked for at once; sums shrink as the top grows."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    # the step's work was uploaded before its first layer
+    start, stop = tl.load(part_start + row), tl.load(part_start + row + 1)
+    d = tl.program_id(2) * D_PAD + tl.arange(0, D_PAD)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    TURN: tl.constexpr = min(SPLITS_PAD, max(1, 8192 // D_PAD))
-    all_s = tl.arange(0, SPLITS_PAD)
-    each = tl.load(part_lse + (all_s * num_rows + row) * num_heads + head, mask=all_s < SPLITS, other=float("-inf"))
-    top = tl.max(each, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp(each - shift), 0)
-    d = tl.program_id(2) * D_PAD + tl.arange(0, D_PAD)
-    acc = tl.zeros([TURN, D_PAD], tl.float32)
-    for first in tl.static_range(0, SPLITS_PAD, TURN):
-        s = first + tl.arange(0, TURN)
-        cell = (s * num_rows + row) * num_heads + head
-        # no load waits for another: what an empty split left in memory is read, and dropped by its weight
-        o = tl.load(part + cell[:, None] * D + d[None, :], mask=(s < SPLITS)[:, None] & (d < D)[None, :], other=0.0)
-        weight = tl.exp(tl.load(part_lse + cell, mask=s < SPLITS, other=float("-inf")) - shift)[:, None]
-        acc += tl.where(weight > 0.0, o, 0.0) * weight
-    merged = tl.sum(acc, 0) / tl.where(total == 0.0, 1.0, total)
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([D_PAD], tl.float32)
+    for first in range(start, stop, TURN):
+        p = first + tl.arange(0, TURN)
+        cell = p.to(tl.int64) * num_heads + head
+        each = tl.load(part_lse + cell, mask=p < stop, other=float("-inf"))
+        o = tl.load(part + cell[:, None] * D + d[None, :], mask=(p < stop)[:, None] & (d < D)[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(each, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight, decay = tl.exp(each - shift), tl.exp(top - shift)
+        # what an empty part left in memory is dropped by its weight
+        acc = acc * decay + tl.sum(tl.where(weight[:, None] > 0.0, o, 0.0) * weight[:, None], 0)
+        total = total * decay + tl.sum(weight, 0)
+        top = new_top
+    whole = tl.where(total == 0.0, 1.0, total)
     here = row * num_heads + head
-    tl.store(out + here * D + d, merged.to(out.dtype.element_ty), mask=d < D)
-    tl.store(lse + here, tl.where(total == 0.0, float("-inf"), shift + tl.log(tl.where(total == 0.0, 1.0, total))))
+    tl.store(out + here * D + d, (acc / whole).to(out.dtype.element_ty), mask=d < D)
+    tl.store(lse + here, tl.where(total == 0.0, float("-inf"), top + tl.log(whole)))
 
 
-def merge_splits(
-    part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor, dtype: torch.dtype, *, pdl: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge the splits of one rank's shard: [R, Q, D] in ``dtype`` and lse [R, Q]; one split is returned as it is.
+def merge_parts(partials: Partials, dtype: torch.dtype, *, pdl: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the partials of each row of one rank: [R, Q, D] in ``dtype`` and lse [R, Q].
 
-    Args:
-        part_SRQD: [S, R, Q, D] packed; float32 where S > 1. Values under lse = -inf are dropped.
-        lse_SRQ: [S, R, Q] float32, natural log.
-        dtype: of the result.
-        pdl: launch programmatically dependent.
+    Rows that have one partial each are returned as they are. ``pdl`` launches programmatically dependent.
     """
-    splits, rows, heads, head_dim = part_SRQD.shape
-    if splits == 1:
-        return part_SRQD[0].to(dtype), lse_SRQ[0]
-    if not (part_SRQD.is_cuda or triton.knobs.runtime.interpret):
-        out, lse = merge_reference(part_SRQD, lse_SRQ)
+    part, part_lse, part_start = partials.out, partials.lse, partials.part_start
+    if part_start is None:
+        return part.to(dtype), part_lse
+    rows, (_, heads, head_dim) = partials.num_rows, part.shape
+    if not (part.is_cuda or triton.knobs.runtime.interpret):
+        index = part_start[:-1] + torch.arange(partials.most).unsqueeze(1)  # [most, R]
+        seen = index < part_start[1:]
+        index = index.clamp(max=part.shape[0] - 1)
+        out, lse = merge_reference(part[index], part_lse[index].masked_fill(~seen.unsqueeze(-1), -torch.inf))
         return out.to(dtype), lse
-    out, lse = part_SRQD.new_empty((rows, heads, head_dim), dtype=dtype), torch.empty_like(lse_SRQ[0])
+    out = part.new_empty((rows, heads, head_dim), dtype=dtype)
+    lse = part_lse.new_empty((rows, heads))
     if rows:
-        columns = min(32, triton.next_power_of_2(head_dim)) if rows * heads < 256 else triton.next_power_of_2(head_dim)
-        _merge_splits_kernel[(rows, heads, -(-head_dim // columns))](
-            part_SRQD, lse_SRQ, out, lse, rows, heads, D=head_dim, D_PAD=columns,
-            SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), PDL=pdl,
-            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        few = rows * heads < FEW_HEADS
+        columns = min(32, triton.next_power_of_2(head_dim)) if few else triton.next_power_of_2(head_dim)
+        _merge_parts_kernel[(rows, heads, -(-head_dim // columns))](
+            part, part_lse, part_start, out, lse, heads, D=head_dim, D_PAD=columns,
+            TURN=parts_at_once(rows * heads), PDL=pdl,
+            num_warps=4 if few else 1, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out, lse

@@ -1,4 +1,4 @@
-"""What split-KV kernels in Triton share: a split's range of tokens, and a softmax that grows a turn at a time.
+"""What the attention kernels in Triton share: a softmax that grows a turn at a time.
 
 Scores are in units of log 2; ``top`` and ``total`` are the largest score of each row so far and the sum of all weights.
 """
@@ -7,14 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def split_range(longest, split, SPLITS: tl.constexpr, N: tl.constexpr):
-    """Return where a split's share of ``longest`` tokens begins and ends, in whole blocks of N."""
-    share = tl.cdiv(tl.cdiv(longest, SPLITS), N) * N
-    begin = split * share
-    return begin, tl.minimum(begin + share, longest)
 
 
 @triton.jit

@@ -14,10 +14,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from parallel.device import capability
 
+from .work import PIECE_FIELDS
+
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 HEAD_DIMS = (64, 128, 256)
 SWIZZLE_BYTES = 128
 FETCH_REGISTERS = 24  # a thread that asks for tiles
+PIECE = gl.constexpr(len(PIECE_FIELDS))
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 

@@ -3,25 +3,63 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from .rows import Rows
+from .work import Cutting
 
 BACKENDS = ("auto", "reference", "triton")
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Partials:
+    """What one rank's attention makes of R rows: partial results over disjoint ranges of the local shard.
+
+    Attributes:
+        out: [L, Q, W], each partial normalised over its own range; values under lse = -inf may be anything.
+        lse: [L, Q] float32, natural log; -inf where a range holds nothing that the row sees.
+        part_start: [R + 1] int32, data: the partials of row r are part_start[r] to part_start[r + 1], which may be
+            none; ``out`` is float32 then. None: row r has one partial, r, in the dtype of the queries.
+        most: a bound of the partials of a row.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    part_start: torch.Tensor | None = None
+    most: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.out.shape[0] if self.part_start is None else self.part_start.shape[0] - 1
+
+
 class PartialAttention(Protocol):
     """Attends R rows to the local shard of a paged cache. No communication."""
 
+    def cutting(
+        self, pages: torch.Tensor, num_heads: int, max_rows: int, *, value_dim: int | None = None
+    ) -> Cutting | None:
+        """Return how steps whose longest run has so many rows are to be cut; None where no work list is read.
+
+        Args:
+            pages: one layer's pages.
+            num_heads: Q.
+            max_rows: rows of the longest run.
+            value_dim: as in a call.
+        """
+        ...
+
     def __call__(
         self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return partial results over S disjoint ranges of the local shard, S >= 1.
+    ) -> Partials:
+        """Return partial results of all rows.
 
-        Splits are partials like those of ranks, and the exchange merges both at once.
+        Ranges are partials like those of ranks, and the exchange merges both at once.
 
         Args:
             q_RQD: [R, Q, D]; query head i reads KV head i // (Q / K). Heads are packed, rows may be strided.
@@ -30,10 +68,6 @@ class PartialAttention(Protocol):
             rows: the step's rows; their K and V are already appended.
             scale: what the scores are multiplied by, positive, usually D ** -0.5.
             value_dim: W, elements of a latent that are V; None where V has a plane of its own, as wide as K.
-
-        Returns:
-            out [S, R, Q, W], each normalised over its own range, in q's dtype where S is 1 and float32 else; and lse
-            [S, R, Q] float32, natural log. A row that sees nothing of a range has out = 0 and lse = -inf there.
         """
         ...
 
@@ -52,14 +86,14 @@ def select_backend(name: str, device: torch.device, *, pdl: bool = False) -> Par
         name = "triton" if device.type == "cuda" else "reference"
         _log.info("attention.backend=auto: %s, for device %s", name, device.type)
     if name == "reference":
-        from .reference import partial_attention
+        from .reference import ReferenceAttention
 
-        return partial_attention
-    from .split_kv import SplitKV, can_run
+        return ReferenceAttention()
+    from .kernels import TritonAttention, can_run
 
     if not can_run(device):
         raise ValueError(
             f"attention.backend = triton needs a CUDA device (or TRITON_INTERPRET=1), not {device.type}; "
             "use attention.backend=reference"
         )
-    return SplitKV(device, pdl=pdl)
+    return TritonAttention(device, pdl=pdl)

@@ -6,15 +6,29 @@ from itertools import pairwise
 
 import torch
 
+from .partial import Partials
 from .rows import Rows
 
 SCORES_AT_ONCE = 1 << 20
 
 
+class ReferenceAttention:
+    """The reference back end; see ``PartialAttention``. It makes one partial of every row and needs no work list."""
+
+    def cutting(self, pages: torch.Tensor, num_heads: int, max_rows: int, *, value_dim: int | None = None) -> None:
+        """Return None: nothing is cut."""
+
+    def __call__(
+        self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
+    ) -> Partials:
+        """Attend rows to the local shard."""
+        return Partials(*partial_attention(q_RQD, pages, rows, scale, value_dim=value_dim))
+
+
 def partial_attention(
     q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend rows to the local shard in float32 (float64 stays float64), as one range; see ``PartialAttention``."""
+    """Attend rows to the local shard in float32 (float64 stays float64): out [R, Q, W] in q's dtype, and lse [R, Q]."""
     num_rows, num_heads, head_dim = q_RQD.shape
     value_dim = value_dim or head_dim
     dtype = torch.float64 if q_RQD.dtype == torch.float64 else torch.float32
@@ -36,7 +50,7 @@ def partial_attention(
             out[first:last][seen], lse[first:last][seen] = _attend(
                 q_RQD[first:last][seen].to(dtype) * scale, kv, visible
             )
-    return out.to(q_RQD.dtype).unsqueeze(0), lse.unsqueeze(0)
+    return out.to(q_RQD.dtype), lse
 
 
 def _attend(

@@ -7,9 +7,35 @@ whole causal mask on a sharded cache. Ranks differ in this data only, never in c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from .work import Cutting, cut
+
+
+@dataclass(frozen=True)
+class Work:
+    """A work list on the device; see ``work.WorkList`` for its arrays, all int32.
+
+    Attributes:
+        cutting: what it was cut for: the kernel that it is made for, and no other, can run it.
+        pieces: [N, 7], with room for more pieces than there may be.
+        span_start: [programs + 1].
+        part_start: [R + 1]; None where every row has exactly one partial.
+        num_parts: partials that there is room for.
+    """
+
+    cutting: Cutting
+    pieces: torch.Tensor
+    span_start: torch.Tensor
+    part_start: torch.Tensor | None
+    num_parts: int
+
+    @property
+    def programs(self) -> int:
+        """Programs of each KV head."""
+        return self.span_start.shape[0] - 1
 
 
 @dataclass(frozen=True)
@@ -17,7 +43,7 @@ class Rows:
     """What one rank needs to know of a step's rows. All tensors live on the rank's device.
 
     Rows of one sequence are neighbours and ascend in position. ``positions``, ``row_seq`` and ``query_start`` are equal
-    on all ranks; ``visible_len``, ``slot`` and ``page_table`` are this rank's own, alike over TPA.
+    on all ranks; ``visible_len``, ``slot``, ``page_table`` and ``work`` are this rank's own, alike over TPA.
 
     Attributes:
         positions: [R] int64, global position of each row's token.
@@ -26,8 +52,7 @@ class Rows:
         slot: [R] int64, page * block_size + offset where the row's K and V go, or -1 where another rank owns them.
         page_table: [B, P] int32, local pages of each sequence in ascending position; unused entries are never read.
         query_start: [C + 1] int32, first row of each of the C runs of rows that share a sequence, then R.
-        max_rows: the longest run, in rows.
-        max_visible_len: a bound of ``visible_len`` over the rows of this step, in tokens.
+        work: who attends to what; None for a back end that asks for no work list.
     """
 
     positions: torch.Tensor
@@ -36,10 +61,21 @@ class Rows:
     slot: torch.Tensor
     page_table: torch.Tensor
     query_start: torch.Tensor
-    max_rows: int
-    max_visible_len: int
+    work: Work | None = None
 
     @property
     def num_rows(self) -> int:
         """R."""
         return self.positions.shape[0]
+
+    def cut_for(self, cutting: Cutting | None) -> Rows:
+        """Return these rows with the work list that a kernel asks for, made from lengths that are read back first."""
+        if cutting is None:
+            return replace(self, work=None)
+        lengths, starts, seqs = (each.cpu().numpy() for each in (self.visible_len, self.query_start, self.row_seq))
+        work = cut(lengths, starts, seqs, cutting)
+        pieces, span_start, part_start = (
+            torch.from_numpy(each).to(self.positions.device) for each in (work.pieces, work.span_start, work.part_start)
+        )
+        parts = part_start if work.is_split else None
+        return replace(self, work=Work(cutting, pieces, span_start, parts, int(work.part_start[-1])))

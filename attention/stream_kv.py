@@ -5,8 +5,13 @@ warp of a program asks for tiles of K and V, and four attend. What is cached doe
 tokens that it appends: that warp asks for every tile that the stages hold before it waits for the kernel that makes the
 queries (programmatic dependent launch), and for tiles that may hold new tokens after.
 
+A program takes a span of the step's work list (``work``), and the warp that asks runs ahead over the ends of pieces:
+
+    asks      a0 a1 a2 | wait for queries | a3 a4 b0 b1 ...        stages hold the next turns, whosever they are
+    attends              wait for queries | a0 a1 a2 a3 a4, store a | b0 b1 ..., store b
+
 Tokens are the tensor core's 64 rows; the query heads of one KV head, times the rows of a sequence, are its columns:
-S^T = K q^T, O^T = V^T P^T. Splits as in ``split_kv``.
+S^T = K q^T, O^T = V^T P^T.
 """
 
 from __future__ import annotations
@@ -23,8 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .page_tiles import FETCH_REGISTERS, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
-from .rows import Rows
+from .page_tiles import FETCH_REGISTERS, PIECE, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
+from .partial import Partials
+from .rows import Rows, Work
 
 LOG2_E = 1.4426950408889634
 TILE = 64  # tokens; a turn takes two tiles
@@ -38,34 +44,42 @@ REGISTERS, REGISTERS_OF_MOST_COLUMNS = 128, 160
 
 @gluon.jit
 def _fetch(
-    kv, tiles, full, free, table, begin, end, count, settled, k_row, v_row, page_rows,
+    kv, tiles, full, free, page_table, pieces, first_piece, last_piece, table_stride, k_row, v_row, page_rows,
     BLOCK_SIZE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The warp that asks for the tiles of each turn, two of K and two of V, once their stage is free."""
     STAGES: gl.constexpr = full.shape[0]
     TILE: gl.constexpr = tiles.shape[1]
     BYTES: gl.constexpr = 4 * TILE * tiles.shape[2] * kv.dtype.primitive_bitwidth // 8
-    early = early_turns(begin, end, settled, count, 2 * TILE, STAGES)
-    for i in range(count):
-        stage = i % STAGES
-        bar = full.index(stage)
-        if (i == early) & PDL:
-            gdc_wait()
-        mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, BYTES)
-        for half in gl.static_range(2):
-            at, to = begin + (2 * i + half) * TILE, stage * 4 + half
-            fetch_tile(kv, tiles, bar, to, at, end - 1, k_row, table, page_rows, BLOCK_SIZE)
-            fetch_tile(kv, tiles, bar, to + 2, at, end - 1, v_row, table, page_rows, BLOCK_SIZE)
+    its = pieces + first_piece * PIECE
+    begin, end, settled = gl.load(its + 2), gl.load(its + 3), gl.load(its + 5)
+    early = early_turns(begin, end, settled, gl.cdiv(end - begin, 2 * TILE), 2 * TILE, STAGES)
+    turn = first_piece * 0
+    for piece in range(first_piece, last_piece):
+        its = pieces + piece * PIECE
+        begin, end = gl.load(its + 2), gl.load(its + 3)
+        table = page_table + gl.load(its + 6).to(gl.int64) * table_stride
+        for at in range(begin, end, 2 * TILE):
+            stage = turn % STAGES
+            bar = full.index(stage)
+            if (turn == early) & PDL:
+                gdc_wait()
+            mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, BYTES)
+            for half in gl.static_range(2):
+                token, to = at + half * TILE, stage * 4 + half
+                fetch_tile(kv, tiles, bar, to, token, end - 1, k_row, table, page_rows, BLOCK_SIZE)
+                fetch_tile(kv, tiles, bar, to + 2, token, end - 1, v_row, table, page_rows, BLOCK_SIZE)
+            turn += 1
 
 
 @gluon.jit
 def _attend(
-    q, tiles_s, q_s, p_s, full, free, visible_len, out, lse,
-    q_row_stride, scale_log2, num_rows, num_heads, kv_head, split, first, stop, begin, end, count,
-    GROUP: gl.constexpr, SPLITS: gl.constexpr, PDL: gl.constexpr,
+    q, tiles_s, q_s, p_s, full, free, pieces, first_piece, last_piece, visible_len, part_start, out, lse,
+    q_row_stride, scale_log2, num_heads, kv_head,
+    GROUP: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Four warps that attend, turn by turn, and store this split's partial."""
+    """Four warps that attend, turn by turn, and store the partial of each piece."""
     if PDL:
         gdc_wait()
     STAGES: gl.constexpr = full.shape[0]
@@ -78,84 +92,80 @@ def _attend(
     columns: gl.constexpr = gl.SliceLayout(0, wgmma)
     c = gl.arange(0, M, layout=gl.SliceLayout(1, lines))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, lines))
-    q_row = (first + c // GROUP).to(gl.int64)
-    from_q = q + (q_row * q_row_stride + (kv_head * GROUP + c % GROUP) * D)[:, None] + d[None, :]
-    q_s.store(gl.load(from_q, mask=(q_row < stop)[:, None], other=0.0))
-    fence_async_shared()
-    q_t = q_s.permute((1, 0))
-
     m = gl.arange(0, M, layout=columns)
-    row = (first + m // GROUP).to(gl.int64)
-    real = row < stop
-    limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(1, wgmma))
     token = gl.arange(0, TILE, layout=gl.SliceLayout(1, wgmma))
-    top = gl.full([M], float("-inf"), gl.float32, layout=columns)
-    total = gl.zeros([TILE, M], gl.float32, layout=wgmma)
-    acc = gl.zeros([D, M], gl.float32, layout=wgmma)
     nothing = gl.zeros([TILE, M], gl.float32, layout=wgmma)
-    for i in range(count):
-        stage = i % STAGES
-        at = begin + i * 2 * TILE
-        k0, k1 = tiles_s.index(stage * 4), tiles_s.index(stage * 4 + 1)
-        v0, v1 = tiles_s.index(stage * 4 + 2), tiles_s.index(stage * 4 + 3)
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        s0 = warpgroup_mma(k0, q_t, nothing, use_acc=False, is_async=True)
-        s1 = warpgroup_mma(k1, q_t, nothing, use_acc=False, is_async=True)
-        s0, s1 = warpgroup_mma_wait(num_outstanding=0, deps=[s0, s1])
-        s0 = gl.where((at + token)[:, None] < limit[None, :], s0 * scale_log2, float("-inf"))
-        s1 = gl.where((at + TILE + token)[:, None] < limit[None, :], s1 * scale_log2, float("-inf"))
-        new_top = gl.maximum(top, gl.max(gl.maximum(s0, s1), 0))
-        shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-        decay = exp2(top - shift)
-        p0, p1 = exp2(s0 - shift[None, :]), exp2(s1 - shift[None, :])
-        total = total * decay[None, :] + (p0 + p1)
-        p_s.index(0).permute((1, 0)).store(p0.to(dtype))
-        p_s.index(1).permute((1, 0)).store(p1.to(dtype))
-        if at + 2 * TILE > end:
-            keep_seen(v0, at, end, lines)
-            keep_seen(v1, at + TILE, end, lines)
+    q_t = q_s.permute((1, 0))
+    turn = first_piece * 0
+    for piece in range(first_piece, last_piece):
+        its = pieces + piece * PIECE
+        first, stop, begin, end = gl.load(its), gl.load(its + 1), gl.load(its + 2), gl.load(its + 3)
+        q_row = (first + c // GROUP).to(gl.int64)
+        from_q = q + (q_row * q_row_stride + (kv_head * GROUP + c % GROUP) * D)[:, None] + d[None, :]
+        q_s.store(gl.load(from_q, mask=(q_row < stop)[:, None], other=0.0))
         fence_async_shared()
-        acc = acc * decay[None, :]
-        acc = warpgroup_mma(v0.permute((1, 0)), p_s.index(0).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma(v1.permute((1, 0)), p_s.index(1).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-        mbarrier.arrive(free.index(stage), count=1)
-        top = new_top
+        row = (first + m // GROUP).to(gl.int64)
+        real = row < stop
+        limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
+        cell = row
+        if SPLIT:  # asked for here, so that what is stored in the end does not wait for it
+            cell = (gl.load(part_start + row, mask=real, other=0) + gl.load(its + 4)).to(gl.int64)
+        top = gl.full([M], float("-inf"), gl.float32, layout=columns)
+        total = gl.zeros([TILE, M], gl.float32, layout=wgmma)
+        acc = gl.zeros([D, M], gl.float32, layout=wgmma)
+        for at in range(begin, end, 2 * TILE):
+            stage = turn % STAGES
+            k0, k1 = tiles_s.index(stage * 4), tiles_s.index(stage * 4 + 1)
+            v0, v1 = tiles_s.index(stage * 4 + 2), tiles_s.index(stage * 4 + 3)
+            mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+            s0 = warpgroup_mma(k0, q_t, nothing, use_acc=False, is_async=True)
+            s1 = warpgroup_mma(k1, q_t, nothing, use_acc=False, is_async=True)
+            s0, s1 = warpgroup_mma_wait(num_outstanding=0, deps=[s0, s1])
+            s0 = gl.where((at + token)[:, None] < limit[None, :], s0 * scale_log2, float("-inf"))
+            s1 = gl.where((at + TILE + token)[:, None] < limit[None, :], s1 * scale_log2, float("-inf"))
+            new_top = gl.maximum(top, gl.max(gl.maximum(s0, s1), 0))
+            shift = gl.where(new_top == float("-inf"), 0.0, new_top)
+            decay = exp2(top - shift)
+            p0, p1 = exp2(s0 - shift[None, :]), exp2(s1 - shift[None, :])
+            total = total * decay[None, :] + (p0 + p1)
+            p_s.index(0).permute((1, 0)).store(p0.to(dtype))
+            p_s.index(1).permute((1, 0)).store(p1.to(dtype))
+            if at + 2 * TILE > end:
+                keep_seen(v0, at, end, lines)
+                keep_seen(v1, at + TILE, end, lines)
+            fence_async_shared()
+            acc = acc * decay[None, :]
+            acc = warpgroup_mma(v0.permute((1, 0)), p_s.index(0).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(v1.permute((1, 0)), p_s.index(1).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+            mbarrier.arrive(free.index(stage), count=1)
+            top = new_top
+            turn += 1
 
-    sums = gl.sum(total, 0)
-    empty = sums == 0.0
-    sums = gl.where(empty, 1.0, sums)
-    cell = (split * num_rows + row) * num_heads + kv_head * GROUP + m % GROUP
-    natural = gl.where(empty, float("-inf"), (top + gl.log2(sums)) / 1.4426950408889634)
-    gl.store(lse + cell, natural, mask=real)
-    if (SPLITS == 1) | (count > 0):  # whoever merges splits does not read those with lse = -inf
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(1, wgmma))
+        sums = gl.sum(total, 0)
+        empty = sums == 0.0
+        sums = gl.where(empty, 1.0, sums)
+        cell = cell * num_heads + kv_head * GROUP + m % GROUP
+        natural = gl.where(empty, float("-inf"), (top + gl.log2(sums)) / 1.4426950408889634)
+        gl.store(lse + cell, natural, mask=real)
         value = acc / sums[None, :]
-        to = out + cell[None, :] * D + o_d[:, None]
-        gl.store(to, value.to(out.dtype.element_ty), mask=real[None, :])
+        gl.store(out + cell[None, :] * D + o_d[:, None], value.to(out.dtype.element_ty), mask=real[None, :])
 
 
 @gluon.jit
 def _stream_kv_kernel(
-    kv, q, page_table, row_seq, visible_len, query_start, out, lse,
-    q_row_stride, table_stride, scale_log2, num_rows, num_heads, num_kv_heads,
+    kv, q, page_table, visible_len, pieces, span_start, part_start, out, lse,
+    q_row_stride, table_stride, scale_log2, num_heads, num_kv_heads,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr,
-    SPLITS: gl.constexpr, STAGES: gl.constexpr, FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    SPLIT: gl.constexpr, STAGES: gl.constexpr, FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     dtype: gl.constexpr = kv.dtype
-    run, kv_head, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    # the step's sizes were uploaded before its first layer; rows of a run ascend, so the last one sees most
-    first, stop = gl.load(query_start + run), gl.load(query_start + run + 1)
-    there = first < stop
-    longest = gl.load(visible_len + stop - 1, mask=there, other=0)
-    settled = longest - (stop - first)  # tokens before it were cached by earlier steps: a row appends one at most
-    share = gl.cdiv(gl.cdiv(longest, SPLITS), TILE) * TILE
-    begin = split * share
-    end = gl.minimum(begin + share, longest)
-    count = gl.cdiv(gl.maximum(end - begin, 0), 2 * TILE)
-    table = page_table + gl.load(row_seq + first, mask=there, other=0).to(gl.int64) * table_stride
+    program, kv_head = gl.program_id(0), gl.program_id(1)
+    # the step's work was uploaded before its first layer
+    first_piece, last_piece = gl.load(span_start + program), gl.load(span_start + program + 1)
     page_rows = 2 * num_kv_heads * BLOCK_SIZE
     k_row, v_row = kv_head * BLOCK_SIZE, (num_kv_heads + kv_head) * BLOCK_SIZE
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
@@ -168,17 +178,16 @@ def _stream_kv_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(free.index(s), count=1)
-    if there:
+    if first_piece < last_piece:
         gl.warp_specialize(
             [
                 (_attend, (
-                    q, tiles_s, q_s, p_s, full, free, visible_len, out, lse,
-                    q_row_stride, scale_log2, num_rows, num_heads, kv_head, split, first, stop, begin, end, count,
-                    GROUP, SPLITS, PDL,
+                    q, tiles_s, q_s, p_s, full, free, pieces, first_piece, last_piece, visible_len, part_start,
+                    out, lse, q_row_stride, scale_log2, num_heads, kv_head, GROUP, SPLIT, PDL,
                 )),
                 (_fetch, (
-                    kv, tiles_s, full, free, table, begin, end, count, settled, k_row, v_row, page_rows,
-                    BLOCK_SIZE, PDL,
+                    kv, tiles_s, full, free, page_table, pieces, first_piece, last_piece, table_stride, k_row, v_row,
+                    page_rows, BLOCK_SIZE, PDL,
                 )),
             ],
             [1],
@@ -193,27 +202,20 @@ def supports(pages: torch.Tensor, columns: int) -> bool:
     return is_readable(pages) and columns <= min(MAX_COLUMNS, MAX_COLUMN_ELEMENTS // pages.shape[4])
 
 
-def stream_attention(
-    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, processors: int, pdl: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend the few rows of each sequence to the local shard; see ``PartialAttention``.
-
-    The number of splits depends on sizes alone, so that a captured launch is right for every length.
-    """
-    num_rows, num_heads, head_dim = q_RQD.shape
+def attend(
+    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, work: Work, partials: Partials, scale: float, *, pdl: bool
+) -> None:
+    """Attend the few rows of each sequence to the local shard; see ``PartialAttention``. Partials are written."""
+    _, num_heads, head_dim = q_RQD.shape
     num_kv_heads, block_size = pages.shape[2], pages.shape[3]
-    group, runs = num_heads // num_kv_heads, rows.query_start.shape[0] - 1
-    splits = max(1, min(processors // (runs * num_kv_heads), -(-rows.max_visible_len // TILE)))
-    columns = max(8, triton.next_power_of_2(rows.max_rows * group))
-    dtype = torch.float32 if splits > 1 else q_RQD.dtype
-    part = torch.empty((splits, num_rows, num_heads, head_dim), dtype=dtype, device=q_RQD.device)
-    lse = torch.empty((splits, num_rows, num_heads), dtype=torch.float32, device=q_RQD.device)
-    _stream_kv_kernel[(runs, num_kv_heads, splits)](
-        boxes_of(pages, TILE), q_RQD, rows.page_table, rows.row_seq, rows.visible_len, rows.query_start, part, lse,
-        q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_rows, num_heads, num_kv_heads,
-        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE, SPLITS=splits,
+    group = num_heads // num_kv_heads
+    columns = max(8, triton.next_power_of_2(work.cutting.tile_rows * group))
+    _stream_kv_kernel[(work.programs, num_kv_heads)](
+        boxes_of(pages, TILE), q_RQD, rows.page_table, rows.visible_len, work.pieces, work.span_start,
+        work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
+        q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_heads, num_kv_heads,
+        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE, SPLIT=work.part_start is not None,
         STAGES=STAGE_BYTES // (4 * TILE * head_dim * pages.element_size()), FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl,
         num_warps=4, maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    return part, lse

@@ -1,8 +1,9 @@
 """Whole-step CUDA graphs for decode: one graph a batch bucket, and one a pair of batch bucket and draft length.
 
-Everything that changes between steps is data: token ids, positions, lengths and slots are copied into the graph's own
-inputs. A row's token may come from the device, where the graph leaves the tokens that it chose, so a step can be
-launched before the host has read the one before it. Padding rows see nothing and store nothing.
+Everything that changes between steps is data: token ids, positions, lengths, slots and the work list of attention are
+copied into the graph's own inputs, by one copy. A row's token may come from the device, where the graph leaves the
+tokens that it chose, so a step can be launched before the host has read the one before it. Padding rows see nothing and
+store nothing.
 
 A graph has equally many rows for each sequence, its run: one for plain decode, 1 + draft length for verification. A
 sequence with fewer rows has padding at the head of its run, so that the last row of every run is real and chooses the
@@ -15,7 +16,7 @@ it is written, on the same inputs and outputs, so that all but the capture itsel
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +24,21 @@ import numpy.typing as npt
 import torch
 
 from attention.exchange import Exchange
-from attention.rows import Rows
+from attention.rows import Rows, Work
+from attention.work import Cutting, cut
 from parallel.symmetric import Faults
 
 from .cache.pages import PagedCache
 from .models.decoder import Decoder
+from .upload import Packing, Shapes, fill_work, work_shapes
 
 _log = logging.getLogger(__name__)
+_ROW_INPUTS: dict[str, tuple[type[np.generic], int]] = {  # of each row, and what padding has
+    "token_ids": (np.int64, 0),
+    "positions": (np.int64, 0),
+    "slot": (np.int64, -1),
+    "visible_len": (np.int32, 0),
+}
 _STAGES = 4  # steps whose inputs or outputs may be in flight
 
 
@@ -56,18 +65,22 @@ class DecodeRows:
     visible_len: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
 
-    def fill(self, inputs: npt.NDArray[np.int64], run_len: int, padding_slot: int) -> None:
-        """Write the rows into a graph's inputs [5, runs * run_len]: each sequence's at the end of its run."""
-        inputs[:] = np.array([[0], [0], [-1], [padding_slot], [0]])
-        rows = (self.token_ids, self.positions, self.slot, self.row_seq, self.visible_len)
-        if len(self.token_ids) == len(self.counts) * run_len:
-            inputs[:, : len(self.token_ids)] = rows
-            return
+    @classmethod
+    def none(cls) -> DecodeRows:
+        """Return no rows."""
+        nothing = np.zeros(0, np.int64)
+        return cls(nothing, nothing, nothing, nothing, nothing, nothing)
+
+    def fill(self, inputs: Mapping[str, npt.NDArray[np.generic]], run_len: int, padding_slot: int) -> None:
+        """Write the rows into a graph's inputs: each sequence's at the end of its run, padding everywhere else."""
         stops = np.cumsum(self.counts)
         run_stops = np.arange(1, len(self.counts) + 1) * run_len
         places = np.arange(len(self.token_ids)) + np.repeat(run_stops - stops, self.counts)
-        inputs[3, : run_stops[-1]] = np.repeat(self.row_seq[stops - 1], run_len)  # a run has one page table
-        inputs[:, places] = rows
+        for name, (_, padding) in _ROW_INPUTS.items():
+            inputs[name][...] = padding
+            inputs[name][places] = getattr(self, name)
+        inputs["row_seq"][...] = padding_slot
+        inputs["row_seq"][: len(self.counts) * run_len] = np.repeat(self.row_seq[stops - 1], run_len)  # one page table
 
 
 @dataclass(frozen=True)
@@ -107,16 +120,48 @@ class PendingTokens:
 class DecodeGraph:
     """A graph of ``num_runs`` runs of ``run_len`` rows, its inputs and outputs."""
 
-    def __init__(self, num_runs: int, run_len: int, device: torch.device) -> None:
-        self.num_runs, self.run_len, self.num_rows = num_runs, run_len, num_runs * run_len
+    def __init__(self, num_runs: int, run_len: int, device: torch.device, cutting: Cutting | None) -> None:
+        self.num_runs, self.run_len, self.num_rows, self.cutting = num_runs, run_len, num_runs * run_len, cutting
         on_gpu = device.type == "cuda"
-        self.inputs = torch.zeros((5, self.num_rows), dtype=torch.int64, device=device)
-        self.staging = [torch.zeros((5, self.num_rows), dtype=torch.int64, pin_memory=on_gpu) for _ in range(_STAGES)]
+        shapes: Shapes = {name: (kind, (self.num_rows,)) for name, (kind, _) in _ROW_INPUTS.items()}
+        shapes = {**shapes, "row_seq": (np.int32, (self.num_rows,))}
+        if cutting is not None:
+            shapes = {**shapes, **work_shapes(cutting, num_runs, run_len)}
+        packing = Packing(shapes)
+        self.buffer = packing.buffer(device)
+        self.inputs = packing.tensors(self.buffer)
+        cpu = torch.device("cpu")
+        self.staging = [packing.buffer(cpu, pinned=on_gpu) for _ in range(_STAGES)]
+        self.staged = [packing.arrays(buffer) for buffer in self.staging]
         self.results = [torch.zeros(self.num_rows + 1, dtype=torch.int64, pin_memory=on_gpu) for _ in range(_STAGES)]
+        self._query_start = np.arange(0, self.num_rows + 1, run_len)
         self.query_start = torch.arange(0, self.num_rows + 1, run_len, dtype=torch.int32, device=device)
         self.graph = torch.cuda.CUDAGraph() if on_gpu else None
         self.local_logits: torch.Tensor
         self.output: torch.Tensor
+
+    def fill(self, stage: int, rows: DecodeRows, padding_slot: int) -> torch.Tensor:
+        """Write a step's rows and work into a stage on the host, and return it."""
+        inputs = self.staged[stage]
+        rows.fill(inputs, self.run_len, padding_slot)
+        if self.cutting is not None:
+            work = cut(
+                inputs["visible_len"].astype(np.int64),
+                self._query_start,
+                inputs["row_seq"].astype(np.int64),
+                self.cutting,
+            )
+            fill_work(inputs, work)
+        return self.staging[stage]
+
+    @property
+    def work(self) -> Work | None:
+        """The work list among the inputs."""
+        if self.cutting is None:
+            return None
+        inputs = self.inputs
+        most_parts = inputs["pieces"].shape[0] * min(self.run_len, self.cutting.tile_rows)
+        return Work(self.cutting, inputs["pieces"], inputs["span_start"], inputs["part_start"], most_parts)
 
 
 class DecodeGraphs:
@@ -127,7 +172,6 @@ class DecodeGraphs:
     Args:
         decoder, exchange, cache: what a step runs on; captured by address, so none may be replaced afterwards.
         page_table: [max_batch, P] int32, the runner's own; of padding rows, which see nothing, nothing is read.
-        block_size: tokens a page.
         faults: where kernels note waits that they gave up.
         max_batch: the largest bucket.
         drafts: the pairs (batch bucket, draft length) to capture beside the steps without drafts.
@@ -140,13 +184,11 @@ class DecodeGraphs:
         cache: PagedCache,
         page_table: torch.Tensor,
         *,
-        block_size: int,
         faults: Faults,
         max_batch: int,
         drafts: Iterable[tuple[int, int]] = (),
     ) -> None:
         self._decoder, self._exchange, self._cache, self._page_table = decoder, exchange, cache, page_table
-        self._longest = min(page_table.shape[1], cache.layers[0].shape[0]) * block_size
         self._faults = faults
         device = decoder.device
         self._last_tokens = torch.zeros(max_batch + 1, dtype=torch.int64, device=device)  # the last is padding's
@@ -154,7 +196,9 @@ class DecodeGraphs:
         self._launches = 0
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         sizes = [(size, 1) for size in buckets_up_to(max_batch)] + [(size, 1 + length) for size, length in drafts]
-        self.graphs = [DecodeGraph(*size, device) for size in sorted(sizes)]
+        self.graphs = [
+            DecodeGraph(*size, device, decoder.cutting(cache.layers[0], max_rows=size[1])) for size in sorted(sizes)
+        ]
         for graph in sorted(self.graphs, key=lambda graph: -graph.num_rows):  # the smaller ones find its memory
             self._capture(graph)
         names = [f"{graph.num_runs} x {graph.run_len}" for graph in self.graphs]
@@ -173,8 +217,7 @@ class DecodeGraphs:
         """
         stage = self._launches % _STAGES
         self._launches += 1
-        rows.fill(graph.staging[stage].numpy(), graph.run_len, self._padding_slot)
-        graph.inputs.copy_(graph.staging[stage], non_blocking=True)
+        graph.buffer.copy_(graph.fill(stage, rows, self._padding_slot), non_blocking=True)
         done = None
         if graph.graph is None:
             self._step(graph)
@@ -203,9 +246,7 @@ class DecodeGraphs:
     def _capture(self, graph: DecodeGraph) -> None:
         if graph.graph is None:
             return
-        graph.inputs.copy_(
-            torch.tensor([[0], [0], [-1], [self._padding_slot], [0]], dtype=torch.int64).expand(5, graph.num_rows)
-        )
+        graph.buffer.copy_(graph.fill(0, DecodeRows.none(), self._padding_slot))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -217,23 +258,22 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _step(self, graph: DecodeGraph) -> None:
-        token_ids, positions, slot, row_seq, visible_len = graph.inputs.unbind(0)
+        token_ids, row_seq = graph.inputs["token_ids"], graph.inputs["row_seq"]
         rows = Rows(
-            positions=positions,
-            row_seq=row_seq.to(torch.int32),
-            visible_len=visible_len.to(torch.int32),
-            slot=slot,
+            positions=graph.inputs["positions"],
+            row_seq=row_seq,
+            visible_len=graph.inputs["visible_len"],
+            slot=graph.inputs["slot"],
             page_table=self._page_table,
             query_start=graph.query_start,
-            max_rows=graph.run_len,
-            max_visible_len=self._longest,
+            work=graph.work,
         )
         chosen: torch.Tensor | None = self._last_tokens
         if not token_ids.is_cuda:
-            token_ids, chosen = torch.where(token_ids < 0, self._last_tokens[row_seq], token_ids), None
+            token_ids, chosen = torch.where(token_ids < 0, self._last_tokens[row_seq.long()], token_ids), None
         hidden = self._decoder.forward(token_ids, rows, self._cache.layers, self._exchange, chosen=chosen)
         graph.local_logits = self._decoder.local_logits(hidden)
         tokens = self._decoder.greedy(graph.local_logits)
         last = slice(graph.run_len - 1, None, graph.run_len)
-        self._last_tokens[row_seq[last]] = tokens[last]
+        self._last_tokens[row_seq[last].long()] = tokens[last]
         graph.output = torch.cat((tokens, self._faults.word.to(torch.int64)))

@@ -12,37 +12,21 @@ import torch.distributed as dist
 
 from attention.exchange import Exchange
 from attention.fused_exchange import OPERATION as EXCHANGE
-from attention.rows import Rows
+from attention.rows import Rows, Work
+from attention.work import cut
 from parallel.all_reduce_norm import OPERATION as ALL_REDUCE
 from parallel.grid import HelixGrid
-from parallel.placement import BlockCyclic, IntArray
+from parallel.placement import BlockCyclic
 from parallel.sharded_argmax import OPERATION as ARGMAX
 from parallel.symmetric import Faults
 
+from .batch import LocalRows, SharedRows, StepRows
 from .cache.pages import PagedCache
 from .cache.pool import BlockTable
 from .graphs import DecodeGraphs, DecodeRows, PendingTokens
 from .models.decoder import Decoder, RowShare
 from .request import Chunk
-
-
-@dataclass(frozen=True)
-class _HostRows:
-    """The rows of a step in NumPy, before they go to the device; the fields are those of ``Rows``."""
-
-    token_ids: IntArray
-    positions: IntArray
-    row_seq: IntArray
-    first_owner: IntArray
-    query_start: IntArray
-
-
-@dataclass(frozen=True)
-class _LocalRows:
-    """What one rank alone sees of a step's rows."""
-
-    visible: IntArray
-    slot: IntArray
+from .upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +100,6 @@ class Runner:
             self.exchange,
             self.cache,
             self._page_table,
-            block_size=self.placement.block_size,
             faults=self.faults,
             max_batch=self.max_batch,
             drafts=drafts,
@@ -136,15 +119,13 @@ class Runner:
         if self._graphs is not None and self.can_launch(chunks):
             return self._graphs.logits(self.launch(chunks).rows)
         self.num_padding = 0
-        host = self._host_rows(chunks)
+        step = StepRows.of(chunks)
         self._upload_tables(chunks)
-        hidden = self.decoder.forward(
-            self._to_device(host.token_ids), self._rows(host), self.cache.layers, self.exchange, self._share(host)
-        )
-        choosing = _choosing_rows(chunks, host.query_start[1:].tolist())
+        hidden, _ = self._forward(step, self._local_rows(step))
+        choosing = _choosing_rows(chunks, step.query_start[1:].tolist())
         if not choosing:
             return hidden.new_empty((0, self.decoder.spec.vocab_size), dtype=torch.float32)
-        rows = torch.tensor(choosing, dtype=torch.int64, device=hidden.device)
+        rows = upload({"rows": np.array(choosing, np.int64)}, hidden.device)["rows"]
         return self.decoder.gather_logits(self.decoder.local_logits(hidden[rows]))
 
     def launch(self, chunks: list[Chunk]) -> PendingTokens:
@@ -153,17 +134,15 @@ class Runner:
         Collective over the world. ``can_launch`` must hold for the chunks; the token of one that is not known yet is
         the one that the last launched step chose for its batch slot. With graphs, nothing here waits for the device.
         """
-        host = self._host_rows(chunks)
+        step = StepRows.of(chunks)
         self._upload_tables(chunks)
+        local = self._local_rows(step)
         if self._graphs is None:
-            return self._launch_eagerly(host)
+            return self._launch_eagerly(step, local)
         graph = self._graphs.find(len(chunks), max(chunk.num_rows for chunk in chunks))
         assert graph is not None
-        local = self._local_rows(host)
-        rows = DecodeRows(
-            host.token_ids, host.positions, local.slot, host.row_seq, local.visible, np.diff(host.query_start)
-        )
-        self.num_padding = graph.num_rows - len(host.token_ids)
+        rows = DecodeRows(step.token_ids, step.positions, local.slot, step.row_seq, local.visible, step.counts)
+        self.num_padding = graph.num_rows - step.num_rows
         stops = range(graph.run_len, graph.num_rows + 1, graph.run_len)
         return self._graphs.launch(graph, rows, _choosing_rows(chunks, stops))
 
@@ -188,13 +167,10 @@ class Runner:
         return most == 1 if self._graphs is None else self._graphs.find(len(chunks), most) is not None
 
     @torch.inference_mode()
-    def _launch_eagerly(self, host: _HostRows) -> PendingTokens:
+    def _launch_eagerly(self, step: StepRows, local: LocalRows) -> PendingTokens:
         self.num_padding = 0
-        rows, token_ids = self._rows(host), self._to_device(host.token_ids)
-        slots = rows.row_seq.long()
-        token_ids = torch.where(token_ids < 0, self._last_tokens[slots], token_ids)
-        hidden = self.decoder.forward(token_ids, rows, self.cache.layers, self.exchange, self._share(host))
-        tokens = self._last_tokens[slots] = self.decoder.greedy(self.decoder.local_logits(hidden))
+        hidden, rows = self._forward(step, local)
+        tokens = self._last_tokens[rows.row_seq.long()] = self.decoder.greedy(self.decoder.local_logits(hidden))
         fault = tokens.new_zeros(1) if self.faults is None else self.faults.word.long()
         return PendingTokens.send(torch.cat((tokens, fault)))
 
@@ -219,73 +195,51 @@ class Runner:
 
         Collective over the world.
         """
-        nothing = np.zeros(num_rows, np.int64)
-        host = _HostRows(nothing, nothing, nothing, nothing, np.array([0, num_rows]))
-        rows = self._rows(host)
-        rows.slot.fill_(-1)
-        rows.visible_len.zero_()
-        hidden = self.decoder.forward(
-            self._to_device(host.token_ids), rows, self.cache.layers, self.exchange, self._share(host)
-        )
+        hidden, _ = self._forward(StepRows.for_nobody(num_rows), LocalRows.that_see_nothing(num_rows))
         self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(num_choices, -1)))
 
-    def _host_rows(self, chunks: list[Chunk]) -> _HostRows:
-        starts = np.array([chunk.start for chunk in chunks])
-        counts = np.array([chunk.num_rows for chunk in chunks])
-        query_start = np.concatenate(([0], counts.cumsum()))
-        tokens: list[int] = []
-        for chunk in chunks:
-            tokens += chunk.seq.token_ids[chunk.start : chunk.stop] or [-1]  # -1: not known yet
-            tokens += chunk.drafts
-        return _HostRows(
-            token_ids=np.array(tokens),
-            positions=np.arange(len(tokens)) + np.repeat(starts - query_start[:-1], counts),
-            row_seq=np.repeat(np.array([chunk.seq.batch_slot for chunk in chunks]), counts),
-            first_owner=np.repeat(np.array([chunk.seq.blocks.first_owner for chunk in chunks]), counts),
-            query_start=query_start,
-        )
+    def _local_rows(self, rows: StepRows) -> LocalRows:
+        return LocalRows.of(rows, self.placement, self.grid.kvp_rank, self._host_table)
 
-    def _local_rows(self, host: _HostRows) -> _LocalRows:
-        """Return what this rank alone sees of the rows."""
-        place, me = self.placement, self.grid.kvp_rank
-        at = place.local_position(host.positions)
-        mine = place.owner(host.positions, host.first_owner) == me
-        page = self._host_table[host.row_seq, np.where(mine, at // place.block_size, 0)].astype(np.int64)
-        return _LocalRows(
-            visible=place.local_len(host.positions + 1, me, host.first_owner),
-            slot=np.where(mine, page * place.block_size + at % place.block_size, -1),
-        )
-
-    def _rows(self, host: _HostRows) -> Rows:
-        local = self._local_rows(host)
-        return Rows(
-            positions=self._to_device(host.positions),
-            row_seq=self._to_device(host.row_seq.astype(np.int32)),
-            visible_len=self._to_device(local.visible.astype(np.int32)),
-            slot=self._to_device(local.slot),
+    def _forward(self, step: StepRows, local: LocalRows) -> tuple[torch.Tensor, Rows]:
+        """Run the layers over a step's rows as they are, without a graph; all its inputs travel in one copy."""
+        arrays: dict[str, npt.NDArray[np.generic]] = {
+            "token_ids": step.token_ids,
+            "positions": step.positions,
+            "slot": local.slot,
+            "row_seq": step.row_seq.astype(np.int32),
+            "visible_len": local.visible.astype(np.int32),
+            "query_start": step.query_start.astype(np.int32),
+        }
+        cutting = self.decoder.cutting(self.cache.layers[0], max_rows=int(step.counts.max()))
+        work = None if cutting is None else cut(local.visible, step.query_start, step.row_seq, cutting)
+        if work is not None:
+            arrays |= {"pieces": work.pieces, "span_start": work.span_start, "part_start": work.part_start}
+        shared = SharedRows.of(step, self.placement, self.grid.kvp_rank) if self._shares(step.num_rows) else None
+        if shared is not None:
+            arrays |= {"mine": shared.mine, "order": shared.order}
+        sent = upload(arrays, self.decoder.device)
+        rows = Rows(
+            positions=sent["positions"],
+            row_seq=sent["row_seq"],
+            visible_len=sent["visible_len"],
+            slot=sent["slot"],
             page_table=self._page_table,
-            query_start=self._to_device(host.query_start.astype(np.int32)),
-            max_rows=int(np.diff(host.query_start).max()),
-            max_visible_len=int(local.visible.max()),
-        )
+            query_start=sent["query_start"],
+            work=None if work is None or cutting is None else Work(
+                cutting, sent["pieces"], sent["span_start"], sent["part_start"] if work.is_split else None,
+                int(work.part_start[-1]),
+            ),
+        )  # fmt: skip
+        share = None if shared is None else RowShare(sent["mine"], shared.num_mine, sent["order"])
+        token_ids = sent["token_ids"]
+        if (step.token_ids < 0).any():
+            token_ids = torch.where(token_ids < 0, self._last_tokens[rows.row_seq.long()], token_ids)
+        return self.decoder.forward(token_ids, rows, self.cache.layers, self.exchange, share), rows
 
-    def _share(self, host: _HostRows) -> RowShare | None:
-        """Divide the rows of a large step by owner; None for small steps. The same decision on every rank."""
-        num_rows = len(host.positions)
-        if not self._share_qkv_rows or num_rows < self._share_qkv_rows:
-            return None
-        owner = self.placement.owner(host.positions, host.first_owner)
-        kvp = self.placement.kvp
-        counts = np.bincount(owner, minlength=kvp)
-        longest = int(counts.max())
-        by_owner = np.argsort(owner, kind="stable")
-        starts = np.cumsum(counts) - counts
-        order = np.empty(num_rows, np.int64)
-        order[by_owner] = np.arange(num_rows) - np.repeat(starts, counts) + np.repeat(np.arange(kvp) * longest, counts)
-        me = self.grid.kvp_rank
-        mine = np.zeros(longest, np.int64)
-        mine[: counts[me]] = by_owner[starts[me] : starts[me] + counts[me]]
-        return RowShare(self._to_device(mine), int(counts[me]), self._to_device(order))
+    def _shares(self, num_rows: int) -> bool:
+        """Return whether KVP ranks share the QKV projection of a step of so many rows; alike on every rank."""
+        return 0 < self._share_qkv_rows <= num_rows
 
     def _upload_tables(self, chunks: list[Chunk]) -> None:
         """Bring the page table up to date: only pages that it does not have yet travel."""
@@ -305,15 +259,8 @@ class Runner:
             pages += new
         if pages:
             self._host_table[slots, columns] = pages
-            where = self._to_device(np.array([slots, columns, pages], np.int64))
+            where = upload({"where": np.array([slots, columns, pages], np.int64)}, self.decoder.device)["where"]
             self._page_table[where[0], where[1]] = where[2].to(torch.int32)
-
-    def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        """Copy to the device in stream order; from memory that is not pinned the host would wait for the stream."""
-        host = torch.from_numpy(array)
-        if self.decoder.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.decoder.device, non_blocking=True)
 
 
 def _choosing_rows(chunks: list[Chunk], stops: Iterable[int]) -> list[int]:

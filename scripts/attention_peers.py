@@ -8,7 +8,7 @@ memory seen as [2, B, K, S, D] is SDPA's dense cache (of other tokens, which doe
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -110,11 +110,22 @@ def make_case(shape: Shape, copies: int, dtype: torch.dtype, device: torch.devic
         slot=torch.full_like(positions, -1),
         page_table=table,
         query_start=index * shape.rows,
-        max_rows=shape.rows,
-        max_visible_len=shape.tokens,
     )
     q = torch.randn(shape.batch * shape.rows, shape.heads, shape.head_dim, dtype=dtype, device=device)
     return Case(shape, q, torch.empty(page_shape, dtype=dtype, device=device).normal_(), rows)
+
+
+def mixed_rows(lengths: Sequence[int], block_size: int, device: torch.device) -> Rows:
+    """Return one decode row for each sequence of these lengths, whose pages are shuffled over all."""
+    counts = [-(-length // block_size) for length in lengths]
+    pages = torch.randperm(sum(counts), dtype=torch.int32)
+    table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    for row, its in zip(table, pages.split(counts), strict=True):
+        row[: len(its)] = its
+    index = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
+    visible = torch.tensor(lengths, device=device)
+    slot = torch.full_like(visible, -1)
+    return Rows(visible - 1, index[:-1], visible.to(torch.int32), slot, table.to(device), index)
 
 
 def agree_on(case: Case, out_RQD: torch.Tensor) -> None:

@@ -4,7 +4,7 @@
     python -m scripts.bench_attention rows=8192 shapes='[[1,65536,16,1]]'      a prefill chunk: the last 8,192 tokens
     torchrun --standalone --nproc-per-node 4 -m scripts.bench_attention        attention + exchange + merge of a layer
 
-ours: the partial attention kernel alone, then with the merge of its splits. SDPA: torch's, over a dense cache, without
+ours: the partial attention kernel alone, then with the merge of its parts. SDPA: torch's, over a dense cache, without
 lse. FlashInfer: paged, with lse, the better of its ways (decode with and without tensor cores, prefill by fa2 and fa3).
 Over ranks: ours is attention + fused exchange. A peer is its attention + packed NCCL all-to-all + merge, with packing;
 "unpacked" leaves packing out. SDPA has no lse, so a random one of the same shape travels.
@@ -13,7 +13,7 @@ Over ranks: ours is attention + fused exchange. A peer is its attention + packed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,15 +21,25 @@ import torch
 import torch.distributed as dist
 
 from attention.exchange import CollectiveExchange, Exchange, Heads, make_exchange
-from attention.merge import lse_words, merge_packed, merge_splits
-from attention.partial import PartialAttention, select_backend
+from attention.merge import lse_words, merge_packed, merge_parts
+from attention.partial import PartialAttention, Partials, select_backend
 from helix.config import check_at_least, check_choice
 from parallel.collectives import all_to_all
 from parallel.launch import set_up_logging, start, stop
 from parallel.layout import split_evenly
 from parallel.symmetric import Faults, can_launch_dependently
 from scripts import cli
-from scripts.attention_peers import Attend, Case, Shape, agree_on, flashinfer_runs, load_flashinfer, make_case, sdpa
+from scripts.attention_peers import (
+    Attend,
+    Case,
+    Shape,
+    agree_on,
+    flashinfer_runs,
+    load_flashinfer,
+    make_case,
+    mixed_rows,
+    sdpa,
+)
 from scripts.timing import graph_us, read_bytes_per_us, report
 
 NUM_SLOTS = 2
@@ -43,6 +53,7 @@ class BenchAttentionConfig:
     Attributes:
         shapes: of attention alone: [sequences, local tokens, query heads, KV heads].
         rows: query rows of each sequence there: its last tokens.
+        mixed: batches of these local lengths with ``heads``, beside equal ones of the same total.
         lengths: local tokens of the one sequence that is measured over ranks.
         heads: [query heads, KV heads] of a rank there.
         head_dim: elements a head.
@@ -61,6 +72,7 @@ class BenchAttentionConfig:
         ]
     )  # fmt: skip
     rows: int = 1
+    mixed: list[list[int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536, 262144])
     heads: list[int] = field(default_factory=lambda: [16, 1])
     head_dim: int = 128
@@ -111,8 +123,9 @@ class Bench:
         return shape.kv_bytes(self.dtype) / self.read_bytes_per_us
 
     def case(self, shape: Shape) -> Case:
-        """Return random inputs of a shape, in copies that fill ``rotated_bytes``."""
-        return make_case(shape, shape.num_copies(self.dtype, self.config.rotated_bytes), self.dtype, self.device)
+        """Return random inputs of a shape, in copies that fill ``rotated_bytes``, with our work list."""
+        case = make_case(shape, shape.num_copies(self.dtype, self.config.rotated_bytes), self.dtype, self.device)
+        return replace(case, rows=case.rows.cut_for(self.attention.cutting(case.pages[0], shape.heads, shape.rows)))
 
     def us(self, case: Case, call_of: Callable[[int, int], Attend]) -> tuple[float, float]:
         """Time ``call_of(copy, slot)`` over all copies in turn: median and spread, in microseconds."""
@@ -121,8 +134,8 @@ class Bench:
         calls = [call_of(index % copies, index % NUM_SLOTS) for index in range(count)]
         return graph_us(calls, repeats=self.config.repeats, iterations=count)
 
-    def ours(self, case: Case, copy: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        """Return a call of our attention over one copy, with splits not merged."""
+    def ours(self, case: Case, copy: int) -> Callable[[], Partials]:
+        """Return a call of our attention over one copy, with parts not merged."""
         return partial(self.attention, case.q, case.pages[copy], case.rows, case.scale)
 
     def flashinfer_runs(self, case: Case) -> list[Any]:
@@ -138,12 +151,34 @@ def least(times: Sequence[float | None]) -> float | None:
     return min((each for each in times if each is not None), default=None)
 
 
+def measure_mixed(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
+    """Return one row of the table of unequal lengths: our attention and merge beside that of equal ones."""
+    config, times = bench.config, []
+    for each in (lengths, [sum(lengths) // len(lengths) // config.block_size * config.block_size] * len(lengths)):
+        tokens = sum(-(-length // config.block_size) for length in each) * config.block_size
+        whole = Shape(1, tokens, *config.heads, config.head_dim, config.block_size)
+        case = bench.case(whole)
+        case = replace(case, rows=mixed_rows(each, config.block_size, bench.device))
+        cutting = bench.attention.cutting(case.pages[0], whole.heads, 1)
+        q = torch.randn(len(each), whole.heads, whole.head_dim, dtype=bench.dtype, device=bench.device)
+        case = replace(case, q=q, rows=case.rows.cut_for(cutting))
+
+        def merged(copy: int, case: Case = case) -> torch.Tensor:
+            return merge_parts(bench.ours(case, copy)(), bench.dtype, pdl=bench.pdl)[0]
+
+        times.append(bench.us(case, lambda copy, _, merged=merged: partial(merged, copy))[0])  # type: ignore[misc]
+    return {
+        "B": len(lengths), "longest": max(lengths), "total": sum(lengths), "floor us": bench.floor_us(whole),
+        "mixed us": times[0], "equal us": times[1], "mixed/equal": times[0] / times[1],
+    }  # fmt: skip
+
+
 def measure(bench: Bench, shape: Shape) -> dict[str, Any]:
     """Return one row of the table of attention alone."""
     case = bench.case(shape)
 
     def merged(copy: int) -> torch.Tensor:
-        return merge_splits(*bench.ours(case, copy)(), bench.dtype, pdl=bench.pdl)[0]
+        return merge_parts(bench.ours(case, copy)(), bench.dtype, pdl=bench.pdl)[0]
 
     agree_on(case, merged(0))
     alone_us, spread_us = bench.us(case, lambda copy, _: bench.ours(case, copy))
@@ -195,27 +230,26 @@ def make_exchanges(bench: Bench, shape: Shape, faults: Faults | None) -> Exchang
 def measure_ranks(bench: Bench, shape: Shape, exchanges: Exchanges) -> dict[str, Any]:
     """Return one row of the table of attention + exchange + merge. Collective over the world."""
     case = bench.case(shape)
-    random_lse = torch.randn(1, shape.batch, shape.heads, device=bench.device)
+    random_lse = torch.randn(shape.batch, shape.heads, device=bench.device)
     exchanges.ours.begin_step()
 
     def whole(copy: int, slot: int) -> torch.Tensor:
-        return exchanges.ours(*bench.ours(case, copy)(), layer=slot)
+        return exchanges.ours(bench.ours(case, copy)(), layer=slot)
 
-    def dense(copy: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return sdpa(case, copy)().squeeze(2).unsqueeze(0), random_lse
+    def dense(copy: int) -> Partials:
+        return Partials(sdpa(case, copy)().squeeze(2), random_lse)
 
-    def paged(run: Any, copy: int) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = run(case.pages[copy])
-        return out.unsqueeze(0), lse.unsqueeze(0)
+    def paged(run: Any, copy: int) -> Partials:
+        return Partials(*run(case.pages[copy]))
 
-    def composed(attend: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+    def composed(attend: Callable[[int], Partials]) -> tuple[float, float]:
         """Return the time of a peer's attention with its exchange, with packing and without."""
 
         def unpacked(copy: int) -> torch.Tensor:
             attend(copy)
             return exchanges.unpacked(shape.head_dim)
 
-        with_us, _ = bench.us(case, lambda copy, _: lambda: exchanges.packed(*attend(copy)))
+        with_us, _ = bench.us(case, lambda copy, _: lambda: exchanges.packed(attend(copy)))
         return with_us, bench.us(case, lambda copy, _: partial(unpacked, copy))[0]
 
     ours_us, spread_us = bench.us(case, lambda copy, slot: partial(whole, copy, slot))
@@ -244,7 +278,9 @@ def run(config: BenchAttentionConfig) -> None:
         cli.say(f"FlashInfer is not measured: {reason}")
     attention = select_backend("auto", launch.device, pdl=pdl)
     bench = Bench(config, launch.device, dtype, attention, flashinfer, pdl, read_bytes_per_us())
-    if launch.world_size == 1:
+    if config.mixed:
+        title, table = "attention of unequal lengths", [measure_mixed(bench, lengths) for lengths in config.mixed]
+    elif launch.world_size == 1:
         title, table = "attention", [measure(bench, shape) for shape in config.local_shapes()]
     else:
         shapes, faults = config.rank_shapes(), Faults(launch.device)

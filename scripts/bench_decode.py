@@ -33,7 +33,7 @@ from scripts.dummy_weights import check_weights, with_weights
 from scripts.timing import read_bytes_per_us, report
 
 PARTS = {
-    "attention": ("_stream_kv_kernel", "_split_kernel", "_latent_kernel", "_merge_splits_kernel"),
+    "attention": ("_stream_kv_kernel", "_split_kernel", "_latent_kernel", "_merge_parts_kernel"),
     "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
     "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
     "GEMMs": (

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from attention.fused_exchange import FusedExchange
 from attention.merge import lse_words, merge_packed
+from attention.partial import Partials
 from parallel.collectives import all_gather, all_to_all
 from parallel.launch import start, stop
 from parallel.symmetric import Faults
@@ -65,7 +66,7 @@ def measure(heads: int, head_dim: int, rows: int, repeats: int, group: dist.Proc
         timeout_s=20.0, pdl=True,
     )  # fmt: skip
     fused.begin_step()
-    layers = [partial(fused, out.unsqueeze(0), lse.unsqueeze(0), layer=layer) for layer in range(40)]
+    layers = [partial(fused, Partials(out, lse), layer=layer) for layer in range(40)]
     fused_us, spread_us = graph_us(layers, repeats=repeats)
     assert int(faults.word) == 0
     packed = torch.randn(world, rows, mine, head_dim + lse_words(dtype), device=device).to(dtype)

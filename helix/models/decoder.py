@@ -22,6 +22,7 @@ from attention.append import append, rope_append, rotate
 from attention.exchange import Exchange
 from attention.partial import PartialAttention
 from attention.rows import Rows
+from attention.work import Cutting
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.collectives import all_gather
 from parallel.grid import HelixGrid
@@ -104,15 +105,18 @@ class Decoder:
 
     def _room(self, weight: Weight) -> Matrix:
         if weight.quantized:
-            how = self.spec.quantization
-            rounds = how is not None and how.powers_of_two
-            return Quantized.empty(weight.shape[0], weight.columns, self.device, powers_of_two=rounds)
+            return Quantized.empty(weight.shape[0], weight.columns, self.device)
         return torch.empty(weight.shape, dtype=torch.float32 if weight.exact else self.dtype, device=self.device)
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of the weights that this rank's layers hold."""
         return sum(int(weight.nbytes) for layer in self.layers for weight in layer.values())
+
+    def cutting(self, pages: torch.Tensor, *, max_rows: int) -> Cutting | None:
+        """Return how attention over pages like these wants steps cut, whose longest run has so many rows."""
+        value_dim = None if self.spec.latent is None else self.spec.latent.rank
+        return self._attention.cutting(pages, self.num_heads, max_rows, value_dim=value_dim)
 
     @torch.inference_mode()
     def forward(
@@ -155,8 +159,8 @@ class Decoder:
         exchange.begin_step()
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             q = self._project_qkv(weights, normed, cos, sin, slot, pages[layer], share)
-            part, lse = self._attention(q, pages[layer], rows, self.spec.scale, value_dim=value_dim)
-            merged = exchange(part, lse, layer=layer)
+            partials = self._attention(q, pages[layer], rows, self.spec.scale, value_dim=value_dim)
+            merged = exchange(partials, layer=layer)
             if latent is not None:
                 merged = values_of(merged, weights["v_up"], latent)
             projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl)

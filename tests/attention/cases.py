@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from attention.merge import merge_parts
+from attention.partial import Partials
 from attention.rows import Rows
 from parallel.placement import BlockCyclic
 
@@ -83,10 +85,30 @@ def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
         slot=torch.tensor(slots, device=device),
         page_table=table.to(device),
         query_start=torch.tensor(np.cumsum([0, *counts_of_rows]), dtype=torch.int32, device=device),
-        max_rows=max(counts_of_rows),
-        max_visible_len=max(visible),
     )
     return pages.to(device), rows
+
+
+def partials_of(backend, q, pages, rows, scale, value_dim=None) -> Partials:
+    """What a back end makes of rows, cut as it asks for."""
+    max_rows = int(rows.query_start.diff().max())
+    cutting = backend.cutting(pages, q.shape[1], max_rows, value_dim=value_dim)
+    return backend(q, pages, rows.cut_for(cutting), scale, value_dim=value_dim)
+
+
+def attend(backend, q, pages, rows, scale, value_dim=None, *, pdl=False) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a back end makes of rows, with the parts of each merged, in q's dtype: out and lse."""
+    return merge_parts(partials_of(backend, q, pages, rows, scale, value_dim), q.dtype, pdl=pdl)
+
+
+def stacked(part_SRQD: torch.Tensor, lse_SRQ: torch.Tensor) -> Partials:
+    """Partials of rows that all have S parts, from [S, R, Q, D] and [S, R, Q]; one part is a row's own."""
+    parts, rows = lse_SRQ.shape[:2]
+    if parts == 1:
+        return Partials(part_SRQD[0], lse_SRQ[0])
+    starts = torch.arange(0, parts * rows + 1, parts, dtype=torch.int32, device=lse_SRQ.device)
+    cells = (part_SRQD.transpose(0, 1).flatten(0, 1), lse_SRQ.transpose(0, 1).flatten(0, 1))
+    return Partials(*(each.contiguous() for each in cells), starts, parts)
 
 
 def full_attention(case: Case, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from attention import latent_kv, split_kv
 from attention.partial import select_backend
 from helix.models import experts
 from helix.models.spec import Experts
-from tests.attention.cases import make_case, shard
+from tests.attention.cases import make_case, partials_of, shard
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
@@ -32,7 +32,7 @@ def attend(dtype: torch.dtype, *, heads: int, kv_heads: int, head_dim: int, rows
     case = make_case(0, lengths=[600], num_rows=[rows], heads=heads, kv_heads=kv_heads, head_dim=head_dim,
                      block_size=64, kvp=1, dtype=dtype, value_dim=value_dim)  # fmt: skip
     pages, step = shard(case, 0, "cpu")
-    select_backend("triton", torch.device("cpu"))(case.q, pages, step, 1.0, value_dim=value_dim)
+    partials_of(select_backend("triton", torch.device("cpu")), case.q, pages, step, 1.0, value_dim)
 
 
 def mix(dtype: torch.dtype, rows: int) -> None:

@@ -4,7 +4,9 @@ import torch.distributed as dist
 
 from attention.exchange import CollectiveExchange, Heads, NoExchange, make_exchange
 from attention.merge import merge_reference
+from attention.partial import Partials
 from parallel.layout import split_evenly
+from tests.attention.cases import stacked
 
 
 def partials(rank: int, rows: int, heads: int, head_dim: int, dtype: torch.dtype):
@@ -22,7 +24,7 @@ def exchange_body(rows, heads, head_dim, dtype):
     device = torch.device("cuda", rank) if torch.cuda.device_count() >= size else torch.device("cpu")
     exchange = CollectiveExchange(dist.group.WORLD, Heads(heads, head_dim, dtype, device, num_layers=1))
     out, lse = partials(rank, rows, heads, head_dim, dtype)
-    return exchange(out.to(device).unsqueeze(0), lse.to(device).unsqueeze(0)).cpu()
+    return exchange(Partials(out.to(device), lse.to(device))).cpu()
 
 
 @pytest.mark.parametrize(
@@ -50,12 +52,12 @@ def test_each_rank_gets_its_own_heads_merged(ranks, world, heads, dtype):
 CPU = Heads(num_heads=4, head_dim=8, dtype=torch.float32, device=torch.device("cpu"), num_layers=1)
 
 
-def test_a_group_of_one_merges_its_splits():
+def test_a_group_of_one_merges_its_parts():
     exchange = make_exchange("auto", group=None, heads=CPU)
     assert isinstance(exchange, NoExchange)
     part, lse = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 4)
-    torch.testing.assert_close(exchange(part, lse), merge_reference(part, lse)[0])
-    assert torch.equal(exchange(part[:1], lse[:1]), part[0])
+    torch.testing.assert_close(exchange(stacked(part, lse)), merge_reference(part, lse)[0])
+    assert torch.equal(exchange(stacked(part[:1], lse[:1])), part[0])
 
 
 def auto_body():

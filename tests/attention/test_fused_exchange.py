@@ -7,6 +7,7 @@ from attention.merge import merge_reference
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.layout import split_evenly
 from parallel.symmetric import Fault, Faults
+from tests.attention.cases import stacked
 from tests.one_gpu import LocalWorld
 
 
@@ -42,7 +43,7 @@ def exchange_body(world, tpa, shapes, dtype):
 
         def step(exchange=exchange, data=data):
             exchange.begin_step()
-            return [exchange(part, lse, layer=layer) for layer, (part, lse) in enumerate(data)]
+            return [exchange(stacked(part, lse), layer=layer) for layer, (part, lse) in enumerate(data)]
 
         eager = [step() for _ in range(4)][-1]
         torch.cuda.synchronize()
@@ -123,7 +124,7 @@ def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, kvp, shape, 
 
     def step(rank):
         exchanges[rank].begin_step()
-        return [exchanges[rank](*data[rank][layer], layer=layer) for layer in range(3)]
+        return [exchanges[rank](stacked(*data[rank][layer]), layer=layer) for layer in range(3)]
 
     delays = torch.Generator().manual_seed(kvp)
     first, *others = [world.run(step, delays=delays) for _ in range(6)]
@@ -149,7 +150,7 @@ def stress_body(rounds, timeout_s):
         [t.to(device) for t in partials(i, rank, 1, rows[i], heads, head_dim, torch.bfloat16)] for i in range(layers)
     ]
     exchange.begin_step()
-    expected = [exchange(*each, layer=layer).clone() for layer, each in enumerate(data)]
+    expected = [exchange(stacked(*each), layer=layer).clone() for layer, each in enumerate(data)]
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     rounds_done = torch.zeros((), dtype=torch.int64, device=device)
     scales = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.bfloat16, device=device)
@@ -164,7 +165,7 @@ def stress_body(rounds, timeout_s):
             for layer, (part, lse) in enumerate(data):
                 if int(torch.randint(0, 4, (), generator=generator)) == 0:
                     torch.cuda._sleep(int(torch.randint(0, 20000, (), generator=generator)))
-                merged = exchange(part * scale, lse, layer=layer)
+                merged = exchange(stacked(part * scale, lse), layer=layer)
                 wrong += (merged != expected[layer] * scale).any()
         graphs.append(graph)
     for number in torch.randint(0, 16, (rounds // layers,), generator=generator).tolist():
@@ -193,7 +194,7 @@ def missing_body(timeout_s):
     exchange.begin_step()
     for layer in range(9):
         if rank != 1 or layer < 7:
-            exchange(part, lse, layer=layer)
+            exchange(stacked(part, lse), layer=layer)
     torch.cuda.synchronize()
     fault = Faults.decode(int(faults.word))
     still_works = float(torch.ones(8, device=device).sum())
@@ -231,7 +232,7 @@ def lost_body():
         if rank == 1 and timeout_s == 3.0:
             continue
         exchange.begin_step()
-        exchange(part, lse)
+        exchange(stacked(part, lse))
         all_reduce(x, x.clone(), weight, 1e-5)
     torch.cuda.synchronize()
     fault = Faults.decode(int(faults.word))

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from attention.append import append, rotate
 from attention.latent_append import latent_append, latent_queries
-from attention.merge import merge_reference, merge_splits
+from attention.merge import merge_reference
 from attention.partial import select_backend
 from attention.reference import partial_attention
+from tests.attention.cases import attend as attend_with
 from tests.attention.cases import full_attention, make_case, shard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +26,7 @@ def latents(seed, lengths, num_rows, *, heads, head_dim, value_dim, block_size, 
 
 def attend(name, case, pages, rows):
     backend, q = select_backend(name, torch.device(DEVICE)), case.q.to(pages)
-    return merge_splits(*backend(q, pages, rows, q.shape[-1] ** -0.5, value_dim=case.value_dim), q.dtype)
+    return attend_with(backend, q, pages, rows, q.shape[-1] ** -0.5, case.value_dim)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
@@ -66,10 +67,8 @@ def test_the_kernel_equals_the_reference_at_the_sizes_of_deepseek(dtype, heads, 
     pages, rows = shard(case, 0, DEVICE)
     out, lse = attend("triton", case, pages, rows)
     q, scale = case.q.to(DEVICE), 576**-0.5
-    exact, exact_lse = merge_splits(
-        *partial_attention(q.float(), pages.float(), rows, scale, value_dim=512), torch.float32
-    )
-    plain = partial_attention(q, pages, rows, scale, value_dim=512)[0][0]
+    exact, exact_lse = partial_attention(q.float(), pages.float(), rows, scale, value_dim=512)
+    plain = partial_attention(q, pages, rows, scale, value_dim=512)[0]
     ours, theirs = (out.float() - exact).abs().max(), (plain.float() - exact).abs().max()
     assert ours <= 2 * theirs + (2e-5 if dtype == torch.float32 else 4e-3)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from attention import many_rows, stream_kv
-from attention.merge import merge_splits
 from attention.partial import select_backend
 from attention.reference import partial_attention
-from tests.attention.cases import make_case, shard
+from tests.attention.cases import attend, make_case, shard
 
 pytestmark = pytest.mark.gpu
 
@@ -33,14 +32,14 @@ def test_it_equals_the_reference(dtype, head_dim, heads, kv_heads, block_size):
     for rank in range(2):
         pages, rows = shard(case, rank, "cuda")
         assert many_rows.supports(pages, heads // kv_heads)
-        assert not stream_kv.supports(pages, rows.max_rows * heads // kv_heads)
+        assert not stream_kv.supports(pages, int(rows.query_start.diff().max()) * heads // kv_heads)
         q, scale = case.q.cuda(), head_dim**-0.5
-        out, lse = merge_splits(*select_backend("triton", q.device)(q, pages, rows, scale), q.dtype)
+        out, lse = attend(select_backend("triton", q.device), q, pages, rows, scale)
         plain, _ = partial_attention(q, pages, rows, scale)
         exact, exact_lse = partial_attention(q.float(), pages.float(), rows, scale)
-        ours, theirs = (out.float() - exact[0]).abs().max(), (plain[0].float() - exact[0]).abs().max()
+        ours, theirs = (out.float() - exact).abs().max(), (plain.float() - exact).abs().max()
         assert ours <= 2 * theirs + 4e-3
-        torch.testing.assert_close(lse, exact_lse[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64])
@@ -52,10 +51,10 @@ def test_chunks_of_every_length_see_what_is_theirs(length, block_size):
     )  # fmt: skip
     pages, rows = shard(case, 0, "cuda")
     q = case.q.cuda()
-    out, lse = merge_splits(*select_backend("triton", q.device)(q, pages, rows, 0.3), q.dtype)
+    out, lse = attend(select_backend("triton", q.device), q, pages, rows, 0.3)
     exact, exact_lse = partial_attention(q.float(), pages.float(), rows, 0.3)
-    torch.testing.assert_close(out.float(), exact[0], rtol=3e-2, atol=3e-2)
-    torch.testing.assert_close(lse, exact_lse[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(out.float(), exact, rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-3)
 
 
 def test_runs_that_begin_with_padding_and_runs_of_no_rows():
@@ -69,11 +68,11 @@ def test_runs_that_begin_with_padding_and_runs_of_no_rows():
     query_start = torch.tensor([0, 7, 7, 12], dtype=torch.int32, device="cuda")
     rows = replace(rows, visible_len=visible_len, query_start=query_start)
     q = case.q.cuda()
-    out, lse = merge_splits(*select_backend("triton", q.device)(q, pages, rows, 0.3), q.dtype)
+    out, lse = attend(select_backend("triton", q.device), q, pages, rows, 0.3)
     exact, exact_lse = partial_attention(q.float(), pages.float(), rows, 0.3)
     assert torch.equal(out[:3], torch.zeros_like(out[:3])) and torch.isneginf(lse[:3]).all()
-    torch.testing.assert_close(out.float(), exact[0], rtol=3e-2, atol=3e-2)
-    torch.testing.assert_close(lse, exact_lse[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(out.float(), exact, rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-3)
 
 
 def test_a_rerun_equals_itself_bit_for_bit():
@@ -83,6 +82,6 @@ def test_a_rerun_equals_itself_bit_for_bit():
     )  # fmt: skip
     pages, rows = shard(case, 0, "cuda")
     q, kernel = case.q.cuda(), select_backend("triton", torch.device("cuda"), pdl=True)
-    first, *others = [merge_splits(*kernel(q, pages, rows, 0.1), q.dtype) for _ in range(20)]
+    first, *others = [attend(kernel, q, pages, rows, 0.1) for _ in range(20)]
     for out, lse in others:
         assert torch.equal(out, first[0]) and torch.equal(lse, first[1])

@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention import reference, split_kv
-from attention.merge import merge_reference, merge_splits
+from attention import reference
+from attention.merge import merge_parts, merge_reference
 from attention.partial import select_backend
-from attention.reference import partial_attention
-from tests.attention.cases import full_attention, make_case, shard
+from attention.reference import ReferenceAttention
+from tests.attention.cases import attend, full_attention, make_case, shard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REFERENCE = ReferenceAttention()
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 shapes = st.fixed_dictionaries(
@@ -32,11 +33,6 @@ def build(seed, shape, max_rows, **more):
     return make_case(seed, num_rows=num_rows, heads=heads, head_dim=more.pop("head_dim", 8), **rest, **more)
 
 
-def attend(backend, q, pages, rows, scale, value_dim=None):
-    """What a back end gives with its splits merged, in q's dtype."""
-    return merge_splits(*backend(q, pages, rows, scale, value_dim=value_dim), q.dtype)
-
-
 def merged_over_ranks(case, backend):
     partials = [
         attend(backend, case.q.to(DEVICE), *shard(case, rank, DEVICE), case.q.shape[-1] ** -0.5, case.value_dim)
@@ -50,7 +46,7 @@ def merged_over_ranks(case, backend):
 @given(st.integers(0, 2**31), shapes)
 def test_sharded_in_a_list_and_merged_equals_full_attention(seed, shape):
     case = build(seed, shape, max_rows=6)
-    out, lse = merged_over_ranks(case, partial_attention)
+    out, lse = merged_over_ranks(case, REFERENCE)
     expected, expected_lse = full_attention(case)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
@@ -58,9 +54,9 @@ def test_sharded_in_a_list_and_merged_equals_full_attention(seed, shape):
 
 def test_reference_in_small_pieces_equals_itself_in_one(monkeypatch):
     case = make_case(3, lengths=[90], num_rows=[40], heads=4, kv_heads=2, head_dim=8, block_size=4, kvp=2)
-    whole = attend(partial_attention, case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.3)
+    whole = attend(REFERENCE, case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.3)
     monkeypatch.setattr(reference, "SCORES_AT_ONCE", 500)
-    pieces = attend(partial_attention, case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.3)
+    pieces = attend(REFERENCE, case.q.to(DEVICE), *shard(case, 1, DEVICE), 0.3)
     torch.testing.assert_close(whole, pieces)
 
 
@@ -86,23 +82,25 @@ def test_kernel_equals_the_reference(seed, shape, dtype, head_dim):
         pages, rows = shard(case, rank, DEVICE)
         q, scale = case.q.to(DEVICE), head_dim**-0.5
         out, lse = attend(kernel, q, pages, rows, scale)
-        exact, exact_lse = attend(partial_attention, q.float(), pages.float(), rows, scale)
-        plain, _ = attend(partial_attention, q, pages, rows, scale)
+        exact, exact_lse = attend(REFERENCE, q.float(), pages.float(), rows, scale)
+        plain, _ = attend(REFERENCE, q, pages, rows, scale)
         ours, theirs = (out.float() - exact).abs().max(), (plain.float() - exact).abs().max()
         assert ours <= 2 * theirs + (2e-5 if dtype == torch.float32 else 4e-3)
         torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)
 
 
-def test_kernel_result_does_not_depend_on_the_number_of_splits(monkeypatch):
+def test_kernel_result_does_not_depend_on_how_work_is_cut():
     case = make_case(7, lengths=[300, 40], num_rows=[1, 1], heads=8, kv_heads=2, head_dim=16, block_size=16, kvp=1)
     pages, rows = shard(case, 0, DEVICE)
-    results = []
-    choose = split_kv.choose_tile
-    for splits in (1, 2, 5, 200):
-        monkeypatch.setattr(
-            split_kv, "choose_tile", lambda *sizes, splits=splits, **gpu: replace(choose(*sizes, **gpu), splits=splits)
+    kernel, q = select_backend("triton", torch.device(DEVICE)), case.q.to(DEVICE)
+    cutting = kernel.cutting(pages, 8, 1)
+    results = [
+        merge_parts(kernel(q, pages, rows.cut_for(replace(cutting, **change)), 0.25), q.dtype)
+        for change in (
+            *({"programs": programs, "unit": 16} for programs in (1, 2, 5, 200)),
+            {"programs": 9, "persistent": False},
         )
-        results.append(attend(select_backend("triton", torch.device(DEVICE)), case.q.to(DEVICE), pages, rows, 0.25))
+    ]
     for out, lse in results[1:]:
         torch.testing.assert_close(out, results[0][0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse, results[0][1], rtol=1e-5, atol=1e-5)
@@ -117,19 +115,6 @@ def test_strided_queries_are_read_by_their_strides():
     assert torch.equal(
         attend(kernel, wide[:, :4], pages, rows, 0.25)[0], attend(kernel, case.q.to(DEVICE), pages, rows, 0.25)[0]
     )
-
-
-@pytest.mark.parametrize(
-    ("batch", "longest", "splits"), [(1, 10**6, 50), (10, 10**6, 5), (1, 1000, 16), (300, 10**6, 1), (1, 0, 1)]
-)
-def test_splits_fill_the_gpu_and_no_more(batch, longest, splits):
-    _, rows = shard(
-        make_case(0, lengths=[1] * batch, num_rows=[1] * batch, heads=4, kv_heads=2, head_dim=16, block_size=1, kvp=1),
-        0,
-        DEVICE,
-    )
-    rows = replace(rows, max_visible_len=longest)
-    assert split_kv.choose_tile(rows, 2, 2, 16, torch.bfloat16, processors=100, limit=101376).splits == splits
 
 
 def test_unknown_back_end_is_refused():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attention.reference import partial_attention
+from attention.reference import ReferenceAttention
 from helix.models.decoder import Decoder
 from helix.models.spec import ModelSpec, RopeSpec
 from helix.models.weights import part_of
@@ -42,7 +42,7 @@ def test_weight_bytes_per_rank_follow_the_formula(layout):
     found = []
     for rank in range(N):
         grid = HelixGrid(layout, rank, None, None)
-        decoder = Decoder(spec, grid, dtype=torch.bfloat16, device=torch.device("cpu"), attention=partial_attention)
+        decoder = Decoder(spec, grid, dtype=torch.bfloat16, device=torch.device("cpu"), attention=ReferenceAttention())
         found.append(decoder.layer_bytes)
     assert sum(found) / N == pytest.approx(weights * spec.num_layers * 2, rel=0.01)
     assert max(found) - min(found) <= 3 * h * 64 * spec.num_layers * 2  # ranges of units begin at multiples of up to 64

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helix.models.chunk_product import product_in_8_bits, quantize_rows
 from helix.models.decoder import Decoder
 from helix.models.experts import mix_queued, mix_reference, mixture, route
 from helix.models.linear import can_stream, gated_linear, linear, split_linear
@@ -174,21 +173,3 @@ def test_a_quantised_model_takes_little_more_than_half_the_bytes():
                 for each in (spec, quantised)
             )
             assert ours <= 0.55 * plain
-
-
-@pytest.mark.parametrize("powers_of_two", [False, True])
-@pytest.mark.parametrize(("rows", "width", "columns"), [(70, 200, (100, 360)), (5, 96, (0, 64)), (130, 130, (32, 288))])
-def test_products_in_8_bits_equal_the_float64_product_of_the_same_operands(rows, width, columns, powers_of_two):
-    values, grid = blocks_of((width + 36, columns[1]), seed=rows)
-    w = replace(cut(values, grid, (36, 36 + width), columns), powers_of_two=powers_of_two)
-    generator = torch.Generator().manual_seed(rows)
-    x = (torch.randn(rows, columns[1] - columns[0], generator=generator) * 3).to(torch.float16).to(DEVICE)
-    bias = torch.randn(width, generator=generator).to(torch.float16).to(DEVICE)
-    small, scales = quantize_rows(x, w.shift, powers_of_two=powers_of_two)
-    wide = Quantized(small, scales, w.shift).widen(0, rows, torch.float64)
-    steps = (14 if powers_of_two else 28) // (4 if DEVICE == "cpu" else 1)  # the interpreter makes 384 of 448
-    assert (wide - x.double()).abs().max() <= x.abs().max().double() / steps
-    assert not powers_of_two or torch.equal(scales.log2(), scales.log2().round())
-    exact = wide @ w.widen(0, width, torch.float64).T + bias.double()
-    ours = product_in_8_bits(x, w, bias).double()
-    assert (ours - exact).abs().max() <= 2e-3 * exact.abs().max()

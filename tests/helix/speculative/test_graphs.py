@@ -30,12 +30,15 @@ def rows_of(counts: list[int]) -> DecodeRows:
     return DecodeRows(number, 100 + number, 200 + number, slots, 300 + number, np.array(counts))
 
 
+NAMES = ("token_ids", "positions", "slot", "row_seq", "visible_len")
+
+
 @pytest.mark.parametrize("counts", [[3, 3], [1, 3], [3, 1], [2, 1], [1, 1], [2]])
 def test_rows_stand_at_the_end_of_their_run_and_padding_sees_and_stores_nothing(counts: list[int]) -> None:
     rows, run_len = rows_of(counts), 3
-    inputs = np.full((5, 3 * run_len), 7)
+    inputs = {name: np.full(3 * run_len, 7) for name in NAMES}
     rows.fill(inputs, run_len, padding_slot=99)
-    tokens, positions, slot, row_seq, visible = inputs.reshape(5, 3, run_len)
+    tokens, positions, slot, row_seq, visible = (inputs[name].reshape(3, run_len) for name in NAMES)
     at = 0
     for sequence, count in enumerate(counts):
         assert (row_seq[sequence] == 10 + sequence).all(), "a run has one page table"

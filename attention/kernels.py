@@ -1,0 +1,87 @@
+"""The Triton back end: which kernel attends, by GPU, rows, heads, head size and pages.
+
+| kernel    | GPU    | rows x heads of a KV head      | head size    | pages of           | programs                |
+|-----------|--------|--------------------------------|--------------|--------------------|-------------------------|
+| stream_kv | Hopper | at most 64 (32 where 256 wide) | 64, 128, 256 | 16 to 256, 2 bytes | persistent              |
+| many_rows | Hopper | any                            | 64, 128, 256 | 16 to 256, 2 bytes | one a piece             |
+| split_kv  | any    | any                            | any          | any                | persistent for few rows |
+| latent_kv | any    | any; all heads read one latent | any          | any                | persistent for few rows |
+
+The choice is made once a step, when its work is cut, and travels with the list.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from . import latent_kv, many_rows, split_kv, stream_kv
+from .partial import Partials
+from .rows import Rows
+from .work import Cutting
+
+_KERNELS = {
+    "stream_kv": stream_kv.attend,
+    "many_rows": many_rows.attend,
+    "split_kv": split_kv.attend,
+    "latent_kv": latent_kv.attend,
+}
+_INTERPRETED_PROCESSORS = 8
+
+
+def can_run(device: torch.device) -> bool:
+    """Return whether Triton kernels run on this device: CUDA, or anywhere under Triton's interpreter."""
+    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
+
+
+class TritonAttention:
+    """The Triton back end; see ``PartialAttention`` for what its methods take and return.
+
+    Q and the pages share one dtype: float32 (products in full precision), float16 or bfloat16.
+
+    Args:
+        device: where it runs.
+        pdl: launch programmatically dependent; every kernel before and after it on the stream must allow it.
+    """
+
+    def __init__(self, device: torch.device, *, pdl: bool = False) -> None:
+        self._pdl = pdl
+        self._processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count
+            if device.type == "cuda"
+            else _INTERPRETED_PROCESSORS
+        )
+
+    def cutting(self, pages: torch.Tensor, num_heads: int, max_rows: int, *, value_dim: int | None = None) -> Cutting:
+        """Choose the kernel for steps whose longest run has so many rows, and say how it wants them cut."""
+        num_kv_heads = pages.shape[2]
+        group = num_heads // num_kv_heads
+        programs = max(1, self._processors // num_kv_heads)
+        if value_dim is not None:
+            return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.element_size() > 2)
+        if stream_kv.supports(pages, max_rows * group):
+            return Cutting("stream_kv", max_rows, stream_kv.TILE, programs)
+        if many_rows.supports(pages, group):
+            return many_rows.cutting(group, max_rows, programs, head_dim=pages.shape[4])
+        return split_kv.cutting(pages, group, max_rows, programs)
+
+    def __call__(
+        self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
+    ) -> Partials:
+        """Attend rows to the local shard, by the kernel that their work was cut for."""
+        work = rows.work
+        if work is None:
+            raise ValueError("rows.work = None: the Triton back end needs the work list of a step")
+        num_rows, num_heads, head_dim = q_RQD.shape
+        split = work.part_start is not None
+        shape = (work.num_parts if split else num_rows, num_heads)
+        partials = Partials(
+            torch.empty((*shape, value_dim or head_dim), dtype=torch.float32 if split else q_RQD.dtype,
+                        device=q_RQD.device),
+            torch.empty(shape, dtype=torch.float32, device=q_RQD.device),
+            work.part_start,
+            work.cutting.programs,
+        )  # fmt: skip
+        if num_rows:
+            _KERNELS[work.cutting.kernel](q_RQD, pages, rows, work, partials, scale, pdl=self._pdl)
+        return partials

@@ -1,0 +1,126 @@
+"""The rows of a step on the host: what the scheduler's chunks are to a rank, in NumPy, before anything is uploaded.
+
+Rows of a chunk are neighbours and ascend in position. What all ranks share (``StepRows``) comes from the chunks alone,
+what one rank sees of them (``LocalRows``) from the placement and its page table, and who projects which
+(``SharedRows``) from the placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from parallel.placement import BlockCyclic, IntArray
+
+from .request import Chunk
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The R rows of C chunks; equal on all ranks, int64.
+
+    Attributes:
+        token_ids: [R]; -1 is the token that the device chose last for the row's batch slot.
+        positions: [R], global.
+        row_seq: [R], the batch slot of each row's sequence.
+        first_owner: [R], where the sequence's first block lives.
+        query_start: [C + 1], the first row of each chunk, then R.
+    """
+
+    token_ids: IntArray
+    positions: IntArray
+    row_seq: IntArray
+    first_owner: IntArray
+    query_start: IntArray
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> StepRows:
+        """Return the rows of chunks, drafts included."""
+        starts = np.array([chunk.start for chunk in chunks])
+        counts = np.array([chunk.num_rows for chunk in chunks])
+        query_start = np.concatenate(([0], counts.cumsum()))
+        tokens: list[int] = []
+        for chunk in chunks:
+            tokens += chunk.seq.token_ids[chunk.start : chunk.stop] or [-1]  # -1: not known yet
+            tokens += chunk.drafts
+        return cls(
+            token_ids=np.array(tokens),
+            positions=np.arange(len(tokens)) + np.repeat(starts - query_start[:-1], counts),
+            row_seq=np.repeat(np.array([chunk.seq.batch_slot for chunk in chunks]), counts),
+            first_owner=np.repeat(np.array([chunk.seq.blocks.first_owner for chunk in chunks]), counts),
+            query_start=query_start,
+        )
+
+    @classmethod
+    def for_nobody(cls, num_rows: int) -> StepRows:
+        """Return one run of rows of token 0."""
+        zeros = np.zeros(num_rows, np.int64)
+        return cls(zeros, zeros, zeros, zeros, np.array([0, num_rows]))
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.positions)
+
+    @property
+    def counts(self) -> IntArray:
+        """The rows of each chunk, [C]."""
+        return np.diff(self.query_start)
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """What one rank alone sees of a step's rows, int64 [R]: local tokens seen, and the slot of owned rows or -1."""
+
+    visible: IntArray
+    slot: IntArray
+
+    @classmethod
+    def of(cls, rows: StepRows, placement: BlockCyclic, kvp_rank: int, page_table: npt.NDArray[np.int32]) -> LocalRows:
+        """Return what a KVP rank sees, whose page table is [B, P]."""
+        at = placement.local_position(rows.positions)
+        mine = placement.owner(rows.positions, rows.first_owner) == kvp_rank
+        page = page_table[rows.row_seq, np.where(mine, at // placement.block_size, 0)].astype(np.int64)
+        return cls(
+            visible=placement.local_len(rows.positions + 1, kvp_rank, rows.first_owner),
+            slot=np.where(mine, page * placement.block_size + at % placement.block_size, -1),
+        )
+
+    @classmethod
+    def that_see_nothing(cls, num_rows: int) -> LocalRows:
+        """Return rows that see and store nothing."""
+        return cls(np.zeros(num_rows, np.int64), np.full(num_rows, -1, np.int64))
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """A step's rows divided by owner, so that each KVP rank projects its own.
+
+    Attributes:
+        mine: [M] int64, the rows that this rank owns, then row 0 again; M is equal on all KVP ranks.
+        num_mine: how many of them are real.
+        order: [R] int64, where each row stands among the KVP * M of all ranks.
+    """
+
+    mine: IntArray
+    num_mine: int
+    order: IntArray
+
+    @classmethod
+    def of(cls, rows: StepRows, placement: BlockCyclic, kvp_rank: int) -> SharedRows:
+        """Divide rows; every rank gets the same ``order``."""
+        owner, kvp = placement.owner(rows.positions, rows.first_owner), placement.kvp
+        counts = np.bincount(owner, minlength=kvp)
+        longest = int(counts.max())
+        by_owner = np.argsort(owner, kind="stable")
+        starts = np.cumsum(counts) - counts
+        order = np.empty(rows.num_rows, np.int64)
+        places = np.arange(rows.num_rows) - np.repeat(starts, counts) + np.repeat(np.arange(kvp) * longest, counts)
+        order[by_owner] = places
+        num_mine = int(counts[kvp_rank])
+        mine = np.zeros(longest, np.int64)
+        mine[:num_mine] = by_owner[starts[kvp_rank] : starts[kvp_rank] + num_mine]
+        return cls(mine, num_mine, order)

@@ -1,0 +1,49 @@
+"""Rows of a step in NumPy: what ranks share, what each sees, and who projects which."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from helix.batch import LocalRows, SharedRows, StepRows
+from helix.request import Chunk
+from parallel.placement import BlockCyclic
+
+
+def chunk(start, stop, *, slot, first_owner=0, drafts=(), length=None):
+    seq = SimpleNamespace(
+        token_ids=list(range(100, 100 + (stop if length is None else length))), batch_slot=slot,
+        blocks=SimpleNamespace(first_owner=first_owner),
+    )  # fmt: skip
+    return Chunk(seq, start, stop, drafts)
+
+
+CHUNKS = [chunk(6, 7, slot=2, drafts=(8, 9)), chunk(0, 5, slot=0, first_owner=1), chunk(3, 4, slot=1, length=3)]
+
+
+def test_rows_of_a_chunk_are_neighbours_and_drafts_follow():
+    rows = StepRows.of(CHUNKS)
+    assert rows.token_ids.tolist() == [106, 8, 9, 100, 101, 102, 103, 104, -1]  # the last is not known yet
+    assert rows.positions.tolist() == [6, 7, 8, 0, 1, 2, 3, 4, 3]
+    assert rows.row_seq.tolist() == [2] * 3 + [0] * 5 + [1]
+    assert rows.query_start.tolist() == [0, 3, 8, 9] and rows.counts.tolist() == [3, 5, 1]
+
+
+def test_each_row_is_stored_by_one_rank_and_seen_by_those_that_hold_something_before_it():
+    rows, place = StepRows.of(CHUNKS), BlockCyclic(2, 3)
+    table = np.arange(12, dtype=np.int32).reshape(3, 4)
+    ranks = [LocalRows.of(rows, place, rank, table) for rank in range(3)]
+    assert (np.stack([each.slot >= 0 for each in ranks]).sum(0) == 1).all()
+    assert np.stack([each.visible for each in ranks]).sum(0).tolist() == (rows.positions + 1).tolist()
+    owner = place.owner(rows.positions, rows.first_owner)
+    for row in range(rows.num_rows):
+        slot = ranks[owner[row]].slot[row]
+        local = place.local_position(rows.positions[row])
+        assert slot == table[rows.row_seq[row], local // 2] * 2 + local % 2
+
+
+def test_shared_rows_return_to_their_order():
+    rows, place = StepRows.of(CHUNKS), BlockCyclic(2, 3)
+    ranks = [SharedRows.of(rows, place, rank) for rank in range(3)]
+    gathered = np.concatenate([each.mine for each in ranks])
+    assert gathered[ranks[0].order].tolist() == list(range(rows.num_rows))
+    assert sum(each.num_mine for each in ranks) == rows.num_rows
