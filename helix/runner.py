@@ -114,10 +114,29 @@ class Runner:
     def run(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute a step and return the logits of the rows that choose tokens: float32 [sum of num_choices, V].
 
+        Decode rows beside a prompt's chunk are a step of their own: their graph is replayed as if they were alone, so
+        that no bit of them depends on the chunk, which is computed behind it.
+
         Collective over the world: every rank calls it with the same chunks.
         """
-        if self._graphs is not None and self.can_launch(chunks):
-            return self._graphs.logits(self.launch(chunks).rows)
+        decoding = [chunk for chunk in chunks if chunk.samples and chunk.stop - chunk.start == 1]
+        if self._graphs is None or not decoding or not self.can_launch(decoding):
+            return self._run_eagerly(chunks)
+        logits = self._graphs.logits(self.launch(decoding).rows)
+        others = [chunk for chunk in chunks if chunk not in decoding]
+        if not others:
+            return logits
+        num_padding = self.num_padding
+        logits = torch.cat((logits, self._run_eagerly(others)))
+        self.num_padding = num_padding
+        if chunks == [*decoding, *others]:
+            return logits
+        starts = np.cumsum([0, *(chunk.num_choices for chunk in (*decoding, *others))])
+        first = dict(zip(map(id, (*decoding, *others)), starts.tolist(), strict=False))
+        order = [first[id(chunk)] + choice for chunk in chunks for choice in range(chunk.num_choices)]
+        return logits[upload({"order": np.array(order, np.int64)}, logits.device)["order"]]
+
+    def _run_eagerly(self, chunks: list[Chunk]) -> torch.Tensor:
         self.num_padding = 0
         step = StepRows.of(chunks)
         self._upload_tables(chunks)
