@@ -10,6 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+MANY_ROWS, ROWS = (
+    512,
+    16,
+)  # from so many rows on a program takes several: starting programs would cost more than they do
+
 
 def rotate(x_RHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
     """Apply rotary position embedding to the first dims of every head, in float32.
@@ -102,36 +107,41 @@ def load_sum(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constex
 def _rope_append_kernel(
     qkv, q, q_norm, k_norm, cos, sin, pages, slots, num_rows, page_stride, kv_stride, head_stride, eps,
     SUMMANDS: tl.constexpr, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BR: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One head of BR rows."""
+    head = tl.program_id(1)
+    row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    there = (row < num_rows)[:, None]
     is_q, is_v = head < NUM_Q, head >= NUM_Q + NUM_KV
-    d = tl.arange(0, D_PAD)
+    d = tl.arange(0, D_PAD)[None, :]
     real, turns = d < D, d < 2 * HALF
     other, angle, sign = turns_with(d, HALF, INTERLEAVED)
     if NORM:
         weight = q_norm if is_q else k_norm
         own_weight = tl.load(weight + d, mask=real, other=0.0).to(tl.float32)
         other_weight = tl.load(weight + other, mask=turns, other=0.0).to(tl.float32)
-    slot = tl.load(slots + row)  # uploaded before the step's first kernel
+    slot = tl.load(slots + row, mask=row < num_rows, other=-1)[:, None]  # uploaded before the step's first kernel
+    row = row[:, None]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     # everything is asked for at once, whether this program needs it or not
     columns: tl.constexpr = (NUM_Q + 2 * NUM_KV) * D
-    source = qkv + row * columns + head * D
-    x = load_sum(source, num_rows * columns, d, real, SUMMANDS, q.dtype.element_ty)
-    partner = load_sum(source, num_rows * columns, other, turns, SUMMANDS, q.dtype.element_ty).to(tl.float32)
-    c = tl.load(cos + row * HALF + angle, mask=turns, other=1.0)
-    s = tl.load(sin + row * HALF + angle, mask=turns, other=0.0)
+    at = row * columns + head * D
+    x = load_sum(qkv, num_rows * columns, at + d, there & real, SUMMANDS, q.dtype.element_ty)
+    partner = load_sum(qkv, num_rows * columns, at + other, there & turns, SUMMANDS, q.dtype.element_ty).to(tl.float32)
+    c = tl.load(cos + row * HALF + angle, mask=there & turns, other=1.0)
+    s = tl.load(sin + row * HALF + angle, mask=there & turns, other=0.0)
     value = x.to(tl.float32)
     if NORM:
-        scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+        scale = tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
         value *= scale * own_weight
         partner *= scale * other_weight
     turned = (value * c + sign * partner * s).to(q.dtype.element_ty)
     if is_q:
-        tl.store(q + (row * NUM_Q + head) * D + d, turned, mask=real)
+        tl.store(q + (row * NUM_Q + head) * D + d, turned, mask=there & real)
     else:
         kv_head = tl.where(is_v, head - NUM_Q - NUM_KV, head - NUM_Q)
         page = pages + (slot // BLOCK_SIZE) * page_stride + kv_head * head_stride + (slot % BLOCK_SIZE) * D + d
@@ -170,11 +180,13 @@ def rope_append(
     q = pages.new_empty((rows, num_heads, head_dim))
     if rows:
         q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
-        _rope_append_kernel[(rows, num_heads + 2 * num_kv_heads)](
+        few = rows < MANY_ROWS
+        _rope_append_kernel[(-(-rows // (1 if few else ROWS)), num_heads + 2 * num_kv_heads)](
             qkv, q, q_norm, k_norm, cos, sin, pages, slot,
             rows, pages.stride(0), pages.stride(1), pages.stride(2), eps,
-            SUMMANDS=summands, NUM_Q=num_heads, NUM_KV=num_kv_heads, D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
-            HALF=cos.shape[-1], BLOCK_SIZE=block_size, INTERLEAVED=interleaved, NORM=norms is not None, PDL=pdl,
-            num_warps=1, **({"launch_pdl": True} if pdl else {}),
+            SUMMANDS=summands, NUM_Q=num_heads, NUM_KV=num_kv_heads, D=head_dim,
+            D_PAD=triton.next_power_of_2(head_dim),
+            HALF=cos.shape[-1], BLOCK_SIZE=block_size, INTERLEAVED=interleaved, NORM=norms is not None,
+            BR=1 if few else ROWS, PDL=pdl, num_warps=1 if few else 4, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return q

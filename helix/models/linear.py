@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from parallel.device import capability
 
-from .chunk_product import can_multiply_in_8_bits, product_in_8_bits
+from .gate import silu_mul
 from .quantization import BLOCK
 from .quantized import Matrix, Quantized, product
 from .stream_weights import stream_quantized_kernel, stream_weights_kernel
@@ -163,13 +162,6 @@ def can_stream(x: torch.Tensor, w: Matrix) -> bool:
     return aligned and _processors(x.device) > 0
 
 
-def _many_rows(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return x [R, K] times w [N, K] transposed, plus bias [N]: chunks of prompts in 8 bits, where w has them."""
-    if isinstance(w, Quantized) and x.shape[0] > MAX_ROWS and can_multiply_in_8_bits(x, w):
-        return product_in_8_bits(x, w, bias)
-    return product(x, w, bias)
-
-
 def split_linear(
     x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None, *, pdl: bool = False, exact: bool = False
 ) -> torch.Tensor:
@@ -181,22 +173,21 @@ def split_linear(
     if can_stream(x, w):
         splits = _splits_of(w, x.shape[0], _turns_of(w), x.device)
         return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits, rows=x.shape[0], exact=exact)
-    return _many_rows(x, w, bias).unsqueeze(0)
+    return product(x, w, bias).unsqueeze(0)
 
 
 def linear(x: torch.Tensor, w: Matrix, *, pdl: bool = False) -> torch.Tensor:
     """Return x [R, K] times w [N, K] transposed: [R, N] in x's dtype, summed in float32."""
     if can_stream(x, w):
         return _stream(x, w, None, gated=False, pdl=pdl, splits=1, rows=x.shape[0])[0]
-    return _many_rows(x, w)
+    return product(x, w)
 
 
 def gated_linear(x: torch.Tensor, gate_up: Matrix, *, pdl: bool = False) -> torch.Tensor:
     """Return silu(x gate^T) * (x up^T): [R, F] for gate_up [2 F, K], the gate's rows first."""
     if can_stream(x, gate_up):
         return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0])[0]
-    gate, up = _many_rows(x, gate_up).chunk(2, -1)
-    return F.silu(gate) * up
+    return silu_mul(product(x, gate_up))
 
 
 def experts_gated_linear(x: torch.Tensor, gate_up: Matrix, used: ExpertsInUse, *, pdl: bool) -> torch.Tensor:

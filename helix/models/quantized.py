@@ -33,25 +33,21 @@ class Quantized:
         values: [N, K] or [E, N, K] float8_e4m3fn; a row begins at a multiple of ALIGNMENT bytes.
         scales: [B, N] or [B, E * N] float32.
         shift: columns of the first block that stand before this slice.
-        powers_of_two: whether scales of rows that are quantised to meet it are rounded up to powers of two.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     shift: int
-    powers_of_two: bool = False
 
     @classmethod
-    def empty(
-        cls, rows: int, columns: tuple[int, int], device: torch.device | str, *, powers_of_two: bool = False
-    ) -> Quantized:
+    def empty(cls, rows: int, columns: tuple[int, int], device: torch.device | str) -> Quantized:
         """Return room for `rows` rows of a matrix's `columns`, a half-open range."""
         start, stop = columns
         width = stop - start
         padded = -(-width // ALIGNMENT) * ALIGNMENT
         values = torch.empty((rows, padded), dtype=VALUES, device=device)[:, :width]
         scales = torch.empty((num_blocks(start, stop), rows), dtype=torch.float32, device=device)
-        return cls(values, scales, start % BLOCK, powers_of_two)
+        return cls(values, scales, start % BLOCK)
 
     @property
     def shape(self) -> torch.Size:

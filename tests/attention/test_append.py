@@ -41,7 +41,9 @@ def test_rotation_equals_transformers(family):
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("interleaved", "half"), [(False, 8), (False, 4), (True, 8), (True, 4)])
-def test_one_kernel_does_what_the_steps_do(norm, interleaved, half):
+@pytest.mark.parametrize("many_rows", [5, 6])
+def test_one_kernel_does_what_the_steps_do(monkeypatch, norm, interleaved, half, many_rows):
+    monkeypatch.setattr("attention.append.MANY_ROWS", many_rows)
     rows, heads, kv_heads, head_dim, block_size = 5, 4, 2, 16, 4
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device=DEVICE)
     cos, sin = torch.randn(2, rows, half, device=DEVICE).unbind(0)
