@@ -42,6 +42,15 @@ def config_of_part(config: HelixConfig, part: int) -> HelixConfig:
     return replace(config, parallel=layout, speculative=SpeculativeConfig())
 
 
+def without_graphs(config: HelixConfig, device: torch.device) -> HelixConfig:
+    """Return the settings, with decode graphs off where attention looks at its data from the host, which is said."""
+    asked = device.type == "cuda" and config.runtime.graphs
+    if not asked or config.attention.backend != "reference":
+        return config
+    _log.info("attention.backend=reference reads lengths on the host: runtime.graphs is off")
+    return replace(config, runtime=replace(config.runtime, graphs=False))
+
+
 class Prepared:
     """A run that can be: what ``LLM`` builds.
 
@@ -70,7 +79,7 @@ class Prepared:
         self.layout = self._resolve_layout()
         self.pdl = can_launch_dependently(launch.device)
         self.attention = select_backend(config.attention.backend, launch.device, pdl=self.pdl)
-        self.config = config = self._without_graphs() if self._breaks_capture() else config
+        self.config = config = without_graphs(config, launch.device)
         self.checkpoint = agree(lambda: open_checkpoint(config.model, self.spec))
         self.drafting = agree(lambda: DrafterLoader(config, self.spec))
         self.tokenizer = agree(lambda: load_tokenizer(config.model.path) if config.model.path else None)
@@ -90,15 +99,6 @@ class Prepared:
                 raise
             raise ValueError(str(error).replace("parallel.", "transfer.prefill.")) from error
         return layout
-
-    def _breaks_capture(self) -> bool:
-        """Return whether decode graphs are asked for and attention looks at its data from the host."""
-        asked = self.launch.device.type == "cuda" and self.config.runtime.graphs
-        return asked and self.config.attention.backend == "reference"
-
-    def _without_graphs(self) -> HelixConfig:
-        _log.info("attention.backend=reference reads lengths on the host: runtime.graphs is off")
-        return replace(self.config, runtime=replace(self.config.runtime, graphs=False))
 
     def _resolve_dtype(self) -> torch.dtype:
         name = self.config.model.dtype
