@@ -15,7 +15,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from helix.config import ModelConfig, check_at_least
@@ -104,15 +104,18 @@ def setup_of(config: PlanConfig) -> Setup:
     """
     hardware = config.hardware
     constants = named_hardware(hardware.name) if hardware.file is None else read_hardware(hardware.file)
-    weights = "bf16" if config.weights == "auto" else config.weights
+    if config.weights not in ("auto", *FORMATS):
+        raise ValueError(f"weights = {config.weights} must be one of auto, {', '.join(FORMATS)}")
+    spec = read_spec(replace(config.model, load="dummy"))  # weights need not be there
+    own = "bf16" if spec.quantization is None else "fp8"
+    weights = own if config.weights == "auto" else config.weights
     cache = ("fp32" if weights == "fp32" else "bf16") if config.cache.dtype == "auto" else config.cache.dtype
-    for name, value in (("weights", weights), ("cache.dtype", cache)):
-        if value not in FORMATS:
-            raise ValueError(f"{name} = {value} must be one of auto, {', '.join(FORMATS)}")
+    if cache not in FORMATS:
+        raise ValueError(f"cache.dtype = {cache} must be one of auto, {', '.join(FORMATS)}")
     if not 0.0 < config.cache.memory_fraction <= 1.0:
         raise ValueError(f"cache.memory_fraction = {config.cache.memory_fraction} must lie in (0, 1]")
     return Setup(
-        read_spec(config.model),
+        spec,
         constants,
         Storage(weights, cache),
         block_size=config.cache.block_size,
