@@ -39,7 +39,7 @@ class PlanHardware:
 
     Attributes:
         name: a file of conf/hardware/ without its ending; hardware=NAME says the same.
-        file: a file of constants that scripts.calibrate wrote, instead.
+        file: a file of constants instead, such as those of conf/hardware/.
     """
 
     name: str = "h200"
@@ -186,7 +186,8 @@ def command(row: Row, setup: Setup, model: Sequence[str]) -> str:
     if size > GPUS_PER_NODE:
         nodes = -(-size // GPUS_PER_NODE)
         start = (
-            f"sbatch --nodes={nodes} --gpus-per-node={size // nodes} scripts/launch/torchrun.sbatch scripts.generate"
+            f"torchrun --nnodes {nodes} --nproc-per-node {size // nodes} --rdzv-backend c10d --rdzv-endpoint HEAD:29500"
+            " --rdzv-id plan -m scripts.generate"
         )
     else:
         start = f"torchrun --standalone --nproc-per-node {size} -m scripts.generate"
@@ -206,7 +207,7 @@ def notes(plan: Plan, rows: Sequence[Row], model: Sequence[str]) -> list[str]:
         elif len(plan.costs) > 1:
             lines.append(f"batch {batch}: plain TP is not overtaken up to 16M tokens of context")
     if not hardware.is_measured:
-        lines.append(f"hardware = {hardware.name}: constants of a data sheet; scripts.calibrate measures them")
+        lines.append(f"hardware = {hardware.name}: constants of a data sheet, none was measured")
     over = max((row.context for row in rows), default=0)
     if over > setup.spec.max_position:
         lines.append(f"the model takes {setup.spec.max_position:,} tokens; more need model.max_position={over}")

@@ -1,5 +1,4 @@
-"""What a layout needs and how fast it is, said without a GPU and without torch (docs/layouts.md).
+"""What a layout needs and how fast it is, said without a GPU and without torch.
 
-One model of cost for the runtime, which refuses layouts, sizes its cache and logs what it predicted by it, and for the
-commands that plan, sweep and draw.
+One model of cost: the bytes that the runtime allocates, layouts that it refuses, and terms that add up to a step.
 """

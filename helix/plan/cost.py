@@ -107,7 +107,7 @@ class CostModel:
             terms["launches"] += hw.merge_us
             return terms
         sent = rows * foot.num_heads * foot.spec.value_dim * ELEMENT * (kvp - 1) / kvp
-        if hw.domain % kvp == 0:  # the group's ranks are neighbours
+        if world <= hw.domain or hw.domain % kvp == 0:  # the group's ranks are neighbours
             latency = hw.exchange_us + hw.exchange_peer_us * (kvp - 2)
             terms["exchange"] = latency + sent / hw.link_bytes_per_us
         else:

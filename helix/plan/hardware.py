@@ -1,7 +1,7 @@
 """The few constants of a machine that the plan's terms are made of, one YAML file a GPU (conf/hardware/).
 
-They are measured by micro-benchmarks alone (``scripts.calibrate``), never fitted to the times of steps, or taken from a
-data sheet, which the file then says.
+They are measured by micro-benchmarks alone, never fitted to the times of steps, or taken from a data sheet, which the
+file then says.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def read_hardware(file: str | Path) -> Hardware:
         raise ValueError(f"hardware.file = {file} holds {type(content).__name__}, must be constants (name: value)")
     names = {each.name for each in fields(Hardware)}
     if missing := sorted(names - content.keys()):
-        raise ValueError(f"hardware.file = {file} lacks {', '.join(missing)}; scripts.calibrate writes such a file")
+        raise ValueError(f"hardware.file = {file} lacks {', '.join(missing)}; see conf/hardware/h200.yaml")
     if unknown := sorted(str(key) for key in content.keys() - names):
         raise ValueError(f"hardware.file = {file}: {unknown[0]} is no constant; there are: {', '.join(sorted(names))}")
     try:

@@ -56,6 +56,13 @@ def test_the_terms_of_a_step_by_hand() -> None:
     assert terms["all-reduce"] == pytest.approx(40 * 2 * (4.0 + 2 * 0.5 + 3 * 8192 / 1e6))
 
 
+def test_an_exchange_crosses_the_network_where_its_group_leaves_the_domain() -> None:
+    foot = Footprint(preset("qwen3_30b_a3b"), Layout(kvp=16))
+    small, large = (replace(named_hardware("h200"), domain=domain, network_us=100.0) for domain in (8, 72))
+    exchange = [CostModel(foot, hw).decode(1 << 20, 1).terms["exchange"] / 48 for hw in (small, large)]
+    assert exchange[0] > 100.0 > exchange[1]
+
+
 def test_steps_that_were_measured_are_predicted() -> None:
     """A first, weaker check: points in docs/, of several commits, mostly one model; no constant is fitted to them."""
     steps = measured_steps()
