@@ -64,20 +64,21 @@ def _weighed(word, weight):
 @triton.jit
 def _merged_parts(part, part_lse, start, stop, head, g, heads, MOST_PAD: tl.constexpr, TURN: tl.constexpr,
                   GRANULES: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Merge one head's float32 parts [start, stop), TURN at a time: the words of granules g [1, G] of its GRANULES, and
-    its lse [1, 1].
+    """Merge one head's float32 parts [start, stop), at most TURN at a time: the words of granules g [1, G] of its
+    GRANULES, and its lse [1, 1].
     """
     VALUES: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # of one granule on the wire; float32 in the parts
+    AT_ONCE: tl.constexpr = min(TURN, 1024 // g.shape[1])
     every = start + tl.arange(0, MOST_PAD)
     lse = tl.load(part_lse + every.to(tl.int64) * heads + head, mask=every < stop, other=float("-inf"))
     top = tl.max(lse, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp(lse - shift), 0)
     scale = 1.0 / tl.where(total == 0.0, 1.0, total)
-    b0 = tl.zeros([TURN, g.shape[1]], tl.float32)
+    b0 = tl.zeros([AT_ONCE, g.shape[1]], tl.float32)
     b1, b2, b3, b4, b5, b6, b7 = b0, b0, b0, b0, b0, b0, b0
-    for first in range(start, stop, TURN):
-        p = first + tl.arange(0, TURN)[:, None]
+    for first in range(start, stop, AT_ONCE):
+        p = first + tl.arange(0, AT_ONCE)[:, None]
         cell = p.to(tl.int64) * heads + head + g * 0
         on = ((p < stop) & (g >= 0)).to(tl.int32)  # no load waits for a weight; _weighed drops what is empty
         address = part.to(tl.int64) + (cell * GRANULES + g) * VALUES * 4

@@ -17,7 +17,9 @@ FEW_HEADS = 256  # rows x heads up to which a launch cannot fill a GPU, so that 
 
 
 def parts_at_once(rows_x_heads: int) -> int:
-    """Return how many parts of a head are read at once: many where there are few heads, whose rows are cut finely."""
+    """Return how many parts of a head are read at once: all where there are few heads, whose rows are cut finely."""
+    if rows_x_heads <= 64:
+        return 256
     return 64 if rows_x_heads < FEW_HEADS else 16
 
 
