@@ -182,14 +182,17 @@ class SchedulerConfig:
     Attributes:
         max_batch: sequences that run at once.
         prefill_chunk: prompt tokens a step computes, over all sequences, beside one decode row of each.
+        max_logprobs: likely tokens that a request may ask for beside each of its own; a step pays for the most asked.
     """
 
     max_batch: int = 64
     prefill_chunk: int = 2048
+    max_logprobs: int = 20
 
     def __post_init__(self) -> None:
         check_at_least("scheduler.max_batch", self.max_batch, 1)
         check_at_least("scheduler.prefill_chunk", self.prefill_chunk, 1)
+        check_at_least("scheduler.max_logprobs", self.max_logprobs, 0)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -41,7 +41,7 @@ from .models.decoder import Decoder
 from .models.loading import fill
 from .models.weights import part_of
 from .prepare import Prepared
-from .prompts import Limits, Preparer, Prompt
+from .prompts import Limits, Preparer, Prompt, as_prompts
 from .request import RequestOutput, StreamEvent
 from .runner import Runner
 from .sampling import SamplingParams
@@ -87,9 +87,9 @@ class LLM:
             world, the model or the machine, for a checkpoint that cannot be read, and when no prompt can run.
     """
 
-    def __init__(self, config: HelixConfig, *, prompts: Sequence[Prompt] = ()) -> None:
+    def __init__(self, config: HelixConfig, *, prompts: Prompt | Sequence[Prompt] = ()) -> None:
         self.launch: Launch = enter(config)
-        prepared = Prepared(config, self.launch, prompts=prompts)
+        prepared = Prepared(config, self.launch, prompts=as_prompts(prompts))
         self.config = config = prepared.config
         self.spec, self.layout = prepared.spec, prepared.layout
         self.dtype, self.tokenizer = prepared.dtype, prepared.tokenizer
@@ -132,7 +132,7 @@ class LLM:
             look_ahead=config.runtime.look_ahead,
             check_ranks=config.runtime.check_ranks,
         )
-        limits = Limits(self.spec.max_position, self.placement, self.num_pages)
+        limits = Limits(self.spec.max_position, self.placement, self.num_pages, config.scheduler.max_logprobs)
         self.preparer = Preparer(prepared.prompts, limits, has_tokenizer=self.tokenizer is not None)
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
@@ -166,12 +166,12 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt] | None,
+        prompts: Prompt | Sequence[Prompt] | None,
         sampling: SamplingParams | None = None,
         *,
         on_step: Callable[[RunMetrics], None] | None = None,
     ) -> list[RequestOutput]:
-        """Run all prompts to their end and return their outputs, in the prompts' order.
+        """Run all prompts, or a single one, to their end and return their outputs, in the prompts' order.
 
         Collective: rank 0's prompts count, other ranks pass the same or None. All get the same outputs, but for the
         text, which is empty above rank 0. A prompt that cannot run fails alone, with finish_reason "error".
@@ -186,7 +186,7 @@ class LLM:
 
     def stream(
         self,
-        prompts: Sequence[Prompt] | None,
+        prompts: Prompt | Sequence[Prompt] | None,
         sampling: SamplingParams | None = None,
         *,
         on_step: Callable[[RunMetrics], None] | None = None,
@@ -209,7 +209,7 @@ class LLM:
             if prompts is None:
                 raise ValueError("prompts = None is for the other ranks: rank 0's prompts count")
             settings, num_waiting = sampling or self.config.sampling, self.config.scheduler.max_batch
-            source = PromptFeed(prompts, settings, self.preparer, front, num_waiting)
+            source = PromptFeed(as_prompts(prompts), settings, self.preparer, front, num_waiting)
         try:
             for number, events in enumerate(self.turns(source)):
                 metrics.elapsed_s = time.perf_counter() - began

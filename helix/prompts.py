@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -22,15 +22,24 @@ Prompt = str | Sequence[int] | Request
 
 
 def as_request(prompt: Prompt) -> Request:
-    """Return the request that a prompt stands for: text, token ids, or itself."""
+    """Return the request that a prompt stands for: text, token ids, or itself; one with an error for anything else."""
     if isinstance(prompt, Request):
         return prompt
     if isinstance(prompt, str):
         return Request(prompt=prompt)
-    try:
-        return Request(prompt_token_ids=list(prompt))
-    except TypeError:
-        return Request(error=f"a prompt is text, token ids or a Request, not a {type(prompt).__name__}")
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(ids, Sequence) and not isinstance(ids, bytes):
+        return Request(prompt_token_ids=list(ids))
+    return Request(error=f"a prompt is text, token ids or a Request, not a {type(prompt).__name__}")
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """Return the list of prompts that an argument stands for: a text, ids or a request alone is a list of one."""
+    if isinstance(prompts, str | Request):
+        return [prompts]
+    given: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    is_one = isinstance(given, Sequence) and len(given) > 0 and all(type(token) is int for token in given)
+    return [list(given)] if is_one else given
 
 
 class PromptReader:
@@ -74,22 +83,13 @@ class PromptReader:
             raise ValueError(str(first) if len(prompts) == 1 else f"all {len(prompts)} prompts failed: {first}")
 
     def _read(self, request: Request) -> list[int]:
-        if request.error is not None:
-            raise ValueError(request.error)
-        given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(request, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"a request takes one of prompt, prompt_token_ids and messages, not {given or 'none'}")
+        request.check()
         if request.prompt_token_ids is not None:
-            if not all(type(token) is int for token in request.prompt_token_ids):
-                raise ValueError("prompt_token_ids must be integers")
             return list(request.prompt_token_ids)
         if self._tokenizer is None:
-            raise ValueError(f"{given[0]} needs a tokenizer, but the model folder has none; use prompt_token_ids")
+            name = "messages" if request.prompt is None else "prompt"
+            raise ValueError(f"{name} needs a tokenizer, but the model folder has none; use prompt_token_ids")
         if request.prompt is not None:
-            try:
-                request.prompt.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(f"the prompt is no valid text: {error}") from error
             return list(self._tokenizer(request.prompt)["input_ids"])
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError("messages needs a chat template, but the model's tokenizer has none; use prompt")
@@ -108,11 +108,13 @@ class Limits:
     Attributes:
         max_position: tokens that the model takes.
         num_pages: of each KVP rank.
+        max_logprobs: likely tokens that may be asked for beside each of its own.
     """
 
     max_position: int
     placement: BlockCyclic
     num_pages: int
+    max_logprobs: int
 
     def fits(self, length: int) -> bool:
         """Return whether empty pools can hold a sequence of so many tokens."""
@@ -157,6 +159,12 @@ class Preparer:
     def prepare(self, index: int, request: Request, sampling: SamplingParams) -> Add:
         """Return the command that adds a request; ValueError says in one line why it cannot run."""
         token_ids, limits = self._prompts.token_ids(request), self._limits
+        sampling = replace(sampling)  # checked again: a caller may have changed it since it was made
+        if sampling.logprobs is not None and sampling.logprobs > limits.max_logprobs:
+            raise ValueError(
+                f"sampling.logprobs = {sampling.logprobs} exceeds scheduler.max_logprobs = {limits.max_logprobs}; "
+                "raise that, or ask for fewer"
+            )
         max_len = min(len(token_ids) + sampling.max_tokens, limits.max_position)
         if not limits.fits(max_len - 1):
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,15 @@ import numpy.typing as npt
 from .cache.keys import BlockKeys
 from .cache.pool import BlockTable
 from .cache.retention import Retention
+from .checks import check_text
 
 if TYPE_CHECKING:
     from .sampling import SamplingParams
 
 STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 """Why a request ended: its own end or a stop of its settings, its length, its caller, a failure."""
+
+MAX_SALT_CHARS = 1_000
 
 
 @dataclass(slots=True)
@@ -36,12 +39,32 @@ class Request:
 
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     sampling: SamplingParams | None = None
     id: str | None = None
     cache_salt: str = ""
     retention: tuple[Retention, ...] = ()
     error: str | None = None
+
+    def check(self) -> None:
+        """Raise ValueError, in one line, where it is none that can run, whatever the model: see the attributes."""
+        if self.error is not None:
+            raise ValueError(self.error)
+        given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a request takes one of prompt, prompt_token_ids and messages, not {given or 'none'}")
+        for name, kind in (("prompt", str), ("prompt_token_ids", list), ("messages", list), ("cache_salt", str)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} is a {type(value).__name__}, must be a {kind.__name__}")
+        if self.prompt_token_ids is not None and not all(type(token) is int for token in self.prompt_token_ids):
+            raise ValueError("prompt_token_ids must be integers")
+        if not all(isinstance(each, Retention) for each in self.retention):
+            raise ValueError("retention must hold Retention objects alone")
+        if len(self.cache_salt) > MAX_SALT_CHARS:
+            raise ValueError(f"cache_salt has {len(self.cache_salt)} characters, must have at most {MAX_SALT_CHARS}")
+        for name in ("prompt", "messages", "cache_salt"):
+            check_text(name, getattr(self, name))
 
 
 @dataclass(slots=True)

@@ -12,19 +12,24 @@ Shape letters: B rows, V vocabulary size. Log-probabilities are natural logarith
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from types import UnionType
-from typing import Any, get_args, get_origin
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .checks import INT64_LIMIT, check_text, conforms
 from .noise import TOKEN_STREAM, gumbel, row_keys
 
-SEED_LIMIT = 2**63
+SEED_LIMIT = INT64_LIMIT
+TOKEN_LIMIT = 2**31
+"""Token ids and counts of tokens are below it."""
+COLDEST = 1e-5
+"""A temperature below it chooses the most likely token."""
+MAX_STOPS, MAX_STOP_CHARS, MAX_STOP_IDS = 64, 1_000, 1_024
 _WEIGHT_ONE = 2.0**40  # a weight of 1 in fixed point: 2**22 tokens of weight 1 still add up to less than 2**63
 _LOW_32 = 0xFFFFFFFF
 
@@ -33,7 +38,8 @@ _LOW_32 = 0xFFFFFFFF
 class SamplingParams:
     """How one request samples its tokens and when it stops.
 
-    Raises ValueError that names the setting, its value and what would be valid.
+    Values that mean the same are taken for what they mean: 4.0 for a count of 4, top_k -1 for 0, a temperature below
+    0.00001 for 0, one string for a list of one, and null where null is no value of its own for the default.
 
     Attributes:
         max_tokens: the most tokens it makes.
@@ -49,6 +55,9 @@ class SamplingParams:
         stop_token_ids: token ids that end the answer, beside the model's own.
         ignore_eos: go on after the model's end of sequence.
         logprobs: return each token's log-probability, and those of so many of the most likely; None returns nothing.
+
+    Raises:
+        ValueError: in one line that names the setting, its value and what would be valid.
     """
 
     max_tokens: int = 16
@@ -67,29 +76,52 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            if not _conforms(value, item.type):
+            value = _plain(getattr(self, item.name), item.type)
+            if value is None and not conforms(None, item.type):
+                value = item.default_factory() if item.default_factory is not MISSING else item.default
+            if not conforms(value, item.type):
                 expected = item.type.__name__ if type(item.type) is type else item.type
-                raise ValueError(f"sampling.{item.name} = {value!r} must be of type {expected}")
-        heat = self.temperature
-        for name, holds, rule in (
-            ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
-            ("temperature", heat == 0 or 1e-5 <= heat <= 1e5, "must be 0 (greedy) or lie in [0.00001, 100000]"),
-            ("top_k", 0 <= self.top_k < 2**63, "must be at least 0 (0 keeps every token)"),
-            ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must lie in [0.01, 100] (1 is none)"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "must lie in [-2, 2]"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie in [-2, 2]"),
-            ("seed", self.seed is None or 0 <= self.seed < SEED_LIMIT, "must lie in [0, 2**63) or be null"),
-            ("stop", all(self.stop), "must not contain an empty string"),
-            ("stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "must hold token ids of at least 0"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "must be at least 0 or null (none returned)"),
-        ):
+                raise ValueError(f"sampling.{item.name} = {_short(value)} must be of type {expected}")
+            setattr(self, item.name, value)
+        if self.top_k == -1:
+            self.top_k = 0
+        if 0 <= self.temperature < COLDEST:
+            self.temperature = 0.0
+        for name, holds, rule in self._rules():
             if not holds:
-                raise ValueError(f"sampling.{name} = {getattr(self, name)!r} {rule}")
-        self.stop = list(self.stop)
-        self.stop_token_ids = list(self.stop_token_ids)
+                raise ValueError(f"sampling.{name} = {_short(getattr(self, name))} {rule}")
+        check_text("sampling.stop", self.stop)
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield each setting that has bounds, whether it keeps them, and what they are."""
+        yield "max_tokens", 1 <= self.max_tokens < TOKEN_LIMIT, "must lie in [1, 2**31)"
+        heat = self.temperature
+        yield "temperature", heat == 0 or COLDEST <= heat <= 1e5, "must be 0 (greedy) or lie in [0.00001, 100000]"
+        yield "top_k", 0 <= self.top_k < INT64_LIMIT, "must lie in [0, 2**63) (0 keeps every token)"
+        yield "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"
+        yield "min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]"
+        yield "repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must lie in [0.01, 100] (1 is none)"
+        yield "presence_penalty", -2 <= self.presence_penalty <= 2, "must lie in [-2, 2]"
+        yield "frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie in [-2, 2]"
+        yield "seed", self.seed is None or 0 <= self.seed < SEED_LIMIT, "must lie in [0, 2**63) or be null"
+        yield "stop", len(self.stop) <= MAX_STOPS, f"must hold at most {MAX_STOPS} strings"
+        yield "stop", all(self.stop), "must not contain an empty string"
+        yield (
+            "stop",
+            all(len(s) <= MAX_STOP_CHARS for s in self.stop),
+            (f"must hold strings of at most {MAX_STOP_CHARS} characters"),
+        )
+        yield "stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_IDS, f"must hold at most {MAX_STOP_IDS} ids"
+        yield (
+            "stop_token_ids",
+            all(0 <= i < TOKEN_LIMIT for i in self.stop_token_ids),
+            ("must hold token ids in [0, 2**31)"),
+        )
+        yield (
+            "logprobs",
+            self.logprobs is None or 0 <= self.logprobs < TOKEN_LIMIT,
+            ("must lie in [0, 2**31) or be null (none returned)"),
+        )
 
     @property
     def is_greedy(self) -> bool:
@@ -109,15 +141,20 @@ class SamplingParams:
     def with_overrides(self, overrides: Mapping[str, Any]) -> "SamplingParams":
         """Return a copy with `overrides` (setting -> value, e.g. one line of an input file) in place.
 
-        A single string is accepted for `stop`. Raises ValueError for an unknown setting, a wrong type or a bad value.
+        A null that is no value of the setting's changes nothing. ``n`` may be 1, as other programs write it. Raises
+        ValueError for an unknown setting, a wrong type or a bad value.
         """
-        valid = [item.name for item in fields(self)]
-        for name in overrides:
-            if name not in valid:
-                raise ValueError(f"sampling.{name} is not a setting; valid settings: {', '.join(valid)}")
-        changes = dict(overrides)
-        if isinstance(changes.get("stop"), str):
-            changes["stop"] = [changes["stop"]]
+        types = {item.name: item.type for item in fields(self)}
+        changes: dict[str, Any] = {}
+        for name, value in overrides.items():
+            if name == "n" and (value is None or _plain(value, int) == 1):
+                continue
+            if name == "n":
+                raise ValueError(f"sampling.n = {_short(value)} must be 1; give the prompt once for each answer")
+            if name not in types:
+                raise ValueError(f"sampling.{name} is not a setting; valid settings: {', '.join(types)}")
+            if value is not None or conforms(None, types[name]):
+                changes[name] = value
         return replace(self, **changes)
 
 
@@ -375,10 +412,16 @@ def _penalties(
     )
 
 
-def _conforms(value: object, expected: Any) -> bool:
-    """Say whether a value is of a setting's type; an int passes for a float, a bool for neither."""
-    if get_origin(expected) is list:
-        return isinstance(value, list | tuple) and all(_conforms(item, get_args(expected)[0]) for item in value)
-    if isinstance(expected, UnionType):
-        return any(_conforms(value, choice) for choice in get_args(expected))
-    return type(value) in ((float, int) if expected is float else (expected,))
+def _plain(value: Any, expected: Any) -> Any:
+    """Return a value in the type that is expected where it is certain what is meant, else as it is."""
+    if isinstance(value, float) and value.is_integer() and conforms(1, expected) and not conforms(1.5, expected):
+        return int(value)
+    if isinstance(value, str) and conforms(["text"], expected):
+        return [value]
+    return list(value) if conforms(value, expected) and isinstance(value, list | tuple) else value
+
+
+def _short(value: object) -> str:
+    """Return a value as it was given, or the beginning of it where it is long."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**100 else "an integer of over 100 digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."

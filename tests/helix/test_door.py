@@ -133,7 +133,7 @@ def test_arrivals_and_aborts_at_any_time_part_no_ranks_and_change_no_survivor(
 def none_body(path: Path) -> list[tuple[Any, ...]]:
     """Other ranks bring no prompts, or wrong ones."""
     llm = make_llm(path, 2, check=True)
-    prompts = ["some text", [1, 2, 3], 3.5, [], Request(prompt="no", sampling=SamplingParams(stop=["\ud800"]))]
+    prompts = ["some text", [1, 2, 3], 3.5, [], Request(prompt="no", cache_salt="\ud800")]
     told = []
     for mine in (None, ["other"] * 2):
         for output in llm.generate(prompts if llm.launch.speaks else mine, SamplingParams(max_tokens=5, seed=1)):
@@ -145,7 +145,7 @@ def test_rank_0s_prompts_count_and_its_text_stays_there(ranks: Callable[..., Any
     first, second = ranks(2).run(none_body, model)
     assert [output[:3] for output in first] == [output[:3] for output in second]
     assert first[:5] == first[5:] and [output[1] for output in first[:5]] == ["length"] * 2 + ["error"] * 3
-    assert "not a float" in first[2][2] and "text that is none" in first[4][2]
+    assert "not a float" in first[2][2] and "cache_salt is no valid text" in first[4][2]
     assert any(text for *_, text in first) and not any(text for *_, text in second)
 
 

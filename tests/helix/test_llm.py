@@ -128,7 +128,7 @@ def test_greedy_tokens_are_the_most_likely_ones_of_transformers(
 def test_log_probabilities_are_transformers_log_softmax(
     llm: LLM, reference: Callable[[Sequence[int]], torch.Tensor]
 ) -> None:
-    asked = [3, 0, None, VOCAB + 1]
+    asked = [3, 0, None, 20]
     requests = [
         Request(prompt_token_ids=prompt, sampling=drawn(10, seed, logprobs=number))
         for seed, (prompt, number) in enumerate(zip(PROMPTS, asked, strict=False))
@@ -282,12 +282,40 @@ def test_a_second_stream_is_refused_while_one_is_open(llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([1.5], "must be integers"), ([True], "must be integers"), ("\ud800", "the prompt is no valid text")],
+    [
+        ([1.5], "prompt_token_ids must be integers"),
+        ([True], "prompt_token_ids must be integers"),
+        ("\ud800", "prompt is no valid text: character 0, '\\ud800', is a lone surrogate"),
+        (3, "a prompt is text, token ids or a Request, not a int"),
+        (None, "a prompt is text, token ids or a Request, not a NoneType"),
+        (b"hi", "a prompt is text, token ids or a Request, not a bytes"),
+        (Request(prompt=7), "prompt is a int, must be a str"),
+        (Request(prompt="a", cache_salt="\udfff"), "cache_salt is no valid text: "),
+        (Request(prompt="a", cache_salt="x" * 1001), "cache_salt has 1001 characters, must have at most 1000"),
+        (Request(messages=[{"role": "user", "content": "a\ud800"}]), "messages[0].content is no valid text: "),
+        (Request(messages="hi"), "messages is a str, must be a list"),
+        (Request(prompt="a", sampling=greedy(2, logprobs=21)), "sampling.logprobs = 21 exceeds scheduler.max_logprobs"),
+    ],
+    ids=str,
 )
 def test_prompts_that_are_no_text_and_no_ids_fail_alone(llm: LLM, prompt: Any, message: str) -> None:
     bad, good = llm.generate([prompt, "hi"], greedy(2))
-    assert bad.finish_reason == "error" and message in (bad.error or "")
+    assert bad.finish_reason == "error" and (bad.error or "").startswith(message)
     assert len(good.token_ids) == 2
+
+
+def test_settings_changed_after_they_were_made_are_checked_again(llm: LLM) -> None:
+    changed = greedy(2)
+    changed.stop = ["\ud800"]
+    bad, good = llm.generate([Request(prompt="a", sampling=changed), "hi"], greedy(2))
+    assert bad.error is not None and bad.error.startswith("sampling.stop[0] is no valid text")
+    assert len(good.token_ids) == 2
+
+
+@pytest.mark.parametrize("prompt", ["hello", [1, 2, 3], torch.tensor([1, 2, 3]), Request(prompt="hello")], ids=str)
+def test_a_prompt_alone_is_one_prompt(llm: LLM, prompt: Any) -> None:
+    assert told(llm.generate(prompt, greedy(4))) == told(llm.generate([prompt], greedy(4)))
+    assert [event.index for event in llm.stream(prompt, greedy(2))] == [0, 0]
 
 
 def test_a_stream_that_is_left_early_frees_everything_it_held(llm: LLM) -> None:

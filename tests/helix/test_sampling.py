@@ -76,12 +76,12 @@ def assert_follows_oracle(params: Sequence[SamplingParams], logits: Tensor, **to
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_tokens": 0}, "sampling.max_tokens = 0 must be at least 1"),
+        ({"max_tokens": 0}, "sampling.max_tokens = 0 must lie in [1, 2**31)"),
+        ({"max_tokens": 10**30}, "must lie in [1, 2**31)"),
         ({"temperature": -0.1}, "sampling.temperature = -0.1 must be 0 (greedy) or lie in [0.00001, 100000]"),
-        ({"temperature": 1e-6}, "sampling.temperature = 1e-06 must be 0 (greedy) or lie in [0.00001, 100000]"),
         ({"temperature": math.nan}, "sampling.temperature = nan must be 0 (greedy) or lie in [0.00001, 100000]"),
         ({"temperature": 10**400}, "must be 0 (greedy) or lie in [0.00001, 100000]"),
-        ({"top_k": -1}, "sampling.top_k = -1 must be at least 0 (0 keeps every token)"),
+        ({"top_k": -2}, "sampling.top_k = -2 must lie in [0, 2**63) (0 keeps every token)"),
         ({"top_p": 1.5}, "sampling.top_p = 1.5 must lie in (0, 1]"),
         ({"top_p": 0.0}, "sampling.top_p = 0.0 must lie in (0, 1]"),
         ({"min_p": -0.5}, "sampling.min_p = -0.5 must lie in [0, 1]"),
@@ -93,8 +93,14 @@ def assert_follows_oracle(params: Sequence[SamplingParams], logits: Tensor, **to
         ({"seed": -1}, "sampling.seed = -1 must lie in [0, 2**63) or be null"),
         ({"seed": 2**63}, "sampling.seed = 9223372036854775808 must lie in [0, 2**63) or be null"),
         ({"stop": ["END", ""]}, "sampling.stop = ['END', ''] must not contain an empty string"),
-        ({"stop_token_ids": [3, -2]}, "sampling.stop_token_ids = [3, -2] must hold token ids of at least 0"),
-        ({"logprobs": -1}, "sampling.logprobs = -1 must be at least 0 or null (none returned)"),
+        ({"stop_token_ids": [3, -2]}, "sampling.stop_token_ids = [3, -2] must hold token ids in [0, 2**31)"),
+        ({"stop_token_ids": [10**30]}, "must hold token ids in [0, 2**31)"),
+        ({"stop_token_ids": [1] * 1025}, "must hold at most 1024 ids"),
+        ({"stop": ["a"] * 65}, "must hold at most 64 strings"),
+        ({"stop": ["a" * 1001]}, "must hold strings of at most 1000 characters"),
+        ({"stop": ["a", "\ud800"]}, "sampling.stop[1] is no valid text: character 0, '\\ud800', is a lone surrogate"),
+        ({"logprobs": 10**30}, "must lie in [0, 2**31) or be null (none returned)"),
+        ({"logprobs": -1}, "sampling.logprobs = -1 must lie in [0, 2**31) or be null (none returned)"),
     ],
 )
 def test_invalid_value_is_refused_with_its_name_value_and_rule(settings: dict[str, Any], message: str) -> None:
@@ -111,14 +117,12 @@ def test_invalid_value_is_refused_with_its_name_value_and_rule(settings: dict[st
     [
         ({"max_tokens": True}, "sampling.max_tokens = True must be of type int"),
         ({"max_tokens": "8"}, "sampling.max_tokens = '8' must be of type int"),
-        ({"max_tokens": 8.0}, "sampling.max_tokens = 8.0 must be of type int"),
+        ({"max_tokens": 8.5}, "sampling.max_tokens = 8.5 must be of type int"),
         ({"temperature": "0.5"}, "sampling.temperature = '0.5' must be of type float"),
         ({"temperature": False}, "sampling.temperature = False must be of type float"),
-        ({"top_p": None}, "sampling.top_p = None must be of type float"),
         ({"ignore_eos": 1}, "sampling.ignore_eos = 1 must be of type bool"),
         ({"seed": 1.5}, "sampling.seed = 1.5 must be of type int | None"),
         ({"stop": [7]}, "sampling.stop = [7] must be of type list[str]"),
-        ({"stop": None}, "sampling.stop = None must be of type list[str]"),
         ({"stop_token_ids": 7}, "sampling.stop_token_ids = 7 must be of type list[int]"),
         ({"stop_token_ids": [True]}, "sampling.stop_token_ids = [True] must be of type list[int]"),
     ],
@@ -127,6 +131,27 @@ def test_override_of_wrong_type_is_refused_without_coercion(overrides: dict[str,
     with pytest.raises(ValueError) as caught:
         SamplingParams().with_overrides(overrides)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"max_tokens": 4.0, "seed": 3.0}, {"max_tokens": 4, "seed": 3}),
+        ({"top_k": -1, "temperature": 1e-6}, {"top_k": 0, "temperature": 0.0}),
+        ({"stop": "END", "stop_token_ids": (1, 2)}, {"stop": ["END"], "stop_token_ids": [1, 2]}),
+        ({"top_p": None, "stop": None, "max_tokens": None}, {}),
+    ],
+)
+def test_values_that_mean_the_same_are_the_same(given: dict[str, Any], meant: dict[str, Any]) -> None:
+    expected = SamplingParams(**meant)
+    assert repr(SamplingParams(**given)) == repr(expected) == repr(SamplingParams().with_overrides(given))
+
+
+def test_one_answer_may_be_asked_for_and_null_leaves_a_setting_as_it_is() -> None:
+    base = SamplingParams(top_p=0.5, seed=3)
+    assert base.with_overrides({"n": 1, "top_p": None, "seed": None}) == SamplingParams(top_p=0.5)
+    with pytest.raises(ValueError, match=r"sampling\.n = 2 must be 1; give the prompt once for each answer"):
+        base.with_overrides({"n": 2})
 
 
 def test_unknown_override_is_refused_with_the_valid_settings() -> None:

@@ -543,7 +543,7 @@ def test_a_sweep_takes_presets_ranges_quoted_values_and_other_flags(command: Com
     ("argument", "message"),
     [
         ("sampling.max_tokens=1,many", "sampling.max_tokens = many must be an integer"),
-        ("sampling.max_tokens=1,0", "sampling.max_tokens = 0 must be at least 1"),
+        ("sampling.max_tokens=1,0", "sampling.max_tokens = 0 must lie in [1, 2**31)"),
         ("output=same.jsonl,same.jsonl", "output = same.jsonl would be written by 2 jobs; name it"),
         ("cache.events=e.jsonl,e.jsonl", "cache.events = e.jsonl would be written by 2 jobs; name it"),
         ("sampling.max_token=1,2", "sampling.max_token is not a key; did you mean sampling.max_tokens?"),
@@ -583,7 +583,7 @@ def test_a_sweep_with_a_bad_preset_of_the_users_own_is_refused_before_the_first(
     (tmp_path / "mine" / "sampling").mkdir(parents=True)
     (tmp_path / "mine" / "sampling" / "none.yaml").write_text("max_tokens: 0\n")
     sweep = (*GIVEN, "-m", "sampling=greedy,none", "--config-dir")
-    assert "sampling.max_tokens = 0 must be at least 1" in one_line(command(*sweep, f"{tmp_path}/mine"))
+    assert "sampling.max_tokens = 0 must lie in [1, 2**31)" in one_line(command(*sweep, f"{tmp_path}/mine"))
     assert one_line(command(*sweep, "gone")).startswith("--config-dir gone is not a folder; give one that holds")
 
 

@@ -44,8 +44,8 @@ def test_a_line_may_say_how_long_its_blocks_stay(given: dict[str, Any], expected
         ({"retention": {"priority": "high"}}, 'retention.priority = "high" must be a number'),
         ({"retention": {"priority": True}}, "retention.priority = true must be a number"),
         ({"retention": {"priority": 300}}, "retention.priority = 300 must lie in 0..100"),
-        ({"retention": {"start": 5, "end": 5}}, "retention.end = 5 must be above retention.start = 5"),
-        ({"retention": {"duration_s": -1}}, "retention.duration_s = -1 must be positive"),
+        ({"retention": {"start": 5, "end": 5}}, "retention.end = 5 must be above retention.start = 5 and below 2**63"),
+        ({"retention": {"duration_s": -1}}, "retention.duration_s = -1 must be positive and at most 1e+09"),
     ],
 )
 def test_a_line_with_a_bad_cache_key_carries_its_error(given: dict[str, Any], message: str) -> None:

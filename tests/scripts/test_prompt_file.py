@@ -40,7 +40,7 @@ LINE_KEYS = "the keys are prompt, prompt_token_ids, messages, id, sampling"
         ('{"messages": {"role": "user"}}', 'messages must be a list of objects {"role": ..., "content": ...}'),
         ('{"messages": ["hi"]}', 'messages must be a list of objects {"role": ..., "content": ...}'),
         ('{"prompt": "a", "sampling": 3}', "sampling is a int, must be an object"),
-        ('{"prompt": "a", "sampling": {"max_tokens": 0}}', "sampling.max_tokens = 0 must be at least 1"),
+        ('{"prompt": "a", "sampling": {"max_tokens": 0}}', "sampling.max_tokens = 0 must lie in [1, 2**31)"),
         ('{"prompt": "a", "sampling": {"max_token": 1}}', "sampling.max_token is not a setting; valid settings: "),
         (
             '{"prompt": "a", "sampling": {"temperature": NaN}}',

@@ -1,0 +1,48 @@
+"""What a value that comes from outside must be before anything relies on it.
+
+Files, the Python API and HTTP all make the same few objects of what they are given (``Request``, ``SamplingParams``,
+``Retention``); these call the checks here, so that a value is refused in one place and in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+INT64_LIMIT = 2**63
+
+
+def conforms(value: object, expected: Any) -> bool:
+    """Say whether a value is of a type, as annotated; an int passes for a float, a bool for neither."""
+    kind, inner = get_origin(expected), get_args(expected)
+    if kind is list:
+        return isinstance(value, list | tuple) and all(conforms(item, inner[0]) for item in value)
+    if kind is dict:
+        return isinstance(value, Mapping) and all(
+            conforms(key, inner[0]) and conforms(item, inner[1]) for key, item in value.items()
+        )
+    if isinstance(expected, UnionType):
+        return any(conforms(value, choice) for choice in inner)
+    return type(value) in ((float, int) if expected is float else (expected,))
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise ValueError where a string in a value, a text or JSON's lists and objects of them, is no valid text.
+
+    A lone surrogate is legal in JSON and in Python's strings, but cannot be written, sent or tokenised.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} is no valid text: character {error.start}, {value[error.start]!r}, is a lone surrogate"
+            ) from error
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_text(f"a key of {name}", key)
+            check_text(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            check_text(f"{name}[{number}]", item)
