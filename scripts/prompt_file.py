@@ -181,7 +181,7 @@ def _fill(request: Request, item: Mapping[str, Any], sampling: SamplingParams) -
         if overrides.get(key, given[key]) != given[key]:
             raise ValueError(f"{key} is given twice, once in sampling; give it once")
         overrides = overrides | {key: given.pop(key)}
-    request.sampling = sampling.with_overrides(_as_meant(overrides))
+    request.sampling = sampling.with_overrides(overrides)
     retention = _retention(given.pop("retention", []))
     for key in _foreign(given):
         del given[key]
@@ -190,22 +190,6 @@ def _fill(request: Request, item: Mapping[str, Any], sampling: SamplingParams) -
     for key, value in given.items():
         setattr(request, key, value)
     request.retention = retention
-
-
-def _as_meant(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without what is null, and with values that mean the same as other programs write them."""
-    types, meant = {each.name: each.type for each in fields(SamplingParams)}, dict[str, Any]()
-    for name, value in overrides.items():
-        if isinstance(value, float) and value.is_integer() and types.get(name) in (int, int | None):
-            value = int(value)
-        if value is None or (name == "n" and value == 1 and not isinstance(value, bool)):
-            continue
-        if name == "top_k" and value == -1:
-            value = 0
-        if name == "temperature" and type(value) is float and 0 < value < 1e-5:
-            value = 0.0
-        meant[name] = value
-    return meant
 
 
 def _foreign(given: Mapping[str, Any]) -> list[str]:
