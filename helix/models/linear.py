@@ -157,7 +157,9 @@ def can_stream(x: torch.Tensor, w: Matrix) -> bool:
     """
     if not (x.is_cuda and x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.dtype in _ELEMENTS and w.numel()):
         return False
-    tensors = (x,) if isinstance(w, Quantized) else (x, w)  # a quantised matrix is always aligned
+    if isinstance(w, Quantized) and w.shift % 16:
+        return False  # copies of tiles that begin between multiples of 16 bytes end in an illegal instruction
+    tensors = (x,) if isinstance(w, Quantized) else (x, w)  # rows of a quantised matrix are always aligned
     aligned = all(t.stride(-1) == 1 and t.stride(-2) % 8 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
     return aligned and _processors(x.device) > 0
 

@@ -170,7 +170,7 @@ def stream_quantized_kernel(
     for i in range(count):
         now = i % STAGES
         mbarrier.wait(bars.index(now), (i // STAGES) & 1)
-        async_copy.wait_group(STAGES - 1)
+        async_copy.wait_group(STAGES - 2)  # the first turn of the loop commits a group that no turn reads
         wide = _widen(w_tiles.index(now).load(operand), x.dtype)
         part = gl.zeros([BN, BM], gl.float32, layout=layout)
         part = warpgroup_mma(wide, x_tiles.index(now).permute((1, 0)), part, use_acc=False, is_async=True)
