@@ -115,7 +115,9 @@ def test_a_rank_that_is_lost_is_told_in_one_line_and_loses_nothing(running: Any,
     assert (tmp_path / "out.jsonl").read_text().count("\n") == 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_a_rank_with_its_code_and_prints_what_waited_for_its_turn(
     running: Any, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

@@ -321,6 +321,7 @@ def test_a_sweep_with_a_job_that_cannot_run_is_refused_before_the_first(
     assert os.listdir() == []
 
 
+@pytest.mark.slow
 def test_ranks_refuse_a_sweep_with_a_layout_that_does_not_fit_and_run_none_of_it(model: Path, tmp_path: Path) -> None:
     settings = [f"model.path={model}", "prompt=hello", "output=${parallel.kvp}.jsonl", "parallel.tpa=1", *SMALL]
     ended = torchrun(2, "-m", *settings, "parallel.kvp=2,4", folder=tmp_path)
