@@ -39,6 +39,7 @@ from .loop import StepLoop
 from .metrics import RunMetrics
 from .models.decoder import Decoder
 from .models.loading import fill
+from .models.tokenizer import end_of_turn_ids
 from .models.weights import part_of
 from .prepare import Prepared
 from .prompts import Limits, Preparer, Prompt, as_prompts
@@ -128,12 +129,15 @@ class LLM:
             self.runner,
             agree(lambda: PageMover(self.runner.cache, config.cache.host_pages, self.grid.kvp_rank)),
             speculator=speculator,
-            eos_token_ids=self.spec.eos_token_ids,
+            eos_token_ids=prepared.eos_token_ids,
             look_ahead=config.runtime.look_ahead,
             check_ranks=config.runtime.check_ranks,
         )
         limits = Limits(self.spec.max_position, self.placement, self.num_pages, config.scheduler.max_logprobs)
-        self.preparer = Preparer(prepared.prompts, limits, has_tokenizer=self.tokenizer is not None)
+        turn_ends = [each for each in end_of_turn_ids(self.tokenizer) if each not in prepared.eos_token_ids]
+        self.preparer = Preparer(
+            prepared.prompts, limits, has_tokenizer=self.tokenizer is not None, end_of_turn_ids=turn_ends
+        )
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
         if config.transfer.enabled:

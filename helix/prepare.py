@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from attention.partial import select_backend
-from parallel.launch import Launch, agree
+from parallel.launch import Launch, agree, from_rank0
 from parallel.layout import Layout
 from parallel.symmetric import can_launch_dependently
 
@@ -64,6 +64,7 @@ class Prepared:
     Attributes:
         config: the settings of this rank's group.
         pdl: whether kernels launch before the one before them has ended.
+        eos_token_ids: ids that end every output: those that the model's configs name, and its tokenizer's.
 
     Raises:
         ValueError: on every rank, in one line, for settings that do not fit the world, the model or the machine, for a
@@ -83,6 +84,8 @@ class Prepared:
         self.checkpoint = agree(lambda: open_checkpoint(config.model, self.spec))
         self.drafting = agree(lambda: DrafterLoader(config, self.spec))
         self.tokenizer = agree(lambda: load_tokenizer(config.model.path) if config.model.path else None)
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        self.eos_token_ids = from_rank0(lambda: tuple({*self.spec.eos_token_ids, *(() if own is None else (own,))}))
         self.prompts = PromptReader(self.spec, self.tokenizer)
         self.prompts.require_one(prompts)
         self.dtype = self._resolve_dtype()

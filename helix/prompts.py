@@ -90,7 +90,10 @@ class PromptReader:
             name = "messages" if request.prompt is None else "prompt"
             raise ValueError(f"{name} needs a tokenizer, but the model folder has none; use prompt_token_ids")
         if request.prompt is not None:
-            return list(self._tokenizer(request.prompt)["input_ids"])
+            ids = list(self._tokenizer(request.prompt)["input_ids"])
+            bos, text = self._tokenizer.bos_token_id, self._tokenizer.bos_token
+            is_doubled = bos is not None and ids[:2] == [bos, bos] and not request.prompt.startswith(text * 2)
+            return ids[is_doubled:]  # the text begins with the token that the tokenizer adds
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError("messages needs a chat template, but the model's tokenizer has none; use prompt")
         messages = plain_messages(request.messages or (), str(self._tokenizer.chat_template))
@@ -140,9 +143,13 @@ class Preparer:
         prompts: reads its prompt.
         limits: what it may take.
         has_tokenizer: whether text can be made, and a stop string be found in it.
+        end_of_turn_ids: tokens that end the answer to messages, beside those that end every output.
     """
 
-    def __init__(self, prompts: PromptReader, limits: Limits, *, has_tokenizer: bool) -> None:
+    def __init__(
+        self, prompts: PromptReader, limits: Limits, *, has_tokenizer: bool, end_of_turn_ids: Sequence[int] = ()
+    ) -> None:
+        self._end_of_turn_ids = list(end_of_turn_ids)
         self._prompts, self._limits, self._has_tokenizer = prompts, limits, has_tokenizer
         self._entropy, self._num_seeded = secrets.randbelow(SEED_LIMIT), count()
 
@@ -165,6 +172,8 @@ class Preparer:
                 f"sampling.logprobs = {sampling.logprobs} exceeds scheduler.max_logprobs = {limits.max_logprobs}; "
                 "raise that, or ask for fewer"
             )
+        if request.messages is not None and self._end_of_turn_ids and not sampling.ignore_eos:
+            sampling = replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *self._end_of_turn_ids])
         max_len = min(len(token_ids) + sampling.max_tokens, limits.max_position)
         if not limits.fits(max_len - 1):
             raise ValueError(

@@ -42,6 +42,26 @@ def load_tokenizer(path: str | Path) -> Any:
         raise ValueError(f"model.path = {path}: its tokenizer does not load: {one_line(error)}") from error
 
 
+def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return the special token that a chat template writes behind an answer, if it writes one there.
+
+    Some models name it nowhere else: their end token is that of a document, and answers would go on as another turn.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    answer = "the answer"
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # the model's own program, which may want other turns
+        _log.info("the chat template does not tell how an answer ends: %s", one_line(error))
+        return ()
+    rest = text.rpartition(answer)[2].lstrip()
+    tokens = [(len(token.content), number) for number, token in tokenizer.added_tokens_decoder.items()
+              if token.special and rest.startswith(token.content)]  # fmt: skip
+    return (max(tokens)[1],) if tokens else ()
+
+
 def _is_code(folder: Path) -> bool:
     """Return whether only code in the checkpoint's folder makes its tokenizer."""
     settings = folder / "tokenizer_config.json"

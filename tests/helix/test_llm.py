@@ -216,6 +216,39 @@ def test_any_eos_token_of_the_model_ends_a_sequence_unless_it_is_ignored(llm: LL
     assert (ignored.token_ids, ignored.finish_reason) == (full, "length")
 
 
+def test_the_end_that_only_the_tokenizer_or_its_template_names_ends_an_answer(
+    llm: LLM, edited: Callable[..., Path]
+) -> None:
+    turns = Request(messages=[{"role": "user", "content": "Why?"}])
+    full, of_turns = one(llm, PROMPTS[2], greedy(12)).token_ids, one(llm, turns, greedy(12)).token_ids
+    names = [llm.tokenizer.convert_ids_to_tokens(ids[4]) for ids in (full, of_turns)]
+    assert all(len(name) == 1 for name in names), "byte tokens stand for special ones below"
+    other = make_llm(edited(config={"eos_token_id": None}, generation_config={"eos_token_id": None},
+                            tokenizer_config={"eos_token": names[0]}))  # fmt: skip
+    stopped = one(other, PROMPTS[2], SamplingParams(max_tokens=12))
+    assert (stopped.token_ids, stopped.finish_reason) == (full[: full.index(full[4]) + 1], "stop")
+    assert other.preparer._end_of_turn_ids == [EOS_ID], "the template ends turns with <|eos|>"
+    settled = other.preparer.prepare(0, turns, SamplingParams(stop_token_ids=[3]))
+    assert settled.sampling.stop_token_ids == [3, EOS_ID]
+    assert other.preparer.prepare(0, Request(prompt="Why?"), SamplingParams()).sampling.stop_token_ids == []
+    assert other.preparer.prepare(0, turns, SamplingParams(ignore_eos=True)).sampling.stop_token_ids == []
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    bos = llm.tokenizer("<|bos|>")["input_ids"]
+    reader, plain = llm.preparer._prompts, llm.tokenizer
+
+    class AddsBos:
+        bos_token, bos_token_id = "<|bos|>", bos[0]
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": bos + plain(text)["input_ids"]}
+
+    monkeypatch.setattr(reader, "_tokenizer", AddsBos())
+    for text, num_bos in (("a", 1), ("<|bos|>a", 1), ("<|bos|><|bos|>a", 3)):
+        assert reader.token_ids(Request(prompt=text)) == bos * num_bos + [ord("a")]
+
+
 @pytest.mark.parametrize("number", [1, 2, 33])
 def test_max_tokens_ends_a_sequence_for_length_with_all_its_text(llm: LLM, number: int) -> None:
     for output in llm.generate(PROMPTS, greedy(number)):
