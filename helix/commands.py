@@ -54,9 +54,15 @@ class Add(_Named, frozen=True, tag=True):
         """Tokens of the prompt."""
         return len(self.token_ids) // 4
 
+    @property
+    def prompt(self) -> list[int]:
+        """Its token ids."""
+        ids: list[int] = np.frombuffer(self.token_ids, "<i4").tolist()
+        return ids
+
     def sequence(self) -> Sequence:
         """Return the sequence that it stands for."""
-        token_ids = np.frombuffer(self.token_ids, "<i4").tolist()
+        token_ids = self.prompt
         logprobs = None if self.sampling.logprobs is None else list[Any]()
         return Sequence(
             index=self.index,

@@ -27,7 +27,7 @@ class TextReader:
 
     def begin(self, add: Add) -> None:
         """Expect the tokens of a request."""
-        self._live[add.index] = Detokenizer(self._tokenizer, add.sampling.stop)
+        self._live[add.index] = Detokenizer(self._tokenizer, add.sampling.stop, prompt=add.prompt)
         self._num_read[add.index] = 0
 
     def read(self, events: Sequence[StreamEvent]) -> list[Cut]:

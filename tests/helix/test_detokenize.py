@@ -184,6 +184,44 @@ def test_special_tokens_are_shown_only_on_request(byte_level: PreTrainedTokenize
     assert "".join(run(Detokenizer(byte_level, skip_special_tokens=False), [a, eos, a])) == "a<eos>a"
 
 
+@pytest.mark.parametrize(
+    ("stop", "want"),
+    [
+        (["<eos>"], ("ab", "<eos>")),
+        (["b<eos>"], ("a", "b<eos>")),
+        (["<eos>c"], ("ab", "<eos>c")),
+        (["<pad>", "cd"], ("ab", "cd")),
+        (["<eos><eos>"], ("abcd<eos", None)),
+        (["d<eos>", "d<eos"], ("abc", "d<eos")),
+    ],
+)
+def test_a_special_token_that_is_not_shown_still_stops(
+    byte_level: PreTrainedTokenizerFast, stop: list[str], want: tuple[str, str | None]
+) -> None:
+    eos = byte_level.eos_token_id
+    detokenizer = Detokenizer(byte_level, stop)
+    pieces = run(detokenizer, [*b"ab", eos, *b"cd<eos"])
+    assert ("".join(pieces), detokenizer.stopped) == (detokenizer.text, want[1]) == want
+
+
+def test_text_after_a_prompt_is_what_the_prompts_own_text_is_followed_by(
+    sentencepiece: PreTrainedTokenizerFast, byte_level: PreTrainedTokenizerFast
+) -> None:
+    hello, world, eos = sentencepiece.convert_tokens_to_ids(["▁Hello", "▁world", "<eos>"])
+    for prompt in ([hello], [world] * 50 + [hello], [eos] * 3 + [hello]):
+        assert run(Detokenizer(sentencepiece, prompt=prompt), [world, world]) == [" world", " world", ""]
+    assert run(Detokenizer(sentencepiece, prompt=[eos]), [world]) == ["world", ""]
+    smile = "😀".encode()
+    for cut in (1, 2, 3):
+        prompt = [*"é😀".encode(), *smile[:cut]]
+        assert run(Detokenizer(byte_level, prompt=prompt), [*smile[cut:], *"né".encode()])[3 - cut :] == [
+            "😀", "n", "", "é", ""
+        ]  # fmt: skip
+        for answer in (b"ab", b"\xf9r", "\ufffdx".encode()):
+            pieces = run(Detokenizer(byte_level, prompt=prompt), answer)
+            assert "".join(pieces) == own_text(byte_level, list(answer)), "what the prompt left broken is its own"
+
+
 @pytest.mark.parametrize("piece", ["word ", "", "\ufffd"], ids=["text", "nothing", "replacement"])
 def test_cost_of_a_token_does_not_grow(piece: str) -> None:
     tokenizer = Pieces([piece])
