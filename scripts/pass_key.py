@@ -16,6 +16,7 @@ from parallel.placement import BlockCyclic
 
 SENTENCE = "The pass key is {key}. Remember it: {key} is the pass key."
 QUESTION = "\n\nWhat is the pass key in the text above?"
+ANSWER = "The pass key is"  # how the answer begins, so that the number is what is left to say
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def hide(text: str, depth: float, tokenizer: Any) -> HiddenKey:
     cut = round(depth * len(words))
     key = str(Random(f"pass key at {depth}").randrange(10000, 100000))
     content = " ".join([*words[:cut], SENTENCE.format(key=key), *words[cut:]]) + QUESTION
-    turn = [{"role": "user", "content": content}]
-    prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": ANSWER}]
+    prompt = tokenizer.apply_chat_template(turns, continue_final_message=True, tokenize=False)
     encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
     starts = [prompt.index(key), prompt.rindex(key)]
     tokens = [

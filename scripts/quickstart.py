@@ -28,7 +28,7 @@ from parallel.launch import agree
 from scripts import cli, ending
 from scripts.pass_key import FirstOwners, HiddenKey, hide
 
-KEY_TOKENS = 16  # an answer to a pass key's prompt
+KEY_TOKENS = 8  # an answer to a pass key's prompt
 
 
 @dataclass(kw_only=True, slots=True)
