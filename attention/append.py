@@ -103,7 +103,7 @@ def load_sum(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constex
     return total.to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rope_append_kernel(
     qkv, q, q_norm, k_norm, cos, sin, pages, slots, num_rows, page_stride, kv_stride, head_stride, eps,
     SUMMANDS: tl.constexpr, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,

@@ -36,7 +36,7 @@ TWO_SHOT_BYTES = 1 << 17
 GRACE_NS = tl.constexpr(1 << 30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _add_norm_kernel(
     x, residual, weight, normed, num_rows, eps, H: tl.constexpr, H_PAD: tl.constexpr, SUMMANDS: tl.constexpr,
     PDL: tl.constexpr,
