@@ -33,6 +33,9 @@ from .quantized import Matrix, Quantized, product
 from .stream_weights import stream_quantized_kernel, stream_weights_kernel
 
 MAX_ROWS = 64
+STREAMS_8_BITS = False
+"""Whether few rows go through the kernel for quantised matrices. It is right in many shapes and wrong in some on an
+H200 (docs/log.md, 2026-11-29), so that tiles are widened for the library until it is right in all."""
 STAGE_BYTES = 147456  # one program a processor; memory needs some 10 MB in flight to be busy
 STAGE_BYTES_8_BITS = 180224
 BN, BK = 64, 128
@@ -157,7 +160,7 @@ def can_stream(x: torch.Tensor, w: Matrix) -> bool:
     """
     if not (x.is_cuda and x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.dtype in _ELEMENTS and w.numel()):
         return False
-    if isinstance(w, Quantized) and w.shift % 16:
+    if isinstance(w, Quantized) and (not STREAMS_8_BITS or w.shift % 16):
         return False  # copies of tiles that begin between multiples of 16 bytes end in an illegal instruction
     tensors = (x,) if isinstance(w, Quantized) else (x, w)  # rows of a quantised matrix are always aligned
     aligned = all(t.stride(-1) == 1 and t.stride(-2) % 8 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
