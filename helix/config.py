@@ -86,18 +86,26 @@ class ParallelConfig:
         tpa: ways the KV heads are split (beyond the KV heads, with kvp 1, they are duplicated).
         tpf: ways the feed-forward is split.
         ep: ways the experts are split.
+        planned: take the layout of the lowest predicted TTL, by the constants of rank 0's GPU.
     """
 
     kvp: int | None = None
     tpa: int | None = None
     tpf: int | None = None
     ep: int = 1
+    planned: bool = False
 
     def __post_init__(self) -> None:
         for axis in ("kvp", "tpa", "tpf", "ep"):
             value = getattr(self, axis)
             if value is not None:
                 check_at_least(f"parallel.{axis}", value, 1)
+        given = [axis for axis in ("kvp", "tpa", "tpf") if getattr(self, axis) is not None]
+        if self.planned and given:
+            raise ValueError(
+                f"parallel.planned = true chooses the layout, but parallel.{given[0]} = {getattr(self, given[0])} is "
+                "given; leave one out"
+            )
 
     def resolve(self, world_size: int, num_kv_heads: int) -> Layout:
         """Return the layout: tensor parallelism as far as the KV heads go, the sequence for the rest.
@@ -278,6 +286,7 @@ class RuntimeConfig:
         timeout_s: bound of a collective, in seconds.
         graphs: on GPUs, capture the decode steps of every batch bucket at the start.
         look_ahead: launch a decode step before the tokens of the one before it are read; not with check_ranks.
+        hardware: constants to predict with: a name of conf/hardware/ or a FILE.yaml; None finds them by the GPU's name.
     """
 
     device: str = "auto"
@@ -285,6 +294,7 @@ class RuntimeConfig:
     timeout_s: float = 600.0
     graphs: bool = True
     look_ahead: bool = True
+    hardware: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("runtime.device", self.device, DEVICES)

@@ -41,6 +41,8 @@ from .models.decoder import Decoder
 from .models.loading import fill
 from .models.tokenizer import end_of_turn_ids
 from .models.weights import part_of
+from .plan.footprint import Footprint
+from .prediction import storage_of
 from .prepare import Prepared
 from .prompts import Limits, Preparer, Prompt, as_prompts
 from .request import RequestOutput, StreamEvent
@@ -96,6 +98,7 @@ class LLM:
         self.dtype, self.tokenizer = prepared.dtype, prepared.tokenizer
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
         self._drafting, self._pdl = prepared.drafting, prepared.pdl
+        self.footprint = Footprint(self.spec, self.layout, storage_of(self.spec, self.dtype), config.cache.block_size)
         self.grid = HelixGrid.create(self.layout)
         self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
         decoder = self._make_decoder(prepared.attention)
@@ -331,16 +334,17 @@ class LLM:
             if self.launch.device.type == "cuda":
                 num_choices = scheduler.max_batch * (1 + self._drafting.max_draft_len)
                 runner.warm_up(scheduler.prefill_chunk + num_choices, num_choices)
-            page_bytes = runner.cache.page_bytes
             free = free_bytes(self.launch.device, cache.memory_fraction, self.launch.local_world_size)
-            useful = scheduler.max_batch * -(-self.placement.num_blocks(self.spec.max_position) // self.layout.kvp)
-            page_bytes += self.layout.kvp * self._drafting.page_bytes  # a draft model's cache holds as many tokens
-            num_pages = min(minimum(free // page_bytes), useful)
+            drafts = self.layout.kvp * self._drafting.page_bytes  # a draft model's cache holds as many tokens
+            fitting = minimum(self.footprint.num_pages(free, page_bytes_beside=drafts))
+            num_pages = min(fitting, scheduler.max_batch * self.footprint.pages_of(self.spec.max_position))
             if num_pages < 1:
                 raise ValueError(
-                    f"cache.memory_fraction = {cache.memory_fraction} leaves no memory for one page of {page_bytes} "
-                    "bytes on some rank; raise it or spread the model over more ranks"
+                    f"cache.memory_fraction = {cache.memory_fraction} leaves no memory for one page of "
+                    f"{self.footprint.page_bytes + drafts} bytes on some rank; raise it or spread the model over more "
+                    "ranks"
                 )
-            _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, num_pages * cache.block_size)
+            tokens = self.footprint.max_tokens(num_pages)
+            _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, tokens)
         runner.cache = agree(lambda: paged_cache(num_pages))
         return runner, num_pages

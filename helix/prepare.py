@@ -21,7 +21,8 @@ from .models.loading import open_checkpoint, read_spec
 from .models.spec import ModelSpec
 from .models.tokenizer import load_tokenizer
 from .models.weights import part_of
-from .plan.footprint import Footprint, Storage
+from .plan.footprint import Footprint
+from .prediction import advise, case_of, find_hardware, planned_layout, storage_of
 from .prompts import Prompt, PromptReader
 from .room import require_room
 from .speculative.loading import DrafterLoader
@@ -77,7 +78,8 @@ class Prepared:
         if config.transfer.enabled:
             agree(lambda: require_transfer(config.transfer, launch))
         self.spec: ModelSpec = agree(lambda: read_spec(config.model))
-        self.layout = self._resolve_layout()
+        if not config.parallel.planned:
+            self.layout = self._resolve_layout()
         self.pdl = can_launch_dependently(launch.device)
         self.attention = select_backend(config.attention.backend, launch.device, pdl=self.pdl)
         self.config = config = without_graphs(config, launch.device)
@@ -89,7 +91,8 @@ class Prepared:
         self.prompts = PromptReader(self.spec, self.tokenizer)
         self.prompts.require_one(prompts)
         self.dtype = self._resolve_dtype()
-        storage = Storage(*["fp32" if self.dtype == torch.float32 else "bf16"] * 2)
+        self._consult(prompts)
+        storage = storage_of(self.spec, self.dtype)
         footprint = Footprint(self.spec, self.layout, storage, config.cache.block_size)
         agree(lambda: require_room(config, footprint, launch))
 
@@ -102,6 +105,34 @@ class Prepared:
                 raise
             raise ValueError(str(error).replace("parallel.", "transfer.prefill.")) from error
         return layout
+
+    def _consult(self, prompts: Sequence[Prompt]) -> None:
+        """Ask the model of cost: for the layout where it is planned, else for a faster one than the rule's to name."""
+        config, ranks, storage = self.config, self.launch.world_size, storage_of(self.spec, self.dtype)
+        parallel = config.parallel
+
+        def choose() -> Layout:
+            hardware = find_hardware(config, self.launch.device)
+            case = case_of(config, self.spec, self.prompts, prompts)
+            layout = planned_layout(config, hardware, (self.spec, storage), ranks, case)
+            _log.info(
+                "parallel.planned: kvp %d x tpa %d, ep %d for %d sequences of %d tokens",
+                layout.kvp, layout.tpa, layout.ep, case.batch, case.context,
+            )  # fmt: skip
+            return layout
+
+        def mention() -> None:
+            hardware = find_hardware(config, self.launch.device)
+            if hardware is not None:
+                case = case_of(config, self.spec, self.prompts, prompts)
+                line = advise(config, hardware, self.spec, storage, self.layout, case)
+                if line is not None:
+                    _log.info("%s", line)
+
+        if parallel.planned:
+            self.layout = from_rank0(choose)
+        elif parallel.kvp is None and parallel.tpa is None and ranks > 1:
+            from_rank0(mention)
 
     def _resolve_dtype(self) -> torch.dtype:
         name = self.config.model.dtype

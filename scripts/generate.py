@@ -29,6 +29,7 @@ from typing import Any
 
 from helix.config import HelixConfig
 from helix.llm import LLM, enter
+from helix.prediction import predicted
 from helix.prepare import Prepared
 from helix.request import Request, RequestOutput
 from parallel.launch import Launch, from_rank0, gather_values, set_up_logging, stop
@@ -108,6 +109,7 @@ def metrics_of(llm: LLM) -> dict[str, Any]:
         "tokens_per_rank": [per_kvp_rank[rank % layout.kvp] for rank in range(layout.world_size)],
         "layer_weight_bytes_per_rank": gather_values(llm.runner.decoder.layer_bytes),
         **llm.metrics.as_dict(),
+        "predicted": predicted(llm) if llm.launch.speaks else None,
     }
 
 

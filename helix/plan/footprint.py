@@ -157,11 +157,15 @@ class Footprint:
 
     def cache_bytes_per_token(self, context: int) -> float:
         """Return the cache of one sequence of ``context`` tokens on the fullest rank, in bytes a token of it."""
-        return self.placement.num_local_blocks(context, 0) * self.page_bytes / context
+        return self.pages_of(context) * self.page_bytes / context
 
     def num_pages(self, free_bytes: int, *, page_bytes_beside: int = 0) -> int:
         """Return how many pages fit into so many bytes; each page takes ``page_bytes_beside`` more elsewhere."""
         return max(0, free_bytes) // (self.page_bytes + page_bytes_beside)
+
+    def pages_of(self, context: int) -> int:
+        """Return the pages a rank that a sequence of ``context`` tokens takes where it takes most."""
+        return self.placement.num_local_blocks(context, 0)
 
     def max_tokens(self, num_pages: int) -> int:
         """Return how many tokens so many pages a rank hold in all."""
