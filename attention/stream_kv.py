@@ -99,6 +99,8 @@ def _attend(
     q_t = q_s.permute((1, 0))
     turn = first_piece * 0
     for piece in range(first_piece, last_piece):
+        # loaded here and not carried from one piece to the next: Triton before 3.8 forgets that a carried value is the
+        # bound of an inner loop (ForOpDeadArgElimination), and every piece would begin where the first one does
         its = pieces + piece * PIECE
         first, stop, begin, end = gl.load(its), gl.load(its + 1), gl.load(its + 2), gl.load(its + 3)
         q_row = (first + c // GROUP).to(gl.int64)

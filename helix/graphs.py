@@ -30,7 +30,7 @@ from parallel.symmetric import Faults
 
 from .cache.pages import PagedCache
 from .models.decoder import Decoder
-from .upload import Packing, Shapes, fill_work, work_shapes
+from .upload import Packing, Shapes, fill_work, upload, work_shapes
 
 _log = logging.getLogger(__name__)
 _ROW_INPUTS: dict[str, tuple[type[np.generic], int]] = {  # of each row, and what padding has
@@ -234,7 +234,8 @@ class DecodeGraphs:
         """Return the float32 logits [len(rows), V] of rows of the step launched last. Collective over the world."""
         local = self._last.local_logits
         whole = rows == list(range(len(rows)))
-        return self._decoder.gather_logits(local[: len(rows)] if whole else local[rows])
+        index = slice(len(rows)) if whole else upload({"rows": np.array(rows, np.int64)}, local.device)["rows"]
+        return self._decoder.gather_logits(local[index])
 
     def release(self) -> None:
         """Free the captured graphs: before NCCL ends a group it waits for all that hold its operations, for ever."""

@@ -119,20 +119,22 @@ class Runner:
 
         Collective over the world: every rank calls it with the same chunks.
         """
-        decoding = [chunk for chunk in chunks if chunk.samples and chunk.stop - chunk.start == 1]
+        decoding, others = list[Chunk](), list[Chunk]()
+        for chunk in chunks:
+            (decoding if chunk.samples and chunk.stop - chunk.start == 1 else others).append(chunk)
         if self._graphs is None or not decoding or not self.can_launch(decoding):
             return self._run_eagerly(chunks)
         logits = self._graphs.logits(self.launch(decoding).rows)
-        others = [chunk for chunk in chunks if chunk not in decoding]
         if not others:
             return logits
         num_padding = self.num_padding
         logits = torch.cat((logits, self._run_eagerly(others)))
         self.num_padding = num_padding
-        if chunks == [*decoding, *others]:
+        computed = [*decoding, *others]
+        if all(one is other for one, other in zip(chunks, computed, strict=True)):
             return logits
-        starts = np.cumsum([0, *(chunk.num_choices for chunk in (*decoding, *others))])
-        first = dict(zip(map(id, (*decoding, *others)), starts.tolist(), strict=False))
+        starts = np.cumsum([0, *(chunk.num_choices for chunk in computed)])
+        first = dict(zip(map(id, computed), starts.tolist(), strict=False))
         order = [first[id(chunk)] + choice for chunk in chunks for choice in range(chunk.num_choices)]
         return logits[upload({"order": np.array(order, np.int64)}, logits.device)["order"]]
 
