@@ -421,7 +421,7 @@ def test_the_cache_is_not_cleared_under_a_running_sequence() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"start": -1}, "retention.start = -1 must be at least 0"),
+        ({"start": -1}, r"retention.start = -1 must lie in \[0, 2\*\*63\)"),
         ({"start": 4, "end": 4}, "retention.end = 4 must be above retention.start = 4"),
         ({"priority": 101}, "retention.priority = 101 must lie in 0..100"),
         ({"duration_s": 0}, "retention.duration_s = 0 must be positive"),
