@@ -35,14 +35,12 @@ class Quantization:
     scale_suffix: what a scale's tensor name ends in, instead of "weight".
     kept: patterns of modules that are not quantised: a regular expression at the beginning of the module's name, up to
         a dot, or its end to the letter. exact: only whole names count, and expressions begin with "re:".
-    powers_of_two: scales of activations, where these are quantised too, are rounded up to powers of two.
     """
 
     grain: str = "block"
     scale_suffix: str = "weight_scale_inv"
     kept: tuple[str, ...] = ()
     exact: bool = False
-    powers_of_two: bool = False
 
     def covers(self, name: str) -> bool:
         """Return whether the tensor `name`, a linear layer's weight, is quantised."""
@@ -112,7 +110,8 @@ def _block_fp8(settings: dict[str, Any]) -> Quantization:
     more = settings.get("modules_to_convert")
     _require(not more, "modules_to_convert", more, "what is no linear layer is read in 16 and 32 bits only")
     kept = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or ()
-    return Quantization(kept=tuple(kept), powers_of_two=known("scale_fmt", "float", "ue8m0") == "ue8m0")
+    known("scale_fmt", "float", "ue8m0")  # of activations, which are not quantised
+    return Quantization(kept=tuple(kept))
 
 
 def _compressed_tensors(settings: dict[str, Any]) -> Quantization:

@@ -58,7 +58,7 @@ def test_every_length_and_page_size(block_size, length):
     compare(case, 0, 4.0)  # scores far apart
 
 
-def test_many_sequences_share_few_splits():
+def test_many_sequences_share_few_programs():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 900, (48,), generator=generator).tolist()
     case = make_case(
