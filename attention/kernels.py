@@ -12,15 +12,17 @@ The choice is made once a step, when its work is cut, and travels with the list.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 
 from . import latent_kv, many_rows, split_kv, stream_kv
-from .partial import Partials
+from .partial import Partials, Workspace
 from .rows import Rows
 from .work import Cutting
 
-_KERNELS = {
+_KERNELS: dict[str, Callable[..., None]] = {
     "stream_kv": stream_kv.attend,
     "many_rows": many_rows.attend,
     "split_kv": split_kv.attend,
@@ -52,11 +54,15 @@ class TritonAttention:
             else _INTERPRETED_PROCESSORS
         )
 
-    def cutting(self, pages: torch.Tensor, num_heads: int, max_rows: int, *, value_dim: int | None = None) -> Cutting:
+    def cutting(
+        self, pages: torch.Tensor | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None
+    ) -> Cutting:
         """Choose the kernel for steps whose longest run has so many rows, and say how it wants them cut."""
-        num_kv_heads = pages.shape[2]
+        num_kv_heads = pages.k.shape[1] if isinstance(pages, Workspace) else pages.shape[2]
         group = num_heads // num_kv_heads
         programs = max(1, self._processors // num_kv_heads)
+        if isinstance(pages, Workspace):
+            return split_kv.cutting(pages, group, max_rows, programs)
         if value_dim is not None:
             return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.element_size() > 2)
         if stream_kv.supports(pages, max_rows * group):
@@ -66,7 +72,13 @@ class TritonAttention:
         return split_kv.cutting(pages, group, max_rows, programs)
 
     def __call__(
-        self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
+        self,
+        q_RQD: torch.Tensor,
+        pages: torch.Tensor | Workspace,
+        rows: Rows,
+        scale: float,
+        *,
+        value_dim: int | None = None,
     ) -> Partials:
         """Attend rows to the local shard, by the kernel that their work was cut for."""
         work = rows.work
@@ -75,8 +87,9 @@ class TritonAttention:
         num_rows, num_heads, head_dim = q_RQD.shape
         split = work.part_start is not None
         shape = (work.num_parts if split else num_rows, num_heads)
+        width = pages.v.shape[2] if isinstance(pages, Workspace) else value_dim or head_dim
         partials = Partials(
-            torch.empty((*shape, value_dim or head_dim), dtype=torch.float32 if split else q_RQD.dtype,
+            torch.empty((*shape, width), dtype=torch.float32 if split else q_RQD.dtype,
                         device=q_RQD.device),
             torch.empty(shape, dtype=torch.float32, device=q_RQD.device),
             work.part_start,

@@ -14,6 +14,7 @@ import triton.language as tl
 from .partial import Partials
 
 FEW_HEADS = 256  # rows x heads up to which a launch cannot fill a GPU, so that all that counts is how long one takes
+CELLS = 16  # heads of rows of a program that merges one partial more
 
 
 def parts_at_once(rows_x_heads: int) -> int:
@@ -163,3 +164,46 @@ def merge_parts(partials: Partials, dtype: torch.dtype, *, pdl: bool = False) ->
             num_warps=4 if few else 1, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out, lse
+
+
+@triton.jit
+def _merge_into_kernel(out, lse, part, part_lse, num_cells, D: tl.constexpr, D_PAD: tl.constexpr, CELLS: tl.constexpr):
+    """CELLS heads of rows: what was merged so far, and one more partial of each."""
+    cell = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+    d = tl.arange(0, D_PAD)
+    here = cell < num_cells
+    at, inside = cell[:, None] * D + d[None, :], here[:, None] & (d < D)[None, :]
+    old_lse = tl.load(lse + cell, mask=here, other=float("-inf"))
+    new_lse = tl.load(part_lse + cell, mask=here, other=float("-inf"))
+    top = tl.maximum(old_lse, new_lse)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    old, new = tl.exp(old_lse - shift), tl.exp(new_lse - shift)
+    total = old + new
+    whole = tl.where(total == 0.0, 1.0, total)
+    value = tl.load(part + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where((new > 0.0)[:, None], value, 0.0)  # values of an empty partial may be NaN
+    merged = tl.load(out + at, mask=inside, other=0.0) * (old / whole)[:, None] + value * (new / whole)[:, None]
+    tl.store(out + at, merged, mask=inside)
+    tl.store(lse + cell, tl.where(total == 0.0, float("-inf"), shift + tl.log(whole)), mask=here)
+
+
+def merge_into(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Merge one more partial of each row into what was merged so far, in place.
+
+    Args:
+        out: [R, Q, D] float32 (float64 where ``part`` is), packed; finite everywhere.
+        lse: [R, Q], packed, -inf where nothing was merged yet.
+        part: [R, Q, D], packed, over other keys than those merged so far; values under lse = -inf are ignored.
+        part_lse: [R, Q], packed.
+    """
+    if not (out.is_cuda or triton.knobs.runtime.interpret) or out.dtype == torch.float64:
+        merged, merged_lse = merge_reference(torch.stack((out, part.to(out.dtype))), torch.stack((lse, part_lse)))
+        out.copy_(merged)
+        lse.copy_(merged_lse)
+        return
+    num_cells, head_dim = lse.numel(), out.shape[-1]
+    if num_cells:
+        _merge_into_kernel[(-(-num_cells // CELLS),)](
+            out, lse, part, part_lse, num_cells, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), CELLS=CELLS,
+            num_warps=4,
+        )  # fmt: skip

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from .partial import Partials
+from .partial import Partials, Workspace
 from .rows import Rows
 
 SCORES_AT_ONCE = 1 << 20
@@ -15,22 +15,35 @@ SCORES_AT_ONCE = 1 << 20
 class ReferenceAttention:
     """The reference back end; see ``PartialAttention``. It makes one partial of every row and needs no work list."""
 
-    def cutting(self, pages: torch.Tensor, num_heads: int, max_rows: int, *, value_dim: int | None = None) -> None:
+    def cutting(
+        self, pages: torch.Tensor | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None
+    ) -> None:
         """Return None: nothing is cut."""
 
     def __call__(
-        self, q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
+        self,
+        q_RQD: torch.Tensor,
+        pages: torch.Tensor | Workspace,
+        rows: Rows,
+        scale: float,
+        *,
+        value_dim: int | None = None,
     ) -> Partials:
         """Attend rows to the local shard."""
         return Partials(*partial_attention(q_RQD, pages, rows, scale, value_dim=value_dim))
 
 
 def partial_attention(
-    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
+    q_RQD: torch.Tensor,
+    pages: torch.Tensor | Workspace,
+    rows: Rows,
+    scale: float,
+    *,
+    value_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend rows to the local shard in float32 (float64 stays float64): out [R, Q, W] in q's dtype, and lse [R, Q]."""
     num_rows, num_heads, head_dim = q_RQD.shape
-    value_dim = value_dim or head_dim
+    value_dim = value_dim or (pages.v.shape[-1] if isinstance(pages, Workspace) else head_dim)
     dtype = torch.float64 if q_RQD.dtype == torch.float64 else torch.float32
     out = torch.zeros((num_rows, num_heads, value_dim), dtype=dtype, device=q_RQD.device)
     lse = torch.full((num_rows, num_heads), -torch.inf, dtype=dtype, device=q_RQD.device)
@@ -40,7 +53,10 @@ def partial_attention(
         length = int(visible.max()) if stop > start else 0
         if length == 0:
             continue  # rows that see nothing keep out = 0 and lse = -inf
-        k_KSD, v_KSD = gather_tokens(pages, rows.page_table[rows.row_seq[start]], length)
+        table = rows.page_table[rows.row_seq[start]]
+        k_KSD, v_KSD = (
+            _made(pages, table, length) if isinstance(pages, Workspace) else gather_tokens(pages, table, length)
+        )
         kv = k_KSD, v_KSD[..., :value_dim]
         step = max(1, SCORES_AT_ONCE // (length * num_heads))
         for first in range(start, stop, step):
@@ -78,3 +94,10 @@ def gather_tokens(pages: torch.Tensor, table: torch.Tensor, length: int) -> tupl
     mine = pages[table[: -(-length // block_size)].long()]
     kv = mine.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
     return kv[0], kv[-1]
+
+
+def _made(made: Workspace, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K [K, length, D + T] and V [K, length, W] of the first tokens of a run in a workspace."""
+    first = int(table[0]) * made.block_size
+    k, v, turned = (each[first : first + length] for each in (made.k, made.v, made.turned))
+    return torch.cat((k, turned.unsqueeze(1).expand(-1, k.shape[1], -1)), -1).transpose(0, 1), v.transpose(0, 1)

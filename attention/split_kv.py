@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .online_softmax import finish, fold
-from .partial import Partials
+from .partial import Partials, Workspace
 from .rows import Rows, Work
 from .shared_memory import fit_turn, shared_bytes
 from .work import PIECE_FIELDS, Cutting
@@ -35,17 +35,19 @@ def _page_of(table, first, token, end, BLOCK_SIZE: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def _split_kernel(
-    q, pages, page_table, visible_len, pieces, span_start, part_start, out, lse,
-    q_row_stride, page_stride, kv_stride, head_stride, table_stride, scale_log2, num_heads,
+    q, k, v, turned, page_table, visible_len, pieces, span_start, part_start, out, lse,
+    q_row_stride, k_page_stride, k_head_stride, k_stride, v_page_stride, v_head_stride, v_stride, turned_stride,
+    table_stride, scale_log2, num_heads,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    D_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, T: tl.constexpr, T_PAD: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(1)
     m = tl.arange(0, M)
-    d = tl.arange(0, D_PAD)
+    d, w, t = tl.arange(0, D_PAD), tl.arange(0, W_PAD), tl.arange(0, T_PAD)
     offsets = tl.arange(0, N)
     for piece in range(tl.load(span_start + tl.program_id(0)), tl.load(span_start + tl.program_id(0) + 1)):
         its = pieces + piece * PIECE
@@ -54,26 +56,34 @@ def _split_kernel(
         head = kv_head * GROUP + m % GROUP
         real = row < stop
         visible = tl.load(visible_len + row, mask=real, other=0)
-        q_md = tl.load(q + row[:, None] * q_row_stride + (head[:, None] * D + d[None, :]),
-                       mask=real[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+        at_q = q + row[:, None] * q_row_stride + head[:, None] * (D + T)
+        q_md = tl.load(at_q + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+        if T:
+            q_mt = tl.load(at_q + D + t[None, :], mask=real[:, None] & (t < T)[None, :], other=0.0)
         table = page_table + tl.load(its + 6).to(tl.int64) * table_stride
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, D_PAD], tl.float32)
+        acc = tl.zeros([M, W_PAD], tl.float32)
         # the page of the next turn is asked for a turn early: an address that waits for a load would stall the pipeline
         page = _page_of(table, begin, begin + offsets, end, BLOCK_SIZE, N)
         for at in range(begin, end, N):
             n = at + offsets
             next_page = _page_of(table, at + N, n + N, end, BLOCK_SIZE, N)
-            base = pages + page.to(tl.int64) * page_stride + kv_head * head_stride + (n % BLOCK_SIZE) * D
+            this_page, offset = page.to(tl.int64), n % BLOCK_SIZE
             page = next_page
-            there = (n < end)[:, None] & (d < D)[None, :]
-            k_nd = tl.load(base[:, None] + d[None, :], mask=there, other=0.0)
-            scores = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * scale_log2
-            scores = tl.where((n[None, :] < visible[:, None]) & (n < end)[None, :], scores, float("-inf"))
+            there = (n < end)[:, None]
+            from_k = k + this_page * k_page_stride + kv_head * k_head_stride + offset * k_stride
+            k_nd = tl.load(from_k[:, None] + d[None, :], mask=there & (d < D)[None, :], other=0.0)
+            scores = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
+            if T:
+                from_t = turned + (this_page * BLOCK_SIZE + offset) * turned_stride
+                k_nt = tl.load(from_t[:, None] + t[None, :], mask=there & (t < T)[None, :], other=0.0)
+                scores = tl.dot(q_mt, tl.trans(k_nt), acc=scores, input_precision="ieee")
+            scores = tl.where((n[None, :] < visible[:, None]) & (n < end)[None, :], scores * scale_log2, float("-inf"))
             weight, decay, top, total = fold(scores, top, total)
-            v_nd = tl.load(base[:, None] + kv_stride + d[None, :], mask=there, other=0.0)
-            acc = acc * decay[:, None] + tl.dot(weight.to(v_nd.dtype), v_nd, input_precision="ieee")
+            from_v = v + this_page * v_page_stride + kv_head * v_head_stride + offset * v_stride
+            v_nw = tl.load(from_v[:, None] + w[None, :], mask=there & (w < W)[None, :], other=0.0)
+            acc = acc * decay[:, None] + tl.dot(weight.to(v_nw.dtype), v_nw, input_precision="ieee")
 
         acc, natural = finish(acc, top, total)
         cell = row
@@ -81,8 +91,8 @@ def _split_kernel(
             cell = (tl.load(part_start + row, mask=real, other=0) + tl.load(its + 4)).to(tl.int64)
         cell = cell * num_heads + head
         tl.store(lse + cell, natural, mask=real)
-        tl.store(out + cell[:, None] * D + d[None, :], acc.to(out.dtype.element_ty),
-                 mask=real[:, None] & (d < D)[None, :])  # fmt: skip
+        tl.store(out + cell[:, None] * W + w[None, :], acc.to(out.dtype.element_ty),
+                 mask=real[:, None] & (w < W)[None, :])  # fmt: skip
 
 
 def _turn(columns: int, head_dim: int, element_bytes: int, *, least: int, limit: int) -> tuple[int, int, int, int]:
@@ -101,33 +111,56 @@ def _turn(columns: int, head_dim: int, element_bytes: int, *, least: int, limit:
     return m, n, warps, stages
 
 
-def cutting(pages: torch.Tensor, group: int, max_rows: int, programs: int) -> Cutting:
+def _head_dim(pages: torch.Tensor | Workspace) -> int:
+    """Return about how many elements of a key and of a value a program holds, padding included, as one number."""
+    if isinstance(pages, Workspace):
+        widths = (pages.k.shape[2], pages.turned.shape[1], pages.v.shape[2])
+        return sum(triton.next_power_of_2(max(each, 16)) for each in widths) // 2
+    return pages.shape[4]
+
+
+def cutting(pages: torch.Tensor | Workspace, group: int, max_rows: int, programs: int) -> Cutting:
     """Return how steps of runs of so many rows are cut, for ``group`` query heads a KV head."""
     persistent = max_rows * group <= FEW_COLUMNS
     tile_rows = max_rows if persistent else max(1, COLUMNS // triton.next_power_of_2(group))
-    m, *_ = _turn(
-        tile_rows * group, pages.shape[4], pages.element_size(), least=group, limit=shared_bytes(pages.device)
-    )
+    k = pages.k if isinstance(pages, Workspace) else pages
+    limit = shared_bytes(k.device)
+    m, *_ = _turn(tile_rows * group, _head_dim(pages), k.element_size(), least=group, limit=limit)
     return Cutting("split_kv", max(1, min(tile_rows, m // group)), UNIT, programs, persistent)
 
 
 def attend(
-    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, work: Work, partials: Partials, scale: float, *, pdl: bool
+    q_RQD: torch.Tensor,
+    pages: torch.Tensor | Workspace,
+    rows: Rows,
+    work: Work,
+    partials: Partials,
+    scale: float,
+    *,
+    pdl: bool,
 ) -> None:
     """Attend rows to the local shard; see ``PartialAttention``. Partials are written."""
-    _, num_heads, head_dim = q_RQD.shape
-    num_kv_heads, block_size = pages.shape[2], pages.shape[3]
-    group = num_heads // num_kv_heads
+    num_heads = q_RQD.shape[1]
+    if isinstance(pages, Workspace):
+        k, v, turned, block_size = pages.k, pages.v, pages.turned, pages.block_size
+        k_strides, v_strides = ((block_size * each.stride(0), each.stride(1), each.stride(0)) for each in (k, v))
+        (num_kv_heads, head_dim), turned_dim = k.shape[1:], turned.shape[1]
+    else:
+        k, v, turned, block_size = pages[:, 0], pages[:, 1], pages, pages.shape[3]
+        k_strides = v_strides = pages.stride(0), pages.stride(2), pages.stride(3)
+        num_kv_heads, head_dim, turned_dim = pages.shape[2], pages.shape[4], 0
+    group, value_dim = num_heads // num_kv_heads, partials.out.shape[-1]
     columns = work.cutting.tile_rows * group
     m, n, warps, stages = _turn(
-        columns, head_dim, q_RQD.element_size(), least=columns, limit=shared_bytes(q_RQD.device)
+        columns, _head_dim(pages), q_RQD.element_size(), least=columns, limit=shared_bytes(q_RQD.device)
     )
     _split_kernel[(work.programs, num_kv_heads)](
-        q_RQD, pages, rows.page_table, rows.visible_len, work.pieces, work.span_start,
+        q_RQD, k, v, turned, rows.page_table, rows.visible_len, work.pieces, work.span_start,
         work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
-        q_RQD.stride(0), pages.stride(0), pages.stride(1), pages.stride(2), rows.page_table.stride(0),
-        scale * LOG2_E, num_heads,
+        q_RQD.stride(0), *k_strides, *v_strides, turned.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_heads,
         GROUP=group, BLOCK_SIZE=block_size, M=m, N=n, D=head_dim, D_PAD=triton.next_power_of_2(max(head_dim, 16)),
+        W=value_dim, W_PAD=triton.next_power_of_2(max(value_dim, 16)), T=turned_dim,
+        T_PAD=triton.next_power_of_2(max(turned_dim, 16)),
         SPLIT=work.part_start is not None, PDL=pdl, num_warps=warps, num_stages=stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
