@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from helix.plan.sizes import short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HELIX, PLAIN = "#1f6fb4", "#d98032"
+HELIX, PLAIN, THIRD = "#1f6fb4", "#d98032", "#5a9e5a"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,35 @@ def draw_pareto(points: Sequence[Point], output: str, *, title: str) -> None:
     for axes, context in zip(figure.subplots(1, len(contexts), squeeze=False).flat, contexts, strict=True):
         _draw_case(axes, [point for point in points if point.context == context])
         axes.set_title(f"{short(context)} tokens of context", fontsize=10)
+    figure.suptitle(title)
+    figure.savefig(output, dpi=120)
+
+
+def draw_frontiers(frames: Mapping[str, Mapping[str, Sequence[Point]]], output: str, *, title: str) -> None:
+    """Draw only the frontiers, on logarithmic axes: a frame for each name, in it a line for each family of layouts."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(1 + 6.5 * len(frames), 5.5), layout="constrained")
+    for axes, (name, families) in zip(figure.subplots(1, len(frames), squeeze=False).flat, frames.items(), strict=True):
+        for (label, points), colour in zip(families.items(), (HELIX, PLAIN, THIRD), strict=False):
+            front, named = frontier(points), set[str]()
+            across, up = [point.per_user for point in front], [point.per_gpu for point in front]
+            axes.plot(across, up, "o-", color=colour, linewidth=1.8, markersize=3, label=label)
+            for point in reversed(front):
+                if point.layout not in named:  # its fastest point comes last, and is named first
+                    axes.annotate(point.layout, (point.per_user, point.per_gpu), fontsize=6, color=colour,
+                                  xytext=(3, 3), textcoords="offset points")  # fmt: skip
+                named.add(point.layout)
+        axes.set(xlabel="tokens/s of a user", ylabel="tokens/s of a GPU", xscale="log", yscale="log")
+        axes.margins(0.12)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(ScalarFormatter())
+        axes.tick_params(which="both", labelsize=7)
+        axes.set_title(name, fontsize=10)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3, which="both")
     figure.suptitle(title)
     figure.savefig(output, dpi=120)
 

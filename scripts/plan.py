@@ -172,6 +172,22 @@ def table_row(row: Row, gpus: int, hardware: Hardware) -> dict[str, Any]:
     }
 
 
+def points_of(rows: Sequence[Row]) -> list[Point]:
+    """Return what a picture shows of rows: those that fit."""
+    return [
+        Point(
+            name_of(row.layout),
+            row.context,
+            row.batch,
+            row.tokens_per_s_user,
+            row.tokens_per_s_gpu,
+            row.layout.kvp == 1,
+        )
+        for row in rows
+        if row.fits
+    ]
+
+
 def command(row: Row, setup: Setup, model: Sequence[str]) -> str:
     """Return the line that runs a row's layout; ``model`` are the arguments that name the model."""
     layout, size = row.layout, row.layout.world_size
@@ -259,19 +275,7 @@ def run(config: PlanConfig, model: Sequence[str]) -> None:
     for each in plan.refused:
         cli.say(f"refused: kvp {each.kvp} x tpa {each.tpa}: {each.why}")
     if config.plot is not None:
-        points = [
-            Point(
-                name_of(row.layout),
-                row.context,
-                row.batch,
-                row.tokens_per_s_user,
-                row.tokens_per_s_gpu,
-                row.layout.kvp == 1,
-            )
-            for row in rows
-            if row.fits
-        ]
-        draw_pareto(points, config.plot, title=f"predicted, {setup.hardware.name} ({setup.hardware.source})")
+        draw_pareto(points_of(rows), config.plot, title=f"predicted, {setup.hardware.name} ({setup.hardware.source})")
         cli.say(f"drew {config.plot}")
     cli.say(json_line(rows, plan.refused))
 

@@ -21,7 +21,7 @@ ONE_SHOT_BYTES = 128 << 10  # from here on an all-reduce takes two flights
 SHARE_ROWS = 512  # attention.share_qkv_rows
 STREAMED_ROWS = 64  # up to here every expert in use is multiplied with all rows
 NAMES = ("weights", "products", "cache", "attention", "launches", "exchange", "all-reduce", "elements")
-_ATTENTION_ROLES = ("qkv", "q_b", "k_up", "v_up", "o")
+ATTENTION_ROLES = ("qkv", "q_b", "k_up", "v_up", "o")
 
 
 Terms = defaultdict[str, float]
@@ -64,14 +64,14 @@ class CostModel:
         terms: Terms = defaultdict(float)
         for kind in foot.layers:
             layer = self._waits(kind, batch)
-            self._add_products(layer, kind, batch, shared=False)
+            self.add_products(layer, kind, batch, shared=False)
             _add(terms, layer, kind.count)
         head = foot.top["lm_head"]
         terms["weights"] += head.num_bytes / hw.read_bytes_per_us
         terms["launches"] += 4 * hw.launch_us + hw.step_us  # embedding, head, choice of tokens
         kvp = foot.layout.kvp
         tokens = max(foot.placement.local_len(math.ceil(context), 0), batch * context / kvp)  # first owners in turn
-        self._add_attention(terms, rows_times_tokens=tokens, read_tokens=tokens)
+        self.add_attention(terms, rows_times_tokens=tokens, read_tokens=tokens)
         return Time(dict(terms))
 
     def prefill(self, prompt: int) -> Time:
@@ -84,14 +84,14 @@ class CostModel:
         for rows, times in chunks.items():
             for kind in foot.layers:
                 layer = self._waits(kind, rows)
-                self._add_products(layer, kind, rows, shared=rows >= SHARE_ROWS)
+                self.add_products(layer, kind, rows, shared=rows >= SHARE_ROWS)
                 layer["elements"] += self._element_bytes(rows) / hw.read_bytes_per_us
                 _add(terms, layer, times * kind.count)
         terms["weights"] += foot.top["lm_head"].num_bytes / hw.read_bytes_per_us
         kvp = foot.layout.kvp
         pairs = prompt * (prompt + 1) / 2 / kvp
         read = sum(min(start + self.prefill_chunk, prompt) for start in range(0, prompt, self.prefill_chunk)) / kvp
-        self._add_attention(terms, rows_times_tokens=pairs, read_tokens=read)
+        self.add_attention(terms, rows_times_tokens=pairs, read_tokens=read)
         return Time(dict(terms))
 
     # --- terms of one layer -------------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ class CostModel:
         foot, hw = self.footprint, self.hardware
         world, kvp = foot.layout.world_size, foot.layout.kvp
         terms: Terms = defaultdict(float)
-        terms["launches"] = self._launch_us(kind, rows)
-        terms["all-reduce"] = 2 * self._all_reduce_us(rows, world)
+        terms["launches"] = self.launch_us(kind, rows)
+        terms["all-reduce"] = 2 * self.all_reduce_us(rows, world)
         if kvp == 1:
             terms["launches"] += hw.merge_us
             return terms
@@ -114,8 +114,8 @@ class CostModel:
             terms["exchange"] = hw.network_us + hw.merge_us + sent / hw.network_bytes_per_us
         return terms
 
-    def _launch_us(self, kind: LayerKind, rows: int) -> float:
-        """What kernels take beyond their bytes: projections, append, attention, the mixture of experts."""
+    def launch_us(self, kind: LayerKind, rows: int) -> float:
+        """What a layer's kernels take beyond their bytes: projections, append, attention, the mixture of experts."""
         hw, latent = self.hardware, self.footprint.spec.latent
         count = 5  # qkv, append, o, gate and up, down
         if latent is not None:
@@ -126,7 +126,8 @@ class CostModel:
             count += 0 if "shared_down" in kind.matrices else -2
         return us + count * hw.launch_us
 
-    def _all_reduce_us(self, rows: int, world: int) -> float:
+    def all_reduce_us(self, rows: int, world: int) -> float:
+        """One all-reduce of so many rows' hidden states, in microseconds."""
         hw, size = self.hardware, rows * self.footprint.spec.hidden_size * ELEMENT
         if world == 1:
             return hw.launch_us
@@ -140,7 +141,7 @@ class CostModel:
             us += hw.network_us + 2 * size / hw.domain / hw.network_bytes_per_us
         return us
 
-    def _add_products(self, terms: Terms, kind: LayerKind, rows: int, *, shared: bool) -> None:
+    def add_products(self, terms: Terms, kind: LayerKind, rows: int, *, shared: bool) -> None:
         """Projections: the larger of reading the weights and multiplying, for the experts and for all else."""
         hw, foot = self.hardware, self.footprint
         rate = hw.matmul_rate(foot.storage.weights)
@@ -160,7 +161,7 @@ class CostModel:
             flops = 2 * elements * rows * experts.num_chosen / experts.num_experts
             self._add_larger(terms, "weights", held * used, "products", flops / rate)
 
-    def _add_attention(self, terms: Terms, *, rows_times_tokens: float, read_tokens: float) -> None:
+    def add_attention(self, terms: Terms, *, rows_times_tokens: float, read_tokens: float) -> None:
         """All layers' attention: the larger of reading the cache and multiplying, on one rank."""
         foot, spec = self.footprint, self.footprint.spec
         flops = 2 * spec.num_layers * foot.num_heads * (spec.head_dim + spec.value_dim) * rows_times_tokens

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helix.plan.cost import CostModel, experts_in_use
+from helix.plan.data_parallel import DataParallel
 from helix.plan.footprint import Footprint
 from helix.plan.hardware import hardware_names, named_hardware, read_hardware
 from helix.plan.planner import Plan, Setup
@@ -132,3 +133,21 @@ def test_a_broken_file_of_constants_ends_in_one_line(tmp_path, text: str, why: s
     file.write_text(text)
     with pytest.raises(ValueError, match=f"hardware.file = {file}.*{why}"):
         read_hardware(file)
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_7b_1m", "glm4_9b_1m"])
+def test_data_parallel_attention_of_one_group_is_plain_tp(model: str) -> None:
+    setup = Setup(preset(model), named_hardware("h200"))
+    plain, one_group = setup.cost_of(Layout(tpa=4)), DataParallel(setup, 4, 4)
+    assert one_group.decode(131072, 8).terms == pytest.approx(plain.decode(131072, 8).terms)
+    pages = setup.num_pages(plain.footprint)
+    assert one_group.most(131072) == plain.footprint.max_sequences(pages, 131072)
+
+
+def test_tokens_reach_their_experts_and_come_back_by_an_all_to_all_each() -> None:
+    """Qwen3-30B-A3B, 8 ranks with attention of their own, 16 sequences: 2 rows of 2,048 to 8 experts each, twice."""
+    hw = replace(named_hardware("h200"), exchange_us=3.0, exchange_peer_us=0.5, link_bytes_per_us=1e6)
+    terms = DataParallel(Setup(preset("qwen3_30b_a3b"), hw), 8).decode(1024, 16).terms
+    sent = 2 * 8 * 2048 * 2 * 7 / 8
+    assert terms["exchange"] == pytest.approx(48 * 2 * (3.0 + 6 * 0.5 + sent / 1e6))
+    assert terms["cache"] == pytest.approx(2 * 1024 * 48 * 2 * 4 * 128 * 2 / hw.read_bytes_per_us)
