@@ -10,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .eight_bits import as_byte, scale_of
+from .pages import Pages, QuantizedPages, planes_of
+
 MANY_ROWS, ROWS = (
     512,
     16,
@@ -40,47 +43,71 @@ def rotate(x_RHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interle
 
 
 @triton.jit
-def _append_kernel(k, v, k_row_stride, v_row_stride, pages, slots, page_stride, kv_stride, head_stride,
-                   BLOCK_SIZE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_V: tl.constexpr):  # fmt: skip
+def write_head(x, real, pages, scales, page, kv, head, offset, heads, page_stride, scale_stride,
+               BLOCK_SIZE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, IN_8_BITS: tl.constexpr):  # fmt: skip
+    """Write tokens' keys or values [BR, D_PAD], where ``real``, to offsets of pages; page and offset are [BR, 1]."""
+    d = tl.arange(0, D_PAD)[None, :]
+    token = ((kv * heads + head) * BLOCK_SIZE + offset).to(tl.int64)
+    if IN_8_BITS:
+        exact = x.to(tl.float32)
+        scale = scale_of(exact, 1)[:, None]
+        tl.store(scales + page * scale_stride + token, scale, mask=tl.max(real.to(tl.int32), 1)[:, None] > 0)
+        x = as_byte(tl.clamp(tl.div_rn(exact, scale + tl.zeros_like(exact)), -448.0, 448.0))
+    tl.store(pages + page * page_stride + token * D + d, x, mask=real)
+
+
+@triton.jit
+def _append_kernel(k, v, k_row_stride, v_row_stride, pages, scales, slots, page_stride, scale_stride,
+                   BLOCK_SIZE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_V: tl.constexpr,
+                   IN_8_BITS: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
     if slot >= 0:
-        d = tl.arange(0, D_PAD)
-        to = pages + (slot // BLOCK_SIZE) * page_stride + head * head_stride + (slot % BLOCK_SIZE) * D + d
-        tl.store(to, tl.load(k + row * k_row_stride + head * D + d, mask=d < D), mask=d < D)
+        d = tl.arange(0, D_PAD)[None, :]
+        slot += tl.zeros([1, 1], tl.int64)
+        page, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        x = tl.load(k + row * k_row_stride + head * D + d, mask=d < D, other=0.0)
+        write_head(x, d < D, pages, scales, page, 0, head, offset, tl.num_programs(1), page_stride, scale_stride,
+                   BLOCK_SIZE, D, D_PAD, IN_8_BITS)  # fmt: skip
         if HAS_V:
-            tl.store(to + kv_stride, tl.load(v + row * v_row_stride + head * D + d, mask=d < D), mask=d < D)
+            x = tl.load(v + row * v_row_stride + head * D + d, mask=d < D, other=0.0)
+            write_head(x, d < D, pages, scales, page, 1, head, offset, tl.num_programs(1), page_stride, scale_stride,
+                       BLOCK_SIZE, D, D_PAD, IN_8_BITS)  # fmt: skip
 
 
-def append(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: torch.Tensor, slot: torch.Tensor) -> None:
+def append(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: Pages, slot: torch.Tensor) -> None:
     """Write K and V of the rows that this rank owns into its pages; rows with slot -1 are skipped.
 
     Args:
         k_RKD, v_RKD: [R, K, D], heads packed; rows may be strided. v_RKD is None where K is all that is cached.
-        pages: [P, 2, K, block_size, D], one layer's pages, K before V; or [P, 1, K, block_size, D].
+        pages: [P, 2, K, block_size, D], one layer's pages, K before V; or [P, 1, K, block_size, D]. In 8 bits what is
+            written is quantised.
         slot: [R] int64, page * block_size + offset, or -1. No slot occurs twice.
     """
     block_size = pages.shape[3]
     if not k_RKD.is_cuda:
         mine = slot >= 0
         page, offset = slot[mine] // block_size, slot[mine] % block_size
-        pages[page, 0, :, offset] = k_RKD[mine]
-        if v_RKD is not None:
-            pages[page, 1, :, offset] = v_RKD[mine]
+        for part, x in enumerate((k_RKD,) if v_RKD is None else (k_RKD, v_RKD)):
+            if isinstance(pages, QuantizedPages):
+                pages.write(part, x[mine], page, offset)
+            else:
+                pages[page, part, :, offset] = x[mine]
         return
     append_kernel(k_RKD, v_RKD, pages, slot)
 
 
-def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: torch.Tensor, slot: torch.Tensor) -> None:
+def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: Pages, slot: torch.Tensor) -> None:
     """Do what ``append`` does with one Triton launch of static shape, so that a CUDA graph can hold it."""
     rows, heads, head_dim = k_RKD.shape
     if rows == 0:
         return
     v = k_RKD if v_RKD is None else v_RKD
+    values, scales, in_8_bits = planes_of(pages)
     _append_kernel[(rows, heads)](
-        k_RKD, v, k_RKD.stride(0), v.stride(0), pages, slot, pages.stride(0), pages.stride(1), pages.stride(2),
+        k_RKD, v, k_RKD.stride(0), v.stride(0), values, scales, slot, values.stride(0), scales.stride(0),
         BLOCK_SIZE=pages.shape[3], D=head_dim, D_PAD=triton.next_power_of_2(head_dim), HAS_V=v_RKD is not None,
-        num_warps=1,
+        IN_8_BITS=in_8_bits, num_warps=1,
     )  # fmt: skip
 
 
@@ -105,10 +132,10 @@ def load_sum(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constex
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _rope_append_kernel(
-    qkv, q, q_norm, k_norm, cos, sin, pages, slots, num_rows, page_stride, kv_stride, head_stride, eps,
+    qkv, q, q_norm, k_norm, cos, sin, pages, scales, slots, num_rows, page_stride, scale_stride, eps,
     SUMMANDS: tl.constexpr, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BR: tl.constexpr,
-    PDL: tl.constexpr,
+    IN_8_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of BR rows."""
     head = tl.program_id(1)
@@ -144,16 +171,17 @@ def _rope_append_kernel(
         tl.store(q + (row * NUM_Q + head) * D + d, turned, mask=there & real)
     else:
         kv_head = tl.where(is_v, head - NUM_Q - NUM_KV, head - NUM_Q)
-        page = pages + (slot // BLOCK_SIZE) * page_stride + kv_head * head_stride + (slot % BLOCK_SIZE) * D + d
-        page += tl.where(is_v, kv_stride, 0)
-        tl.store(page, tl.where(is_v, x, turned), mask=real & (slot >= 0))
+        write_head(
+            tl.where(is_v, x, turned), real & (slot >= 0), pages, scales, slot // BLOCK_SIZE, is_v.to(tl.int32),
+            kv_head, slot % BLOCK_SIZE, NUM_KV, page_stride, scale_stride, BLOCK_SIZE, D, D_PAD, IN_8_BITS,
+        )  # fmt: skip
 
 
 def rope_append(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    pages: torch.Tensor,
+    pages: Pages,
     slot: torch.Tensor,
     *,
     num_heads: int,
@@ -177,16 +205,18 @@ def rope_append(
         q [R, Q, D], packed.
     """
     (summands, rows), (num_kv_heads, block_size, head_dim) = qkv.shape[:2], pages.shape[2:]
-    q = pages.new_empty((rows, num_heads, head_dim))
+    q = torch.empty((rows, num_heads, head_dim), dtype=pages.dtype, device=qkv.device)
     if rows:
         q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
         few = rows < MANY_ROWS
+        values, scales, in_8_bits = planes_of(pages)
         _rope_append_kernel[(-(-rows // (1 if few else ROWS)), num_heads + 2 * num_kv_heads)](
-            qkv, q, q_norm, k_norm, cos, sin, pages, slot,
-            rows, pages.stride(0), pages.stride(1), pages.stride(2), eps,
+            qkv, q, q_norm, k_norm, cos, sin, values, scales, slot,
+            rows, values.stride(0), scales.stride(0), eps,
             SUMMANDS=summands, NUM_Q=num_heads, NUM_KV=num_kv_heads, D=head_dim,
             D_PAD=triton.next_power_of_2(head_dim),
             HALF=cos.shape[-1], BLOCK_SIZE=block_size, INTERLEAVED=interleaved, NORM=norms is not None,
-            BR=1 if few else ROWS, PDL=pdl, num_warps=1 if few else 4, **({"launch_pdl": True} if pdl else {}),
+            BR=1 if few else ROWS, IN_8_BITS=in_8_bits, PDL=pdl, num_warps=1 if few else 4,
+            **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return q

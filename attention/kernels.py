@@ -18,6 +18,7 @@ import torch
 import triton
 
 from . import latent_kv, many_rows, split_kv, stream_kv
+from .pages import Pages, QuantizedPages
 from .partial import Partials, Workspace
 from .rows import Rows
 from .work import Cutting
@@ -55,7 +56,7 @@ class TritonAttention:
         )
 
     def cutting(
-        self, pages: torch.Tensor | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None
+        self, pages: Pages | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None
     ) -> Cutting:
         """Choose the kernel for steps whose longest run has so many rows, and say how it wants them cut."""
         num_kv_heads = pages.k.shape[1] if isinstance(pages, Workspace) else pages.shape[2]
@@ -64,7 +65,9 @@ class TritonAttention:
         if isinstance(pages, Workspace):
             return split_kv.cutting(pages, group, max_rows, programs)
         if value_dim is not None:
-            return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.element_size() > 2)
+            return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.dtype.itemsize > 2)
+        if isinstance(pages, QuantizedPages):
+            return split_kv.cutting(pages, group, max_rows, programs)
         if stream_kv.supports(pages, max_rows * group):
             return Cutting("stream_kv", max_rows, stream_kv.TILE, programs)
         if many_rows.supports(pages, group):
@@ -74,7 +77,7 @@ class TritonAttention:
     def __call__(
         self,
         q_RQD: torch.Tensor,
-        pages: torch.Tensor | Workspace,
+        pages: Pages | Workspace,
         rows: Rows,
         scale: float,
         *,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from .append import load_sum, turns_with
+from .eight_bits import as_byte, scale_of
+from .pages import Pages, QuantizedPages, planes_of
 
 
 @triton.jit
@@ -20,10 +22,11 @@ def _normed(x, mask, weight, at, eps, LEN: tl.constexpr):
 
 @triton.jit
 def _append_kernel(
-    flat, first, latent_norm, q_norm, cos, sin, pages, slots, num_rows, page_stride, eps,
+    flat, first, latent_norm, q_norm, cos, sin, pages, turned, scales, slots, num_rows, page_stride, turned_stride,
+    scale_stride, token_len, turned_len, eps,
     SUMMANDS: tl.constexpr, Q_LEN: tl.constexpr, Q_PAD: tl.constexpr, NORM_Q: tl.constexpr,
     C: tl.constexpr, C_PAD: tl.constexpr, T: tl.constexpr, T_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, IN_8_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype: tl.constexpr = first.dtype.element_ty
@@ -41,9 +44,16 @@ def _append_kernel(
         partner = load_sum(source, stride, Q_LEN + C + other, t < T, SUMMANDS, dtype).to(tl.float32)
         cosine = tl.load(cos + row * (T // 2) + angle, mask=t < T, other=1.0)
         sine = tl.load(sin + row * (T // 2) + angle, mask=t < T, other=0.0)
-        to = pages + (slot // BLOCK_SIZE) * page_stride + (slot % BLOCK_SIZE) * (C + T)
-        tl.store(to + c, _normed(x, c < C, latent_norm, c, eps, C).to(dtype), mask=(c < C) & (slot >= 0))
-        tl.store(to + C + t, (own * cosine + sign * partner * sine).to(dtype), mask=(t < T) & (slot >= 0))
+        page, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        latent = _normed(x, c < C, latent_norm, c, eps, C).to(dtype)
+        if IN_8_BITS:
+            exact = latent.to(tl.float32)
+            scale = scale_of(exact, 0)
+            tl.store(scales + page * scale_stride + offset, scale, mask=slot >= 0)
+            latent = as_byte(tl.clamp(tl.div_rn(exact, scale + tl.zeros_like(exact)), -448.0, 448.0))
+        tl.store(pages + page * page_stride + offset * token_len + c, latent, mask=(c < C) & (slot >= 0))
+        key = (own * cosine + sign * partner * sine).to(dtype).to(turned.dtype.element_ty)
+        tl.store(turned + page * turned_stride + offset * turned_len + t, key, mask=(t < T) & (slot >= 0))
     else:
         q = (part - 1) * Q_PAD + tl.arange(0, Q_PAD)
         y = load_sum(source, stride, q, q < Q_LEN, SUMMANDS, dtype).to(tl.float32)
@@ -78,7 +88,7 @@ def latent_append(
     flat: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    pages: torch.Tensor,
+    pages: Pages,
     slot: torch.Tensor,
     *,
     latent_norm: torch.Tensor,
@@ -105,15 +115,18 @@ def latent_append(
     """
     (summands, rows, columns), (block_size, width) = flat.shape, pages.shape[3:]
     rank, q_len = latent_norm.shape[0], columns - width
-    first = pages.new_empty((rows, q_len))
+    first = torch.empty((rows, q_len), dtype=pages.dtype, device=flat.device)
     if rows:
+        values, scales, in_8_bits = planes_of(pages)
+        turned = pages.turned if isinstance(pages, QuantizedPages) else pages[..., rank:]
+        assert turned is not None
         q_pad = triton.next_power_of_2(q_len) if q_norm is not None else 1024
         _append_kernel[(rows, 1 + -(-q_len // q_pad))](
-            flat, first, latent_norm, latent_norm if q_norm is None else q_norm, cos, sin, pages, slot,
-            rows, pages.stride(0), eps,
+            flat, first, latent_norm, latent_norm if q_norm is None else q_norm, cos, sin, values, turned, scales,
+            slot, rows, values.stride(0), turned.stride(0), scales.stride(0), values.stride(3), turned.stride(3), eps,
             SUMMANDS=summands, Q_LEN=q_len, Q_PAD=q_pad, NORM_Q=q_norm is not None,
             C=rank, C_PAD=triton.next_power_of_2(rank), T=width - rank, T_PAD=triton.next_power_of_2(width - rank),
-            BLOCK_SIZE=block_size, INTERLEAVED=interleaved, PDL=pdl,
+            BLOCK_SIZE=block_size, INTERLEAVED=interleaved, IN_8_BITS=in_8_bits, PDL=pdl,
             num_warps=4, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return first

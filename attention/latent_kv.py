@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .eight_bits import as_float, scaled
 from .online_softmax import finish, fold
+from .pages import Pages, QuantizedPages, planes_of
 from .partial import Partials
 from .rows import Rows, Work
 from .shared_memory import fit_turn, shared_bytes
@@ -26,10 +28,11 @@ PIECE = tl.constexpr(len(PIECE_FIELDS))
 
 @triton.jit
 def _latent_kernel(
-    q, pages, page_table, visible_len, pieces, span_start, part_start, out, lse,
-    q_row_stride, page_stride, table_stride, scale_log2, num_heads,
+    q, pages, turned, scales, page_table, visible_len, pieces, span_start, part_start, out, lse,
+    q_row_stride, page_stride, turned_stride, scale_stride, token_len, turned_len, table_stride, scale_log2, num_heads,
     TILE_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TURNED_PAD: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TURNED_PAD: tl.constexpr, IN_8_BITS: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -56,15 +59,25 @@ def _latent_kernel(
         page = tl.load(table + (begin + offsets) // BLOCK_SIZE, mask=begin + offsets < end, other=0)
         for at in range(begin, end, N):
             n = at + offsets
-            base = pages + page.to(tl.int64) * page_stride + (n % BLOCK_SIZE) * D
+            base = pages + page.to(tl.int64) * page_stride + (n % BLOCK_SIZE) * token_len
+            of_turned_at = turned + page.to(tl.int64) * turned_stride + (n % BLOCK_SIZE) * turned_len
+            its_scale = scales + page.to(tl.int64) * scale_stride + n % BLOCK_SIZE
             page = tl.load(table + (n + N) // BLOCK_SIZE, mask=n + N < end, other=0)
             there = (n < end)[:, None]
             k_nv = tl.load(base[:, None] + v[None, :], mask=there & of_value, other=0.0)
-            k_nt = tl.load(base[:, None] + VALUE + t[None, :], mask=there & of_turned, other=0.0)
-            scores = tl.dot(q_mv, tl.trans(k_nv), input_precision="ieee")
+            k_nt = tl.load(of_turned_at[:, None] + t[None, :], mask=there & of_turned, other=0.0)
+            if IN_8_BITS:
+                token_scale = tl.load(its_scale, mask=n < end, other=0.0)
+                wide = as_float(k_nv)
+                scores = tl.dot(q_mv, tl.trans(wide.to(q_mv.dtype)), input_precision="ieee") * token_scale[None, :]
+                k_nt = k_nt.to(q_mt.dtype)
+            else:
+                scores = tl.dot(q_mv, tl.trans(k_nv), input_precision="ieee")
             scores = tl.dot(q_mt, tl.trans(k_nt), acc=scores, input_precision="ieee") * scale_log2
             scores = tl.where((n[None, :] < visible[:, None]) & (n < end)[None, :], scores, float("-inf"))
             weight, decay, top, total = fold(scores, top, total)
+            if IN_8_BITS:
+                weight, k_nv = scaled(weight, wide, token_scale, q_mv.dtype)
             acc = acc * decay[:, None] + tl.dot(weight.to(k_nv.dtype), k_nv, input_precision="ieee")
 
         acc, natural = finish(acc, top, total)
@@ -91,7 +104,7 @@ def cutting(num_heads: int, max_rows: int, processors: int, *, wide: bool) -> Cu
 
 
 def attend(
-    q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, work: Work, partials: Partials, scale: float, *, pdl: bool
+    q_RQD: torch.Tensor, pages: Pages, rows: Rows, work: Work, partials: Partials, scale: float, *, pdl: bool
 ) -> None:
     """Attend rows to the latents of the local shard; see ``PartialAttention``. Partials are written."""
     _, num_heads, head_dim = q_RQD.shape
@@ -100,15 +113,20 @@ def attend(
     m = max(16, triton.next_power_of_2(work.cutting.tile_rows * heads))
     value_pad, turned_pad = (triton.next_power_of_2(max(n, 16)) for n in (value_dim, head_dim - value_dim))
     row_bytes = (value_pad + turned_pad) * q_RQD.element_size()
+    values, scales, in_8_bits = planes_of(pages)
+    turned = pages.turned if isinstance(pages, QuantizedPages) else pages[..., value_dim:]
+    assert turned is not None
     _, turn, stages = fit_turn(
         m, 16 if wide else 32, 1 if wide else 2, least_m=m, row_bytes=row_bytes, token_bytes=row_bytes,
         weight_bytes=q_RQD.element_size(), limit=shared_bytes(q_RQD.device),
     )  # fmt: skip
     _latent_kernel[(work.programs, -(-num_heads // heads))](
-        q_RQD, pages, rows.page_table, rows.visible_len, work.pieces, work.span_start,
+        q_RQD, values, turned, scales, rows.page_table, rows.visible_len, work.pieces, work.span_start,
         work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
-        q_RQD.stride(0), pages.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_heads,
+        q_RQD.stride(0), values.stride(0), turned.stride(0), scales.stride(0), values.stride(3), turned.stride(3),
+        rows.page_table.stride(0), scale * LOG2_E, num_heads,
         TILE_HEADS=heads, BLOCK_SIZE=pages.shape[3], M=m, N=turn,
-        D=head_dim, VALUE=value_dim, VALUE_PAD=value_pad, TURNED_PAD=turned_pad, SPLIT=work.part_start is not None,
-        PDL=pdl, num_warps=8 if m > 16 else 4, num_stages=stages, **({"launch_pdl": True} if pdl else {}),
+        D=head_dim, VALUE=value_dim, VALUE_PAD=value_pad, TURNED_PAD=turned_pad, IN_8_BITS=in_8_bits,
+        SPLIT=work.part_start is not None, PDL=pdl, num_warps=8 if m > 16 else 4, num_stages=stages,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

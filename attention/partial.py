@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from .pages import Pages
 from .rows import Rows
 from .work import Cutting
 
@@ -61,7 +62,7 @@ class PartialAttention(Protocol):
     """Attends R rows to the local shard of a paged cache. No communication."""
 
     def cutting(
-        self, pages: torch.Tensor | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None
+        self, pages: Pages | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None
     ) -> Cutting | None:
         """Return how steps whose longest run has so many rows are to be cut; None where no work list is read.
 
@@ -76,7 +77,7 @@ class PartialAttention(Protocol):
     def __call__(
         self,
         q_RQD: torch.Tensor,
-        pages: torch.Tensor | Workspace,
+        pages: Pages | Workspace,
         rows: Rows,
         scale: float,
         *,
@@ -90,7 +91,8 @@ class PartialAttention(Protocol):
             q_RQD: [R, Q, D]; query head i reads KV head i // (Q / K). Heads are packed, rows may be strided.
             pages: [P, 2, K, block_size, D], one layer's pages, K before V; or [P, 1, 1, block_size, D], latents, which
                 are K and, their first elements, V of all heads. The last two dims are packed. Or a workspace, of keys
-                and values that were made: D is that of k and turned together.
+                and values that were made: D is that of k and turned together. Pages in 8 bits mean what
+                ``QuantizedPages`` says, and are read as exactly as others.
             rows: the step's rows; their K and V are already appended.
             scale: what the scores are multiplied by, positive, usually D ** -0.5.
             value_dim: W, elements of a latent that are V; None where V has a plane of its own, as wide as K.

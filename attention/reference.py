@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from .pages import Pages, pages_to_wide
 from .partial import Partials, Workspace
 from .rows import Rows
 
@@ -15,15 +16,13 @@ SCORES_AT_ONCE = 1 << 20
 class ReferenceAttention:
     """The reference back end; see ``PartialAttention``. It makes one partial of every row and needs no work list."""
 
-    def cutting(
-        self, pages: torch.Tensor | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None
-    ) -> None:
+    def cutting(self, pages: Pages | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None) -> None:
         """Return None: nothing is cut."""
 
     def __call__(
         self,
         q_RQD: torch.Tensor,
-        pages: torch.Tensor | Workspace,
+        pages: Pages | Workspace,
         rows: Rows,
         scale: float,
         *,
@@ -35,7 +34,7 @@ class ReferenceAttention:
 
 def partial_attention(
     q_RQD: torch.Tensor,
-    pages: torch.Tensor | Workspace,
+    pages: Pages | Workspace,
     rows: Rows,
     scale: float,
     *,
@@ -55,7 +54,7 @@ def partial_attention(
             continue  # rows that see nothing keep out = 0 and lse = -inf
         table = rows.page_table[rows.row_seq[start]]
         k_KSD, v_KSD = (
-            _made(pages, table, length) if isinstance(pages, Workspace) else gather_tokens(pages, table, length)
+            _made(pages, table, length) if isinstance(pages, Workspace) else gather_tokens(pages, table, length, dtype)
         )
         kv = k_KSD, v_KSD[..., :value_dim]
         step = max(1, SCORES_AT_ONCE // (length * num_heads))
@@ -82,16 +81,19 @@ def _attend(
     return out_KGRD.permute(2, 0, 1, 3).flatten(1, 2), lse_KGR.permute(2, 0, 1).flatten(1)
 
 
-def gather_tokens(pages: torch.Tensor, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_tokens(
+    pages: Pages, table: torch.Tensor, length: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return K and V, each [K, length, D], of a sequence's first ``length`` local tokens; of latents, these twice.
 
     Args:
         pages: [P, 2, K, block_size, D], or [P, 1, 1, block_size, D].
         table: [pages of the sequence] int32, in ascending position.
         length: tokens, at most what the table's pages hold.
+        dtype: the least precision of what 8 bits are widened to; other pages are returned as they are.
     """
     block_size = pages.shape[3]
-    mine = pages[table[: -(-length // block_size)].long()]
+    mine = pages_to_wide(pages, table[: -(-length // block_size)].long(), dtype)
     kv = mine.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
     return kv[0], kv[-1]
 

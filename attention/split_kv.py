@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .eight_bits import as_float, scaled
 from .online_softmax import finish, fold
+from .pages import Pages, QuantizedPages, planes_of
 from .partial import Partials, Workspace
 from .rows import Rows, Work
 from .shared_memory import fit_turn, shared_bytes
@@ -35,12 +37,12 @@ def _page_of(table, first, token, end, BLOCK_SIZE: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def _split_kernel(
-    q, k, v, turned, page_table, visible_len, pieces, span_start, part_start, out, lse,
+    q, k, v, turned, scales, page_table, visible_len, pieces, span_start, part_start, out, lse,
     q_row_stride, k_page_stride, k_head_stride, k_stride, v_page_stride, v_head_stride, v_stride, turned_stride,
-    table_stride, scale_log2, num_heads,
+    scale_stride, table_stride, scale_log2, num_heads,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, T: tl.constexpr, T_PAD: tl.constexpr,
-    SPLIT: tl.constexpr, PDL: tl.constexpr,
+    IN_8_BITS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -74,7 +76,14 @@ def _split_kernel(
             there = (n < end)[:, None]
             from_k = k + this_page * k_page_stride + kv_head * k_head_stride + offset * k_stride
             k_nd = tl.load(from_k[:, None] + d[None, :], mask=there & (d < D)[None, :], other=0.0)
-            scores = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
+            if IN_8_BITS:
+                from_scales = scales + this_page * scale_stride + kv_head * BLOCK_SIZE + offset
+                k_scale = tl.load(from_scales, mask=n < end, other=0.0)
+                scores = (
+                    tl.dot(q_md, tl.trans(as_float(k_nd).to(q_md.dtype)), input_precision="ieee") * k_scale[None, :]
+                )
+            else:
+                scores = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
             if T:
                 from_t = turned + (this_page * BLOCK_SIZE + offset) * turned_stride
                 k_nt = tl.load(from_t[:, None] + t[None, :], mask=there & (t < T)[None, :], other=0.0)
@@ -83,6 +92,9 @@ def _split_kernel(
             weight, decay, top, total = fold(scores, top, total)
             from_v = v + this_page * v_page_stride + kv_head * v_head_stride + offset * v_stride
             v_nw = tl.load(from_v[:, None] + w[None, :], mask=there & (w < W)[None, :], other=0.0)
+            if IN_8_BITS:
+                v_scale = tl.load(from_scales + tl.num_programs(1) * BLOCK_SIZE, mask=n < end, other=0.0)
+                weight, v_nw = scaled(weight, as_float(v_nw), v_scale, q_md.dtype)
             acc = acc * decay[:, None] + tl.dot(weight.to(v_nw.dtype), v_nw, input_precision="ieee")
 
         acc, natural = finish(acc, top, total)
@@ -95,8 +107,10 @@ def _split_kernel(
                  mask=real[:, None] & (w < W)[None, :])  # fmt: skip
 
 
-def _turn(columns: int, head_dim: int, element_bytes: int, *, least: int, limit: int) -> tuple[int, int, int, int]:
+def _turn(columns: int, pages: Pages | Workspace, *, least: int, limit: int) -> tuple[int, int, int, int]:
     """Return M, N, warps and stages for tiles of so many rows x heads, of at least ``least``, that fit the limit."""
+    head_dim, element_bytes = _head_dim(pages), (pages.k if isinstance(pages, Workspace) else pages).dtype.itemsize
+    turn_rows = 3 if isinstance(pages, QuantizedPages) else 2  # widened ones beside bytes
     wide = head_dim > 128 or element_bytes > 2
     m = max(16, triton.next_power_of_2(columns))
     if m > FEW_COLUMNS or wide:
@@ -105,13 +119,13 @@ def _turn(columns: int, head_dim: int, element_bytes: int, *, least: int, limit:
         n, warps, stages = 128, 8, 3
     row_bytes = triton.next_power_of_2(max(head_dim, 16)) * element_bytes
     m, n, stages = fit_turn(
-        m, n, stages, least_m=max(16, triton.next_power_of_2(least)), row_bytes=row_bytes, token_bytes=2 * row_bytes,
-        weight_bytes=element_bytes, limit=limit,
+        m, n, stages, least_m=max(16, triton.next_power_of_2(least)), row_bytes=row_bytes,
+        token_bytes=turn_rows * row_bytes, weight_bytes=element_bytes, limit=limit,
     )  # fmt: skip
     return m, n, warps, stages
 
 
-def _head_dim(pages: torch.Tensor | Workspace) -> int:
+def _head_dim(pages: Pages | Workspace) -> int:
     """Return about how many elements of a key and of a value a program holds, padding included, as one number."""
     if isinstance(pages, Workspace):
         widths = (pages.k.shape[2], pages.turned.shape[1], pages.v.shape[2])
@@ -119,19 +133,19 @@ def _head_dim(pages: torch.Tensor | Workspace) -> int:
     return pages.shape[4]
 
 
-def cutting(pages: torch.Tensor | Workspace, group: int, max_rows: int, programs: int) -> Cutting:
+def cutting(pages: Pages | Workspace, group: int, max_rows: int, programs: int) -> Cutting:
     """Return how steps of runs of so many rows are cut, for ``group`` query heads a KV head."""
     persistent = max_rows * group <= FEW_COLUMNS
     tile_rows = max_rows if persistent else max(1, COLUMNS // triton.next_power_of_2(group))
     k = pages.k if isinstance(pages, Workspace) else pages
     limit = shared_bytes(k.device)
-    m, *_ = _turn(tile_rows * group, _head_dim(pages), k.element_size(), least=group, limit=limit)
+    m, *_ = _turn(tile_rows * group, pages, least=group, limit=limit)
     return Cutting("split_kv", max(1, min(tile_rows, m // group)), UNIT, programs, persistent)
 
 
 def attend(
     q_RQD: torch.Tensor,
-    pages: torch.Tensor | Workspace,
+    pages: Pages | Workspace,
     rows: Rows,
     work: Work,
     partials: Partials,
@@ -141,26 +155,27 @@ def attend(
 ) -> None:
     """Attend rows to the local shard; see ``PartialAttention``. Partials are written."""
     num_heads = q_RQD.shape[1]
+    scales, in_8_bits = q_RQD, isinstance(pages, QuantizedPages)
     if isinstance(pages, Workspace):
         k, v, turned, block_size = pages.k, pages.v, pages.turned, pages.block_size
         k_strides, v_strides = ((block_size * each.stride(0), each.stride(1), each.stride(0)) for each in (k, v))
         (num_kv_heads, head_dim), turned_dim = k.shape[1:], turned.shape[1]
     else:
-        k, v, turned, block_size = pages[:, 0], pages[:, 1], pages, pages.shape[3]
-        k_strides = v_strides = pages.stride(0), pages.stride(2), pages.stride(3)
+        values, scales, _ = planes_of(pages)
+        k, v, turned, block_size = values[:, 0], values[:, 1], values, pages.shape[3]
+        k_strides = v_strides = values.stride(0), values.stride(2), values.stride(3)
         num_kv_heads, head_dim, turned_dim = pages.shape[2], pages.shape[4], 0
     group, value_dim = num_heads // num_kv_heads, partials.out.shape[-1]
     columns = work.cutting.tile_rows * group
-    m, n, warps, stages = _turn(
-        columns, _head_dim(pages), q_RQD.element_size(), least=columns, limit=shared_bytes(q_RQD.device)
-    )
+    m, n, warps, stages = _turn(columns, pages, least=columns, limit=shared_bytes(q_RQD.device))
     _split_kernel[(work.programs, num_kv_heads)](
-        q_RQD, k, v, turned, rows.page_table, rows.visible_len, work.pieces, work.span_start,
+        q_RQD, k, v, turned, scales, rows.page_table, rows.visible_len, work.pieces, work.span_start,
         work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
-        q_RQD.stride(0), *k_strides, *v_strides, turned.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_heads,
+        q_RQD.stride(0), *k_strides, *v_strides, turned.stride(0), scales.stride(0), rows.page_table.stride(0),
+        scale * LOG2_E, num_heads,
         GROUP=group, BLOCK_SIZE=block_size, M=m, N=n, D=head_dim, D_PAD=triton.next_power_of_2(max(head_dim, 16)),
         W=value_dim, W_PAD=triton.next_power_of_2(max(value_dim, 16)), T=turned_dim,
         T_PAD=triton.next_power_of_2(max(turned_dim, 16)),
-        SPLIT=work.part_start is not None, PDL=pdl, num_warps=warps, num_stages=stages,
+        IN_8_BITS=in_8_bits, SPLIT=work.part_start is not None, PDL=pdl, num_warps=warps, num_stages=stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

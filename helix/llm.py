@@ -26,7 +26,7 @@ from parallel.symmetric import Faults, shares_memory
 from .cache.control import CacheControl
 from .cache.events import Listener
 from .cache.mover import PageMover
-from .cache.pages import PagedCache, free_bytes
+from .cache.pages import PagedCache, free_bytes, page_layout
 from .callbacks import Callback
 from .config import HelixConfig
 from .door import Door, Source
@@ -306,18 +306,10 @@ class LLM:
     def _make_runner(self, decoder: Decoder) -> tuple[Runner, int]:
         """Make the runner and the pages it runs on: as many as asked for, or as fit on every rank."""
         cache, scheduler = self.config.cache, self.config.scheduler
+        layout = page_layout(self.spec, decoder.num_kv_heads, cache.block_size, self.dtype)
 
         def paged_cache(num_pages: int) -> PagedCache:
-            return PagedCache(
-                num_layers=self.spec.num_layers,
-                num_pages=num_pages,
-                num_kv_heads=decoder.num_kv_heads,
-                block_size=cache.block_size,
-                head_dim=self.spec.head_dim,
-                dtype=self.dtype,
-                device=self.launch.device,
-                planes=self.spec.cache_planes,
-            )
+            return PagedCache(layout, num_layers=self.spec.num_layers, num_pages=num_pages, device=self.launch.device)
 
         runner = Runner(
             decoder,

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attention.pages import PageLayout
 from helix.cache.control import CacheControl
 from helix.cache.keys import BlockKeys
 from helix.cache.movements import Movement, Offload, Onboard
@@ -188,12 +189,9 @@ def bench_copies(config: BenchCacheConfig) -> dict[str, Any]:
     """Time offload and onboard of many pages on a GPU, beside one pinned copy of the same bytes each way."""
     device = torch.device("cuda")
     cache = PagedCache(
+        PageLayout(config.kv_heads, config.cache.block_size, config.head_dim, torch.bfloat16),
         num_layers=config.layers,
         num_pages=config.pages,
-        num_kv_heads=config.kv_heads,
-        block_size=config.cache.block_size,
-        head_dim=config.head_dim,
-        dtype=torch.bfloat16,
         device=device,
     )
     cache.pages.zero_()

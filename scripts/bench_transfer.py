@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import reduce_tensor
 
+from attention.pages import PageLayout
 from helix.cache.pages import PagedCache
 from helix.config import HelixConfig
 from helix.engine import Engine
@@ -172,15 +173,7 @@ def bench_bandwidth(config: BenchTransferConfig, device: torch.device) -> list[l
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     page = LAYERS * 2 * HEADS * BLOCK * HEAD_DIM * dtype.itemsize
     num_pages = (max(config.sizes_mib) << 20) // page
-    cache = PagedCache(
-        num_layers=LAYERS,
-        num_pages=num_pages,
-        num_kv_heads=HEADS,
-        block_size=BLOCK,
-        head_dim=HEAD_DIM,
-        dtype=dtype,
-        device=device,
-    )
+    cache = PagedCache(PageLayout(HEADS, BLOCK, HEAD_DIM, dtype), num_layers=LAYERS, num_pages=num_pages, device=device)
     cache.pages.zero_()
     transport = Transport(f"bench-{rank}-{secrets.token_hex(4)}", cache)
     shared = reduce_tensor(cache.pages) if device.type == "cuda" and rank == 1 else None
@@ -202,7 +195,7 @@ def _send_pages(
     config: BenchTransferConfig, transport: Transport, cache: PagedCache, receiver: tuple[Any, int, Any]
 ) -> list[list[Any]]:
     pool, pid, shared = receiver
-    token_bytes = HEAD_DIM * cache.pages.element_size()
+    token_bytes = cache.layout.planes[0].token_bytes
     maps = [CacheMap(each.layers, each.page_bytes, token_bytes, BLOCK, (0, HEADS)) for each in (transport.pool, pool)]
     peer = transport.connect(pool, maps[0], maps[1], rank=1)
     theirs = None if shared is None else shared[0](*shared[1])
@@ -278,7 +271,7 @@ def bench_overlap(config: BenchTransferConfig) -> list[list[Any]]:
     began = json.loads(store.get("bench/started"))
     left = [(b - e) / 1e6 for b, e in zip(began, ended, strict=True)]
     overlapped, whole = left[0::2], left[1::2]
-    num_bytes = llm.spec.num_kv_heads * llm.runner.cache.pages[:, 0, :, 0, 0].nbytes  # of a token
+    num_bytes = llm.runner.cache.page_bytes // llm.config.cache.block_size  # of a token
     ours, theirs = statistics.median(overlapped), statistics.median(whole)
     return [[config.context, config.context * num_bytes / (1 << 20), ours, theirs, ours / theirs]]
 

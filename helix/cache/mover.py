@@ -51,7 +51,7 @@ class PageMover:
     def __init__(self, cache: PagedCache, host_pages: int, rank: int) -> None:
         self.cache, self.rank = cache, rank
         pages = cache.pages
-        shape = (host_pages, pages.shape[0], *pages.shape[2:])
+        shape = (host_pages, pages.shape[0], pages.shape[2])
         self._page_bytes = pages[:, 0].nbytes
         try:
             self.host = torch.empty(shape, dtype=pages.dtype, pin_memory=pages.is_cuda and host_pages > 0)
@@ -123,9 +123,10 @@ class PageMover:
             self.cache.pages.transpose(0, 1).index_copy_(0, self._on_device(pages), staging)
 
     def _copy(self, move: CopyTokens) -> None:
-        pages, count = self.cache.pages, move.num_tokens
+        count = move.num_tokens
         with self._ordered(IN, [("device", move.source), ("device", move.target)]):
-            pages[:, move.target, :, :, :count] = pages[:, move.source, :, :, :count]
+            for plane in self.cache.planes:
+                plane[:, move.target, :, :, :count] = plane[:, move.source, :, :, :count]
 
     def _in_batches(self, run: list[_Between], move: Callable[[list[_Between]], None]) -> None:
         """Move in batches that fit the staging buffer and touch no page twice."""

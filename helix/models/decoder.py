@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from attention.append import append, rope_append, rotate
 from attention.exchange import Exchange
+from attention.pages import Pages
 from attention.partial import PartialAttention
 from attention.rows import Rows
 from attention.work import Cutting
@@ -113,7 +114,7 @@ class Decoder:
         """Bytes of the weights that this rank's layers hold."""
         return sum(int(weight.nbytes) for layer in self.layers for weight in layer.values())
 
-    def cutting(self, pages: torch.Tensor, *, max_rows: int) -> Cutting | None:
+    def cutting(self, pages: Pages, *, max_rows: int) -> Cutting | None:
         """Return how attention over pages like these wants steps cut, whose longest run has so many rows."""
         value_dim = None if self.spec.latent is None else self.spec.latent.rank
         return self._attention.cutting(pages, self.num_heads, max_rows, value_dim=value_dim)
@@ -123,7 +124,7 @@ class Decoder:
         self,
         token_ids: torch.Tensor,
         rows: Rows,
-        pages: Sequence[torch.Tensor],
+        pages: Sequence[Pages],
         exchange: Exchange,
         share: RowShare | None = None,
         *,
@@ -134,7 +135,7 @@ class Decoder:
         Args:
             token_ids: [R] int64, equal on all ranks.
             rows: the step's rows.
-            pages: one tensor [P, 2, K, block_size, D] a layer; K and V of owned rows are appended to it (or latents).
+            pages: those of each layer; K and V of owned rows are appended to it (or latents).
             exchange: the exchange over the KVP group.
             share: how the KVP ranks share the QKV projection; None where each projects every row.
             chosen: [B] int64 on CUDA; a token id of -1 means the token there of the row's sequence.
@@ -232,7 +233,7 @@ class Decoder:
         cos: torch.Tensor,
         sin: torch.Tensor,
         slot: torch.Tensor,
-        pages: torch.Tensor,
+        pages: Pages,
         share: RowShare | None,
     ) -> torch.Tensor:
         """Project, rotate, append K and V, and return Q of all rows: [R, Q, D].

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from attention.append import append, rotate
 from attention.latent_append import latent_append, latent_queries
+from attention.pages import Pages
 
 from .linear import linear
 from .spec import Latent
@@ -26,7 +27,7 @@ def project(
     flat: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    pages: torch.Tensor,
+    pages: Pages,
     slot: torch.Tensor,
     weights: Mapping[str, Any],
     latent: Latent,

@@ -10,7 +10,7 @@ from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 from parallel.symmetric import Faults
 
-from ..cache.pages import PagedCache
+from ..cache.pages import PagedCache, page_layout
 from ..config import HelixConfig
 from ..models.decoder import Decoder
 from ..models.loading import fill, open_checkpoint, read_spec
@@ -112,13 +112,5 @@ class DrafterLoader:
         return Speculator(config.schedule, drafter)
 
     def _cache(self, decoder: Decoder, num_pages: int) -> PagedCache:
-        return PagedCache(
-            num_layers=decoder.spec.num_layers,
-            num_pages=num_pages,
-            num_kv_heads=decoder.num_kv_heads,
-            block_size=self._config.cache.block_size,
-            head_dim=decoder.spec.head_dim,
-            planes=decoder.spec.cache_planes,
-            dtype=decoder.dtype,
-            device=decoder.device,
-        )
+        layout = page_layout(decoder.spec, decoder.num_kv_heads, self._config.cache.block_size, decoder.dtype)
+        return PagedCache(layout, num_layers=decoder.spec.num_layers, num_pages=num_pages, device=decoder.device)

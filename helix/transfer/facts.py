@@ -10,26 +10,31 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..models.spec import ModelSpec
 
 _SAMPLES = 16  # places of each weight file that are read
 _SAMPLE_BYTES = 4096
 
 
-def make_facts(spec: ModelSpec, *, block_size: int, dtype: str, weights: Path | None) -> dict[str, Any]:
+def make_facts(
+    spec: ModelSpec, *, block_size: int, dtypes: tuple[torch.dtype, torch.dtype], weights: Path | None
+) -> dict[str, Any]:
     """Return what must be equal in both groups, by the name of its setting, or of the field of the model's config.json.
 
     Args:
         spec: the model.
         block_size: tokens of a block.
-        dtype: of weights and cache.
+        dtypes: of the model, and of what is cached.
         weights: the checkpoint's folder; None where weights are made up.
     """
     rope = spec.rope.inv_freq.numpy().tobytes() + repr(spec.rope.attention_scaling).encode()
     experts = spec.experts
     return {
         "cache.block_size": block_size,
-        "model.dtype": dtype,
+        "model.dtype": _name(dtypes[0]),
+        "cache.dtype": _name(dtypes[1]),
         "model's model_type": spec.family,
         "model's num_hidden_layers": spec.num_layers,
         "model's hidden_size": spec.hidden_size,
@@ -51,6 +56,10 @@ def make_facts(spec: ModelSpec, *, block_size: int, dtype: str, weights: Path | 
         "fingerprint of the model's RoPE (rope_theta, rope_scaling)": blake2b(rope, digest_size=8).hexdigest(),
         "fingerprint of the model's weights": "none (model.load=dummy)" if weights is None else fingerprint(weights),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def find_mismatch(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> str | None:

@@ -15,13 +15,14 @@ import json
 import logging
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from attention.pages import PageLayout
 from parallel.launch import Launch, agree, from_rank0, host_group
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
@@ -54,13 +55,18 @@ class Group:
     spec: ModelSpec
     engine: Engine
 
+    @property
+    def page_layout(self) -> PageLayout:
+        """What the pages of this rank are made of."""
+        return self.engine.runner.cache.layout
+
     def facts(self) -> dict[str, Any]:
         """Return what both groups must agree on; reads the weight files."""
         model = self.config.model
         return make_facts(
             self.spec,
             block_size=self.config.cache.block_size,
-            dtype=str(self.engine.runner.cache.pages.dtype).removeprefix("torch."),
+            dtypes=(self.page_layout.dtype, self.page_layout.cache_dtype),
             weights=Path(model.path) if model.load == "checkpoint" else None,
         )
 
@@ -70,13 +76,11 @@ class Group:
 
     def cache_map(self, pool: Pool, layout: Layout, rank: int) -> CacheMap:
         """Return where a rank's pages lie; ValueError when the pool is not one of this model."""
-        token_bytes = self.spec.head_dim * self.engine.runner.cache.pages.element_size()
         heads = self.side(layout).heads(rank)
-        planes = self.spec.cache_planes
-        made = CacheMap(pool.layers, pool.page_bytes, token_bytes, self.config.cache.block_size, heads, planes)
-        if pool.page_bytes != planes * made.kv_bytes or len(pool.layers) != self.spec.num_layers:
+        pages = replace(self.page_layout, num_kv_heads=heads[1] - heads[0])
+        if pool.page_bytes != pages.page_bytes or len(pool.layers) != self.spec.num_layers:
             raise ValueError(f"the pool of decode rank {rank} has {len(pool.layers)} layers of {pool.page_bytes} bytes")
-        return made
+        return CacheMap.of(pages, pool.layers, heads)
 
 
 def _make_transport(group: Group, role: str) -> Transport:

@@ -4,17 +4,19 @@ Ownership on both sides is a function of the global position, so the copies betw
 rank follow from two placements, two head splits and two page tables; no rank has to tell another. They are built by
 NumPy over whole requests: the Python work does not grow with blocks, layers or heads.
 
-A page is [2, K, block_size, D] of one layer, K before V, or [1, 1, block_size, D] of latents; pages of one layer are
-``page_bytes`` apart.
+A page holds arrays [KV heads, block_size] of a token's bytes: of one layer K and V, or latents, and behind them what
+else 8 bits need (``attention.pages``). Pages of one layer are ``page_bytes`` apart.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from attention.pages import PageLayout
 from parallel.layout import Layout, Range
 from parallel.placement import BlockCyclic, IntArray
 
@@ -59,6 +61,7 @@ class CacheMap:
         block_size: tokens a page.
         heads: the KV heads that the rank holds.
         planes: of a page: 2 for K and V, 1 for latents.
+        more: arrays behind these, each the bytes of the page before it and those of one token of one head.
     """
 
     layers: IntArray
@@ -67,6 +70,30 @@ class CacheMap:
     block_size: int
     heads: Range
     planes: int = 2
+    more: tuple[tuple[int, int], ...] = ()
+
+    @staticmethod
+    def of(pages: PageLayout, layers: IntArray, heads: Range) -> CacheMap:
+        """Return the map of a pool whose pages have some layout."""
+        first, *others = pages.planes
+        more = tuple(
+            (plane.offset + part * plane.num_bytes // plane.shape[0], plane.token_bytes)
+            for plane in others
+            for part in range(plane.shape[0])
+        )
+        return CacheMap(layers, pages.page_bytes, first.token_bytes, pages.block_size, heads, first.shape[0], more)
+
+    @cached_property
+    def arrays(self) -> IntArray:
+        """Every array of a page: [A, 2], the bytes of the page before it and those of one token of one head."""
+        first = [(plane * self.kv_bytes, self.token_bytes) for plane in range(self.planes)]
+        return np.array([*first, *self.more], np.int64)
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes of a page, padding at its end left out."""
+        offset, token_bytes = self.arrays[-1].tolist()
+        return int(offset + (self.heads[1] - self.heads[0]) * self.block_size * token_bytes)
 
     @property
     def head_bytes(self) -> int:
@@ -130,6 +157,9 @@ def build_regions(
     for name in ("block_size", "token_bytes"):
         if getattr(source, name) != getattr(target, name):
             raise ValueError(f"{name} = {getattr(source, name)} here and {getattr(target, name)} there must be equal")
+    ours, theirs = source.arrays[:, 1].tolist(), target.arrays[:, 1].tolist()
+    if ours != theirs:
+        raise ValueError(f"bytes of a token by array = {ours} here and {theirs} there must be equal")
     if len(source.layers) != len(target.layers):
         raise ValueError(f"layers = {len(source.layers)} here and {len(target.layers)} there must be equal")
     heads = max(source.heads[0], target.heads[0]), min(source.heads[1], target.heads[1])
@@ -151,15 +181,15 @@ def _whole_blocks(
 ) -> IntArray:
     if not len(source_pages):
         return np.empty((0, 3), np.int64)
-    num_bytes = (heads[1] - heads[0]) * source.head_bytes
-    all_heads = num_bytes == source.kv_bytes == target.kv_bytes
-    size = np.full(len(source_pages), source.planes * num_bytes if all_heads else num_bytes, np.int64)
-    if all_heads and size[0] == source.page_bytes == target.page_bytes:
+    if not source.heads == target.heads == heads:
+        size = (heads[1] - heads[0]) * source.block_size * source.arrays[:, 1]
+        return _expand(source, target, heads, (source_pages, target_pages), 0, size)
+    size = np.full(len(source_pages), source.held_bytes, np.int64)
+    if size[0] == source.page_bytes == target.page_bytes:
         starts = np.flatnonzero(np.r_[True, (np.diff(source_pages) != 1) | (np.diff(target_pages) != 1)])
         size = np.add.reduceat(size, starts)
         source_pages, target_pages = source_pages[starts], target_pages[starts]
-    kv = np.arange(1 if all_heads else source.planes, dtype=np.int64)
-    return _expand(source, target, heads, (source_pages, target_pages), kv, 0, size)
+    return _expand(source, target, heads, (source_pages, target_pages), 0, size[:, None])
 
 
 def _part_of_block(source: CacheMap, target: CacheMap, heads: Range, pages: Range, tokens: Range) -> IntArray:
@@ -170,9 +200,8 @@ def _part_of_block(source: CacheMap, target: CacheMap, heads: Range, pages: Rang
             target,
             (head, head + 1),
             (np.array([pages[0]], np.int64), np.array([pages[1]], np.int64)),
-            np.arange(source.planes, dtype=np.int64),
-            tokens[0] * source.token_bytes,
-            np.array([(tokens[1] - tokens[0]) * source.token_bytes], np.int64),
+            tokens[0],
+            (tokens[1] - tokens[0]) * source.arrays[:, 1],
         )
         for head in range(*heads)
     ]
@@ -184,17 +213,20 @@ def _expand(
     target: CacheMap,
     heads: Range,
     pages: tuple[IntArray, IntArray],
-    kv: IntArray,
-    offset: int,
+    first: int,
     size: IntArray,
 ) -> IntArray:
-    """Return the regions of pages [n] of ``size`` [n] bytes in every layer and each of K and V: [L n kv, 3]."""
-    regions = np.empty((len(source.layers), len(pages[0]), len(kv), 3), np.int64)
+    """Return the regions of pages [n] of ``size`` [A] or [n, 1] bytes in every layer, from token ``first`` on.
+
+    There is one for each of the first arrays of a page that there are sizes for: [L n A, 3].
+    """
+    regions = np.empty((len(source.layers), len(pages[0]), size.shape[-1], 3), np.int64)
     for column, (side, page) in enumerate(zip((source, target), pages, strict=True)):
-        within = page[:, None] * side.page_bytes + kv * side.kv_bytes
-        within += (heads[0] - side.heads[0]) * side.head_bytes + offset
+        offset, token_bytes = side.arrays[: size.shape[-1]].T
+        within = page[:, None] * side.page_bytes + offset
+        within += ((heads[0] - side.heads[0]) * side.block_size + first) * token_bytes
         np.add(side.layers[:, None, None], within, out=regions[..., column])
-    regions[..., 2] = size[:, None]
+    regions[..., 2] = size
     return regions.reshape(-1, 3)
 
 
@@ -202,7 +234,7 @@ def _expand(
 class PagePairs:
     """Whole pages of two ranks as indices into lists that are made once per pair of pools.
 
-    The lists name, for each layer and each half (K and V; one half where both ranks hold the same heads), the heads
+    The lists name, for each layer and each array of a page (all as one where both ranks hold the same heads), the heads
     that both ranks hold, in every page. A transport prepares them when it connects; a request then is two arrays of
     indices, whatever the pages are.
 
@@ -220,36 +252,34 @@ class PagePairs:
         """The KV heads that both ranks hold; empty where stop is not above start."""
         return max(self.source.heads[0], self.target.heads[0]), min(self.source.heads[1], self.target.heads[1])
 
-    @property
-    def halves(self) -> int:
-        """1 where K and V of a page are one piece on both sides, else 2."""
-        return 1 if self.source.heads == self.target.heads else self.source.planes
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one item of the lists."""
-        return (self.heads[1] - self.heads[0]) * self.source.head_bytes * (self.source.planes // self.halves)
+    @cached_property
+    def item_bytes(self) -> IntArray:
+        """Bytes of the items of the lists: [I], of all of a page, or of each of its arrays."""
+        if self.source.heads == self.target.heads:
+            return np.array([self.source.held_bytes], np.int64)
+        return np.asarray((self.heads[1] - self.heads[0]) * self.source.block_size * self.source.arrays[:, 1])
 
     def strides(self) -> tuple[IntArray, IntArray]:
-        """Return the two lists in short: [L x halves, 4] int64, first address, bytes, step, number of pages."""
+        """Return the two lists in short: [L x I, 4] int64, first address, bytes, step, number of pages."""
         return self._strides(self.source, self.num_pages[0]), self._strides(self.target, self.num_pages[1])
 
     def _strides(self, side: CacheMap, num_pages: int) -> IntArray:
-        offset = (
-            np.arange(self.halves, dtype=np.int64) * side.kv_bytes + (self.heads[0] - side.heads[0]) * side.head_bytes
-        )
-        rows = np.empty((len(side.layers), self.halves, 4), np.int64)
+        items = len(self.item_bytes)
+        offset, token_bytes = side.arrays[:items].T
+        rows = np.empty((len(side.layers), items, 4), np.int64)
         rows[..., 0] = side.layers[:, None] + offset
-        rows[..., 1:] = self.item_bytes, side.page_bytes, num_pages
+        rows[..., 0] += (self.heads[0] - side.heads[0]) * side.block_size * token_bytes
+        rows[..., 1] = self.item_bytes
+        rows[..., 2:] = side.page_bytes, num_pages
         return rows.reshape(-1, 4)
 
     def indices(self, source_pages: IntArray, target_pages: IntArray) -> tuple[IndexArray, IndexArray]:
-        """Return where pages [n] stand in the two lists, in all layers: two [L x halves x n] int32 arrays."""
+        """Return where pages [n] stand in the two lists, in all layers: two [L x I x n] int32 arrays."""
         if len(source_pages) != len(target_pages):
             raise ValueError(
                 f"source_pages, target_pages = {len(source_pages)}, {len(target_pages)} entries must be equally many"
             )
-        rows = np.arange(len(self.source.layers) * self.halves, dtype=np.int32)[:, None]
+        rows = np.arange(len(self.source.layers) * len(self.item_bytes), dtype=np.int32)[:, None]
         source, target = (
             (rows * np.int32(count) + pages.astype(np.int32)).reshape(-1)
             for count, pages in zip(self.num_pages, (source_pages, target_pages), strict=True)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from attention.merge import merge_parts
+from attention.pages import PageLayout, QuantizedPages
 from attention.partial import Partials
 from attention.rows import Rows
 from parallel.placement import BlockCyclic
@@ -87,6 +88,24 @@ def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
         query_start=torch.tensor(np.cumsum([0, *counts_of_rows]), dtype=torch.int32, device=device),
     )
     return pages.to(device), rows
+
+
+def in_8_bits(pages: torch.Tensor, value_dim: int | None = None) -> QuantizedPages:
+    """The same pages quantised, in a pool whose bytes are NaN before."""
+    num_pages, parts, kv_heads, block_size, head_dim = pages.shape
+    layout = PageLayout(kv_heads, block_size, head_dim, pages.dtype, value_dim, in_8_bits=True)
+    pool = torch.full((num_pages, layout.page_bytes), 0x7F, dtype=torch.uint8, device=pages.device)
+    made = layout.pages_of(layout.views(pool))
+    page = torch.arange(num_pages, device=pages.device).repeat_interleave(block_size)
+    offset = torch.arange(block_size, device=pages.device).repeat(num_pages)
+    for part in range(parts):
+        made.write(part, pages[:, part].transpose(1, 2).flatten(0, 1), page, offset)
+    return made
+
+
+def widened(pages: QuantizedPages, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """What pages in 8 bits mean."""
+    return pages.widen(torch.arange(len(pages.values), device=pages.device), dtype)
 
 
 def partials_of(backend, q, pages, rows, scale, value_dim=None) -> Partials:

@@ -5,6 +5,7 @@ from random import Random
 import pytest
 import torch
 
+from attention.pages import PageLayout
 from helix.cache.movements import CopyTokens, Handover, Movement, Offload, Onboard
 from helix.cache.mover import PageMover, _runs
 from helix.cache.pages import PagedCache
@@ -13,17 +14,16 @@ LAYERS, PAGES, HOSTS, BLOCK = 3, 12, 9, 4
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def paged_cache(device: str, *, layers: int = LAYERS, pages: int = PAGES, dtype: torch.dtype = torch.float32):
-    cache = PagedCache(
-        num_layers=layers,
-        num_pages=pages,
-        num_kv_heads=2,
-        block_size=BLOCK,
-        head_dim=8,
-        dtype=dtype,
-        device=torch.device(device),
-    )
-    cache.pages.copy_(torch.randn(cache.pages.shape, generator=torch.Generator().manual_seed(0)))
+LAYOUTS = [
+    PageLayout(2, BLOCK, 8, torch.float32),
+    PageLayout(2, BLOCK, 8, torch.bfloat16, in_8_bits=True),
+    PageLayout(1, BLOCK, 40, torch.float32, rank=32, in_8_bits=True),  # latents, with padding between planes
+]
+
+
+def paged_cache(device: str, layout: PageLayout = LAYOUTS[0]) -> PagedCache:
+    cache = PagedCache(layout, num_layers=LAYERS, num_pages=PAGES, device=torch.device(device))
+    cache.pages.random_(generator=torch.Generator(device).manual_seed(0))
     return cache
 
 
@@ -45,8 +45,9 @@ def random_movements(random: Random, count: int) -> list[Movement]:
     return moves
 
 
-def naive(pages: torch.Tensor, host: torch.Tensor, moves: list[Movement]) -> None:
+def naive(pages: torch.Tensor, host: torch.Tensor, layout: PageLayout, moves: list[Movement]) -> None:
     """Do them one by one on CPU tensors."""
+    planes = layout.views(pages.view(torch.uint8))
     for move in moves:
         match move:
             case Offload(_, page, host_page):
@@ -54,21 +55,22 @@ def naive(pages: torch.Tensor, host: torch.Tensor, moves: list[Movement]) -> Non
             case Onboard(_, host_page, page):
                 pages[:, page] = host[host_page]
             case CopyTokens(_, source, target, count):
-                pages[:, target, :, :, :count] = pages[:, source, :, :, :count]
+                for plane in planes:
+                    plane[:, target, :, :, :count] = plane[:, source, :, :, :count]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(20))
 def test_any_list_of_movements_means_what_it_means_one_by_one(device: str, seed: int) -> None:
     random = Random(seed)
-    cache = paged_cache(device)
+    cache = paged_cache(device, LAYOUTS[seed % len(LAYOUTS)])
     mover = PageMover(cache, HOSTS, 0)
     mover.host.zero_()
     pages, host = cache.pages.cpu().clone(), mover.host.clone()
     for _ in range(8):
         moves = random_movements(random, random.randint(0, 25))
         mover.execute(moves)
-        naive(pages, host, moves)
+        naive(pages, host, cache.layout, moves)
     mover.synchronize()
     assert torch.equal(cache.pages.cpu(), pages)
     assert torch.equal(mover.host, host)
@@ -82,12 +84,15 @@ def test_other_ranks_movements_are_left_to_them(device: str) -> None:
     assert torch.equal(cache.pages, before)
 
 
-def test_a_copy_leaves_the_rest_of_its_target_alone() -> None:
-    cache = paged_cache("cpu")
-    before = cache.pages.clone()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copy_leaves_the_rest_of_its_target_alone(layout: PageLayout) -> None:
+    cache = paged_cache("cpu", layout)
+    before = [plane.float() for plane in layout.views(cache.pages.clone().view(torch.uint8))]
     PageMover(cache, 0, 0).execute([CopyTokens(0, 2, 5, 3)])
-    assert torch.equal(cache.pages[:, 5, :, :, :3], before[:, 2, :, :, :3])
-    assert torch.equal(cache.pages[:, 5, :, :, 3:], before[:, 5, :, :, 3:])
+    for plane, old in zip(cache.planes, before, strict=True):
+        new = plane.float()[:, 5]
+        assert torch.equal(new[:, :, :, :3].nan_to_num(), old[:, 2, :, :, :3].nan_to_num())
+        assert torch.equal(new[:, :, :, 3:].nan_to_num(), old[:, 5, :, :, 3:].nan_to_num())
 
 
 def test_neighbouring_pages_travel_together() -> None:
@@ -115,9 +120,7 @@ def stress(kind: type[PageMover], rounds: int) -> int:
     and write what was just read. Large pages make every copy long enough to be overtaken.
     """
     device = torch.device("cuda")
-    cache = PagedCache(
-        num_layers=4, num_pages=16, num_kv_heads=8, block_size=64, head_dim=128, dtype=torch.bfloat16, device=device
-    )
+    cache = PagedCache(PageLayout(8, 64, 128, torch.bfloat16), num_layers=4, num_pages=16, device=device)
     cache.pages.zero_()
     mover = kind(cache, 16, 0)
     mover.host.zero_()

@@ -28,7 +28,7 @@ PROMPT = Random(2).choices(range(256), k=LENGTH)
 
 def held(llm: LLM) -> dict[int, torch.Tensor]:
     """This rank's tokens of each block of the prompt: [L, 2, K, tokens, D], on the CPU."""
-    control, pages = llm.engine.scheduler.cache, llm.runner.cache.pages
+    control, [pages] = llm.engine.scheduler.cache, llm.runner.cache.planes
     claim = control.claim(BlockKeys([*PROMPT, 0], BLOCK))
     assert claim.num_tokens == LENGTH, f"{claim.num_tokens} tokens are cached"
     assert claim.partial is not None

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from attention.pages import FP8
 from helix.models.spec import load_spec
 from helix.transfer.facts import Process, find_mismatch, fingerprint, make_facts
 from scripts.make_checkpoint import make_checkpoint
@@ -18,8 +20,8 @@ def folder(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("facts") / "model", layers=1)
 
 
-def facts_of(spec, weights, *, block_size=16, dtype="float32"):
-    return make_facts(spec, block_size=block_size, dtype=dtype, weights=weights)
+def facts_of(spec, weights, *, block_size=16, dtypes=(torch.float32, torch.float32)):
+    return make_facts(spec, block_size=block_size, dtypes=dtypes, weights=weights)
 
 
 def facts(folder, **changes):
@@ -34,7 +36,11 @@ def test_groups_of_one_model_agree(folder):
     ("changes", "told"),
     [
         ({"block_size": 64}, "cache.block_size = 16 in the decode group and 64 in the prefill group"),
-        ({"dtype": "bfloat16"}, "model.dtype = float32 in the decode group and bfloat16 in the prefill group"),
+        ({"dtypes": (torch.bfloat16,) * 2}, "model.dtype = float32 in the decode group and bfloat16 in the prefill"),
+        (
+            {"dtypes": (torch.float32, FP8)},
+            "cache.dtype = float32 in the decode group and float8_e4m3fn in the prefill",
+        ),
         ({"weights": None}, "fingerprint of the model's weights = "),
     ],
 )

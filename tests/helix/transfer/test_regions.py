@@ -4,9 +4,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention.pages import PageLayout
 from helix.transfer.regions import CacheMap, PagePairs, Side, build_regions, shared_blocks, split_blocks
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
@@ -64,7 +66,7 @@ def copies(source, target, blocks, source_pages, target_pages, tokens, num_pages
         np.concatenate([first + step * np.arange(count) for first, _, step, count in rows]) for rows in pairs.strides()
     ]
     ours, theirs = pairs.indices(source_pages[whole], target_pages[whole])
-    sizes = np.full(len(ours), pairs.item_bytes)
+    sizes = np.tile(np.repeat(pairs.item_bytes, whole.sum()), LAYERS)
     rest = build_regions(source, target, blocks[cut], source_pages[cut], target_pages[cut], tokens)
     return [*zip(lists[0][ours], lists[1][theirs], sizes, strict=True), *rest]
 
@@ -111,6 +113,33 @@ def test_every_token_and_head_is_written_once_and_nothing_else(
                         expected[dst : dst + TOKEN_BYTES] += 1
     assert (writes == expected).all()
     assert (memory[writes == 0] == before[writes == 0]).all()
+
+
+@pytest.mark.parametrize("tokens", [(0, 100), (5, 91)])
+def test_planes_of_8_bit_pages_arrive_at_other_heads(tokens):
+    """From a rank of four KV heads to one of the last two: every token's values and scales, and nothing else."""
+    layouts = [PageLayout(heads, 16, 8, torch.bfloat16, in_8_bits=True) for heads in (4, 2)]
+    random, num_pages = np.random.default_rng(0), 8
+    memory = random.integers(0, 255, (LAYERS * num_pages * sum(each.page_bytes for each in layouts),), np.uint8)
+    cut = LAYERS * num_pages * layouts[0].page_bytes
+    maps = [
+        CacheMap.of(each, at + np.arange(LAYERS, dtype=np.int64) * num_pages * each.page_bytes, heads)
+        for each, at, heads in zip(layouts, (0, cut), ((0, 4), (2, 4)), strict=True)
+    ]
+    blocks, pages = np.arange(7), [random.permutation(num_pages)[:7].astype(np.int64) for _ in range(2)]
+    expected = memory.copy()
+    views = [
+        each.views(torch.from_numpy(part).view(LAYERS, num_pages, -1))
+        for each, part in zip(layouts, (expected[:cut], expected[cut:]), strict=True)
+    ]
+    for position in range(*tokens):
+        at = position % 16
+        for ours, theirs in zip(*views, strict=True):
+            token = ours[:, pages[0][position // 16], :, 2:4, at]
+            theirs[:, pages[1][position // 16], :, :, at] = token
+    for source, target, size in copies(*maps, blocks, *pages, tokens, num_pages):
+        memory[target : target + size] = memory[source : source + size]
+    assert (memory == expected).all()
 
 
 def cache_map(num_layers: int, num_pages: int, heads: tuple[int, int], block_size: int = 32) -> CacheMap:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from attention.pages import PageLayout
 from helix.cache.pages import PagedCache
 from helix.transfer.protocol import DONE, UNKNOWN
 from helix.transfer.regions import CacheMap
@@ -24,15 +25,10 @@ RECEIVER, SENDER = 0, 1
 
 def make_cache(device, heads, seed):
     cache = PagedCache(
-        num_layers=LAYERS,
-        num_pages=PAGES,
-        num_kv_heads=heads[1] - heads[0],
-        block_size=BLOCK,
-        head_dim=DIM,
-        dtype=torch.float32,
-        device=device,
+        PageLayout(heads[1] - heads[0], BLOCK, DIM, torch.float32), num_layers=LAYERS, num_pages=PAGES, device=device
     )
-    cache.pages.copy_(torch.arange(cache.pages.numel()).view(cache.pages.shape) + seed)
+    [values] = cache.planes
+    values.copy_(torch.arange(values.numel()).view(values.shape) + seed)
     return cache
 
 
@@ -62,7 +58,7 @@ def write_body(source_heads, target_heads, tokens, name):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     transport = Transport(f"{name}-{rank}", cache)
-    before = cache.pages.cpu().clone()
+    before = cache.planes[0].cpu().clone()
     pools = share(transport.pool)
     blocks = np.array([0, 1, 2], np.int64)
     if rank == SENDER:
@@ -79,7 +75,7 @@ def write_body(source_heads, target_heads, tokens, name):
         while not work.is_completed() or not pings:
             pings |= transport.progress()
         state = pings
-    after = cache.pages.cpu().clone()
+    after = cache.planes[0].cpu().clone()
     dist.barrier()
     transport.close()
     return before, after, state
