@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
 from helix.config import CacheConfig, ModelConfig, RuntimeConfig, SpeculativeConfig
 from helix.detokenize import Detokenizer
+from helix.models.decoder import Decoder
+from scripts.quantize import quantize_checkpoint
 from scripts.quickstart import count_equal
 
 ROOT = Path(__file__).parents[2]
@@ -92,3 +95,34 @@ def test_the_imported_tokenizer_splits_text_as_the_model_learned_it(tokenizer: A
     assert tokenizer.tokenize("a  12 x") == ["a", "ĠĠ", "1", "2", "Ġx"]  # digits stand alone, before spaces are split
     assert tokenizer("<|im_start|>user")["input_ids"] == [1, 4093]
     assert tokenizer.eos_token_id == 2 and tokenizer.model_max_length == 8192
+
+
+def perplexity(path: Path, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> float:
+    """Return that of the tokens after the first, from the hidden states of one chunk."""
+    model = ModelConfig(path=str(path), dtype="bfloat16")
+    llm = LLM(HelixConfig(model=model, cache=CacheConfig(num_pages=16), runtime=RuntimeConfig(device="cpu")))
+    decoder, seen = llm.runner.decoder, []
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(Decoder.forward(decoder, *args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    llm.generate([ids], SamplingParams(max_tokens=1))
+    assert len(seen[0]) == len(ids), "the prompt is no single chunk"
+    logits = decoder.gather_logits(decoder.local_logits(seen[0][:-1]))
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).exp())
+
+
+@pytest.mark.slow
+def test_weights_of_8_bits_cost_at_most_2_percent_of_perplexity(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is 576 wide and has 9 heads of 64: no width of it is a multiple of a block's 128."""
+    page = " ".join((ROOT / "LICENSE").read_text("utf-8").split()[300:700])
+    ids = tokenizer(page)["input_ids"]
+    quantize_checkpoint(MODEL, tmp_path / "fp8")
+    plain, ours = (perplexity(path, ids, monkeypatch) for path in (MODEL, tmp_path / "fp8"))
+    print(f"perplexity {plain:.3f} -> {ours:.3f}")
+    assert 1 < plain < 30
+    assert ours <= 1.02 * plain, (plain, ours)
