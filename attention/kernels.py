@@ -2,6 +2,7 @@
 
 | kernel    | GPU    | rows x heads of a KV head      | head size    | pages of           | programs                |
 |-----------|--------|--------------------------------|--------------|--------------------|-------------------------|
+| many_rows | Hopper | any, of a workspace            | 128 + 64     | 2 bytes            | one a piece             |
 | stream_kv | Hopper | at most 64 (32 where 256 wide) | 64, 128, 256 | 16 to 256, 2 bytes | persistent              |
 | many_rows | Hopper | any                            | 64, 128, 256 | 16 to 256, 2 bytes | one a piece             |
 | split_kv  | any    | any                            | any          | any                | persistent for few rows |
@@ -63,6 +64,8 @@ class TritonAttention:
         group = num_heads // num_kv_heads
         programs = max(1, self._processors // num_kv_heads)
         if isinstance(pages, Workspace):
+            if many_rows.can_read(pages):
+                return many_rows.cutting(group, max_rows, programs, head_dim=pages.k.shape[2])
             return split_kv.cutting(pages, group, max_rows, programs)
         if value_dim is not None:
             return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.dtype.itemsize > 2)

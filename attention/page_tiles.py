@@ -21,14 +21,14 @@ HEAD_DIMS = (64, 128, 256)
 SWIZZLE_BYTES = 128
 FETCH_REGISTERS = 24  # a thread that asks for tiles
 PIECE = gl.constexpr(len(PIECE_FIELDS))
-_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def is_readable(pages: torch.Tensor) -> bool:
     """Return whether these pages [P, 2, K, block_size, D] can be read in boxes on their device."""
     return (
         capability(pages.device)[0] == 9
-        and pages.dtype in _ELEMENTS
+        and pages.dtype in ELEMENTS
         and pages.is_contiguous()
         and pages.shape[3] in BLOCK_SIZES
         and pages.shape[4] in HEAD_DIMS
@@ -39,7 +39,7 @@ def boxes_of(pages: torch.Tensor, tile: int) -> TensorDescriptor:
     """Describe pages as rows of D, in boxes of one page: whole tiles of ``tile`` tokens, or parts of one."""
     flat, (block_size, head_dim) = pages.view(-1, pages.shape[-1]), pages.shape[3:]
     block = [tile, head_dim] if block_size >= tile else [block_size, SWIZZLE_BYTES // pages.element_size()]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[pages.dtype])
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[pages.dtype])
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), block, layout)
 
 

@@ -15,7 +15,7 @@ Everything here is local to a rank: lengths differ between ranks, and so may the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,32 +25,14 @@ import torch
 
 from .merge import merge_into, merge_parts
 from .partial import Partials
-from .rows import Rows
+from .rows import Rows, Work
 from .work import PIECE_FIELDS, Cutting, Ints, WorkList, cut
 
 PAGE = 128  # tokens of a workspace's page; a range begins at one
-SETTLED = PIECE_FIELDS.index("settled")
-
-
-@dataclass(frozen=True)
-class HostFilling:
-    """One filling of a workspace, on the host: see ``Filling``. All arrays are int32; ``work`` is its work list."""
-
-    first: int
-    stop: int
-    tokens: Ints
-    visible_len: Ints
-    row_seq: Ints
-    query_start: Ints
-    page_table: Ints
-    work: WorkList | None
-
-    def arrays(self) -> dict[str, Ints]:
-        """Return what the device needs of it, by name."""
-        own = {name: getattr(self, name) for name in ("tokens", "visible_len", "row_seq", "query_start", "page_table")}
-        if self.work is None:
-            return own
-        return own | {name: getattr(self.work, name) for name in ("pieces", "span_start", "part_start")}
+_SETTLED = PIECE_FIELDS.index("settled")
+_OF_ROWS = ("visible_len", "row_seq", "query_start", "page_table")
+_OF_WORK = ("pieces", "span_start", "part_start")
+_Range = tuple[int, int, int, int]  # a run's rows [first, stop), and local tokens [begin, end)
 
 
 @dataclass(frozen=True)
@@ -71,43 +53,96 @@ class Filling:
     rows: Rows
 
 
-def plan_fillings(
-    visible_len: npt.NDArray[np.integer],
-    query_start: npt.NDArray[np.integer],
-    row_seq: npt.NDArray[np.integer],
-    page_table: npt.NDArray[np.integer],
-    *,
-    block_size: int,
-    capacity: int,
-    cutting: Cutting | None,
-) -> list[HostFilling]:
-    """Deal out what the rows of a step see on this rank; at least one filling, so that every row has a partial.
+@dataclass(frozen=True)
+class _HostFilling:
+    """A filling on the host, int32; ``work`` is the work list of its rows."""
 
-    Args:
-        visible_len: [R], local tokens that each row sees; rows of a run ascend.
-        query_start: [C + 1], the first row of each run, then R.
-        row_seq: [R], the page-table row of each row's sequence.
-        page_table: [B, P], local pages of each sequence.
-        block_size: tokens of such a page.
-        capacity: tokens that the workspace holds, a multiple of PAGE.
-        cutting: how the kernel wants the rows of a filling cut; None for one that reads no work list.
+    first: int
+    stop: int
+    tokens: Ints
+    visible_len: Ints
+    row_seq: Ints
+    query_start: Ints
+    page_table: Ints
+    work: WorkList | None
+
+
+@dataclass(frozen=True)
+class PlannedFillings:
+    """The fillings of a step on the host; at least one, and together they hold every row.
+
+    Attributes:
+        cutting: how the rows of each were cut; None for a kernel that reads no work list.
     """
-    fillings, ranges, room = [], list[tuple[int, int, int, int]](), capacity
-    for first, stop in pairwise(query_start.tolist()):
-        length = int(visible_len[stop - 1]) if stop > first else 0
-        begin = 0
-        while begin < length or not begin:
-            if ranges and _whole_pages(length - begin) > room:
-                fillings.append(ranges)
-                ranges, room = [], capacity
-            end = min(length, begin + room)
-            ranges.append((first, stop, begin, end))
-            room -= _whole_pages(end - begin)
-            if end == length:
-                break
-            begin = end
-    fillings.append(ranges)
-    return [_filling(each, visible_len, row_seq, page_table, block_size, cutting) for each in fillings if each]
+
+    fillings: Sequence[_HostFilling]
+    cutting: Cutting | None
+
+    @classmethod
+    def of(
+        cls,
+        visible_len: npt.NDArray[np.integer],
+        query_start: npt.NDArray[np.integer],
+        row_seq: npt.NDArray[np.integer],
+        page_table: npt.NDArray[np.integer],
+        *,
+        block_size: int,
+        capacity: int,
+        cutting: Cutting | None,
+    ) -> PlannedFillings:
+        """Deal out what the rows of a step see on this rank.
+
+        A run begins a new filling unless what it sees fits into what is left of the one before.
+
+        Args:
+            visible_len: [R], local tokens that each row sees; rows of a run ascend.
+            query_start: [C + 1], the first row of each run, then R.
+            row_seq: [R], the page-table row of each row's sequence.
+            page_table: [B, P], local pages of each sequence.
+            block_size: tokens of such a page.
+            capacity: tokens that the workspace holds, a multiple of PAGE.
+            cutting: how the kernel wants the rows of a filling cut.
+        """
+        fillings, ranges, room = list[list[_Range]](), list[_Range](), capacity
+        for first, stop in pairwise(query_start.tolist()):
+            length = int(visible_len[stop - 1]) if stop > first else 0
+            for begin in range(0, max(length, 1), capacity):
+                end = min(length, begin + capacity)
+                if ranges and _whole_pages(end - begin) > room:
+                    fillings.append(ranges)
+                    ranges, room = [], capacity
+                ranges.append((first, stop, begin, end))
+                room -= _whole_pages(end - begin)
+        fillings.append(ranges)
+        return cls(
+            [_filling(each, visible_len, row_seq, page_table, block_size, cutting) for each in fillings], cutting
+        )
+
+    @property
+    def arrays(self) -> dict[str, Ints]:
+        """What the device needs of them, by name."""
+        arrays = dict[str, Ints]()
+        for number, each in enumerate(self.fillings):
+            own = {name: getattr(each, name) for name in ("tokens", *_OF_ROWS)}
+            if each.work is not None:
+                own |= {name: getattr(each.work, name) for name in _OF_WORK}
+            arrays |= {f"{number}.{name}": array for name, array in own.items()}
+        return arrays
+
+    def on_device(self, sent: Mapping[str, torch.Tensor], rows: Rows) -> list[Filling]:
+        """Return the fillings of a step's rows, whose ``arrays`` were sent to the device."""
+        fillings = []
+        for number, each in enumerate(self.fillings):
+            own = {name: sent[f"{number}.{name}"] for name in _OF_ROWS}
+            work = None
+            if each.work is not None and self.cutting is not None:
+                pieces, span_start, part_start = (sent[f"{number}.{name}"] for name in _OF_WORK)
+                parts = part_start if each.work.is_split else None
+                work = Work(self.cutting, pieces, span_start, parts, int(each.work.part_start[-1]))
+            positions, slot = (whole[each.first : each.stop] for whole in (rows.positions, rows.slot))
+            own_rows = Rows(positions=positions, slot=slot, work=work, **own)
+            fillings.append(Filling(each.first, each.stop, sent[f"{number}.tokens"], own_rows))
+        return fillings
 
 
 def _whole_pages(length: int) -> int:
@@ -116,13 +151,13 @@ def _whole_pages(length: int) -> int:
 
 
 def _filling(
-    ranges: Sequence[tuple[int, int, int, int]],
+    ranges: Sequence[_Range],
     visible_len: npt.NDArray[np.integer],
     row_seq: npt.NDArray[np.integer],
     page_table: npt.NDArray[np.integer],
     block_size: int,
     cutting: Cutting | None,
-) -> HostFilling:
+) -> _HostFilling:
     first, stop = ranges[0][0], ranges[-1][1]
     tokens, seen, seqs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     most = max(_whole_pages(end - begin) // PAGE for _, _, begin, end in ranges)
@@ -142,9 +177,9 @@ def _filling(
     work = None
     if cutting is not None:
         work = cut(visible, starts, seq, cutting)
-        work.pieces[:, SETTLED] = 0  # what a workspace holds is never older than the kernel before
+        work.pieces[:, _SETTLED] = 0  # what a workspace holds is never older than the kernel before
     own = {"tokens": np.concatenate(tokens), "visible_len": visible, "row_seq": seq, "query_start": starts}
-    return HostFilling(
+    return _HostFilling(
         first, stop, page_table=table, work=work, **{name: each.astype(np.int32) for name, each in own.items()}
     )
 

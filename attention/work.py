@@ -25,6 +25,7 @@ PIECE_FIELDS = ("first", "stop", "begin", "end", "part", "settled", "seq")
 """Of a piece: its rows [first, stop) and tokens [begin, end), which of its rows' partials it makes, how many tokens of
 the sequence are older than the step, and the sequence's row of the page table."""
 Ints = npt.NDArray[np.int32]
+WORKSPACE_TOKENS = 16384  # of a workspace of keys and values (``ranges``), unless a setting says otherwise
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from attention import many_rows, stream_kv
-from attention.partial import select_backend
+from attention.merge import merge_parts
+from attention.partial import Workspace, select_backend
+from attention.ranges import PAGE, PlannedFillings, attend_ranges
 from attention.reference import partial_attention
+from attention.rows import Rows
 from tests.attention.cases import attend, make_case, shard
 
 pytestmark = pytest.mark.gpu
@@ -73,6 +77,51 @@ def test_runs_that_begin_with_padding_and_runs_of_no_rows():
     assert torch.equal(out[:3], torch.zeros_like(out[:3])) and torch.isneginf(lse[:3]).all()
     torch.testing.assert_close(out.float(), exact, rtol=3e-2, atol=3e-2)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("heads", [3, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_workspace_of_keys_of_192_and_values_of_128_equals_the_reference(dtype, heads):
+    """Runs that share a filling, take several, are cut into parts, begin past what others hold, and see one token."""
+    runs = [(300, 900), (1, 1), (70, 5000), (128, 128), (3, 129)]
+    seen = [np.arange(length - rows + 1, length + 1) for rows, length in runs]
+    counts = [rows for rows, _ in runs]
+    visible, starts, seqs = np.concatenate(seen), np.cumsum([0, *counts]), np.repeat(np.arange(len(runs)), counts)
+    table = np.random.default_rng(0).permutation(len(runs) * 80).reshape(-1, 80)
+    backend, device, scale = select_backend("triton", torch.device("cuda"), pdl=True), "cuda", 192**-0.5
+    generator = torch.Generator(device).manual_seed(heads)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    q, cached = (
+        randn(len(visible), heads, 192),
+        [randn(table.size * 64, *s) for s in ((heads, 128), (heads, 128), (64,))],
+    )
+
+    def attended(capacity, dtype):
+        made = Workspace(*(torch.full((capacity, *x.shape[1:]), torch.nan, dtype=dtype, device=device) for x in cached),
+                         PAGE)  # fmt: skip
+        kernel = backend if dtype == q.dtype else select_backend("reference", torch.device(device))
+        cutting = kernel.cutting(made, heads, 300)
+        assert cutting is None or cutting.kernel == "many_rows"
+        planned = PlannedFillings.of(visible, starts, seqs, table, block_size=64, capacity=capacity, cutting=cutting)
+        arrays = {name: torch.from_numpy(array).to(device) for name, array in planned.arrays.items()}
+        zeros = torch.zeros(len(visible), dtype=torch.int64, device=device)
+        fillings = planned.on_device(arrays, Rows(zeros, zeros, zeros, zeros, zeros, zeros))
+
+        def make(tokens):
+            for to, source in zip((made.k, made.v, made.turned), cached, strict=True):
+                to[: len(tokens)] = source[tokens].to(dtype)
+
+        partials = attend_ranges(q.to(dtype), fillings, make, lambda q, rows: kernel(q, made, rows, scale))
+        return merge_parts(partials, dtype)
+
+    exact, exact_lse = attended(8192, torch.float32)
+    for capacity in (8192, 1024):
+        out, lse = attended(capacity, dtype)
+        torch.testing.assert_close(out.float(), exact, rtol=2e-2, atol=1e-2)
+        torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-3)
 
 
 def test_a_rerun_equals_itself_bit_for_bit():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from attention.merge import merge_parts, merge_reference
 from attention.partial import Workspace, select_backend
-from attention.ranges import PAGE, Filling, attend_ranges, plan_fillings
-from attention.rows import Rows, Work
+from attention.ranges import PAGE, Filling, PlannedFillings, attend_ranges
+from attention.rows import Rows
 from tests.attention.cases import full_attention, make_case, shard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,20 +19,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def fillings_of(rows: Rows, block_size, capacity, cutting) -> list[Filling]:
     """What a rank's rows see, dealt out, on the device."""
     arrays = (rows.visible_len, rows.query_start, rows.row_seq, rows.page_table)
-    planned = plan_fillings(
+    planned = PlannedFillings.of(
         *(each.cpu().numpy() for each in arrays), block_size=block_size, capacity=capacity, cutting=cutting
     )
-    made = []
-    for each in planned:
-        sent = {name: torch.from_numpy(array).to(rows.positions.device) for name, array in each.arrays().items()}
-        work = None
-        if each.work is not None and cutting is not None:
-            parts = sent["part_start"] if each.work.is_split else None
-            work = Work(cutting, sent["pieces"], sent["span_start"], parts, int(each.work.part_start[-1]))
-        own = {name: sent[name] for name in ("visible_len", "row_seq", "query_start", "page_table")}
-        cut = {"positions": rows.positions[each.first : each.stop], "slot": rows.slot[each.first : each.stop]}
-        made.append(Filling(each.first, each.stop, sent["tokens"], replace(rows, **own, **cut, work=work)))
-    return made
+    sent = {name: torch.from_numpy(array).to(rows.positions.device) for name, array in planned.arrays.items()}
+    return planned.on_device(sent, rows)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
