@@ -56,7 +56,7 @@ class Exchange(Protocol):
         order; how many partials a row has may differ between ranks.
 
         Args:
-            partials: of R rows over this rank's shard.
+            partials: of R rows over this rank's shard; the collective exchange takes any D, the same on every rank.
             layer: which exchange of the step this is.
 
         Returns:
@@ -84,14 +84,13 @@ class CollectiveExchange:
 
     Args:
         group: the KVP group.
-        heads: what it carries; num_heads is equal on all ranks of the group, and head_dim even.
+        heads: what it carries; num_heads is equal on all ranks of the group. Heads may have any even size.
     """
 
     def __init__(self, group: dist.ProcessGroup, heads: Heads) -> None:
         num_heads = heads.num_heads
         self._group, self._dtype = group, heads.dtype
         self._kvp = group.size()
-        self._head_dim = heads.head_dim
         self._padded = -(-num_heads // self._kvp)
         ranges = [split_evenly(num_heads, self._kvp, rank) for rank in range(self._kvp)]
         start, stop = ranges[group.rank()]
@@ -109,23 +108,24 @@ class CollectiveExchange:
         out, lse = merge_parts(partials, self._dtype)
         received = all_to_all(self._pack(out, lse), self._group)
         if received.is_cuda:
-            return merge_packed(received, self._heads, self._head_dim)
-        out, lse = unpack(received[:, :, : self._heads], self._head_dim)
+            return merge_packed(received, self._heads, out.shape[-1])
+        out, lse = unpack(received[:, :, : self._heads], out.shape[-1])
         return merge_reference(out, lse)[0]
 
     def _pack(self, out_RQD: torch.Tensor, lse_RQ: torch.Tensor) -> torch.Tensor:
         if self._head_index is not None:
             out_RQD, lse_RQ = out_RQD[:, self._head_index], lse_RQ[:, self._head_index]
-        rows, shape = out_RQD.shape[0], (out_RQD.shape[0], self._kvp, self._padded)
+        rows, width = out_RQD.shape[0], out_RQD.shape[-1]
+        shape = (rows, self._kvp, self._padded)
         words = lse_words(out_RQD.dtype)
-        packed = out_RQD.new_empty((self._kvp, rows, self._padded, self._head_dim + words))
-        packed[..., : self._head_dim] = out_RQD.view(*shape, self._head_dim).transpose(0, 1)
-        packed[..., self._head_dim :] = lse_RQ.reshape(*shape, 1).view(out_RQD.dtype).transpose(0, 1)
+        packed = out_RQD.new_empty((self._kvp, rows, self._padded, width + words))
+        packed[..., :width] = out_RQD.view(*shape, width).transpose(0, 1)
+        packed[..., width:] = lse_RQ.reshape(*shape, 1).view(out_RQD.dtype).transpose(0, 1)
         return packed
 
 
 class BySizeExchange:
-    """The fused exchange for steps of few rows, the collective one for the others; the same choice on every rank."""
+    """The fused exchange for steps of few rows and heads of its size, else the collective one; alike on every rank."""
 
     def __init__(self, fused: FusedExchange, collective: CollectiveExchange) -> None:
         self._fused, self._collective = fused, collective
@@ -136,8 +136,8 @@ class BySizeExchange:
 
     def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
         """Exchange and merge; see ``Exchange``."""
-        exchange = self._fused if partials.num_rows <= self._fused.max_rows else self._collective
-        return exchange(partials, layer=layer)
+        fits = partials.num_rows <= self._fused.max_rows and partials.out.shape[-1] == self._fused.head_dim
+        return (self._fused if fits else self._collective)(partials, layer=layer)
 
 
 def unpack(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

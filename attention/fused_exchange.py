@@ -224,6 +224,7 @@ class FusedExchange:
 
     Attributes:
         max_rows: of a call.
+        head_dim: D.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class FusedExchange:
         if not supports(head_dim, dtype):
             raise ValueError(f"head_dim = {head_dim} of {dtype} must fill a power of two of 16-byte granules")
         self._kvp, self._rank = group.size(), group.rank()
-        self._num_heads, self._head_dim, self._num_layers, self._dtype = num_heads, head_dim, num_layers, dtype
+        self._num_heads, self.head_dim, self._num_layers, self._dtype = num_heads, head_dim, num_layers, dtype
         self._padded = -(-num_heads // self._kvp)
         self._merged = num_heads // self._kvp + (self._rank < num_heads % self._kvp)
         fitting = CAPACITY_BYTES // (num_heads * head_dim * dtype.itemsize)

@@ -14,6 +14,8 @@ from .append import load_sum, turns_with
 from .eight_bits import as_byte, scale_of
 from .pages import Pages, QuantizedPages, planes_of
 
+TURNED_PAIRS = 512  # of elements that a program turns, of plain queries
+
 
 @triton.jit
 def _normed(x, mask, weight, at, eps, LEN: tl.constexpr):
@@ -82,6 +84,49 @@ def _queries_kernel(
     cosine = tl.load(cos + row * (T // 2) + angle, mask=t < T, other=1.0)
     sine = tl.load(sin + row * (T // 2) + angle, mask=t < T, other=0.0)
     tl.store(to + C + t, (own * cosine + sign * partner * sine).to(out.dtype.element_ty), mask=t < T)
+
+
+@triton.jit
+def _turn_kernel(
+    first, cos, sin, num_heads, P: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A thread turns both elements of a pair, so that nobody else reads what it overwrites."""
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
+    head, angle = pair // HALF, pair % HALF
+    here = head < num_heads
+    at = first + (row * num_heads + head) * (P + 2 * HALF) + P
+    if INTERLEAVED:
+        one, other = at + 2 * angle, at + 2 * angle + 1
+    else:
+        one, other = at + angle, at + angle + HALF
+    a, b = tl.load(one, mask=here, other=0.0).to(tl.float32), tl.load(other, mask=here, other=0.0).to(tl.float32)
+    cosine, sine = tl.load(cos + row * HALF + angle), tl.load(sin + row * HALF + angle)
+    tl.store(one, (a * cosine - b * sine).to(first.dtype.element_ty), mask=here)
+    tl.store(other, (b * cosine + a * sine).to(first.dtype.element_ty), mask=here)
+
+
+def turn_queries(
+    first: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, pdl: bool = False
+) -> None:
+    """Turn the last elements of plain queries, in place.
+
+    Args:
+        first: [R, Q, P + T], packed: of each head what is not turned, then what is.
+        cos, sin: [R, T / 2] float32, packed.
+        interleaved: see ``attention.append.rotate``.
+        pdl: launch programmatically dependent.
+    """
+    (rows, num_heads, width), half = first.shape, cos.shape[-1]
+    if rows and num_heads:
+        _turn_kernel[(rows, -(-num_heads * half // TURNED_PAIRS))](
+            first, cos, sin, num_heads, P=width - 2 * half, HALF=half, PAIRS=TURNED_PAIRS, INTERLEAVED=interleaved,
+            PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
 
 
 def latent_append(

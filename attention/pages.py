@@ -92,6 +92,12 @@ class QuantizedPages:
         wide = self.values[pages].to(dtype) * self.scales[pages].to(dtype).unsqueeze(-1)
         return wide if self.turned is None else torch.cat((wide, self.turned[pages].to(dtype)), -1)
 
+    def tokens(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return what is meant in slots [n] (page * block_size + offset), in float32: [n, 2, K, D]."""
+        page, offset = slots // self.shape[3], slots % self.shape[3]
+        wide = self.bytes[page, :, :, offset].view(FP8).float() * self.scales[page, :, :, offset].unsqueeze(-1)
+        return wide if self.turned is None else torch.cat((wide, self.turned[page, :, :, offset].float()), -1)
+
     def write(self, part: int, x_RKD: torch.Tensor, page: torch.Tensor, offset: torch.Tensor) -> None:
         """Quantise keys (part 0) or values (part 1) [R, K, D] and write them to offsets [R] of pages [R]."""
         width = self.values.shape[-1]

@@ -12,6 +12,7 @@ from typing import Any
 
 from attention.exchange import EXCHANGES
 from attention.partial import BACKENDS
+from attention.work import WORKSPACE_TOKENS
 from parallel.launch import DEVICES
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
@@ -171,16 +172,22 @@ class AttentionConfig:
         backend: the partial attention; auto is triton on GPUs and reference on CPUs.
         exchange: how the KVP group exchanges partials; auto is fused where it shares GPU memory, else collective.
         share_qkv_rows: steps of at least so many rows share the QKV projection over the KVP group; 0 is never.
+        expand_rows: steps with at least so many rows of one sequence make keys and values of latents; 0 is never.
+        workspace_tokens: how many tokens' keys and values are made at a time.
     """
 
     backend: str = "auto"
     exchange: str = "auto"
     share_qkv_rows: int = 512
+    expand_rows: int = 256
+    workspace_tokens: int = WORKSPACE_TOKENS
 
     def __post_init__(self) -> None:
         check_choice("attention.backend", self.backend, BACKENDS)
         check_choice("attention.exchange", self.exchange, EXCHANGES)
         check_at_least("attention.share_qkv_rows", self.share_qkv_rows, 0)
+        check_at_least("attention.expand_rows", self.expand_rows, 0)
+        check_at_least("attention.workspace_tokens", self.workspace_tokens, 1)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -300,6 +300,7 @@ class LLM:
             attention=attention,
             reduce_norm=reduce_norm,
             argmax=argmax,
+            workspace_tokens=self.config.attention.workspace_tokens if self.config.attention.expand_rows else 0,
             pdl=self._pdl,
         )
 
@@ -319,6 +320,7 @@ class LLM:
             max_batch=scheduler.max_batch,
             max_len=self.spec.max_position,
             share_qkv_rows=self.config.attention.share_qkv_rows,
+            expand_rows=self.config.attention.expand_rows,
             faults=self.faults,
         )
         num_pages = cache.num_pages

@@ -31,7 +31,7 @@ class Need:
 
 def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> None:
     """Raise ValueError where this rank's memory cannot hold what the settings ask for; local, so agree on it."""
-    cache, batch = config.cache, config.scheduler.max_batch
+    cache, batch, attention = config.cache, config.scheduler.max_batch, config.attention
     num_pages, max_position = cache.num_pages or 1, footprint.spec.max_position
     table = batch * -(-footprint.placement.num_blocks(max_position) // footprint.layout.kvp) * _TABLE_ENTRY_BYTES
     rows = f"scheduler.max_batch = {batch} sequences of up to {max_position} tokens"
@@ -40,6 +40,10 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
         Need(footprint.weights_bytes, "the model", "spread it over more ranks"),
         Need(num_pages * footprint.page_bytes, f"cache.num_pages = {cache.num_pages}"),
         Need(table, rows, lower),
+        Need(
+            footprint.workspace_bytes(attention.workspace_tokens if attention.expand_rows else 0),
+            f"attention.workspace_tokens = {attention.workspace_tokens}",
+        ),
     ]
     on_host = [
         Need(cache.host_pages * footprint.page_bytes, f"cache.host_pages = {cache.host_pages}"),
@@ -53,7 +57,7 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
     if launch.device.type == "cuda":
         longest = config.scheduler.prefill_chunk + batch
         what = f"a step of scheduler.prefill_chunk = {config.scheduler.prefill_chunk} and scheduler.max_batch = {batch}"
-        on_device.append(Need(footprint.activation_bytes(longest), f"{what} rows", "lower them"))
+        on_device.append(Need(footprint.activation_bytes(longest, workspace_tokens=0), f"{what} rows", "lower them"))
         _require(on_device, free_bytes(launch.device, 1.0, 1), "the GPU")
         on_device = []  # the host has memory of its own
     _require(on_device + on_host, free_host_bytes(launch.local_world_size), "the host")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from attention.exchange import Exchange
 from attention.fused_exchange import OPERATION as EXCHANGE
+from attention.ranges import PlannedFillings
 from attention.rows import Rows, Work
 from attention.work import cut
 from parallel.all_reduce_norm import OPERATION as ALL_REDUCE
@@ -53,6 +54,8 @@ class Runner:
         max_batch: rows of the page table.
         max_len: the longest sequence, in tokens.
         share_qkv_rows: steps of at least so many rows share the QKV projection; 0 is never.
+        expand_rows: steps with at least so many rows of one sequence attend to keys and values that are made of
+            latents, where the decoder has a workspace for them; 0 is never.
         faults: where this rank's kernels note waits that they gave up; None where no kernel waits.
 
     Attributes:
@@ -69,11 +72,13 @@ class Runner:
         max_batch: int,
         max_len: int,
         share_qkv_rows: int,
+        expand_rows: int = 0,
         faults: Faults | None = None,
     ) -> None:
         self.decoder, self.exchange, self.cache, self.placement = decoder, exchange, cache, placement
         self.grid: HelixGrid = decoder.grid
         self._share_qkv_rows = share_qkv_rows if self.grid.layout.kvp > 1 else 0
+        self._expand_rows = expand_rows if decoder.made is not None else 0
         width = -(-placement.num_blocks(max_len) // placement.kvp)
         self._page_table = torch.zeros((max_batch, width), dtype=torch.int32, device=decoder.device)
         self._host_table: npt.NDArray[np.int32] = np.zeros((max_batch, width), np.int32)
@@ -216,14 +221,17 @@ class Runner:
 
         Collective over the world.
         """
-        hidden, _ = self._forward(StepRows.for_nobody(num_rows), LocalRows.that_see_nothing(num_rows))
+        hidden, _ = self._forward(StepRows.for_nobody(num_rows), LocalRows.that_see_nothing(num_rows), repeat=2)
         self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(num_choices, -1)))
 
     def _local_rows(self, rows: StepRows) -> LocalRows:
         return LocalRows.of(rows, self.placement, self.grid.kvp_rank, self._host_table)
 
-    def _forward(self, step: StepRows, local: LocalRows) -> tuple[torch.Tensor, Rows]:
-        """Run the layers over a step's rows as they are, without a graph; all its inputs travel in one copy."""
+    def _forward(self, step: StepRows, local: LocalRows, *, repeat: int = 1) -> tuple[torch.Tensor, Rows]:
+        """Run the layers over a step's rows as they are, without a graph; all its inputs travel in one copy.
+
+        ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.
+        """
         arrays: dict[str, npt.NDArray[np.generic]] = {
             "token_ids": step.token_ids,
             "positions": step.positions,
@@ -232,8 +240,14 @@ class Runner:
             "visible_len": local.visible.astype(np.int32),
             "query_start": step.query_start.astype(np.int32),
         }
-        cutting = self.decoder.cutting(self.cache.layers[0], max_rows=int(step.counts.max()))
-        work = None if cutting is None else cut(local.visible, step.query_start, step.row_seq, cutting)
+        longest = int(step.counts.max())
+        planned = self._plan(step, local, longest) if 0 < self._expand_rows <= longest else None
+        work = cutting = None
+        if planned is not None:
+            arrays |= planned.arrays
+        else:
+            cutting = self.decoder.cutting(self.cache.layers[0], max_rows=longest)
+            work = None if cutting is None else cut(local.visible, step.query_start, step.row_seq, cutting)
         if work is not None:
             arrays |= {"pieces": work.pieces, "span_start": work.span_start, "part_start": work.part_start}
         shared = SharedRows.of(step, self.placement, self.grid.kvp_rank) if self._shares(step.num_rows) else None
@@ -256,7 +270,24 @@ class Runner:
         token_ids = sent["token_ids"]
         if (step.token_ids < 0).any():
             token_ids = torch.where(token_ids < 0, self._last_tokens[rows.row_seq.long()], token_ids)
-        return self.decoder.forward(token_ids, rows, self.cache.layers, self.exchange, share), rows
+        fillings = [] if planned is None else planned.on_device(sent, rows) * repeat
+        hidden = self.decoder.forward(token_ids, rows, self.cache.layers, self.exchange, share, fillings=fillings)
+        return hidden, rows
+
+    def _plan(self, step: StepRows, local: LocalRows, longest: int) -> PlannedFillings:
+        """Deal out what a step's rows see here into fillings of the decoder's workspace."""
+        assert self.decoder.made is not None
+        made = self.decoder.made
+        cutting = self.decoder.cutting(made.workspace, max_rows=longest)
+        return PlannedFillings.of(
+            local.visible,
+            step.query_start,
+            step.row_seq,
+            self._host_table,
+            block_size=self.placement.block_size,
+            capacity=made.capacity,
+            cutting=cutting,
+        )
 
     def _shares(self, num_rows: int) -> bool:
         """Return whether KVP ranks share the QKV projection of a step of so many rows; alike on every rank."""

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from attention.append import append, rope_append, rotate
 from attention.exchange import Exchange
 from attention.pages import Pages
-from attention.partial import PartialAttention
+from attention.partial import PartialAttention, Partials, Workspace
+from attention.ranges import Filling, attend_ranges
 from attention.rows import Rows
 from attention.work import Cutting
 from parallel.all_reduce_norm import AllReduceNorm
@@ -32,7 +33,7 @@ from parallel.sharded_argmax import ShardedArgmax
 
 from .embed import embed
 from .experts import mixture
-from .latent import project, values_of
+from .latent import MadeOfLatents, project, values_of
 from .linear import gated_linear, linear, split_linear
 from .quantized import Matrix, Quantized
 from .spec import Experts, ModelSpec
@@ -70,6 +71,7 @@ class Decoder:
     Attributes:
         num_heads, num_kv_heads: the query and KV heads of this rank's attention, before the exchange.
         top: the weights outside the layers, by role; layers: those of each layer, by role.
+        made: where keys and values are made of latents; None without ``workspace_tokens``, or latents.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Decoder:
         attention: PartialAttention,
         reduce_norm: AllReduceNorm | None = None,
         argmax: ShardedArgmax | None = None,
+        workspace_tokens: int = 0,
         pdl: bool = False,
     ) -> None:
         self.spec, self.grid, self.dtype, self.device = spec, grid, dtype, device
@@ -101,6 +104,10 @@ class Decoder:
             self._allocate(layer_weights(spec, layer, self.part)) for layer in range(spec.num_layers)
         ]
 
+        self.made = None
+        if spec.latent is not None and workspace_tokens:
+            self.made = MadeOfLatents(spec.latent, self.num_heads, workspace_tokens, dtype=dtype, device=device)
+
     def _allocate(self, weights: dict[str, Weight]) -> Parameters:
         return {role: self._room(weight) for role, weight in weights.items()}
 
@@ -114,9 +121,10 @@ class Decoder:
         """Bytes of the weights that this rank's layers hold."""
         return sum(int(weight.nbytes) for layer in self.layers for weight in layer.values())
 
-    def cutting(self, pages: Pages, *, max_rows: int) -> Cutting | None:
+    def cutting(self, pages: Pages | Workspace, *, max_rows: int) -> Cutting | None:
         """Return how attention over pages like these wants steps cut, whose longest run has so many rows."""
-        value_dim = None if self.spec.latent is None else self.spec.latent.rank
+        latent = None if isinstance(pages, Workspace) else self.spec.latent
+        value_dim = None if latent is None else latent.rank
         return self._attention.cutting(pages, self.num_heads, max_rows, value_dim=value_dim)
 
     @torch.inference_mode()
@@ -128,6 +136,7 @@ class Decoder:
         exchange: Exchange,
         share: RowShare | None = None,
         *,
+        fillings: Sequence[Filling] = (),
         chosen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run all layers over one step's rows and return their final hidden states, normalised: [R, h].
@@ -138,6 +147,7 @@ class Decoder:
             pages: those of each layer; K and V of owned rows are appended to it (or latents).
             exchange: the exchange over the KVP group.
             share: how the KVP ranks share the QKV projection; None where each projects every row.
+            fillings: of ``made``, where the rows attend to keys and values made of latents; on all ranks or on none.
             chosen: [B] int64 on CUDA; a token id of -1 means the token there of the row's sequence.
         """
         # before the step's first kernel: what appends reads slots without waiting for the kernel before it
@@ -155,20 +165,34 @@ class Decoder:
         if share is not None:
             cos, sin = cos[share.mine], sin[share.mine]
         next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
-        latent = self.spec.latent
-        value_dim = None if latent is None else latent.rank
         exchange.begin_step()
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            q = self._project_qkv(weights, normed, cos, sin, slot, pages[layer], share)
-            partials = self._attention(q, pages[layer], rows, self.spec.scale, value_dim=value_dim)
-            merged = exchange(partials, layer=layer)
-            if latent is not None:
-                merged = values_of(merged, weights["v_up"], latent)
+            q = self._project_qkv(weights, normed, cos, sin, slot, pages[layer], share, plain=bool(fillings))
+            merged = exchange(self._attend(q, pages[layer], rows, fillings, weights), layer=layer)
+            if self.spec.latent is not None and not fillings:
+                first, stop = (head - self.part.q_heads[0] for head in self.part.out_heads)
+                size = self.spec.latent.value_dim
+                merged = values_of(merged, weights["v_up"][first * size : stop * size], self.spec.latent)
             projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl)
             normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * layer)
             added = self._feed_forward(weights, normed, self.spec.experts_of(layer))
             normed = self._sum_and_norm(added, stream, next_norm, 2 * layer + 1)
         return normed
+
+    def _attend(
+        self, q: torch.Tensor, pages: Pages, rows: Rows, fillings: Sequence[Filling], weights: Parameters
+    ) -> Partials:
+        latent, scale = self.spec.latent, self.spec.scale
+        if not fillings:
+            return self._attention(q, pages, rows, scale, value_dim=None if latent is None else latent.rank)
+        assert self.made is not None
+        made = self.made
+        return attend_ranges(
+            q,
+            fillings,
+            lambda tokens: made.make(tokens, pages, weights),
+            lambda q, rows: self._attention(q, made.workspace, rows, scale),
+        )
 
     @torch.inference_mode()
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -235,10 +259,12 @@ class Decoder:
         slot: torch.Tensor,
         pages: Pages,
         share: RowShare | None,
+        *,
+        plain: bool,
     ) -> torch.Tensor:
         """Project, rotate, append K and V, and return Q of all rows: [R, Q, D].
 
-        cos, sin and slot are those of the rows that this rank projects.
+        cos, sin and slot are those of the rows that this rank projects; ``plain`` as in ``latent.project``.
         """
         if share is not None:
             normed = normed[share.mine]
@@ -248,7 +274,7 @@ class Decoder:
         if self.spec.latent is not None:
             q = project(
                 flat, cos, sin, pages, slot, weights, self.spec.latent, num_heads=num_q, interleaved=interleaved,
-                pdl=self._pdl,
+                plain=plain, pdl=self._pdl,
             )  # fmt: skip
         elif flat.is_cuda:
             norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if self.spec.qk_norm else None

@@ -4,6 +4,10 @@ What every head makes of a token's latent is linear, so the key's up-projection 
 value's to what attention returns (DeepSeek-V2, arXiv 2405.04434, section 2.1). Attention then reads one vector a token,
 for all heads, and that is what the cache holds: the latent after its norm, then the key that RoPE has turned.
 
+So a query multiplies 2 C + T elements a token and head. Of keys and values that are made of the latents it would be
+P + T + V, at C (P + V) once a token and head: with DeepSeek's sizes 320 for 1,088, which pays from some 170 rows of a
+sequence on. Chunks of at least ``attention.expand_rows`` therefore attend to ranges of made keys and values.
+
 Shape letters: R rows, Q query heads of this rank, H those after the exchange; P plain, T turned, C latent elements.
 """
 
@@ -16,8 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from attention.append import append, rotate
-from attention.latent_append import latent_append, latent_queries
-from attention.pages import Pages
+from attention.latent_append import latent_append, latent_queries, turn_queries
+from attention.pages import Pages, QuantizedPages
+from attention.partial import Workspace
+from attention.ranges import PAGE
 
 from .linear import linear
 from .spec import Latent
@@ -34,9 +40,12 @@ def project(
     *,
     num_heads: int,
     interleaved: bool,
+    plain: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Append what owned rows are to cache, and return the queries of all rows in the latent space: [R, Q, C + T].
+
+    With ``plain`` they are queries of made keys: [R, Q, P + T].
 
     Args:
         flat: [S, R, q_rank or Q (P + T), then C + T], as the projection ``qkv`` leaves it: the sum over S.
@@ -47,9 +56,9 @@ def project(
         latent: sizes.
         num_heads: Q.
         interleaved: see ``rotate``.
+        plain: do not take queries into the latent space.
         pdl: launch programmatically dependent, where a projection has a kernel of its own.
     """
-    k_up = weights["k_up"].unflatten(0, (num_heads, latent.plain_dim))
     if flat.is_cuda:
         first = latent_append(
             flat,
@@ -74,17 +83,59 @@ def project(
     if latent.q_rank is not None:
         first = linear(first, weights["q_b"], pdl=pdl)
     first = first.unflatten(-1, (num_heads, latent.q_dim))
-    absorbed = torch.bmm(first[..., : latent.plain_dim].transpose(0, 1), k_up)
-    if flat.is_cuda:
-        return latent_queries(first, absorbed, cos, sin, interleaved=interleaved, pdl=pdl)
-    turned = rotate(first[..., latent.plain_dim :], cos, sin, interleaved=interleaved)
-    return torch.cat((absorbed.transpose(0, 1), turned), -1)
+    if plain and flat.is_cuda:
+        turn_queries(first, cos, sin, interleaved=interleaved, pdl=pdl)
+        return first
+    own = first[..., : latent.plain_dim]
+    if not plain:
+        absorbed = torch.bmm(own.transpose(0, 1), weights["k_up"].unflatten(0, (num_heads, latent.plain_dim)))
+        if flat.is_cuda:
+            return latent_queries(first, absorbed, cos, sin, interleaved=interleaved, pdl=pdl)
+        own = absorbed.transpose(0, 1)
+    return torch.cat((own, rotate(first[..., latent.plain_dim :], cos, sin, interleaved=interleaved)), -1)
+
+
+class MadeOfLatents:
+    """A workspace in which the keys and values of all heads of this rank are made, for one layer at a time.
+
+    Args:
+        latent: sizes.
+        num_heads: Q.
+        capacity: tokens that it holds, rounded up to whole pages.
+
+    Attributes:
+        capacity: tokens.
+        workspace: what attention reads.
+    """
+
+    def __init__(
+        self, latent: Latent, num_heads: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.capacity = -(-capacity // PAGE) * PAGE
+        self._rank = latent.rank
+        widths = num_heads * latent.plain_dim, num_heads * latent.value_dim, latent.rank + latent.turned_dim
+        self._k, self._v, self._latents = (
+            torch.empty((self.capacity, width), dtype=dtype, device=device) for width in widths
+        )
+        k, v = self._k.unflatten(1, (num_heads, -1)), self._v.unflatten(1, (num_heads, -1))
+        self.workspace = Workspace(k, v, self._latents[:, latent.rank :], PAGE)
+
+    def make(self, tokens: torch.Tensor, pages: Pages, weights: Mapping[str, Any]) -> None:
+        """Make keys and values of tokens in a layer's pages: see ``attention.ranges.Filling.tokens``."""
+        num_tokens = tokens.shape[0]
+        latents = self._latents[:num_tokens]
+        if isinstance(pages, QuantizedPages):
+            latents[...] = pages.tokens(tokens)[:, 0, 0]
+        else:
+            torch.index_select(pages.view(-1, pages.shape[-1]), 0, tokens, out=latents)
+        for role, made in (("k_up", self._k), ("v_up", self._v)):
+            torch.mm(latents[:, : self._rank], weights[role].T, out=made[:num_tokens])
 
 
 def values_of(merged: torch.Tensor, v_up: torch.Tensor, latent: Latent) -> torch.Tensor:
     """Return the values [R, H, value_dim] of what attention returned in the latent space, [R, H, C].
 
-    v_up is [H value_dim, C].
+    v_up is [H value_dim, C], of the same heads.
     """
     per_head = v_up.unflatten(0, (merged.shape[1], latent.value_dim))
     return torch.bmm(merged.transpose(0, 1), per_head.mT).transpose(0, 1)

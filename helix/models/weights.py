@@ -150,7 +150,7 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     with latents, of rank elements and T turned ones, instead of the first four (P plain elements a head, W of a value):
     qkv [(q_rank or q heads * (P + T)) + rank + T, h]: of queries or their latents, then of what is cached
     q_a_norm [q_rank], q_b [q heads * (P + T), q_rank] where queries have a latent too; latent_norm [rank]
-    k_up [q heads * P, rank], v_up [out heads * W, rank], o [h, out heads * W]
+    k_up [q heads * P, rank], v_up [q heads * W, rank], o [h, out heads * W]
     where the layer has experts, instead of gate_up and down:
     router [all experts, h] whole on every rank, router_bias [all experts] where they are chosen by sigmoid
     shared_gate_up [2 * shared, h], shared_down [h, shared] of part.shared_ffn, where there are shared ones
@@ -210,11 +210,11 @@ def _latent(spec: ModelSpec, latent: Latent, layer: int, part: Part) -> dict[str
     q_rows, o_cols = _times(part.q_heads, latent.q_dim), _times(part.out_heads, value)
     kv_a, kv_b = Piece(name(names.kv_a)), name(names.kv_b)  # of each head the rows of its key, then of its value
     k_up = tuple(Piece(kv_b, (head * both, head * both + plain)) for head in range(*part.q_heads))
-    v_up = tuple(Piece(kv_b, (head * both + plain, (head + 1) * both)) for head in range(*part.out_heads))
+    v_up = tuple(Piece(kv_b, (head * both + plain, (head + 1) * both)) for head in range(*part.q_heads))
     weights = {
         "latent_norm": Weight((latent.rank,), (Piece(name(names.kv_a_norm)),)),
         "k_up": Weight((num_q * plain, latent.rank), k_up),
-        "v_up": Weight((num_out * value, latent.rank), v_up),
+        "v_up": Weight((num_q * value, latent.rank), v_up),
         "o": Weight((h, num_out * value), (Piece(name(names.o), cols=o_cols),)),
     }
     if latent.q_rank is None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from attention.work import WORKSPACE_TOKENS
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
@@ -175,10 +176,19 @@ class Footprint:
         """Return how many sequences of ``context`` tokens so many pages a rank hold, their first owners in turn."""
         return num_pages * self.layout.kvp // self.placement.num_blocks(context)
 
-    def activation_bytes(self, num_rows: int) -> int:
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """Return what a workspace for the keys and values of so many tokens takes: none without latents."""
+        latent = self.spec.latent
+        if latent is None:
+            return 0
+        made = self.num_heads * (latent.plain_dim + latent.value_dim)
+        return num_tokens * (made + self.spec.head_dim) * _ELEMENT_BYTES[self.storage.weights]
+
+    def activation_bytes(self, num_rows: int, *, workspace_tokens: int = WORKSPACE_TOKENS) -> int:
         """Return about what a step of so many rows takes beside weights and cache.
 
-        Its widest moments: the gated units of the rows, some copies of the stream, and the partials of attention.
+        Its widest moments: the gated units of the rows, some copies of the stream, and the partials of attention; and
+        the workspace of so many tokens.
         """
         spec, part = self.spec, self.part
         units = part.ffn[1] - part.ffn[0]
@@ -186,7 +196,8 @@ class Footprint:
             held = part.expert_ffn[1] - part.expert_ffn[0]
             units = max(units, spec.experts.num_chosen * (held + spec.hidden_size) // 3)
         width = 3 * units + 6 * spec.hidden_size + 2 * self.num_heads * spec.value_dim
-        return num_rows * width * _ELEMENT_BYTES[self.storage.weights]
+        rows_bytes = num_rows * width * _ELEMENT_BYTES[self.storage.weights]
+        return rows_bytes + self.workspace_bytes(workspace_tokens)
 
     def _matrices(self, weights: Mapping[str, Weight]) -> dict[str, Matrix]:
         return {

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.append import append, rotate
-from attention.latent_append import latent_append, latent_queries
+from attention.latent_append import latent_append, latent_queries, turn_queries
 from attention.merge import merge_reference
 from attention.partial import select_backend
 from attention.reference import partial_attention
@@ -132,3 +132,7 @@ def test_two_launches_do_what_the_steps_do(dtype, summands, norm_q, interleaved)
     queries = latent_queries(heads, absorbed, cos, sin, interleaved=interleaved)
     by_steps = torch.cat((absorbed.transpose(0, 1), rotate(heads[..., 12:], cos, sin, interleaved=interleaved)), -1)
     torch.testing.assert_close(queries, by_steps, **close)
+
+    expected = torch.cat((heads[..., :12], rotate(heads[..., 12:], cos, sin, interleaved=interleaved)), -1)
+    turn_queries(heads, cos, sin, interleaved=interleaved)
+    torch.testing.assert_close(heads, expected, **close)

@@ -104,7 +104,7 @@ def generate_body(path, kvp, tpa, runs, ep=1):
             model=ModelConfig(path=path, dtype="float32"),
             parallel=ParallelConfig(kvp=kvp, tpa=tpa, ep=ep),
             cache=CacheConfig(block_size=block_size, num_pages=8192 // block_size),
-            attention=AttentionConfig(share_qkv_rows=share),
+            attention=AttentionConfig(share_qkv_rows=share, expand_rows=8 if cuts else 256, workspace_tokens=128),
             scheduler=SchedulerConfig(max_batch=4 if cuts else 8, prefill_chunk=prefill_chunk),
             runtime=RuntimeConfig(check_ranks=cuts),
         )

@@ -8,7 +8,11 @@ from transformers import AutoConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3TopkRouter
 
+from attention.append import append
+from attention.pages import PageLayout, pages_to_wide
+from attention.ranges import PAGE
 from helix.models.experts import experts_in_use, mix_queued, mix_reference, route
+from helix.models.latent import MadeOfLatents
 from helix.models.spec import Experts, Latent, load_spec
 from helix.models.tokenizer import load_tokenizer
 
@@ -156,3 +160,24 @@ def test_scores_that_are_no_numbers_choose_no_expert(sigmoid):
     used = experts_in_use(logits.unsqueeze(0), 8, experts, first=0, bias=bias)
     assert used.ids[: int(used.count)].tolist() == [6, 7]
     assert not used.row_weights[:, [0, 2]].any()
+
+
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_keys_and_values_are_made_of_what_pages_hold(in_8_bits):
+    """Of two heads, plain elements of 6, values of 4, latents of 8 and 4 turned ones; 8 bits are widened first."""
+    latent = Latent(rank=8, turned_dim=4, plain_dim=6, value_dim=4, q_rank=None, scale=1.0)
+    generator = torch.Generator().manual_seed(0)
+    cached, slots = torch.randn(20, 1, 12, generator=generator), torch.randperm(20, generator=generator).int()
+    layout = PageLayout(1, 4, 12, torch.float32, 8, in_8_bits)
+    pages = layout.pages_of(layout.views(torch.empty(5, layout.page_bytes, dtype=torch.uint8)))
+    append(cached, None, pages, torch.arange(20))
+    held = pages_to_wide(pages, torch.arange(5), torch.float32).flatten(0, 3)
+    weights = {role: torch.randn(2 * n, 8, generator=generator) for role, n in (("k_up", 6), ("v_up", 4))}
+    made = MadeOfLatents(latent, 2, 100, dtype=torch.float32, device=torch.device("cpu"))
+    assert made.capacity == PAGE
+    made.make(slots, pages, weights)
+    latents, turned = held[slots.long()].split((8, 4), -1)
+    workspace = made.workspace
+    torch.testing.assert_close(workspace.k[:20].flatten(1), latents @ weights["k_up"].T)
+    torch.testing.assert_close(workspace.v[:20].flatten(1), latents @ weights["v_up"].T)
+    torch.testing.assert_close(workspace.turned[:20], turned, rtol=0, atol=0)
