@@ -10,31 +10,32 @@ import codecs
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from helix.cache.retention import Retention
+from helix.fields import (
+    BY_NAME,
+    FIELDS,
+    is_ids,
+    one_name,
+    require_messages,
+    require_neutral,
+    retention_of,
+    take_settings,
+)
 from helix.request import Request
 from helix.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 LINE_KEYS = (*PROMPT_KEYS, "id", "sampling", "cache_salt", "retention")
-RETENTION_KEYS = ("start", "end", "priority", "duration_s")
 BATCH_KEYS = ("custom_id", "method", "url", "body")
 BATCH_URLS = ("/v1/chat/completions", "/v1/completions")
-SETTINGS = tuple(each.name for each in fields(SamplingParams))
-SAME_AS = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens", "custom_id": "id"}
-NO_EFFECT = ("model", "user", "metadata", "store", "stream", "stream_options", "service_tier", "safety_identifier",
-             "prompt_cache_key")  # fmt: skip
-# What other programs write where they ask for nothing; any other value would change the answer.
-NEUTRAL = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logit_bias": ({},), "tools": ([],),
-    "functions": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "use_beam_search": (False,),
-    "length_penalty": (1,), "min_tokens": (0,), "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,), "prompt_logprobs": (0,),
-}  # fmt: skip
+# Keys of HTTP that say how an answer is given: in a file they change nothing, whatever they hold.
+NO_EFFECT = (
+    "model",
+    *(each.name for each in FIELDS if each.kind == "ignored"),
+    *("stream", "stream_options", "request_id"),
+)
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -167,54 +168,32 @@ def _body(item: dict[str, Any], *, strict: bool = False) -> dict[str, Any]:
 
 
 def _fill(request: Request, item: Mapping[str, Any], sampling: SamplingParams) -> None:
-    given: dict[str, Any] = {}
-    for key, value in item.items():
-        name = SAME_AS.get(key, key)
-        if name in given and given[name] != value:
-            raise ValueError(f"{name} is given twice, once as {key}; give it once")
-        given[name] = value
+    given = one_name(item, {"custom_id": "id"})
     overrides = given.pop("sampling", {})
     if not isinstance(overrides, dict):
         raise ValueError(f"sampling is a {type(overrides).__name__}, must be an object")
-    _take_logprobs(given)
-    for key in [key for key in given if key in SETTINGS]:
-        if overrides.get(key, given[key]) != given[key]:
+    for key, value in take_settings(given).items():
+        if overrides.get(key, value) != value:
             raise ValueError(f"{key} is given twice, once in sampling; give it once")
-        overrides = overrides | {key: given.pop(key)}
+        overrides = overrides | {key: value}
     request.sampling = sampling.with_overrides(overrides)
-    retention = _retention(given.pop("retention", []))
-    for key in _foreign(given):
-        del given[key]
-    given.pop("id", None)
+    request.retention = retention_of(given.pop("retention", []))
+    for name in ("id", *_foreign(given)):
+        given.pop(name, None)
     _take_prompt(given)
     for key, value in given.items():
         setattr(request, key, value)
-    request.retention = retention
 
 
 def _foreign(given: Mapping[str, Any]) -> list[str]:
     """Return the keys of other programs that change no answer; ValueError for any that would, or that is no key."""
-    own = {each.name for each in fields(Request)} - {"error", "sampling"}
-    foreign = [key for key in given if key not in own]
+    foreign = [key for key in given if key not in LINE_KEYS]
     for key in foreign:
-        if key in NEUTRAL and any(given[key] == value for value in NEUTRAL[key]):
-            continue
-        if key in NEUTRAL:
-            raise ValueError(f"{key} = {json.dumps(given[key])[:200]} is not supported; leave it out")
-        if key not in NO_EFFECT:
+        if key in BY_NAME and key not in NO_EFFECT:
+            require_neutral(key, given[key])
+        elif key not in NO_EFFECT:
             raise ValueError(f"{key!r} is not a key; the keys are {', '.join(LINE_KEYS)}, and the settings of sampling")
     return foreign
-
-
-def _take_logprobs(given: dict[str, Any]) -> None:
-    """Turn OpenAI's two ways to ask for log-probabilities into the number of alternatives."""
-    top = given.pop("top_logprobs", None)
-    if given.get("logprobs") is True:
-        given["logprobs"] = top or 0
-    elif given.get("logprobs") is False:
-        del given["logprobs"]
-    elif top is not None:
-        raise ValueError(f"top_logprobs = {json.dumps(top)[:200]} needs logprobs = true")
 
 
 def _take_prompt(given: dict[str, Any]) -> None:
@@ -230,34 +209,10 @@ def _take_prompt(given: dict[str, Any]) -> None:
         raise ValueError(f"prompt is a {type(prompt).__name__}, must be a string")
     if prompt is not None:
         prompt.encode("utf-8")  # a lone surrogate is legal in JSON and in no text: UnicodeEncodeError, a ValueError
-    if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
+    if ids is not None and not is_ids(ids):
         raise ValueError("prompt_token_ids must be a list of integers")
-    if messages is not None and not (isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)):
-        raise ValueError('messages must be a list of objects {"role": ..., "content": ...}')
+    if messages is not None:
+        require_messages(messages)
     salt = given.get("cache_salt", "")
     if not isinstance(salt, str):
         raise ValueError(f"cache_salt is a {type(salt).__name__}, must be a string")
-
-
-def _retention(ranges: Any) -> tuple[Retention, ...]:
-    """Return the retention of an input line: one range of tokens, or a list of them."""
-    ranges = [ranges] if isinstance(ranges, dict) else ranges
-    if not (isinstance(ranges, list) and all(isinstance(each, dict) for each in ranges)):
-        raise ValueError('retention must be an object {"start": ..., "end": ..., "priority": ..., "duration_s": ...}, '
-                         "or a list of them")  # fmt: skip
-    return tuple(_range(each) for each in ranges)
-
-
-def _range(given: Mapping[str, Any]) -> Retention:
-    values = {}
-    for key, value in given.items():
-        if key not in RETENTION_KEYS:
-            raise ValueError(f"retention.{key} is not a key; the keys are {', '.join(RETENTION_KEYS)}")
-        if key != "duration_s" and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if value is None:
-            continue
-        if type(value) not in ((int, float) if key == "duration_s" else (int,)):
-            raise ValueError(f"retention.{key} = {json.dumps(value)} must be a number")
-        values[key] = value
-    return Retention(**values)
