@@ -112,6 +112,11 @@ class Engine:
         """True while any sequence waits or runs."""
         return self.scheduler.has_work
 
+    @property
+    def num_live(self) -> int:
+        """Sequences that have arrived and not ended."""
+        return len(self._live)
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
         self.note_arrival(seq)

@@ -46,6 +46,7 @@ from .prediction import storage_of
 from .prepare import Prepared
 from .prompts import Limits, Preparer, Prompt, as_prompts
 from .request import RequestOutput, StreamEvent
+from .request import Sequence as RunningSequence
 from .runner import Runner
 from .sampling import SamplingParams
 from .scheduler import Scheduler
@@ -241,6 +242,10 @@ class LLM:
             if events is None:
                 return
             yield events
+
+    def find(self, index: int) -> RunningSequence | None:
+        """Return the sequence of an index while it waits or runs; the same on every rank."""
+        return self._front.find(index)
 
     def listen(self, listener: Listener) -> None:
         """Call a function on this rank with every block that is stored, removed or moved from now on.

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,11 +14,15 @@ from parallel.placement import BlockCyclic
 
 from .commands import Add, Refuse, encode
 from .messages import plain_messages
-from .models.spec import ModelSpec
 from .request import Request
 from .sampling import SEED_LIMIT, SamplingParams
 
 Prompt = str | Sequence[int] | Request
+# What apply_chat_template takes for itself, and a template never sees.
+_OWN_ARGUMENTS = (
+    "conversation", "messages", "chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
 
 
 def as_request(prompt: Prompt) -> Request:
@@ -42,6 +46,18 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return [list(given)] if is_one else given
 
 
+class TokenSpace(Protocol):
+    """What a prompt must fit: a model's spec, say."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below it are tokens."""
+
+    @property
+    def max_position(self) -> int:
+        """Tokens that the model takes."""
+
+
 class PromptReader:
     """Turns requests into token ids for one model; the same on every rank.
 
@@ -50,7 +66,7 @@ class PromptReader:
         tokenizer: a transformers tokenizer, or None: prompts are then token ids.
     """
 
-    def __init__(self, spec: ModelSpec, tokenizer: Any) -> None:
+    def __init__(self, spec: TokenSpace, tokenizer: Any) -> None:
         self._spec, self._tokenizer = spec, tokenizer
 
     def token_ids(self, request: Request) -> list[int]:
@@ -89,19 +105,28 @@ class PromptReader:
         if self._tokenizer is None:
             name = "messages" if request.prompt is None else "prompt"
             raise ValueError(f"{name} needs a tokenizer, but the model folder has none; use prompt_token_ids")
-        if request.prompt is not None:
-            ids = list(self._tokenizer(request.prompt)["input_ids"])
-            bos, text = self._tokenizer.bos_token_id, self._tokenizer.bos_token
-            is_doubled = bos is not None and ids[:2] == [bos, bos] and not request.prompt.startswith(text * 2)
-            return ids[is_doubled:]  # the text begins with the token that the tokenizer adds
+        if request.prompt is None:
+            return list(self._tokenizer(self.render(request), add_special_tokens=False)["input_ids"])
+        ids = list(self._tokenizer(request.prompt, add_special_tokens=not request.is_rendered)["input_ids"])
+        bos, text = self._tokenizer.bos_token_id, self._tokenizer.bos_token
+        is_doubled = bos is not None and ids[:2] == [bos, bos] and not request.prompt.startswith(text * 2)
+        return ids[is_doubled:]  # the text begins with the token that the tokenizer adds
+
+    def render(self, request: Request) -> str:
+        """Return the text that the chat template makes of a request's messages; ValueError says why it makes none."""
+        if self._tokenizer is None:
+            raise ValueError("messages needs a tokenizer, but the model folder has none; use prompt_token_ids")
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError("messages needs a chat template, but the model's tokenizer has none; use prompt")
         messages = plain_messages(request.messages or (), str(self._tokenizer.chat_template))
+        arguments = {"add_generation_prompt": not request.template.get("continue_final_message")} | request.template
+        for name in _OWN_ARGUMENTS:
+            if name in arguments:
+                raise ValueError(f"{name} is no argument for a chat template; leave it out")
         try:
-            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
         except Exception as error:  # a template is the model's own program: it may raise anything
             raise ValueError(f"the chat template refused messages: {error}") from error
-        return list(ids)
 
 
 @dataclass(frozen=True)
@@ -149,8 +174,8 @@ class Preparer:
     def __init__(
         self, prompts: PromptReader, limits: Limits, *, has_tokenizer: bool, end_of_turn_ids: Sequence[int] = ()
     ) -> None:
-        self._end_of_turn_ids = list(end_of_turn_ids)
-        self._prompts, self._limits, self._has_tokenizer = prompts, limits, has_tokenizer
+        self.limits, self.end_of_turn_ids = limits, list(end_of_turn_ids)
+        self._prompts, self._has_tokenizer = prompts, has_tokenizer
         self._entropy, self._num_seeded = secrets.randbelow(SEED_LIMIT), count()
 
     def settle(self, index: int, prompt: Prompt, sampling: SamplingParams) -> Settled:
@@ -165,15 +190,16 @@ class Preparer:
 
     def prepare(self, index: int, request: Request, sampling: SamplingParams) -> Add:
         """Return the command that adds a request; ValueError says in one line why it cannot run."""
-        token_ids, limits = self._prompts.token_ids(request), self._limits
+        token_ids, limits = self._prompts.token_ids(request), self.limits
         sampling = replace(sampling)  # checked again: a caller may have changed it since it was made
         if sampling.logprobs is not None and sampling.logprobs > limits.max_logprobs:
             raise ValueError(
                 f"sampling.logprobs = {sampling.logprobs} exceeds scheduler.max_logprobs = {limits.max_logprobs}; "
                 "raise that, or ask for fewer"
             )
-        if request.messages is not None and self._end_of_turn_ids and not sampling.ignore_eos:
-            sampling = replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *self._end_of_turn_ids])
+        is_answer = request.messages is not None or request.is_rendered
+        if is_answer and self.end_of_turn_ids and not sampling.ignore_eos:
+            sampling = replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *self.end_of_turn_ids])
         max_len = min(len(token_ids) + sampling.max_tokens, limits.max_position)
         if not limits.fits(max_len - 1):
             raise ValueError(
@@ -182,19 +208,20 @@ class Preparer:
             )
         if sampling.stop and not self._has_tokenizer:
             raise ValueError(f"sampling.stop = {sampling.stop} needs a tokenizer, but the model folder has none")
-        seed = sampling.seed
-        if seed is None:
-            seed = (self._entropy + next(self._num_seeded)) % SEED_LIMIT
         return Add(
             index,
             _name(request),
             token_ids=np.array(token_ids, "<i4").tobytes(),
             sampling=sampling,
-            seed=seed,
+            seed=self.new_seed() if sampling.seed is None else sampling.seed,
             max_len=max_len,
             cache_salt=request.cache_salt,
             retention=request.retention,
         )
+
+    def new_seed(self) -> int:
+        """Return a seed that no other request has."""
+        return (self._entropy + next(self._num_seeded)) % SEED_LIMIT
 
 
 def _name(request: Request) -> bytes | None:

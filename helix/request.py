@@ -30,6 +30,8 @@ class Request:
         prompt: text; token ids are the tokenizer's, special tokens included.
         prompt_token_ids: token ids, used as they are.
         messages: chat turns {"role", "content"}, put through the tokenizer's chat template.
+        template: arguments of the chat template, such as tools; only with messages.
+        is_rendered: the prompt is a chat template's text: special tokens are in it, and an end of turn ends the answer.
         sampling: how to sample; None takes the run's own.
         id: the caller's name for it, returned with the output.
         cache_salt: it shares cached blocks only with requests of the same salt.
@@ -40,6 +42,8 @@ class Request:
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
     messages: list[dict[str, Any]] | None = None
+    template: dict[str, Any] = field(default_factory=dict)
+    is_rendered: bool = False
     sampling: SamplingParams | None = None
     id: str | None = None
     cache_salt: str = ""
@@ -63,7 +67,9 @@ class Request:
             raise ValueError("retention must hold Retention objects alone")
         if len(self.cache_salt) > MAX_SALT_CHARS:
             raise ValueError(f"cache_salt has {len(self.cache_salt)} characters, must have at most {MAX_SALT_CHARS}")
-        for name in ("prompt", "messages", "cache_salt"):
+        if self.template and self.messages is None:
+            raise ValueError(f"{next(iter(self.template))} is for the chat template; it needs messages")
+        for name in ("prompt", "messages", "template", "cache_salt"):
             check_text(name, getattr(self, name))
 
 

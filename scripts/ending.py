@@ -35,6 +35,7 @@ _CRASH_GRACE_S = 1.0
 _GRACE_S = 20.0  # a silent rank waits this long for rank 0 to speak; torchrun ends it earlier
 _rank_of_part: int | None = None
 _last_words: Callable[[], str] | None = None
+_on_signal: Callable[[int], bool] | None = None
 _speaking = threading.Lock()
 _has_spoken = False
 
@@ -80,6 +81,20 @@ def last_words(words: Callable[[], str]) -> Iterator[None]:
     _last_words = words
     yield
     _last_words = None  # not on the way out of an error, which is what they are for
+
+
+@contextmanager
+def taking_signals(take: Callable[[int], bool]) -> Iterator[None]:
+    """Ask ``take`` what to do at a signal meanwhile: True where it has taken care of it, and this rank goes on.
+
+    It is called by another thread, and must not raise.
+    """
+    global _on_signal
+    _on_signal = take
+    try:
+        yield
+    finally:
+        _on_signal = None
 
 
 def fail(problem: Exception | str, code: int = BAD_INPUT) -> NoReturn:
@@ -150,6 +165,8 @@ def ending_on_signals() -> Iterator[None]:
 def _watch(reader: int) -> None:
     while number := os.read(reader, 1)[0]:
         if number in SIGNALS:
+            if _on_signal is not None and _on_signal(number):
+                continue
             if rank() == 0:
                 _speak(f"error: ended by {signal.Signals(number).name}")
             os._exit(128 + number)

@@ -1,0 +1,194 @@
+"""From the body of a completion or chat request to what is asked: requests, and how their answers are to be given."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from ..cache.retention import DEFAULT_PRIORITY, Retention
+from ..checks import conforms
+from ..fields import BY_NAME, CHAT, is_ids, one_name, require_messages, require_neutral, retention_of, take_settings
+from ..request import Request
+from ..sampling import SamplingParams
+from .config import ServingConfig
+from .errors import ApiError
+
+_log = logging.getLogger(__name__)
+_TEMPLATE_FIELDS = {"add_generation_prompt": bool, "continue_final_message": bool, "documents": list}
+_MAX_NAMED = 100
+_named: set[str] = set()  # fields that the log has told of
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one HTTP call asks for.
+
+    Attributes:
+        endpoint: completions or chat.
+        requests: one a prompt, its settings in it.
+        n: answers to each prompt.
+        stream: send the answer as it is made.
+        include_usage, continuous_usage: a last chunk with the usage; usage in every chunk.
+        echo: begin with the prompt.
+        return_token_ids: tell the ids.
+        says_length: the length of the answer was asked for; else it is a default's.
+        parses: tool calls and reasoning are told apart from the text.
+    """
+
+    endpoint: str
+    requests: list[Request]
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    echo: bool = False
+    return_token_ids: bool = False
+    says_length: bool = False
+    parses: bool = False
+
+    @property
+    def is_chat(self) -> bool:
+        """True for messages."""
+        return self.endpoint == CHAT
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """Return the object that a body holds; ApiError where it holds none."""
+    try:
+        value = msgspec.json.decode(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the body is a {type(value).__name__}, must be an object")
+    return value
+
+
+def asked_of(
+    body: Mapping[str, Any], endpoint: str, model_name: str, sampling: SamplingParams, serving: ServingConfig
+) -> Asked:
+    """Return what a body asks for.
+
+    Raises:
+        ApiError: 404 for another model.
+        ValueError: in one line that begins with the field that is at fault.
+    """
+    given = one_name(body)
+    require_model(given.pop("model", None), model_name)
+    calls = _take_calls(given)
+    n = calls.pop("n", 1)
+    template = _template(given) if endpoint == CHAT else {}
+    settings = sampling.with_overrides(take_settings(given))
+    if calls.get("echo") and settings.logprobs is not None:
+        raise ValueError("echo = true together with logprobs is not supported; leave one of them out")
+    shared: dict[str, Any] = {
+        "sampling": settings,
+        "cache_salt": given.pop("cache_salt", ""),
+        "retention": _allowed(retention_of(given.pop("retention", [])), serving),
+        "template": template,
+    }
+    if endpoint == CHAT:
+        require_messages(given.get("messages"))
+        prompts: list[dict[str, Any]] = [{"messages": given.pop("messages")}]
+    else:
+        prompts = _prompts(given.pop("prompt", None), serving.max_prompts)
+    for name, value in given.items():
+        _pass_over(name, value, endpoint)
+    if len(prompts) * n > serving.max_choices:
+        raise ValueError(f"n = {n} for {len(prompts)} prompts exceeds serve.max_choices = {serving.max_choices}")
+    requests = [Request(**prompt, **shared) for prompt in prompts]
+    for request in requests:
+        request.check()
+    says_length = any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "max_new_tokens"))
+    return Asked(endpoint, requests, n, says_length=says_length, **calls)
+
+
+def require_model(given: Any, model_name: str) -> None:
+    """Raise ApiError where another model is asked for than the one that is served."""
+    if given is not None and given != model_name:
+        shown = str(given)[:200]
+        raise ApiError(
+            404, f"the model {shown!r} is not served here; {model_name!r} is", param="model", code="model_not_found"
+        )
+
+
+def _take_calls(given: dict[str, Any]) -> dict[str, Any]:
+    """Take out how the answer is to be given."""
+    calls: dict[str, Any] = {}
+    for name, kind in (("n", int), ("stream", bool), ("echo", bool), ("return_token_ids", bool), ("request_id", str)):
+        if name in given:
+            value = given.pop(name)
+            if not conforms(value, kind):
+                raise ValueError(f"{name} is a {type(value).__name__}, must be of type {kind.__name__}")
+            calls[name] = value
+    calls.pop("request_id", None)
+    if calls.get("n", 1) < 1:
+        raise ValueError(f"n = {calls['n']} must be at least 1")
+    options = given.pop("stream_options", {})
+    if not isinstance(options, dict):
+        raise ValueError(f"stream_options is a {type(options).__name__}, must be an object")
+    calls["include_usage"] = bool(options.get("include_usage"))
+    calls["continuous_usage"] = bool(options.get("continuous_usage_stats"))
+    return calls
+
+
+def _template(given: dict[str, Any]) -> dict[str, Any]:
+    """Take out the arguments of the chat template."""
+    template: dict[str, Any] = given.pop("chat_template_kwargs", {})
+    if not isinstance(template, dict):
+        raise ValueError(f"chat_template_kwargs is a {type(template).__name__}, must be an object")
+    for name, kind in _TEMPLATE_FIELDS.items():
+        if name in given:
+            template = template | {name: given.pop(name)}
+            if not isinstance(template[name], kind):
+                raise ValueError(f"{name} is a {type(template[name]).__name__}, must be of type {kind.__name__}")
+    for name in ("tools", "tool_choice"):
+        if name in given:
+            require_neutral(name, given.pop(name))
+    return template
+
+
+def _prompts(prompt: Any, most: int) -> list[dict[str, Any]]:
+    """Return the prompts of a completion request: a text, token ids, or a list of either."""
+    if isinstance(prompt, str):
+        return [{"prompt": prompt}]
+    if is_ids(prompt) and prompt:
+        return [{"prompt_token_ids": prompt}]
+    if not (isinstance(prompt, list) and prompt):
+        raise ValueError("prompt must be a text, a list of token ids, or a list of texts or of lists of token ids")
+    if len(prompt) > most:
+        raise ValueError(f"prompt holds {len(prompt)} prompts, and serve.max_prompts = {most}")
+    for number, each in enumerate(prompt):
+        if not (isinstance(each, str) or is_ids(each)):
+            raise ValueError(f"prompt[{number}] must be a text or a list of token ids")
+    return [{"prompt": each} if isinstance(each, str) else {"prompt_token_ids": each} for each in prompt]
+
+
+def _allowed(ranges: tuple[Retention, ...], serving: ServingConfig) -> tuple[Retention, ...]:
+    """Return retention that clients may ask for; ValueError for any other."""
+    for each in ranges:
+        if each.priority > max(serving.max_priority, DEFAULT_PRIORITY if serving.max_retention_s else 0):
+            raise ValueError(
+                f"retention.priority = {each.priority} exceeds serve.max_priority = {serving.max_priority}"
+            )
+        if serving.max_retention_s and not (each.duration_s is not None and each.duration_s <= serving.max_retention_s):
+            raise ValueError(
+                f"retention.duration_s = {each.duration_s} must be at most serve.max_retention_s = "
+                f"{serving.max_retention_s}"
+            )
+    if ranges and not (serving.max_priority or serving.max_retention_s):
+        raise ValueError("retention is off; serve.max_priority and serve.max_retention_s allow it")
+    return ranges
+
+
+def _pass_over(name: str, value: Any, endpoint: str) -> None:
+    """Let a field pass that changes nothing, and name it in the log once; ValueError for one that is not done."""
+    field = BY_NAME.get(name)
+    if field is not None and field.kind == "refused" and endpoint in field.at:
+        require_neutral(name, value)
+    elif name not in _named and len(_named) < _MAX_NAMED:
+        _named.add(name)
+        _log.info("the field %.100r is ignored", name)

@@ -1,0 +1,90 @@
+"""The HTTP process as rank 0 sees it: commands come from it into the inbox, and what is new goes back.
+
+The step loop waits for it nowhere. When it is gone the world is closed: nobody could hear what it computes.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Sequence
+
+from ..commands import Close
+from ..commands import encode as encode_command
+from ..inbox import Inbox
+from ..llm import LLM
+from ..request import RequestOutput, StreamEvent
+from . import wire
+from .framing import read_frame
+from .outbox import Outbox
+from .stats import progress_of, stats_of
+
+PUBLISH_S = 1.0  # between two sets of counters
+
+
+class Clients:
+    """Rank 0's end of the socket pair.
+
+    Args:
+        sock: a stream socket; the HTTP process has the other end.
+
+    Attributes:
+        inbox: where the commands wait for the next step.
+        has_gone: True once the HTTP process has ended, or closed its end.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.inbox = Inbox()  # HTTP bounds what may live, and says 429
+        self.has_gone = False
+        self._sock, self._outbox = sock, Outbox(sock)
+        self._num_sent: dict[int, int] = {}  # log-probabilities that were sent, of those that asked for them
+        self._published_s = 0.0
+        self._thread = threading.Thread(target=self._read, name="clients", daemon=True)
+        self._thread.start()
+
+    def tell(self, message: wire.Down) -> None:
+        """Send a message."""
+        self._outbox.send(wire.encode(message))
+
+    def publish(self, llm: LLM, events: Sequence[StreamEvent]) -> None:
+        """Send what is new of a turn, and the counters where they are due."""
+        ended = {event.index: event.output for event in events if event.output is not None}
+        deltas = [self._delta(llm, event, ended.get(event.index)) for event in events]
+        now = time.monotonic()
+        if now - self._published_s >= PUBLISH_S:
+            self._published_s = now
+            self.tell(wire.News(deltas, progress_of(llm), stats_of(llm)))
+        elif deltas:
+            self.tell(wire.News(deltas))
+
+    def close(self, wait_s: float) -> None:
+        """Send what is left and hang up."""
+        self._outbox.close(wait_s)
+        self._sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(1.0)
+        self._sock.close()
+
+    def _delta(self, llm: LLM, event: StreamEvent, output: RequestOutput | None) -> wire.Delta:
+        if output is None and (seq := llm.find(event.index)) is not None:
+            output = seq.output
+        delta = wire.Delta(event.index, event.token_ids, event.text, self._chances(event, output))
+        if event.output is not None:
+            end = event.output
+            delta.end = wire.End(end.finish_reason, end.prompt_tokens, end.cached_tokens, end.error)
+            self._num_sent.pop(event.index, None)
+        return delta
+
+    def _chances(self, event: StreamEvent, output: RequestOutput | None) -> list[wire.TokenChance]:
+        """Return the log-probabilities of an event's tokens."""
+        if output is None or output.logprobs is None:
+            return []
+        start = self._num_sent.get(event.index, 0)
+        stop = self._num_sent[event.index] = start + len(event.token_ids)
+        return [wire.TokenChance(each.token_id, each.logprob, each.top) for each in output.logprobs[start:stop]]
+
+    def _read(self) -> None:
+        while (frame := read_frame(self._sock)) is not None:
+            self.inbox.put(frame, always=True)
+        self.has_gone = True
+        self.inbox.put(encode_command(Close(abort=True)), always=True)

@@ -1,0 +1,112 @@
+"""From what is asked to commands: templates, tokens, limits and seeds, in threads beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import msgspec
+
+from ..commands import Add
+from ..commands import encode as encode_command
+from ..prompts import Preparer, PromptReader
+from ..request import Request
+from ..sampling import SEED_LIMIT
+from .asking import Asked
+from .errors import ApiError
+from .wire import Ready, Setup
+
+NUM_THREADS = 4
+T = TypeVar("T")
+
+
+class Settler:
+    """Makes commands of what clients ask for.
+
+    Args:
+        setup: how the server answers.
+        ready: what the world can take.
+        tokenizer: the model's, or None.
+    """
+
+    def __init__(self, setup: Setup, ready: Ready, tokenizer: Any) -> None:
+        self._setup, self._ready = setup, ready
+        self._reader = PromptReader(ready, tokenizer)
+        self._preparer = Preparer(
+            self._reader, ready.limits, has_tokenizer=tokenizer is not None, end_of_turn_ids=ready.end_of_turn_ids
+        )
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "settle")
+        self._template_threads = ThreadPoolExecutor(NUM_THREADS, "template")  # one that hangs holds up its like alone
+
+    async def settle(self, asked: Asked, new_indices: Callable[[int], list[int]]) -> list[Add]:
+        """Return the requests that can run: n for each prompt, one after the other.
+
+        Raises:
+            ApiError: why one of them cannot run.
+        """
+        adds: list[Add] = []
+        for request in asked.requests:
+            request = await self.rendered(request)
+            index, *others = new_indices(asked.n)
+            add = await self.beside(lambda index=index, request=request: self._prepare(index, request, asked))  # type: ignore[misc]
+            adds.append(add)
+            for number, other in enumerate(others, 1):
+                if (seed := asked.requests[0].sampling.seed) is not None:  # type: ignore[union-attr]
+                    adds.append(msgspec.structs.replace(add, index=other, seed=(seed + number) % SEED_LIMIT))
+                else:
+                    adds.append(msgspec.structs.replace(add, index=other, seed=self._preparer.new_seed()))
+        return adds
+
+    async def rendered(self, request: Request) -> Request:
+        """Return a request whose messages are the text that the chat template makes of them, in its time."""
+        if request.messages is None:
+            return request
+        wait_s = self._setup.serving.template_timeout_s
+        try:
+            rendering = self.beside(lambda: self._reader.render(request), self._template_threads)
+            text = await asyncio.wait_for(rendering, wait_s)
+        except TimeoutError as error:
+            raise ApiError(
+                400, f"the chat template took more than {wait_s:g} s for messages", param="messages"
+            ) from error
+        return replace(request, prompt=text, messages=None, template={}, is_rendered=True)
+
+    def token_ids(self, request: Request) -> list[int]:
+        """Return a prompt's tokens; ValueError where it is none."""
+        return self._reader.token_ids(request)
+
+    async def beside(self, work: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
+        """Do something in a thread; ApiError for bad input."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads or self._threads, work)
+        except ValueError as problem:
+            raise ApiError.of(problem) from problem
+
+    def _prepare(self, index: int, request: Request, asked: Asked) -> Add:
+        sampling, limit = request.sampling, self._ready.max_position
+        assert sampling is not None
+        token_ids = self._reader.token_ids(request)
+        request = replace(request, prompt=None, prompt_token_ids=token_ids)
+        room = min(limit, self._ready.limits.num_tokens + 1) - len(token_ids)
+        if asked.is_chat and not asked.says_length:
+            sampling = replace(sampling, max_tokens=max(room, 1))
+        elif asked.says_length and len(token_ids) + sampling.max_tokens > limit:
+            raise ApiError(
+                400,
+                f"max_tokens = {sampling.max_tokens} and a prompt of {len(token_ids)} tokens exceed the model's "
+                f"{limit} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return self._preparer.prepare(index, request, sampling)
+
+
+def encoded(adds: list[Add]) -> list[bytes]:
+    """Return the bytes of commands; ApiError where one cannot travel."""
+    try:
+        return [encode_command(add) for add in adds]
+    except ValueError as problem:
+        raise ApiError.of(problem) from problem

@@ -1,0 +1,169 @@
+"""What OpenAI's API answers: the objects of completions and of chats, whole and in chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ..request import ABORT, ERROR
+from .asking import Asked
+from .errors import ApiError
+from .link import Piece
+from .token_texts import TokenTexts
+from .wire import TokenChance
+
+
+class Reply(Protocol):
+    """How an endpoint words its answers; ``choice`` counts them from 0, ``piece`` is what is new of one."""
+
+    kind: str
+    chunk_kind: str
+
+    def first(self, choice: int) -> dict[str, Any] | None:
+        """Return the choice of a chunk that comes before all others, where there is one."""
+
+    def chunk(self, choice: int, piece: Piece) -> dict[str, Any] | None:
+        """Return the choice of a chunk; None where the piece has nothing to show."""
+
+    def whole(self, choice: int, piece: Piece) -> dict[str, Any]:
+        """Return the choice of a whole answer."""
+
+
+class CompletionReply:
+    """Choices of /v1/completions.
+
+    Args:
+        texts: spells tokens.
+        prompts: by choice, the text that an echo begins with and the prompt's tokens.
+        asked: how the answer is to be given.
+    """
+
+    kind = chunk_kind = "text_completion"
+
+    def __init__(self, texts: TokenTexts, asked: Asked, prompts: Sequence[tuple[str, list[int]]]) -> None:
+        self._texts, self._asked, self._prompts = texts, asked, prompts
+        self._num_letters = [0] * len(prompts)
+
+    def first(self, choice: int) -> dict[str, Any] | None:
+        """Return the prompt's text, where an echo is asked for."""
+        if not self._asked.echo:
+            return None
+        return {"index": choice, "text": self._prompts[choice][0], "logprobs": None, "finish_reason": None}
+
+    def chunk(self, choice: int, piece: Piece) -> dict[str, Any] | None:
+        """Return what is new of a choice."""
+        return self._choice(choice, piece, piece.text) if _shows(piece, self._asked) else None
+
+    def whole(self, choice: int, piece: Piece) -> dict[str, Any]:
+        """Return a choice."""
+        prefix = self._prompts[choice][0] if self._asked.echo else ""
+        return self._choice(choice, piece, prefix + piece.text)
+
+    def _choice(self, choice: int, piece: Piece, text: str) -> dict[str, Any]:
+        made = {"index": choice, "text": text, "logprobs": None, "finish_reason": _reason(piece)}
+        if piece.logprobs:
+            made["logprobs"] = self._chances(choice, piece.logprobs)
+        return made | _ids(self._asked, piece, self._prompts[choice][1])
+
+    def _chances(self, choice: int, chances: Sequence[TokenChance]) -> dict[str, Any]:
+        spelled = [self._texts.spelled(each.token_id)[0] for each in chances]
+        offsets = []
+        for text in spelled:
+            offsets.append(self._num_letters[choice])
+            self._num_letters[choice] += len(text)
+        tops = [{self._texts.spelled(i)[0]: value for i, value in each.top.items()} for each in chances]
+        return {
+            "tokens": spelled,
+            "token_logprobs": [each.logprob for each in chances],
+            "top_logprobs": [
+                top | {text: each.logprob} for top, text, each in zip(tops, spelled, chances, strict=True)
+            ],
+            "text_offset": offsets,
+        }
+
+
+class ChatReply:
+    """Choices of /v1/chat/completions.
+
+    Args:
+        texts: spells tokens.
+        asked: how the answer is to be given.
+        prompts: by choice, the prompt's text and tokens.
+    """
+
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, texts: TokenTexts, asked: Asked, prompts: Sequence[tuple[str, list[int]]]) -> None:
+        self._texts, self._asked, self._prompts = texts, asked, prompts
+
+    def first(self, choice: int) -> dict[str, Any] | None:
+        """Return the role."""
+        return self._chunk(choice, {"role": "assistant", "content": ""}, None)
+
+    def chunk(self, choice: int, piece: Piece) -> dict[str, Any] | None:
+        """Return what is new of a choice."""
+        if not _shows(piece, self._asked):
+            return None
+        made = self._chunk(choice, {"content": piece.text} if piece.text else {}, _reason(piece))
+        if piece.logprobs:
+            made["logprobs"] = self._chances(piece.logprobs)
+        return made | _ids(self._asked, piece, self._prompts[choice][1])
+
+    def whole(self, choice: int, piece: Piece) -> dict[str, Any]:
+        """Return a choice."""
+        message = {"role": "assistant", "content": piece.text}
+        made: dict[str, Any] = {"index": choice, "message": message, "logprobs": None, "finish_reason": _reason(piece)}
+        if piece.logprobs:
+            made["logprobs"] = self._chances(piece.logprobs)
+        return made | _ids(self._asked, piece, self._prompts[choice][1])
+
+    def _chunk(self, choice: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+    def _chances(self, chances: Sequence[TokenChance]) -> dict[str, Any]:
+        return {"content": [self._one(each.token_id, each.logprob) | {
+            "top_logprobs": [self._one(i, value) for i, value in each.top.items()]
+        } for each in chances]}  # fmt: skip
+
+    def _one(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text, data = self._texts.spelled(token_id)
+        return {"token": text, "logprob": logprob, "bytes": data}
+
+
+def head(kind: str, request_id: str, model: str) -> dict[str, Any]:
+    """Return what all objects of an answer begin with."""
+    prefix = "cmpl" if kind == CompletionReply.kind else "chatcmpl"
+    return {"id": f"{prefix}-{request_id}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """Return the tokens of an answer."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def require_answer(piece: Piece) -> None:
+    """Raise ApiError where a choice ended without an answer."""
+    if piece.end is not None and piece.end.finish_reason == ERROR:
+        raise ApiError(500, piece.end.error or "the request failed")
+    if piece.end is not None and piece.end.finish_reason == ABORT:
+        raise ApiError(503, "the request was aborted", code="aborted")
+
+
+def _shows(piece: Piece, asked: Asked) -> bool:
+    return bool(piece.text or piece.logprobs or piece.end or (asked.return_token_ids and piece.token_ids))
+
+
+def _reason(piece: Piece) -> str | None:
+    return None if piece.end is None else piece.end.finish_reason
+
+
+def _ids(asked: Asked, piece: Piece, prompt: list[int]) -> dict[str, Any]:
+    if not asked.return_token_ids:
+        return {}
+    return {"token_ids": piece.token_ids, "prompt_token_ids": prompt if piece.end is not None else None}

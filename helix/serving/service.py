@@ -1,0 +1,172 @@
+"""Answers completion and chat requests: from the body to the last event, and an abort where the client leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..commands import Add
+from .asking import Asked, asked_of, read_json
+from .errors import ApiError
+from .link import Call, Link, Piece
+from .preparing import Settler, encoded
+from .replies import ChatReply, CompletionReply, Reply, head, require_answer, usage_of
+from .sending import EventStream, Receive, Scope, Send, read_body, send_json, while_connected
+from .token_texts import TokenTexts
+from .wire import Setup
+
+
+class Service:
+    """Answers what clients ask of the model.
+
+    Args:
+        link: the world.
+        setup: how the server answers.
+
+    Attributes:
+        settler: makes commands; None while the model or its tokenizer is loaded.
+    """
+
+    def __init__(self, link: Link, setup: Setup) -> None:
+        self.link, self.setup = link, setup
+        self.settler: Settler | None = None
+        self.tokenizer: Any = None
+        self.texts = TokenTexts(None)
+
+    def open(self, tokenizer: Any) -> None:
+        """Begin to answer: the world is ready, and this is the model's tokenizer."""
+        assert self.link.ready is not None
+        self.tokenizer, self.texts = tokenizer, TokenTexts(tokenizer)
+        self.settler = Settler(self.setup, self.link.ready, tokenizer)
+
+    def ready(self, num_requests: int = 1) -> Settler:
+        """Return what makes commands; ApiError where so many requests cannot be taken now."""
+        self.link.require_open(num_requests)
+        if self.settler is None:
+            raise ApiError(503, "the model is being loaded", code="loading", retry_after_s=5)
+        return self.settler
+
+    async def answer(self, endpoint: str, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        """Answer one request to completions or chat.
+
+        Raises:
+            ApiError: why there is no answer; nothing was sent then.
+            ClientGone: where the client left; what it asked for is aborted.
+        """
+        settler, setup = self.ready(), self.setup
+        body = await read_body(scope, receive, setup.serving.max_body_bytes)
+
+        def read() -> Asked:
+            return asked_of(read_json(body), endpoint, setup.served_name, setup.sampling, setup.serving)
+
+        async def work() -> None:
+            asked = await settler.beside(read)
+            adds = await settler.settle(asked, self.link.new_indices)
+            answering = Answering(self, asked, adds, request_id)
+            call = self.link.submit([add.index for add in adds], encoded(adds))
+            try:
+                if asked.stream:
+                    await answering.stream(call, EventStream(send, setup.serving.send_timeout_s))
+                else:
+                    await send_json(send, await answering.whole(call))
+            finally:
+                call.close()
+
+        await while_connected(receive, work())
+
+
+class Answering:
+    """One call's answer.
+
+    Args:
+        service: whose it is.
+        asked: what was asked for.
+        adds: its requests, ``asked.n`` for each prompt.
+        request_id: in the answer's id.
+    """
+
+    def __init__(self, service: Service, asked: Asked, adds: Sequence[Add], request_id: str) -> None:
+        prompts = [(_echoed(service, asked, number // asked.n, add), add.prompt) for number, add in enumerate(adds)]
+        make: type[ChatReply | CompletionReply] = ChatReply if asked.is_chat else CompletionReply
+        self._reply: Reply = make(service.texts, asked, prompts)
+        self._asked, self._setup = asked, service.setup
+        self._request_id = request_id
+        self._prompt_lens = [add.prompt_len for add in adds]
+        self._num_made, self._num_cached = [0] * len(adds), [0] * len(adds)
+
+    async def whole(self, call: Call) -> dict[str, Any]:
+        """Return the answer when it is there."""
+        made = {choice: Piece() for choice in range(len(call.indices))}
+        while call.is_open:
+            for choice, piece in (await call.take()).items():
+                require_answer(piece)
+                self._count(choice, piece)
+                made[choice].add(piece)
+        choices = [self._reply.whole(choice, piece) for choice, piece in made.items()]
+        return self._head(self._reply.kind) | {"choices": choices, "usage": self._usage()}
+
+    async def stream(self, call: Call, stream: EventStream) -> None:
+        """Send the answer as it is made; what fails after its beginning is told in an event."""
+        try:
+            await self._stream(call, stream)
+        except ApiError as error:
+            if not stream.has_begun:
+                raise
+            await stream.events([error.body()])
+        await stream.end()
+
+    async def _stream(self, call: Call, stream: EventStream) -> None:
+        base = self._head(self._reply.chunk_kind)
+        begun: set[int] = set()
+        while call.is_open:
+            pieces = await call.take(self._setup.serving.keepalive_s)
+            if not pieces:
+                await stream.comment(_waiting(call))
+            chunks: list[dict[str, Any]] = []
+            for choice, piece in pieces.items():
+                require_answer(piece)
+                self._count(choice, piece)
+                if choice not in begun:
+                    begun.add(choice)
+                    chunks += [base | self._chunk(made) for made in [self._reply.first(choice)] if made is not None]
+                if (made := self._reply.chunk(choice, piece)) is not None:
+                    chunks.append(base | self._chunk(made))
+            await stream.events(chunks)
+        if self._asked.include_usage:
+            await stream.events([base | {"choices": [], "usage": self._usage()}])
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        if self._asked.continuous_usage:
+            return {"choices": [choice], "usage": self._usage()}
+        return {"choices": [choice], "usage": None} if self._asked.include_usage else {"choices": [choice]}
+
+    def _count(self, choice: int, piece: Piece) -> None:
+        self._num_made[choice] += len(piece.token_ids)
+        if piece.end is not None:
+            self._num_cached[choice] = piece.end.cached_tokens
+
+    def _usage(self) -> dict[str, Any]:
+        """Return the usage so far; a prompt counts once, however many answers it gets."""
+        n = self._asked.n
+        return usage_of(sum(self._prompt_lens[::n]), sum(self._num_made), sum(self._num_cached[::n]))
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return head(kind, self._request_id, self._setup.served_name)
+
+
+def _echoed(service: Service, asked: Asked, number: int, add: Add) -> str:
+    """Return the text of a prompt that is echoed."""
+    if not asked.echo:
+        return ""
+    prompt = asked.requests[number].prompt
+    if prompt is None:
+        prompt = "" if service.tokenizer is None else service.tokenizer.decode(add.prompt)
+    return prompt
+
+
+def _waiting(call: Call) -> str:
+    """Return what a stream says while nothing comes."""
+    if not call.progress:
+        return "waiting"
+    progress = [call.progress[choice] for choice in sorted(call.progress)]
+    return "prefill " + ", ".join(f"{each.num_computed}/{each.prompt_len}" for each in progress)

@@ -1,0 +1,341 @@
+"""The server from outside: OpenAI's own client and bare sockets against two ranks, and what ends it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from helix import LLM, HelixConfig, Request, SamplingParams
+from helix.config import CacheConfig, ModelConfig, RuntimeConfig
+from scripts.make_checkpoint import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+KEY = "a-key"
+NUM_PAGES = 256
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def ask(self, path: str, body: Any = None, *, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
+        """Return the status, the JSON and the headers of a response."""
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"} | (headers or {})
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                text, status, found = response.read(), response.status, response.headers
+        except urllib.error.HTTPError as error:
+            text, status, found = error.read(), error.code, error.headers
+            error.close()
+        is_json = found.get("content-type", "").startswith("application/json")
+        return status, json.loads(text) if is_json else text.decode(), found
+
+    def counter(self, name: str) -> float:
+        """Return the sum of a metric's values."""
+        lines = self.ask("/metrics")[1].splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"helix:{name}{{"))
+
+    def settle(self, name: str, value: float) -> None:
+        """Wait until a metric has a value."""
+        deadline = time.monotonic() + 30
+        while (now := self.counter(name)) != value:
+            assert time.monotonic() < deadline, f"{name} stays {now}, not {value}"
+            time.sleep(0.1)
+
+
+def start(model: Path, folder: Path, *arguments: str, num_ranks: int = 2) -> Served:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    settings = ["runtime.device=cpu", "cache.block_size=16", f"cache.num_pages={NUM_PAGES}", "parallel.tpa=1"]
+    log = folder / "log"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HELIX_API_KEY": KEY}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, "-m", "scripts.serve", f"model.path={model}", f"port={port}", *settings, *arguments],
+            cwd=folder,
+            env=env | {"CUDA_VISIBLE_DEVICES": ""},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    served = Served(port, process, log)
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        try:
+            if served.ask("/health")[0] == 200:
+                return served
+        except OSError:
+            pass
+        time.sleep(0.2)
+
+
+def end(served: Served) -> None:
+    if served.process.poll() is None:
+        served.process.send_signal(signal.SIGTERM)
+        served.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("serve") / "tiny", layers=1, max_position=4096)
+
+
+@pytest.fixture(scope="module")
+def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of two ranks, for all tests that do not end it."""
+    served = start(model, tmp_path_factory.mktemp("log"), "scheduler.prefill_chunk=64", "serve.keepalive_s=0.3")
+    yield served
+    end(served)
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> LLM:
+    """The same model without a server."""
+    return LLM(
+        HelixConfig(
+            model=ModelConfig(path=str(model)),
+            cache=CacheConfig(block_size=16, num_pages=2 * NUM_PAGES),
+            runtime=RuntimeConfig(device="cpu"),
+        )
+    )
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_completions_are_what_generate_makes_streamed_or_not(served: Served, llm: LLM) -> None:
+    settings: dict[str, Any] = {"max_tokens": 24, "temperature": 0.8, "seed": 7}
+    prompts = ["once upon", "a time"]
+    expected = llm.generate([Request(prompt=each) for each in prompts], SamplingParams(**settings))
+    whole = served.client.completions.create(model="tiny", prompt=prompts, **settings)
+    assert [each.text for each in whole.choices] == [each.text for each in expected]
+    assert [each.finish_reason for each in whole.choices] == [each.finish_reason for each in expected]
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == sum(each.prompt_tokens for each in expected)
+    assert whole.usage.completion_tokens == sum(len(each.token_ids) for each in expected)
+
+    texts, reasons = ["", ""], dict[int, str]()
+    options: Any = {"include_usage": True}
+    stream = served.client.completions.create(
+        model="tiny", prompt=prompts, stream=True, stream_options=options, **settings
+    )
+    chunks = list(stream)
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    assert texts == [each.text for each in expected] and reasons == {0: "length", 1: "length"}
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-1].usage.prompt_tokens_details is not None
+
+
+def test_chats_are_what_generate_makes_streamed_or_not(served: Served, llm: LLM) -> None:
+    messages: Any = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    [expected] = llm.generate(Request(messages=messages), SamplingParams(max_tokens=20))
+    whole = served.client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=20)
+    assert whole.choices[0].message.content == expected.text
+    assert whole.choices[0].message.role == "assistant"
+    chunks = list(served.client.chat.completions.create(model="tiny", messages=messages, max_tokens=20, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(each.choices[0].delta.content or "" for each in chunks) == expected.text
+    assert chunks[-1].choices[0].finish_reason == expected.finish_reason
+
+
+def test_a_chat_without_a_length_may_fill_what_the_model_takes(served: Served) -> None:
+    with served.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "on"}], stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        assert sum(1 for _, _ in zip(range(40), stream, strict=False)) == 40  # it went on after 16 tokens
+
+
+def test_a_stop_string_never_shows_not_even_its_beginning(served: Served, llm: LLM) -> None:
+    [free] = llm.generate("stop here", SamplingParams(max_tokens=30))
+    stop = free.text[8:11]
+    [expected] = llm.generate("stop here", SamplingParams(max_tokens=30, stop=[stop]))
+    stream = served.client.completions.create(model="tiny", prompt="stop here", max_tokens=30, stop=stop, stream=True)
+    pieces = [choice for chunk in stream for choice in chunk.choices]
+    assert "".join(each.text for each in pieces) == expected.text
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_n_answers_have_seeds_of_their_own(served: Served, llm: LLM) -> None:
+    settings: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0}
+    expected = [llm.generate("dice", SamplingParams(seed=5 + number, **settings))[0].text for number in range(3)]
+    answer = served.client.completions.create(model="tiny", prompt="dice", n=3, seed=5, **settings)
+    assert [each.text for each in answer.choices] == expected
+    assert answer.usage is not None and answer.usage.prompt_tokens == len("dice")
+
+
+def test_logprobs_come_with_text_and_bytes_in_both_forms(served: Served, llm: LLM) -> None:
+    [expected] = llm.generate("odds", SamplingParams(max_tokens=6, logprobs=3))
+    assert expected.logprobs is not None
+    old = served.client.completions.create(model="tiny", prompt="odds", max_tokens=6, logprobs=3).choices[0].logprobs
+    assert old is not None and old.token_logprobs is not None
+    assert old.token_logprobs == pytest.approx([each.logprob for each in expected.logprobs], abs=1e-5)
+    messages: Any = [{"role": "user", "content": "odds"}]
+    for stream in (False, True):
+        made: Any = served.client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=6, logprobs=True, top_logprobs=2, stream=stream
+        )
+        chunks = [chunk.choices[0].logprobs for chunk in made] if stream else [made.choices[0].logprobs]
+        tokens = [token for chunk in chunks if chunk is not None for token in chunk.content]
+        assert len(tokens) == 6
+        assert all(len(each.top_logprobs) == 2 and each.logprob <= 0 for each in tokens)
+        assert all(bytes(each.bytes).decode("utf-8", "replace") == each.token for each in tokens)
+
+
+def test_echo_and_token_ids_are_given_back(served: Served) -> None:
+    status, answer, _ = served.ask(
+        "/v1/completions",
+        {"prompt": "abc", "max_tokens": 3, "echo": True, "return_token_ids": True, "ignore_eos": True},
+    )
+    [choice] = answer["choices"]
+    assert status == 200 and choice["text"].startswith("abc") and len(choice["token_ids"]) == 3
+    assert choice["prompt_token_ids"] == [97, 98, 99]
+
+
+def test_a_repeated_prompt_is_found_in_the_cache(served: Served) -> None:
+    prompt = "the same words over and over " * 8
+    usages = [served.client.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage for _ in range(2)]
+    assert usages[1] is not None and usages[1].prompt_tokens_details is not None
+    assert usages[1].prompt_tokens_details.cached_tokens == len(prompt) - 1
+
+
+# --- other paths ------------------------------------------------------------------------------------------------------
+
+
+def test_models_versions_and_tokens_are_told(served: Served) -> None:
+    [model] = served.client.models.list().data
+    assert model.id == "tiny" and model.model_dump()["max_model_len"] == 4096
+    assert served.client.models.retrieve("tiny").id == "tiny"
+    assert served.ask("/version")[1].keys() == {"version"}
+    tokens = served.ask("/tokenize", {"prompt": "añ", "return_token_strs": True})[1]
+    assert tokens["tokens"] == list("añ".encode()) and tokens["count"] == 3
+    assert served.ask("/detokenize", {"tokens": tokens["tokens"]})[1] == {"prompt": "añ"}
+    chat = served.ask("/tokenize", {"messages": [{"role": "user", "content": "a"}]})[1]["tokens"]
+    assert len(chat) == 5  # bos, user, a, eos, assistant
+
+
+def test_metrics_have_what_routers_read(served: Served) -> None:
+    served.client.completions.create(model="tiny", prompt="count me", max_tokens=3)
+    time.sleep(1.5)
+    text = served.ask("/metrics")[1]
+    for name in (
+        'num_requests_running{model_name="tiny"}', "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total",
+        "generation_tokens_total", "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_sum",
+        "e2e_request_latency_seconds_count", "request_queue_time_seconds_count", "prefix_cache_queries_total",
+        "prefix_cache_hits_total", "num_preemptions_total", "request_success_total", "cache_config_info",
+    ):  # fmt: skip
+        assert f"helix:{name}" in text
+    assert 'le="3600.0"' in text and served.counter("generation_tokens_total") > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "message"),
+    [
+        ("/v1/completions", b"{", 400, None, "the body is not JSON"),
+        ("/v1/completions", b"[1]", 400, None, "the body is a list"),
+        ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "model", "'other' is not served here"),
+        ("/v1/completions", {}, 400, "prompt", "prompt must be"),
+        ("/v1/completions", {"prompt": [999999]}, 400, None, "outside the vocabulary"),
+        ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature", "temperature = -1"),
+        ("/v1/completions", {"prompt": "a", "logprobs": 21}, 400, "logprobs", "scheduler.max_logprobs"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2}, 400, "best_of", "best_of = 2"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 5000}, 400, "max_tokens", "5000 and a prompt of 1 tokens"),
+        ("/v1/completions", {"prompt": "a", "retention": {"priority": 90}}, 400, "retention", "serve.max_priority"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages", "has no content"),
+        ("/v1/chat/completions", {"messages": "hi"}, 400, "messages", "messages must be"),
+        ("/v1/nothing", {}, 404, None, "not answered here"),
+        ("/v1/models/other", None, 404, "model", "not served"),
+    ],
+)
+def test_bad_requests_get_openais_errors(
+    served: Served, path: str, body: Any, status: int, param: str | None, message: str
+) -> None:
+    code, answer, headers = served.ask(path, body, headers={"X-Request-Id": "mine"})
+    assert (code, answer["error"]["param"]) == (status, param)
+    assert message in answer["error"]["message"] and headers["x-request-id"] == "mine"
+
+
+def test_a_key_is_needed_everywhere_but_for_health(served: Served) -> None:
+    for path, body in (("/v1/models", None), ("/metrics", None), ("/v1/completions", {"prompt": "a"}), ("/no", None)):
+        for wrong in ("", "Bearer ", "Bearer another", KEY, f"Basic {KEY}"):
+            assert served.ask(path, body, headers={"Authorization": wrong})[0] == 401
+    assert served.ask("/health", headers={"Authorization": ""})[0] == 200
+
+
+# --- clients that leave -----------------------------------------------------------------------------------------------
+
+
+def head_of(body: bytes) -> bytes:
+    return (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("when", ["before the first token", "after it"])
+def test_a_client_that_leaves_ends_its_request_on_all_ranks(served: Served, stream: bool, when: str) -> None:
+    aborted = sum_of(served, "abort")
+    prompt = "x" * 3000 if when == "before the first token" else "y"
+    body = json.dumps({"prompt": prompt, "max_tokens": 1000, "ignore_eos": True, "stream": stream}).encode()
+    with served.connect() as client:
+        client.sendall(head_of(body) + body)
+        if stream:
+            received = b""
+            while b"data: " not in received and not (when != "after it" and b": " in received):
+                received += client.recv(4096)
+        else:
+            time.sleep(0.3)
+    served.settle("num_requests_running", 0)
+    assert sum_of(served, "abort") == aborted + 1
+    assert served.ask("/v1/completions", {"prompt": "still there?", "max_tokens": 2})[0] == 200
+
+
+def sum_of(served: Served, reason: str) -> float:
+    """Return how many requests have ended for a reason, when the counters have come that hold them all."""
+    time.sleep(1.2)
+    lines = served.ask("/metrics")[1].splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if f'finished_reason="{reason}"' in line)
+
+
+def test_a_long_prefill_is_told_in_comments_that_clients_pass_over(served: Served) -> None:
+    body = json.dumps({"prompt": "z" * 4000, "max_tokens": 2, "stream": True}).encode()
+    with served.connect() as client:
+        client.sendall(head_of(body) + body)
+        received = b""
+        while b"[DONE]" not in received:
+            received += client.recv(4096)
+    comments = [line for line in received.splitlines() if line.startswith(b": ")]
+    assert comments and all(line[2:].split()[0] in (b"waiting", b"prefill") for line in comments)
+    stream = served.client.completions.create(model="tiny", prompt="w" * 4000, max_tokens=2, stream=True)
+    assert [choice.finish_reason for chunk in stream for choice in chunk.choices][-1] in ("length", "stop")
