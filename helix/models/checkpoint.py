@@ -5,6 +5,9 @@ headers alone, before any model memory is taken, so that every rank comes to the
 files and copies only the rank's own slices: beyond the destination, host memory holds one piece at a time.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +17,7 @@ import torch
 from parallel.layout import Range
 
 from .quantization import BLOCK, SCALE_DTYPES, Quantization, num_blocks
-from .quantized import TILE, Matrix, Quantized
+from .quantized import TILE, VALUES, Matrix, Quantized, widen_slice
 from .spec import ModelSpec
 from .tensor_names import is_unread
 from .weight_files import CheckpointError, few, open_files
@@ -88,7 +91,7 @@ class Checkpoint:
             names = ", ".join(piece.name for piece in weight.pieces)
             raise ValueError(f"the pieces of {names} fill {filled} rows, must be {out.shape[0]}")
 
-    def _slice(self, piece: Piece) -> Matrix:
+    def _slice(self, piece: Piece) -> torch.Tensor | _EightBits:
         handle = self._tensor(piece.name)
         rows, cols = (slice(*span) if span else slice(None) for span in (piece.rows, piece.cols))
         data: torch.Tensor = handle[rows] if len(handle.get_shape()) == 1 else handle[rows, cols]
@@ -97,7 +100,7 @@ class Checkpoint:
         whole = handle.get_shape()
         columns = piece.cols or (0, whole[1])
         scales = self._scales(piece.name, piece.rows or (0, whole[0]), columns)
-        return Quantized(data, scales, columns[0] % BLOCK)
+        return _EightBits(data, scales, columns[0] % BLOCK)
 
     def _scales(self, name: str, rows: Range, columns: Range) -> torch.Tensor:
         """Return the scale of each block of the columns and each of the rows of a matrix: [B, N] float32."""
@@ -172,15 +175,28 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {scale} has dtype {dtype}, must be one of {', '.join(SCALE_DTYPES)}")
 
 
-def _put(data: Matrix, out: Matrix, start: int) -> None:
+@dataclass(frozen=True)
+class _EightBits:
+    """A slice as the file has it: values [N, K], the scales of its rows in each block of columns, and its shift."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    shift: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+
+def _put(data: torch.Tensor | _EightBits, out: Matrix, start: int) -> None:
     """Copy rows of `data` to those of `out` from `start` on."""
-    stop = start + data.shape[0]
     if isinstance(out, Quantized):
-        assert isinstance(data, Quantized) and data.shift == out.shift, "a quantised weight has quantised pieces only"
-        out.values[start:stop].copy_(data.values)
-        out.scales[:, start:stop].copy_(data.scales)
-    else:
-        out[start:stop].copy_(data.widen(0, data.shape[0], out.dtype) if isinstance(data, Quantized) else data)
+        assert isinstance(data, _EightBits) and data.shift == out.shift, "a quantised weight has quantised pieces only"
+        out.put(start, data.values, data.scales)
+        return
+    if isinstance(data, _EightBits):
+        data = widen_slice(data.values, data.scales, data.shift, out.dtype)
+    out[start : start + data.shape[0]].copy_(data)
 
 
 def fill_dummy(role: str, columns: int, out: Matrix, generator: torch.Generator | None = None) -> None:
@@ -192,8 +208,12 @@ def fill_dummy(role: str, columns: int, out: Matrix, generator: torch.Generator 
     """
     if isinstance(out, Quantized):
         out.scales.fill_(columns**-0.5 / DUMMY_SPREAD)
-        for rows in out.values.split(max(1, TILE // max(1, out.shape[1]))):
-            rows.copy_(torch.empty(rows.shape, device=rows.device).normal_(0.0, DUMMY_SPREAD, generator=generator))
+        num_rows, width = out.shape
+        step = max(1, TILE // max(1, width))
+        for start in range(0, num_rows, step):
+            shape = (min(step, num_rows - start), width)
+            values = torch.empty(shape, device=out.values.device).normal_(0.0, DUMMY_SPREAD, generator=generator)
+            out.put_values(start, values.to(VALUES))
     elif role.endswith("norm"):
         out.fill_(1.0)
     elif role.endswith("bias"):

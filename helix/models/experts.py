@@ -20,9 +20,9 @@ import triton.language as tl
 
 from attention.shared_memory import fit_stages, shared_bytes
 
-from .linear import ExpertsInUse, can_stream, experts_gated_linear, experts_split_linear, split_linear
+from .linear import ExpertsInUse, can_stream, experts_gated_linear, experts_split_linear, is_aligned, split_linear
 from .quantization import BLOCK
-from .quantized import Matrix, as_float, product
+from .quantized import Matrix, as_float, in_stored_order, product
 from .spec import Experts
 
 ROUTE_WARP = 128  # scores that a warp looks through
@@ -65,7 +65,7 @@ def mixture(
 
 def _few(x: torch.Tensor, router: torch.Tensor, gate_up: Matrix, down: Matrix) -> bool:
     """Return whether each expert in use is multiplied with all rows."""
-    return can_stream(x, gate_up) and can_stream(x, router) and down.shape[-1] % 8 == 0
+    return can_stream(x, gate_up) and can_stream(x, router) and is_aligned(down) and down.shape[-1] % 8 == 0
 
 
 def logits_of(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
@@ -314,8 +314,8 @@ def _add_product(acc, x_mk, w_nk, scale_n, BLOCK: tl.constexpr):
 @triton.jit
 def _gate_up_kernel(
     x, w, scales, scale_stride, counts, queues, hidden, num_rows,
-    STRIDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-    HELD: tl.constexpr, HELD_PAD: tl.constexpr, CHOSEN: tl.constexpr, UNITS: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    HELD: tl.constexpr, HELD_PAD: tl.constexpr, CHOSEN: tl.constexpr, UNITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair, n] = silu(x . gate row n) * (x . up row n), x the pair's row, for the pairs of one block."""
@@ -326,11 +326,11 @@ def _gate_up_kernel(
         gate = expert * 2 * UNITS + n
         a = tl.zeros([BM, BN], tl.float32)
         b = tl.zeros([BM, BN], tl.float32)
-        for at in range(0, SHIFT + H, BK):
+        for at in range(0, SHIFT + K, BK):
             k = at - SHIFT + tl.arange(0, BK)
-            inside = (k >= 0) & (k < H) if SHIFT else k < H
+            inside = (k >= 0) & (k < K) if SHIFT else k < K
             here = (n < UNITS)[:, None] & inside[None, :]
-            x_mk = tl.load(x + row[:, None] * H + k[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            x_mk = tl.load(x + row[:, None] * K + k[None, :], mask=real[:, None] & inside[None, :], other=0.0)
             gate_nk = tl.load(w + gate[:, None] * STRIDE + k[None, :], mask=here, other=0)
             up_nk = tl.load(w + (gate[:, None] + UNITS) * STRIDE + k[None, :], mask=here, other=0)
             a = _add_product(a, x_mk, gate_nk, _scale_of(scales, scale_stride, gate, n < UNITS, at, BLOCK), BLOCK)
@@ -342,8 +342,8 @@ def _gate_up_kernel(
 @triton.jit
 def _down_kernel(
     hidden, w, scales, scale_stride, counts, queues, out, num_rows,
-    STRIDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-    HELD: tl.constexpr, HELD_PAD: tl.constexpr, UNITS: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    HELD: tl.constexpr, HELD_PAD: tl.constexpr, H: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out[pair, n] = hidden[pair] . down row n, for the pairs of one block."""
@@ -352,11 +352,11 @@ def _down_kernel(
     if expert < HELD:
         down = expert * H + n
         acc = tl.zeros([BM, BN], tl.float32)
-        for at in range(0, SHIFT + UNITS, BK):
+        for at in range(0, SHIFT + K, BK):
             k = at - SHIFT + tl.arange(0, BK)
-            inside = (k >= 0) & (k < UNITS) if SHIFT else k < UNITS
+            inside = (k >= 0) & (k < K) if SHIFT else k < K
             there = real[:, None] & inside[None, :]
-            hidden_mk = tl.load(hidden + pair[:, None] * UNITS + k[None, :], mask=there, other=0.0)
+            hidden_mk = tl.load(hidden + pair[:, None] * K + k[None, :], mask=there, other=0.0)
             here = (n < H)[:, None] & inside[None, :]
             down_nk = tl.load(w + down[:, None] * STRIDE + k[None, :], mask=here, other=0)
             acc = _add_product(acc, hidden_mk, down_nk, _scale_of(scales, scale_stride, down, n < H, at, BLOCK), BLOCK)
@@ -412,8 +412,6 @@ def mix_queued(
     tile = {
         "HELD": num_held,
         "HELD_PAD": triton.next_power_of_2(num_held),
-        "UNITS": units,
-        "H": hidden_size,
         "BM": rows,
         "BN": columns,
         "BK": depth,
@@ -422,12 +420,14 @@ def mix_queued(
     }
     blocks = min(num_pairs, num_pairs // rows + num_held)  # as many as there could be
     hidden, added = x.new_empty((num_pairs, units)), x.new_empty((num_pairs, hidden_size))
-    w, how = _operand(gate_up)
+    operand, w, how = _operands(x, gate_up)
     _gate_up_kernel[(-(-units // tile["BN"]), blocks)](
-        x.contiguous(), *w, counts, queues, hidden, num_rows, CHOSEN=chosen, **how, **tile
+        operand, *w, counts, queues, hidden, num_rows, CHOSEN=chosen, UNITS=units, **how, **tile
     )
-    w, how = _operand(down)
-    _down_kernel[(-(-hidden_size // tile["BN"]), blocks)](hidden, *w, counts, queues, added, num_rows, **how, **tile)
+    operand, w, how = _operands(hidden, down)
+    _down_kernel[(-(-hidden_size // tile["BN"]), blocks)](
+        operand, *w, counts, queues, added, num_rows, H=hidden_size, **how, **tile
+    )
     out = torch.empty_like(x)
     _combine_kernel[(num_rows,)](
         added, weights, out, CHOSEN=chosen, H=hidden_size, H_PAD=triton.next_power_of_2(hidden_size), num_warps=4
@@ -435,9 +435,13 @@ def mix_queued(
     return out
 
 
-def _operand(w: Matrix) -> tuple[tuple[torch.Tensor, torch.Tensor, int], dict[str, int]]:
-    """Return matrices [E, N, K] as the kernels take them: values, scales and their stride, and constants."""
+def _operands(
+    x: torch.Tensor, w: Matrix
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int], dict[str, int]]:
+    """Return rows and matrices [E, N, K] as the kernels take them: rows; values, scales, their stride; constants."""
     if isinstance(w, torch.Tensor):
-        return (w, w, 0), {"STRIDE": w.stride(-2), "SHIFT": 0, "BLOCK": 0}
-    operand = (w.values.view(torch.uint8), w.scales, w.scales.stride(0))
-    return operand, {"STRIDE": w.values.stride(-2), "SHIFT": w.shift, "BLOCK": BLOCK}
+        return x.contiguous(), (w, w, 0), {"K": w.shape[-1], "STRIDE": w.stride(-2), "SHIFT": 0, "BLOCK": 0}
+    values = w.values.view(torch.uint8)
+    width = values.shape[-1]
+    how = {"K": width, "STRIDE": width, "SHIFT": w.shift - w.lead, "BLOCK": BLOCK}
+    return in_stored_order(x, w.shift).contiguous(), (values, w.scales, w.scales.stride(0)), how

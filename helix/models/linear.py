@@ -30,16 +30,16 @@ from parallel.device import capability
 from .gate import silu_mul
 from .quantization import BLOCK
 from .quantized import Matrix, Quantized, product
-from .stream_weights import stream_quantized_kernel, stream_weights_kernel
+from .stream_quantized import stream_quantized_kernel
+from .stream_weights import stream_weights_kernel
 
 MAX_ROWS = 64
-STREAMS_8_BITS = False
-"""Whether few rows go through the kernel for quantised matrices. It is right in many shapes and wrong in some on an
-H200 (docs/log.md, 2026-11-29), so that tiles are widened for the library until it is right in all."""
 STAGE_BYTES = 147456  # one program a processor; memory needs some 10 MB in flight to be busy
-STAGE_BYTES_8_BITS = 180224
 BN, BK = 64, 128
-FEW_ROWS = 16  # up to which two programs share a processor where tiles are widened
+# Tiles of 8 bits are widened while others' products run, by another program and by other warps.
+BN_8_BITS, PROGRAMS_8_BITS = 128, 2
+STAGE_BYTES_8_BITS = 113664  # of each program: half of a processor's shared memory
+REGISTERS_8_BITS = 80  # a thread's at the launch; those that multiply then take most of what the launch has
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _LAYOUTS = _ELEMENTS | {torch.uint8: gl.uint8}
 assert BK == BLOCK  # a turn has one scale a row
@@ -58,25 +58,21 @@ def _tiles(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
 
+def _scale_tiles(scales: torch.Tensor, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(scales, list(scales.shape), list(scales.stride()), [1, rows], layout)
+
+
 def choose_splits(columns: int, turns: int, programs: int, bn: int = BN) -> int:
     """Return how many parts K, which takes so many turns, is cut into, so that programs fill the GPU."""
     return max(1, min(programs // -(-columns // bn), turns // 2))
 
 
-def _tile_of(w: Matrix, rows: int) -> tuple[int, int]:
-    """Return how many of w's rows a program takes, and how many programs a processor.
-
-    Tiles of 8 bits are widened while others' products run: by another program, or with many rows by other warps, which
-    then share the tile of x.
-    """
-    if isinstance(w, torch.Tensor):
-        return BN, 1
-    return (BN, 2) if rows <= FEW_ROWS else (2 * BN, 1)
-
-
-def _splits_of(w: Matrix, rows: int, turns: int, device: torch.device) -> int:
-    bn, programs = _tile_of(w, rows)
-    return choose_splits(w.shape[-2], turns, programs * _processors(device), bn)
+def _splits_of(w: Matrix, turns: int, device: torch.device) -> int:
+    """Return how many parts K is cut into: as many for any number of rows, so that a row's bits depend on no other."""
+    if isinstance(w, Quantized):
+        return choose_splits(w.shape[-2], turns, PROGRAMS_8_BITS * _processors(device), BN_8_BITS)
+    return choose_splits(w.shape[-2], turns, _processors(device))
 
 
 def _turns_of(w: Matrix) -> int:
@@ -116,7 +112,7 @@ def _stream(
     """
     parts = 2 if gated else 1
     columns, turns = w.shape[-2] // parts, _turns_of(w)
-    bn, programs = _tile_of(w, rows)
+    bn = BN_8_BITS if isinstance(w, Quantized) else BN
     bm, half = max(8, triton.next_power_of_2(rows)), bn // parts
     each = gated and experts is not None
     dtype = x.dtype if (splits == 1 or each) and not exact else torch.float32
@@ -124,24 +120,24 @@ def _stream(
     ids, count, row_weights = (x, x, x) if experts is None else (experts.ids, experts.count, experts.row_weights)
     tiles = _tiles(_matrices(w, columns), [parts, half, BK]), _tiles(x, [bm, BK])
     rest = x if bias is None else bias, out, ids, count, row_weights, rows, columns, turns
+    splits = 1 if each else splits
     how = {
         "BM": bm,
-        "SPLITS": 1 if each else splits,
         "HAS_BIAS": bias is not None,
         "EXPERTS": None if experts is None else "each" if each else "all",
         "PDL": pdl,
         "num_warps": bn // 16,
         **({"launch_pdl": True} if pdl else {}),
     }
-    grid = (-(-columns // half), splits)
+    grid = (-(-columns // half), len(out))
     x_bytes = bm * BK * x.element_size()
     if isinstance(w, Quantized):
-        stages = STAGE_BYTES_8_BITS // programs // (bn * (BK + 4) + x_bytes)
-        scales = w.scales, w.scales.stride(0), w.shift
-        stream_quantized_kernel[grid](*tiles, *scales, *rest, STAGES=stages, **how)
+        stages = STAGE_BYTES_8_BITS // (bn * (BK + 4) + x_bytes)
+        scales = _scale_tiles(w.scales, half), w.shift, w.shift - w.lead
+        stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, STAGES=stages, maxnreg=REGISTERS_8_BITS, **how)
     else:
         stages = STAGE_BYTES // (bn * BK * x.element_size() + x_bytes)
-        stream_weights_kernel[grid](*tiles, *rest, STAGES=stages, **how)
+        stream_weights_kernel[grid](*tiles, *rest, SPLITS=splits, STAGES=stages, **how)
     return out
 
 
@@ -160,11 +156,19 @@ def can_stream(x: torch.Tensor, w: Matrix) -> bool:
     """
     if not (x.is_cuda and x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.dtype in _ELEMENTS and w.numel()):
         return False
-    if isinstance(w, Quantized) and (not STREAMS_8_BITS or w.shift % 16):
-        return False  # copies of tiles that begin between multiples of 16 bytes end in an illegal instruction
-    tensors = (x,) if isinstance(w, Quantized) else (x, w)  # rows of a quantised matrix are always aligned
-    aligned = all(t.stride(-1) == 1 and t.stride(-2) % 8 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
-    return aligned and _processors(x.device) > 0
+    return _begins_aligned(x) and is_aligned(w) and _processors(x.device) > 0
+
+
+def is_aligned(w: Matrix) -> bool:
+    """Return whether all that is copied of w, and of the rows beside it, begins at multiples of 16 bytes."""
+    if isinstance(w, Quantized):
+        return w.shift % 8 == 0 and w.shape[-2] % 8 == 0 and _begins_aligned(w.scales)
+    return _begins_aligned(w)
+
+
+def _begins_aligned(tensor: torch.Tensor) -> bool:
+    strides = tensor.stride(-1) == 1 and tensor.stride(-2) * tensor.element_size() % 16 == 0
+    return strides and tensor.data_ptr() % 16 == 0
 
 
 def split_linear(
@@ -176,7 +180,7 @@ def split_linear(
     holds, ``exact`` ones are float32 always.
     """
     if can_stream(x, w):
-        splits = _splits_of(w, x.shape[0], _turns_of(w), x.device)
+        splits = _splits_of(w, _turns_of(w), x.device)
         return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits, rows=x.shape[0], exact=exact)
     return product(x, w, bias).unsqueeze(0)
 
@@ -220,5 +224,5 @@ def experts_split_linear(units: torch.Tensor, down: Matrix, used: ExpertsInUse, 
         pdl: launch programmatically dependent.
     """
     num_used, rows, _ = units.shape
-    splits = _splits_of(down, rows, num_used * _turns_of(down), units.device)
+    splits = _splits_of(down, num_used * _turns_of(down), units.device)
     return _stream(units.flatten(0, 1), down, None, gated=False, pdl=pdl, splits=splits, rows=rows, experts=used)

@@ -7,7 +7,7 @@ import torch
 
 from helix.models.decoder import Decoder
 from helix.models.experts import mix_queued, mix_reference, mixture, route
-from helix.models.linear import STREAMS_8_BITS, can_stream, gated_linear, linear, split_linear
+from helix.models.linear import can_stream, gated_linear, linear, split_linear
 from helix.models.quantization import Quantization, num_blocks
 from helix.models.quantized import BLOCK, Quantized, quantize, quantize_blocks, widen_blocks
 from helix.models.spec import Experts, ModelSpec, RopeSpec
@@ -15,11 +15,6 @@ from parallel.grid import HelixGrid
 from parallel.layout import Layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def streamed(test):
-    """What needs the kernel that streams quantised matrices."""
-    return pytest.mark.gpu(pytest.mark.skipif(not STREAMS_8_BITS, reason="the kernel for 8 bits is off")(test))
 
 
 def blocks_of(shape, seed=0):
@@ -34,10 +29,9 @@ def blocks_of(shape, seed=0):
 def cut(values, grid, rows, columns):
     """The slice of a whole matrix that a rank would keep."""
     out = Quantized.empty(rows[1] - rows[0], columns, DEVICE)
-    out.values.copy_(values[slice(*rows), slice(*columns)])
     left = columns[0] // BLOCK
     its = grid[torch.arange(*rows) // BLOCK, left : left + num_blocks(*columns)]
-    out.scales.copy_(its.T)
+    out.put(0, values[slice(*rows), slice(*columns)], its.T)
     return out
 
 
@@ -74,9 +68,8 @@ def test_queues_of_experts_widen_what_the_reference_widens(rows):
     gate_up = cut(*ups, (40, 40 + 4 * 2 * 72), (0, 160)).unflatten(0, (4, -1))
     down = Quantized.empty(4 * 160, (100, 172), DEVICE)
     for expert in range(4):
-        one = cut(*downs, (0, 160), (100, 172))
-        down.values[expert * 160 : (expert + 1) * 160] = one.values
-        down.scales[:, expert * 160 : (expert + 1) * 160] = one.scales * (expert + 1)
+        one = downs[1][torch.arange(160) // BLOCK, :2].T
+        down.put(expert * 160, downs[0][:160, 100:172], one * (expert + 1))
     down = down.unflatten(0, (4, -1))
     wide = [torch.stack([w[e].widen(0, w.shape[1], torch.float32) for e in range(4)]) for w in (gate_up, down)]
     experts = Experts(num_experts=4, num_chosen=2, ffn_size=72, normalised=True)
@@ -90,7 +83,7 @@ def test_queues_of_experts_widen_what_the_reference_widens(rows):
     assert (plain.cpu() - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
-@streamed
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_byte_is_widened_exactly(dtype):
     """One row of x for each of 64 columns: products are the values themselves, subnormal ones too."""
@@ -99,15 +92,14 @@ def test_every_byte_is_widened_exactly(dtype):
     w = Quantized.empty(256, (48, 148), DEVICE)
     bytes_of = (codes[:, None].int() + torch.arange(100)[None, :] * 7) % 256
     bytes_of[(bytes_of & 127) == 127] = 1
-    w.values.copy_(bytes_of.to(torch.uint8).view(torch.float8_e4m3fn))
-    w.scales.copy_(torch.tensor([[1.0], [2.0]]).expand(2, 256))
+    w.put(0, bytes_of.to(torch.uint8), torch.tensor([[1.0], [2.0]]).expand(2, 256))
     x = torch.zeros(64, 104, dtype=dtype, device=DEVICE)[:, :100]
     x[torch.arange(64), 30 + torch.arange(64)] = 1.0
     assert can_stream(x, w)
     assert torch.equal(linear(x, w).double(), (w.widen(0, 256, torch.float64)[:, 30:94].T))
 
 
-@streamed
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 17, 33, 64])
 @pytest.mark.parametrize(
@@ -133,9 +125,12 @@ def test_streamed_rows_obey_the_tolerance_rule(dtype, rows, width, columns):
     ):
         error, allowed = ((each.cpu().double() - wanted).abs().max() for each in (ours, theirs))
         assert error <= 2 * allowed + 1e-5 * wanted.abs().max()
+    together, alone = (split_linear(each, w, exact=True) for each in (x, x[-1:].contiguous()))
+    assert torch.equal(together[:, -1:], alone)  # whoever shares the batch
+    assert torch.equal(split_linear(x, w, exact=True), together)
 
 
-@streamed
+@pytest.mark.gpu
 @pytest.mark.parametrize("held", [(0, 16), (5, 16)], ids=str)
 @pytest.mark.parametrize(("rows", "units", "hidden"), [(1, 64, 512), (5, 40, 776), (17, 192, 2048), (64, 768, 520)])
 def test_few_rows_go_through_every_quantised_expert_in_use(held, rows, units, hidden):
