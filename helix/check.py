@@ -9,8 +9,8 @@ import numpy as np
 from parallel.launch import gather_values
 
 from .cache.movements import as_ints
+from .choice import SampledTokens
 from .request import Chunk
-from .sampling import SampledTokens
 from .scheduler import Step
 
 

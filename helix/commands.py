@@ -40,6 +40,7 @@ class Add(_Named, frozen=True, tag=True):
         token_ids: the prompt, little-endian int32.
         seed: of its random numbers.
         max_len: tokens, prompt included, at which it ends.
+        bad_word_ids: the tokens of each of its bad words.
     """
 
     token_ids: bytes
@@ -48,6 +49,7 @@ class Add(_Named, frozen=True, tag=True):
     max_len: int
     cache_salt: str = ""
     retention: tuple[Retention, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def prompt_len(self) -> int:
@@ -74,6 +76,7 @@ class Add(_Named, frozen=True, tag=True):
             output=RequestOutput(self.name, prompt_tokens=len(token_ids), logprobs=logprobs),
             cache_salt=self.cache_salt,
             retention=self.retention,
+            bad_word_ids=self.bad_word_ids,
         )
 
 
@@ -90,10 +93,15 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cut(msgspec.Struct, frozen=True, tag=True):
-    """A stop string was found in the last step's text: keep so many output tokens of the request, and end it."""
+    """A stop string was found in the last step's text: keep so many output tokens of the request, and end it.
+
+    Attributes:
+        stop: that string.
+    """
 
     index: int
     num_tokens: int
+    stop: str
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):

@@ -37,12 +37,16 @@ class Detokenizer:
         stop: Sequence[str] = (),
         *,
         skip_special_tokens: bool = True,
+        include_stop: bool = False,
+        min_tokens: int = 0,
         prompt: Sequence[int] = (),
     ) -> None:
         """Start at the first output token; without a tokenizer text stays "" and `stop` must be empty (ValueError).
 
-        A special token that a stop string holds is found though it is not shown. With the end of the `prompt` the text
-        is what follows the prompt's own: its first word keeps its space, and a character that began there is whole.
+        With ``include_stop`` the stop string belongs to the text. One that ends within the first ``min_tokens`` tokens
+        is text as any other. A special token that a stop string holds is found though it is not shown. With the end of
+        the `prompt` the text is what follows the prompt's own: its first word keeps its space, and a character that
+        began there is whole.
         """
         if stop and tokenizer is None:
             raise ValueError(f"sampling.stop = {list(stop)!r} needs a tokenizer; valid without one: stop_token_ids")
@@ -50,6 +54,8 @@ class Detokenizer:
             raise ValueError(f"sampling.stop = {list(stop)!r} must not contain an empty string")
         self._tokenizer = tokenizer
         self._decode = _decode_with(tokenizer, skip_special_tokens)
+        self.includes_stop = include_stop
+        self._min_tokens, self._num_tokens = min_tokens, 0
         self._stop = {s: s for s in stop}  # what is looked for -> the string that it stands for
         self._marks = self._mark_special(stop) if skip_special_tokens else {}
         self._longest_stop = max((len(s) for s in self._stop), default=0)
@@ -86,6 +92,7 @@ class Detokenizer:
         if self._tokenizer is None:
             return ""
         self._window.append(token_id)
+        self._num_tokens += 1
         num_pending = len(self._window) - self._num_context
         return self._release(self._read(flush=num_pending >= _MAX_PENDING) + self._marks.get(token_id, ""))
 
@@ -152,10 +159,10 @@ class Detokenizer:
             return delta
         text = self._held + delta
         found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
-        if found:
-            _, at, pattern = min(found)
+        if found and self._num_tokens > self._min_tokens:
+            end, at, pattern = min(found)
             self._stopped = self._stop[pattern]
-            released, self._held = text[:at], ""
+            released, self._held = text[: end if self.includes_stop else at], ""
         else:
             held_len = self._partial_stop_len(text)
             released, self._held = text[: len(text) - held_len], text[len(text) - held_len :]

@@ -28,12 +28,12 @@ import torch
 
 from .cache.mover import PageMover
 from .check import compare_ranks
+from .choice import SampledTokens, sample
 from .graphs import PendingTokens
 from .metrics import RunMetrics
 from .outcome import take_token
 from .request import ABORT, ERROR, Chunk, Sequence, StreamEvent, TokenLogprobs
 from .runner import Runner
-from .sampling import SampledTokens, sample
 from .scheduler import Scheduler, Step
 from .speculative.counters import SpeculativeCounters
 from .speculative.speculator import Speculator
@@ -295,7 +295,7 @@ class Engine:
             self.runner.check_faults(fault)
             return SampledTokens.plain(ids)
         choosing = [chunk for chunk in flight.step.chunks if chunk.samples]
-        tokens = sample(flight.choice, sampling_batch(choosing, flight.choice.device)) if choosing else None
+        tokens = sample(flight.choice, sampling_batch(choosing, flight.choice.device, self._eos)) if choosing else None
         self.runner.check_faults()
         return tokens
 

@@ -92,5 +92,5 @@ class StepLoop:
         if output.logprobs is not None:
             del output.logprobs[cut.num_tokens :]
         self._front.metrics.note_cut(output.finish_reason, num_late)
-        output.finish_reason = STOP
+        output.finish_reason, output.stop_reason = STOP, cut.stop
         return [event for event in events if id(event) not in late]

@@ -13,8 +13,10 @@ def take_token(seq: Sequence, token: int, eos_token_ids: Collection[int]) -> Str
     seq.token_ids.append(token)
     output.token_ids.append(token)
     is_eos = token in eos_token_ids and not params.ignore_eos
-    if is_eos or token in params.stop_token_ids:
+    is_stop = is_eos or token in params.stop_token_ids
+    if is_stop and len(output.token_ids) > params.min_tokens:
         output.finish_reason = STOP
+        output.stop_reason = None if is_eos else token
     elif len(seq.token_ids) >= seq.max_len:
         output.finish_reason = LENGTH
     return StreamEvent(seq.index, [token], "", output if output.finish_reason else None)

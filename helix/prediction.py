@@ -62,7 +62,7 @@ def case_of(config: HelixConfig, spec: ModelSpec, reader: PromptReader, prompts:
     for request in map(as_request, prompts[:PROBED]):
         try:
             more = (request.sampling or config.sampling).max_tokens
-            lengths.append(len(reader.token_ids(request)) + more)
+            lengths.append(len(reader.token_ids(request)) + (spec.max_position if more is None else more))
         except ValueError:  # it fails alone, and says so when it is run
             continue
     if not lengths:

@@ -86,6 +86,34 @@ class PromptReader:
             raise ValueError(f"the prompt has {len(ids)} tokens; the model takes at most {limit - 1}")
         return ids
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._spec.vocab_size
+
+    def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of words, as they begin a text and, where that is of as many tokens, after a space.
+
+        Raises:
+            ValueError: without a tokenizer, or for a word of which it makes ids outside the vocabulary.
+        """
+        found: list[tuple[int, ...]] = []
+        if words and self._tokenizer is None:
+            raise ValueError(f"sampling.bad_words = {list(words)} needs a tokenizer, but the model folder has none")
+        for word in words:
+            plain, spaced = (
+                tuple(self._tokenizer(space + word.lstrip(), add_special_tokens=False)["input_ids"])
+                for space in ("", " ")
+            )
+            found += [plain] if plain else []
+            if spaced and len(spaced) == len(plain) and spaced[0] != plain[0]:
+                found.append(spaced)
+        if any(token >= self.vocab_size for ids in found for token in ids):
+            raise ValueError(
+                f"sampling.bad_words = {list(words)} has tokens outside the vocabulary of {self.vocab_size}"
+            )
+        return tuple(found)
+
     def require_one(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError, with the first one's reason, when none of the prompts can run."""
         first: ValueError | None = None
@@ -200,7 +228,9 @@ class Preparer:
         is_answer = request.messages is not None or request.is_rendered
         if is_answer and self.end_of_turn_ids and not sampling.ignore_eos:
             sampling = replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *self.end_of_turn_ids])
-        max_len = min(len(token_ids) + sampling.max_tokens, limits.max_position)
+        self._check_biases(sampling)
+        most = limits.num_tokens + 1 if sampling.max_tokens is None else len(token_ids) + sampling.max_tokens
+        max_len = min(max(most, len(token_ids) + 1), limits.max_position)
         if not limits.fits(max_len - 1):
             raise ValueError(
                 f"{len(token_ids)} prompt tokens and sampling.max_tokens = {sampling.max_tokens} need more than the "
@@ -217,11 +247,18 @@ class Preparer:
             max_len=max_len,
             cache_salt=request.cache_salt,
             retention=request.retention,
+            bad_word_ids=self._prompts.bad_word_ids(sampling.bad_words),
         )
 
     def new_seed(self) -> int:
         """Return a seed that no other request has."""
         return (self._entropy + next(self._num_seeded)) % SEED_LIMIT
+
+    def _check_biases(self, sampling: SamplingParams) -> None:
+        vocab = self._prompts.vocab_size
+        wrong = next((token for token in sampling.logit_bias if token >= vocab), None)
+        if wrong is not None:
+            raise ValueError(f"sampling.logit_bias names token id {wrong}, which is outside the vocabulary of {vocab}")
 
 
 def _name(request: Request) -> bytes | None:

@@ -89,8 +89,9 @@ class RequestOutput:
     Attributes:
         id: the request's.
         token_ids: the tokens made, the one that stopped it included.
-        text: their text, without special tokens and up to a stop string.
+        text: their text, up to a stop string and without special tokens, unless the settings ask for them.
         finish_reason: stop, length, abort or error.
+        stop_reason: the stop string or the id in stop_token_ids that ended it; None where something else did.
         prompt_tokens: length of the prompt, in tokens.
         cached_tokens: prompt tokens whose KV was found in the cache, not computed.
         logprobs: one entry a token, when asked for.
@@ -101,6 +102,7 @@ class RequestOutput:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
+    stop_reason: int | str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
@@ -133,6 +135,7 @@ class Sequence:
         was_admitted: True from its first admission on; later ones resume it.
         keeps_pages: it keeps its pages when it ends, until whoever reads them releases them.
         arrived_s, last_token_s: when it came, and its last token, by this rank's own clock: for the metrics alone.
+        bad_word_ids: the tokens of each of the bad words.
         distinct_prompt_ids: sorted ids of the prompt where a repetition penalty needs them, else None.
     """
 
@@ -148,6 +151,7 @@ class Sequence:
     batch_slot: int = -1
     cache_salt: str = ""
     retention: tuple[Retention, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
     keys: BlockKeys | None = None
     was_admitted: bool = False
     keeps_pages: bool = False

@@ -27,7 +27,15 @@ class TextReader:
 
     def begin(self, add: Add) -> None:
         """Expect the tokens of a request."""
-        self._live[add.index] = Detokenizer(self._tokenizer, add.sampling.stop, prompt=add.prompt)
+        params = add.sampling
+        self._live[add.index] = Detokenizer(
+            self._tokenizer,
+            params.stop,
+            skip_special_tokens=params.skip_special_tokens,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            prompt=add.prompt,
+        )
         self._num_read[add.index] = 0
 
     def read(self, events: Sequence[StreamEvent]) -> list[Cut]:
@@ -38,12 +46,13 @@ class TextReader:
             if detokenizer is None or detokenizer.stopped is not None:
                 continue
             ends = event.output is not None
-            silent = event.output is not None and event.output.finish_reason == STOP  # its last token ended it
+            ended = event.output is not None and event.output.finish_reason == STOP  # by its last token
+            silent = ended and not detokenizer.includes_stop
             for token in event.token_ids[: -1 if silent else None]:
                 event.text += detokenizer.push(token)
                 self._num_read[event.index] += 1
                 if detokenizer.stopped is not None:
-                    cuts.append(Cut(event.index, self._num_read[event.index]))
+                    cuts.append(Cut(event.index, self._num_read[event.index], detokenizer.stopped))
                     break
             if ends and detokenizer.stopped is None:
                 event.text += detokenizer.finish()

@@ -82,6 +82,7 @@ def output_line(output: RequestOutput, index: int, asked: str) -> str:
         "token_ids": output.token_ids,
         "text": output.text,
         "finish_reason": output.finish_reason,
+        **({} if output.stop_reason is None else {"stop_reason": output.stop_reason}),
         "prompt_tokens": output.prompt_tokens,
         "cached_tokens": output.cached_tokens,
     }
@@ -131,7 +132,8 @@ def generate(llm: LLM, work: Work, hashes: Sequence[str], lines: GrowingFile | P
         RuntimeError: for an OSError on the way: what the run was given has been read, so it is no bad input.
     """
     default, errors = llm.config.sampling, list[str]()
-    wanted = sum((request.sampling or default).max_tokens for request in work.requests if not request.error)
+    most = [(request.sampling or default).max_tokens for request in work.requests if not request.error]
+    wanted = sum(llm.spec.max_position if each is None else each for each in most)
     try:
         with RunProgress(llm.launch.speaks, wanted) as progress:
             for event in llm.stream(work.requests, on_step=progress.update):

@@ -93,7 +93,7 @@ class Settler:
         room = min(limit, self._ready.limits.num_tokens + 1) - len(token_ids)
         if asked.is_chat and not asked.says_length:
             sampling = replace(sampling, max_tokens=max(room, 1))
-        elif asked.says_length and len(token_ids) + sampling.max_tokens > limit:
+        elif asked.says_length and len(token_ids) + (sampling.max_tokens or 0) > limit:
             raise ApiError(
                 400,
                 f"max_tokens = {sampling.max_tokens} and a prompt of {len(token_ids)} tokens exceed the model's "

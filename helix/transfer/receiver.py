@@ -376,6 +376,7 @@ class Receiver:
 
 def _ask_of(number: int, seq: Sequence) -> Ask:
     sampling = asdict(seq.sampling)
+    sampling["logit_bias"] = {str(token): value for token, value in seq.sampling.logit_bias.items()}  # keys are texts
     return Ask(
         id=number,
         token_ids=np.array(seq.token_ids, np.int32),

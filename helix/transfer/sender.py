@@ -298,7 +298,8 @@ class Sender:
 
 def _request_of(ask: Ask) -> tuple[Request, SamplingParams]:
     """Return what is to be computed: a request that ends with its first token."""
-    sampling = replace(SamplingParams(**ask.sampling), max_tokens=1, seed=ask.seed, stop=[])
+    sampling = SamplingParams(**ask.sampling)
+    sampling = replace(sampling, max_tokens=1, min_tokens=min(sampling.min_tokens, 1), seed=ask.seed, stop=[])
     retention = tuple(Retention(**each) for each in ask.retention)
     return Request(prompt_token_ids=ask.token_ids.tolist(), cache_salt=ask.salt, retention=retention), sampling
 

@@ -13,9 +13,9 @@ import helix.engine
 import helix.feed
 from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
 from helix.check import RankMismatch
+from helix.choice import SampledTokens
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from helix.runner import RankLost
-from helix.sampling import SampledTokens
 from parallel.symmetric import Faults
 from scripts.make_checkpoint import EOS_ID, make_checkpoint
 
@@ -644,3 +644,50 @@ def test_prompts_are_prepared_as_they_may_start_and_not_all_at_first(llm: LLM, m
     outputs = {event.index: event.output for event in events if event.output is not None}
     assert told([outputs[index] for index in range(40)]) == expected
     assert outputs[40].error is not None
+
+
+# --- what ends an answer, and what it must not hold -------------------------------------------------------------------
+
+
+def test_stops_say_which_they_were_and_may_be_part_of_the_text(llm: LLM) -> None:
+    plain = one(llm, PROMPTS[2], greedy(24))
+    at = next(at for at in range(3, len(plain.text) - 1) if plain.text[at : at + 2].isascii())
+    stop = plain.text[at : at + 2]
+    begins = plain.text.index(stop)
+    for included in (False, True):
+        output = one(llm, PROMPTS[2], greedy(24, stop=[stop], include_stop_str_in_output=included))
+        assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+        assert output.text == plain.text[: begins + 2 * included]
+    number = next(n for n in range(4, 24) if plain.token_ids[n] not in plain.token_ids[:n])
+    token = plain.token_ids[number]
+    stopped = one(llm, PROMPTS[2], greedy(24, stop_token_ids=[token]))
+    assert (stopped.token_ids, stopped.stop_reason) == (plain.token_ids[: number + 1], token)
+    later = one(llm, PROMPTS[2], greedy(24, stop=[stop], min_tokens=24))
+    assert (later.text, later.finish_reason, later.stop_reason) == (plain.text, "length", None)
+
+
+def test_min_tokens_rules_out_what_would_end_the_answer(llm: LLM) -> None:
+    plain = one(llm, PROMPTS[1], greedy(24))
+    stops = plain.token_ids[:3]
+    output = one(llm, PROMPTS[1], greedy(24, stop_token_ids=stops, min_tokens=5))
+    assert len(output.token_ids) > 5 and not {*output.token_ids[:5]} & {*stops, EOS_ID}
+
+
+def test_biases_and_bad_words_change_the_answer(llm: LLM) -> None:
+    plain = one(llm, PROMPTS[0], greedy(8))
+    first = plain.token_ids[0]
+    assert first not in one(llm, PROMPTS[0], greedy(8, logit_bias={first: -100})).token_ids
+    assert one(llm, PROMPTS[0], greedy(8, logit_bias={"7": 100})).token_ids == [7] * 8
+    word = llm.tokenizer.decode(plain.token_ids[:2])
+    if tuple(llm.tokenizer(word, add_special_tokens=False)["input_ids"]) == tuple(plain.token_ids[:2]):
+        assert one(llm, PROMPTS[0], greedy(8, bad_words=[word])).token_ids[:2] != plain.token_ids[:2]
+    letters = [chr(code) for code in range(97, 123)]
+    assert not {*one(llm, PROMPTS[0], greedy(40, bad_words=letters)).text} & {*letters}
+    refused = one(llm, PROMPTS[0], greedy(8, logit_bias={VOCAB: 1}))
+    assert refused.error == f"sampling.logit_bias names token id {VOCAB}, which is outside the vocabulary of {VOCAB}"
+
+
+def test_null_max_tokens_goes_on_to_the_end_of_context_or_cache(llm: LLM) -> None:
+    most = min(llm.spec.max_position, llm.num_pages * llm.config.cache.block_size + 1)
+    output = one(llm, PROMPTS[0][:3], SamplingParams(max_tokens=None, ignore_eos=True))
+    assert (len(output.token_ids), output.finish_reason) == (most - len(PROMPTS[0][:3]), "length")

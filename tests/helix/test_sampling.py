@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 from torch import Tensor
 
-from helix.sampling import SamplingBatch, SamplingParams, sample, target_probabilities
+from helix.choice import SamplingBatch, sample, target_probabilities
+from helix.sampling import SamplingParams
 
 Tokens = Sequence[int]
 
@@ -99,6 +100,12 @@ def assert_follows_oracle(params: Sequence[SamplingParams], logits: Tensor, **to
         ({"stop": ["a"] * 65}, "must hold at most 64 strings"),
         ({"stop": ["a" * 1001]}, "must hold strings of at most 1000 characters"),
         ({"stop": ["a", "\ud800"]}, "sampling.stop[1] is no valid text: character 0, '\\ud800', is a lone surrogate"),
+        ({"min_tokens": 17}, "sampling.min_tokens = 17 must be at most sampling.max_tokens = 16"),
+        ({"logit_bias": {3: 100.5}}, "sampling.logit_bias = {3: 100.5} must hold values in [-100, 100]"),
+        ({"logit_bias": {3: math.nan}}, "sampling.logit_bias = {3: nan} must hold values in [-100, 100]"),
+        ({"logit_bias": {-3: 1.0}}, "sampling.logit_bias = {-3: 1.0} must hold token ids in [0, 2**31)"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "must hold at most 1024 token ids"),
+        ({"bad_words": ["a", " "]}, "sampling.bad_words = ['a', ' '] must not contain an empty string"),
         ({"logprobs": 10**30}, "must lie in [0, 2**31) or be null (none returned)"),
         ({"logprobs": -1}, "sampling.logprobs = -1 must lie in [0, 2**31) or be null (none returned)"),
     ],
@@ -115,15 +122,17 @@ def test_invalid_value_is_refused_with_its_name_value_and_rule(settings: dict[st
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"max_tokens": True}, "sampling.max_tokens = True must be of type int"),
-        ({"max_tokens": "8"}, "sampling.max_tokens = '8' must be of type int"),
-        ({"max_tokens": 8.5}, "sampling.max_tokens = 8.5 must be of type int"),
+        ({"max_tokens": True}, "sampling.max_tokens = True must be of type int | None"),
+        ({"max_tokens": "8"}, "sampling.max_tokens = '8' must be of type int | None"),
+        ({"max_tokens": 8.5}, "sampling.max_tokens = 8.5 must be of type int | None"),
         ({"temperature": "0.5"}, "sampling.temperature = '0.5' must be of type float"),
         ({"temperature": False}, "sampling.temperature = False must be of type float"),
         ({"ignore_eos": 1}, "sampling.ignore_eos = 1 must be of type bool"),
         ({"seed": 1.5}, "sampling.seed = 1.5 must be of type int | None"),
         ({"stop": [7]}, "sampling.stop = [7] must be of type list[str]"),
         ({"stop_token_ids": 7}, "sampling.stop_token_ids = 7 must be of type list[int]"),
+        ({"logit_bias": {"x": 1.0}}, "sampling.logit_bias = {'x': 1.0} must be of type dict[int, float]"),
+        ({"logit_bias": {"3": "1"}}, "sampling.logit_bias = {3: '1'} must be of type dict[int, float]"),
         ({"stop_token_ids": [True]}, "sampling.stop_token_ids = [True] must be of type list[int]"),
     ],
 )
@@ -138,8 +147,12 @@ def test_override_of_wrong_type_is_refused_without_coercion(overrides: dict[str,
     [
         ({"max_tokens": 4.0, "seed": 3.0}, {"max_tokens": 4, "seed": 3}),
         ({"top_k": -1, "temperature": 1e-6}, {"top_k": 0, "temperature": 0.0}),
+        (
+            {"logit_bias": {"7": 1.0, 9: -2.5}, "bad_words": "no"},
+            {"logit_bias": {7: 1.0, 9: -2.5}, "bad_words": ["no"]},
+        ),
         ({"stop": "END", "stop_token_ids": (1, 2)}, {"stop": ["END"], "stop_token_ids": [1, 2]}),
-        ({"top_p": None, "stop": None, "max_tokens": None}, {}),
+        ({"top_p": None, "stop": None, "logit_bias": None}, {}),
     ],
 )
 def test_values_that_mean_the_same_are_the_same(given: dict[str, Any], meant: dict[str, Any]) -> None:
@@ -521,7 +534,7 @@ def test_sorting_and_noise_are_skipped_when_no_row_needs_them(monkeypatch: pytes
     sample(random_logits(2, 50), make_batch([SamplingParams(temperature=1.0, top_k=5, min_p=0.1), SamplingParams()]))
     monkeypatch.setattr(Tensor, "topk", refuse)
     sample(random_logits(2, 50), make_batch([SamplingParams(temperature=1.0, min_p=0.1), SamplingParams(top_k=4)]))
-    monkeypatch.setattr("helix.sampling.gumbel", refuse)
+    monkeypatch.setattr("helix.choice.gumbel", refuse)
     sample(random_logits(2, 50), make_batch([SamplingParams(), SamplingParams(top_p=0.5)]))
 
 

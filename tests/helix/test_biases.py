@@ -1,0 +1,43 @@
+"""What is added to logits first: logit_bias, and -inf for what min_tokens and bad words rule out."""
+
+import math
+from typing import Any
+
+import pytest
+
+from helix.biases import biases_of
+from helix.request import RequestOutput, Sequence
+from helix.sampling import SamplingParams
+
+OUT = -math.inf
+
+
+def sequence(output: list[int], bad: tuple[tuple[int, ...], ...] = (), **settings: Any) -> Sequence:
+    params = SamplingParams(bad_words=["x"] * bool(bad), **settings)
+    return Sequence(
+        index=0, token_ids=[1, 2, 3, *output], prompt_len=3, sampling=params, seed=0, max_len=99,
+        output=RequestOutput(None), bad_word_ids=bad,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("output", "drafts", "banned"),
+    [([], (), [7, 9]), ([4], (), [7, 9]), ([4], (5,), []), ([4, 5], (), []), ([4, 5, 6], (), [])],
+)
+def test_what_ends_a_sequence_is_ruled_out_before_min_tokens(
+    output: list[int], drafts: tuple[int, ...], banned: list[int]
+) -> None:
+    seq = sequence(output, min_tokens=2, stop_token_ids=[9], logit_bias={9: 5.0, 4: -1.0})
+    assert biases_of(seq, [7], drafts) == {9: 5.0, 4: -1.0} | dict.fromkeys(banned, OUT)
+
+
+@pytest.mark.parametrize(
+    ("output", "drafts", "banned"),
+    [([], (), [8]), ([5], (), [8, 6]), ([5, 6], (), [8, 7]), ([5], (6,), [8, 7]), ([4, 6], (), [8]), ([6], (), [8])],
+)
+def test_the_last_token_of_a_bad_word_is_ruled_out_behind_the_others(
+    output: list[int], drafts: tuple[int, ...], banned: list[int]
+) -> None:
+    """The prompt's tokens 1, 2, 3 count for nothing."""
+    seq = sequence(output, ((5, 6), (5, 6, 7), (8,), (3, 4)))
+    assert biases_of(seq, (), drafts) == dict.fromkeys(banned, OUT)
