@@ -50,6 +50,7 @@ class Add(_Named, frozen=True, tag=True):
     cache_salt: str = ""
     retention: tuple[Retention, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
 
     @property
     def prompt_len(self) -> int:
@@ -77,6 +78,7 @@ class Add(_Named, frozen=True, tag=True):
             cache_salt=self.cache_salt,
             retention=self.retention,
             bad_word_ids=self.bad_word_ids,
+            priority=self.priority,
         )
 
 

@@ -197,16 +197,25 @@ class SchedulerConfig:
     Attributes:
         max_batch: sequences that run at once.
         prefill_chunk: prompt tokens a step computes, over all sequences, beside one decode row of each.
+        short_prompt_share: the part of a chunk that goes to prompts with less left than the one whose turn it is, the
+            shortest first; from 0, which slows the longest prompt least, to 0.5.
+        decode_steps_per_chunk: steps of decode rows for each chunk while sequences decode: 1 computes a chunk beside
+            every one, 4 beside every fourth, so that decode rows wait for chunks less often and prompts take longer.
         max_logprobs: likely tokens that a request may ask for beside each of its own; a step pays for the most asked.
     """
 
     max_batch: int = 64
     prefill_chunk: int = 2048
+    short_prompt_share: float = 0.25
+    decode_steps_per_chunk: int = 1
     max_logprobs: int = 20
 
     def __post_init__(self) -> None:
         check_at_least("scheduler.max_batch", self.max_batch, 1)
         check_at_least("scheduler.prefill_chunk", self.prefill_chunk, 1)
+        if not 0.0 <= self.short_prompt_share <= 0.5:
+            raise ValueError(f"scheduler.short_prompt_share = {self.short_prompt_share} must lie in [0, 0.5]")
+        check_at_least("scheduler.decode_steps_per_chunk", self.decode_steps_per_chunk, 1)
         check_at_least("scheduler.max_logprobs", self.max_logprobs, 0)
 
 

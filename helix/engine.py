@@ -125,6 +125,7 @@ class Engine:
     def note_arrival(self, seq: Sequence) -> None:
         """Know a sequence, which ``compute`` queues or ``go_on`` continues, until it ends."""
         self._live[seq.index] = seq
+        self.scheduler.line_up(seq)
         self.metrics.note_arrival(seq, self._clock())
 
     def find(self, index: int) -> Sequence | None:
@@ -192,7 +193,7 @@ class Engine:
     def _drop_all(self) -> None:
         for seq in list(self.scheduler.running):
             self.scheduler.remove(seq, keep=not self.in_step)
-        self.scheduler.waiting.clear()
+        self.scheduler.clear_waiting()
         self._live.clear()
         if self.in_step:  # pages that it should have written or moved may hold anything
             self.scheduler.cache.clear()

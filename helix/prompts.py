@@ -248,6 +248,7 @@ class Preparer:
             cache_salt=request.cache_salt,
             retention=request.retention,
             bad_word_ids=self._prompts.bad_word_ids(sampling.bad_words),
+            priority=request.priority,
         )
 
     def new_seed(self) -> int:

@@ -12,6 +12,7 @@ from .cache.keys import BlockKeys
 from .cache.pool import BlockTable
 from .cache.retention import Retention
 from .checks import check_text
+from .fair_share import Order
 
 if TYPE_CHECKING:
     from .sampling import SamplingParams
@@ -20,6 +21,7 @@ STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 """Why a request ended: its own end or a stop of its settings, its length, its caller, a failure."""
 
 MAX_SALT_CHARS = 1_000
+MAX_URGENCY = 100
 
 
 @dataclass(slots=True)
@@ -36,6 +38,7 @@ class Request:
         id: the caller's name for it, returned with the output.
         cache_salt: it shares cached blocks only with requests of the same salt.
         retention: how long ranges of its tokens stay cached; the last that covers a block's first token decides.
+        priority: its class, from -100 to 100; higher ones begin first and are preempted last, see ``Scheduler``.
         error: why the request cannot run; it then fails alone, with this message.
     """
 
@@ -48,6 +51,7 @@ class Request:
     id: str | None = None
     cache_salt: str = ""
     retention: tuple[Retention, ...] = ()
+    priority: int = 0
     error: str | None = None
 
     def check(self) -> None:
@@ -65,6 +69,8 @@ class Request:
             raise ValueError("prompt_token_ids must be integers")
         if not all(isinstance(each, Retention) for each in self.retention):
             raise ValueError("retention must hold Retention objects alone")
+        if type(self.priority) is not int or abs(self.priority) > MAX_URGENCY:
+            raise ValueError(f"priority = {self.priority!r} must be an integer in {-MAX_URGENCY}..{MAX_URGENCY}")
         if len(self.cache_salt) > MAX_SALT_CHARS:
             raise ValueError(f"cache_salt has {len(self.cache_salt)} characters, must have at most {MAX_SALT_CHARS}")
         if self.template and self.messages is None:
@@ -130,7 +136,10 @@ class Sequence:
         max_len: tokens, prompt included, at which it ends for length.
         num_computed: tokens whose K and V are in the cache.
         batch_slot: its row of the page table while it runs, else -1.
-        cache_salt, retention: the request's.
+        cache_salt, retention, priority: the request's.
+        order: its place in line, set when it arrives.
+        num_missing: tokens that it did not find cached when it last looked; None before.
+        waits_for: who computes blocks that it shares, and how many tokens of these; None where it waits for nobody.
         keys: its blocks' keys, made when it is first matched.
         was_admitted: True from its first admission on; later ones resume it.
         keeps_pages: it keeps its pages when it ends, until whoever reads them releases them.
@@ -152,6 +161,10 @@ class Sequence:
     cache_salt: str = ""
     retention: tuple[Retention, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
+    order: Order | None = None
+    num_missing: int | None = None
+    waits_for: tuple[Sequence, int] | None = None
     keys: BlockKeys | None = None
     was_admitted: bool = False
     keeps_pages: bool = False
@@ -167,6 +180,11 @@ class Sequence:
     def output_ids(self) -> list[int]:
         """The tokens made so far."""
         return self.token_ids[self.prompt_len :]
+
+    @property
+    def num_todo(self) -> int:
+        """Known tokens that are not computed."""
+        return len(self.token_ids) - self.num_computed
 
     @property
     def is_new(self) -> bool:
@@ -214,3 +232,9 @@ class Chunk:
     def num_choices(self) -> int:
         """How many of the last rows choose a token: that of the last known token, and one a draft."""
         return 1 + len(self.drafts) if self.samples else 0
+
+
+def order_of(seq: Sequence) -> Order:
+    """Return the place in line of a sequence that has one."""
+    assert seq.order is not None
+    return seq.order

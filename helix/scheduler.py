@@ -1,13 +1,18 @@
 """What the next step computes: continuous batching, chunked prefill, admission and preemption.
 
 Every rank runs its own copy on the same inputs. A decision depends on nothing that one rank alone can see, so all
-copies agree without a message.
+copies agree without a message: counts of steps, and the order of what came through the door.
+
+One order rules who begins, whose prompt is computed and who is preempted: the step of arrival, less ``AGING`` steps for
+each class of priority. So a class overtakes what came a while before, and nothing starves. Beside the first in order
+the shortest prompts have a share of every chunk (``fair_share.py``).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+import math
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +21,15 @@ from .cache.keys import BlockKeys
 from .cache.movements import Movement
 from .cache.pool import BlockTable
 from .config import SchedulerConfig
-from .request import Chunk, Sequence
+from .fair_share import Due, divide
+from .followers import Followers, lacks_the_same, leaders_of, next_block
+from .request import Chunk, Sequence, order_of
+
+AGING = 1_000
+"""Steps of waiting that a class of priority is worth."""
+LOOKS = 2
+"""Prompts whose length alone would not let them begin, of which a step finds out how much is cached."""
+NOBODY = 1 << 62
 
 
 @dataclass(slots=True)
@@ -35,20 +48,31 @@ class Step:
 
 
 class Scheduler:
-    """Keeps waiting and running sequences.
+    """Keeps waiting and running sequences, both in order.
 
-    A sequence is admitted, first come first served, when a batch slot and pages for all its tokens are free. Decode
-    takes pages as it grows; where none is left the latest sequence is preempted, its blocks stay cached as long as
-    they can, and it is resumed later.
+    A sequence begins when a batch slot and pages for all its tokens are free and its share of the chunk is not empty.
+    One that shares blocks with a prompt that is being computed waits for them first, and that prompt is as urgent and
+    as short meanwhile as who waits for it. Decode takes pages as it grows; where none is left the last in order is
+    preempted, its blocks stay cached as long as they can, and it is resumed later.
+
+    Attributes:
+        waiting: who has no batch slot.
+        running: who has one, but for those that are held for another group.
     """
 
     def __init__(self, config: SchedulerConfig, cache: CacheControl) -> None:
         self.cache = cache
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._prefill_chunk = config.prefill_chunk
+        self._share = min(math.ceil(config.short_prompt_share * self._prefill_chunk), self._prefill_chunk - 1)
+        self._steps_between = config.decode_steps_per_chunk - 1
+        self._quiet = 0  # steps of decode rows alone that come before the next chunk
         self._free_slots = list(range(config.max_batch))
-        self._blocked: tuple[Sequence, int] | None = None  # the first of a queue, and when it was found not to fit
+        self._num_steps = self._num_arrived = 0
+        self._followers = Followers()
+        self._least = NOBODY  # no other waiting one misses less
+        self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and when that was
         self.on_leave: Callable[[Sequence], None] = _ignore  # told of every sequence that ends or is preempted
 
     @property
@@ -56,9 +80,19 @@ class Scheduler:
         """True while any sequence waits or runs."""
         return bool(self.waiting or self.running)
 
+    def line_up(self, seq: Sequence) -> None:
+        """Give a sequence that arrives its place in line; one that has one keeps it."""
+        if seq.order is None:
+            seq.order = (self._num_steps - seq.priority * AGING, self._num_arrived)
+            self._num_arrived += 1
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the pools must be able to hold ``seq.max_len`` tokens."""
-        self.waiting.append(seq)
+        self.line_up(seq)
+        insort(self.waiting, seq, key=order_of)
+        seq.num_missing, seq.waits_for = None, None
+        if self._blocked is None or order_of(seq) < order_of(self._blocked[0]):
+            self._least = 0
 
     def schedule(self) -> Step:
         """Choose the next step: one decode row of each sequence that is past its prompt, and prefill chunks.
@@ -66,10 +100,23 @@ class Scheduler:
         Prefill takes at most ``prefill_chunk`` tokens over all sequences. Pages of every chunk are allocated. After the
         step is computed, ``commit`` is called with its chunks.
         """
+        self._num_steps += 1
         step = Step()
-        budget, preempted = self._continue_running(step)
-        if not (preempted and step.chunks):
-            self._admit_waiting(step, budget)
+        preempted = self._give_pages()
+        decodes = any(seq.num_todo == 1 for seq in self.running)
+        counts: dict[Sequence, int] = {}
+        if self._quiet and decodes:
+            self._quiet -= 1
+        else:
+            if not (preempted and self.running):
+                self._admit_waiting(step)
+            dues = self._dues(step.admitted)
+            counts = dict(zip(dues, divide(list(dues.values()), self._prefill_chunk, self._share), strict=True))
+            self._quiet = self._steps_between if any(counts.values()) and decodes else 0
+        for seq in self.running:
+            count = counts.get(seq, 1 if seq.num_todo == 1 else 0)
+            if count:
+                step.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
         self.cache.offload_ahead()
         step.movements = self.cache.take_movements()
         return step
@@ -79,10 +126,10 @@ class Scheduler:
 
         It has a row of every sequence that may go on, at the position after its launched one; who stopped before is
         known later. None where the launched step has to be committed first, since ``schedule`` may do something else
-        then: a running sequence has no row in it, one waits that may fit now or soon, or a page is missing. Waiting
-        sequences that did not fit hold nothing up before something is freed.
+        then: a chunk is due, one waits that may begin now or soon, or a page is missing. Waiting sequences that did not
+        fit hold nothing up before something is freed, and nobody does before a chunk is due.
         """
-        if len(launched.chunks) < len(self.running):
+        if not self._quiet and len(launched.chunks) < len(self.running):
             return None
         chunks = [
             Chunk(chunk.seq, chunk.stop, chunk.stop + 1)
@@ -90,18 +137,18 @@ class Scheduler:
             if chunk.stop + 1 < chunk.seq.max_len and not chunk.seq.has_ended
         ]
         something_ends = len(chunks) < len(launched.chunks)
-        if not chunks or (self.waiting and (something_ends or not self._is_blocked(self.waiting))):
+        if not chunks or (not self._quiet and self.waiting and (something_ends or self._may_admit([]))):
             return None
         if not all(self.cache.extend(chunk.seq.blocks, chunk.stop) for chunk in chunks):
             return None
+        self._num_steps += 1
+        self._quiet = max(self._quiet - 1, 0)
         self.cache.offload_ahead()
         return Step(chunks, self.cache.take_movements())
 
     def commit(self, chunks: list[Chunk]) -> None:
         """Note that chunks are computed, and cache the blocks that they filled."""
         for chunk in chunks:
-            if chunk.start < chunk.seq.prompt_len:  # one that waits may begin with the same tokens
-                self._blocked = None
             chunk.seq.num_computed = chunk.stop
             self.cache.commit(chunk.seq.blocks, chunk.stop)
 
@@ -130,7 +177,12 @@ class Scheduler:
         if seq in self.running:
             self._stop(seq, keep)
         elif seq in self.waiting:
-            self.waiting.remove(seq)
+            self._take_from_line(seq)
+
+    def clear_waiting(self) -> None:
+        """Take out every sequence that waits."""
+        for seq in list(self.waiting):
+            self._take_from_line(seq)
 
     # --- sequences that another group prefills ------------------------------------------------------------------------
 
@@ -138,6 +190,15 @@ class Scheduler:
     def num_free_slots(self) -> int:
         """Sequences that could be held or admitted beside those that run."""
         return len(self._free_slots)
+
+    def admit(self, queue: list[Sequence]) -> list[tuple[Sequence, BlockTable]]:
+        """Take the first sequences of a queue, with their pages, while batch slots last; see ``_allocate``."""
+        if not queue or self._is_blocked(queue[0]):
+            return []
+        claims = [(seq, self._claim(seq)) for seq in queue[: len(self._free_slots)]]
+        admitted = self._allocate(claims)
+        del queue[: len(admitted)]
+        return admitted
 
     def hold(self, seq: Sequence, table: BlockTable) -> None:
         """Give a sequence its pages and a batch slot; it does not run before ``run_held``."""
@@ -147,98 +208,152 @@ class Scheduler:
         """Let a sequence run whose tokens are all computed, and cache its blocks."""
         seq.num_computed = len(seq.token_ids)
         self.cache.commit(seq.blocks, seq.num_computed)
-        self.running.append(seq)
+        insort(self.running, seq, key=order_of)
 
     def free_slot(self, seq: Sequence) -> None:
         """Take back the batch slot of a held sequence; what becomes of its pages is the caller's to say."""
         heapq.heappush(self._free_slots, seq.batch_slot)
         seq.batch_slot = -1
-        self._blocked = None
 
-    # --- admission ----------------------------------------------------------------------------------------------------
+    # --- who begins ---------------------------------------------------------------------------------------------------
 
-    def admit(self, queue: deque[Sequence], budget: int) -> list[tuple[Sequence, BlockTable]]:
-        """Take sequences from the front of a queue, with their pages, while batch slots and a budget of tokens last.
+    def _admit_waiting(self, step: Step) -> None:
+        dues = list(self._dues([]).values())
+        if not self._may_admit(dues):
+            return
+        for seq, table in self._allocate(self._choose(dues)):
+            self._take_from_line(seq)
+            self.hold(seq, table)
+            insort(self.running, seq, key=order_of)
+            step.admitted.append(seq)
+            self._let_look_again(seq)
 
-        In two phases: pin what every candidate finds cached, then allocate, in order. Admitting one by one would let
-        the first evict what the second was counted to reuse. What an admission reports is what the budget is charged,
-        whatever was expected. Where one does not fit, those behind it give up their claims and it tries again; if it
-        still does not fit it waits, and they wait behind it; it costs nothing then before something may let it fit.
+    def _may_admit(self, dues: list[Due]) -> bool:
+        """Return whether somebody that waits may begin beside the prompts that are due.
+
+        Nobody is looked at: whoever waits is no earlier in order, and misses no less, than what is tried.
+        """
+        if self._blocked is not None and not self._is_blocked(self._blocked[0]):
+            self._blocked, self._least = None, 0
+        if self._followers.wake():
+            self._least = 0
+        if not (self.waiting and self._free_slots) or self._least == NOBODY:
+            return False
+        return self._gets_some(dues, self.waiting[0], max(self._least, 1))
+
+    def _choose(self, dues: list[Due]) -> list[tuple[Sequence, Claim]]:
+        """Return who gets a part of the chunk if it begins, in order, with its claim, as far as batch slots go.
+
+        Claims stand before anybody is admitted: else the first could evict what the second was counted to reuse.
+        """
+        claims: list[tuple[Sequence, Claim]] = []
+        leaders = leaders_of(self.running)
+        looks, self._least = LOOKS, NOBODY
+        refused = NOBODY  # who is later and misses as much gets nothing either
+        for seq in self.waiting:
+            if self._blocked is not None and self._blocked[0] is seq:
+                break
+            if len(claims) == len(self._free_slots):
+                self._least = 0
+                break
+            if seq.waits_for is not None:
+                continue
+            likely = seq.num_missing or len(seq.token_ids)
+            if likely >= refused or not self._gets_some(dues, seq, likely):
+                refused = min(refused, likely)
+                if seq.num_missing or not looks or not self._gets_some(dues, seq, 1):
+                    self._least = min(self._least, seq.num_missing or 1)
+                    continue
+                looks -= 1
+            claim = self._claim(seq)
+            missing = len(seq.token_ids) - claim.num_tokens
+            seq.num_missing = missing
+            if self._followers.add(seq, claim, leaders):
+                self.cache.drop(claim)
+            elif not self._gets_some(dues, seq, missing):
+                self.cache.drop(claim)
+                self._least = min(self._least, missing)
+            else:
+                claims.append((seq, claim))
+                dues.append(Due(order_of(seq), missing, missing))
+                leaders.setdefault(next_block(claim), seq)
+        return claims
+
+    def _gets_some(self, dues: list[Due], seq: Sequence, missing: int) -> bool:
+        """Return whether a waiting sequence gets tokens of the chunk beside the prompts that are due."""
+        return divide([*dues, Due(order_of(seq), missing, missing)], self._prefill_chunk, self._share)[-1] > 0
+
+    def _claim(self, seq: Sequence) -> Claim:
+        if seq.keys is None:
+            seq.keys = BlockKeys(seq.token_ids, self.cache.placement.block_size, seq.cache_salt)
+        return self.cache.claim(seq.keys, seq.retention)
+
+    def _allocate(self, claims: list[tuple[Sequence, Claim]]) -> list[tuple[Sequence, BlockTable]]:
+        """Admit those that claimed, in order, with their pages.
+
+        Where one does not fit, those behind it give up their claims and it tries again; if it still does not fit it
+        waits, and they wait behind it; it costs nothing then before something may let it fit.
         """
         admitted: list[tuple[Sequence, BlockTable]] = []
-        if not queue or self._is_blocked(queue):
-            return admitted
-        claims = self._claim(queue, budget)
-        while claims and budget > 0:
-            seq, claim = claims.popleft()
+        for at, (seq, claim) in enumerate(claims):
             table = self.cache.admit(claim, len(seq.token_ids))
-            if table is None and claims:
-                while claims:
-                    self.cache.drop(claims.pop()[1])
-                table = self.cache.admit(claim, len(seq.token_ids))
             if table is None:
-                self.cache.drop(claim)
-            else:
-                queue.popleft()
-                admitted.append((seq, table))
-                budget -= len(seq.token_ids) - table.num_reused
-        for _, claim in claims:
-            self.cache.drop(claim)
-        self._blocked = (queue[0], self.cache.num_returns) if queue and budget > 0 else None
+                for _, other in claims[at + 1 :]:
+                    self.cache.drop(other)
+                del claims[at + 1 :]
+                table = self.cache.admit(claim, len(seq.token_ids))
+                if table is None:
+                    self.cache.drop(claim)
+                    self._blocked = (seq, self.cache.num_returns)
+                    break
+                self._least = 0  # those behind may fit all the same
+            admitted.append((seq, table))
         return admitted
 
-    def _is_blocked(self, queue: deque[Sequence]) -> bool:
-        """Return whether the first of a queue did not fit, and no slot or page came back and no prompt block since."""
-        return self._blocked == (queue[0], self.cache.num_returns)
+    def _is_blocked(self, seq: Sequence) -> bool:
+        """Return whether a sequence did not fit, and no page came back since."""
+        return self._blocked == (seq, self.cache.num_returns)
 
-    def _claim(self, queue: deque[Sequence], budget: int) -> deque[tuple[Sequence, Claim]]:
-        """Claim for those that the batch slots and the budget can take, the first in the queue first."""
-        claims: deque[tuple[Sequence, Claim]] = deque()
-        for seq in queue:
-            if budget <= 0 or len(claims) == len(self._free_slots):
-                break
-            if seq.keys is None:
-                seq.keys = BlockKeys(seq.token_ids, self.cache.placement.block_size, seq.cache_salt)
-            claim = self.cache.claim(seq.keys, seq.retention)
-            claims.append((seq, claim))
-            budget -= len(seq.token_ids) - claim.num_tokens
-        return claims
+    def _let_look_again(self, leader: Sequence) -> None:
+        """A prompt has begun: let those find out that they may wait for it who looked before."""
+        for seq in self.waiting:
+            if lacks_the_same(seq, leader):
+                seq.num_missing, self._least = None, 0
+
+    def _take_from_line(self, seq: Sequence) -> None:
+        self.waiting.remove(seq)
+        self._followers.remove(seq)
 
     # --- the running sequences ----------------------------------------------------------------------------------------
 
-    def _continue_running(self, step: Step) -> tuple[int, bool]:
-        """Give running sequences their chunks; return what is left of the budget, and whether any was preempted."""
-        budget, preempted, position = self._prefill_chunk, False, 0
+    def _give_pages(self) -> bool:
+        """Give running sequences the pages of their tokens; return whether any was preempted for that."""
+        preempted, position = False, 0
         while position < len(self.running):
             seq = self.running[position]
-            todo = len(seq.token_ids) - seq.num_computed
             while not self.cache.extend(seq.blocks, len(seq.token_ids)):
                 preempted = True
                 self._preempt(self.running[-1])
                 if position == len(self.running):  # it was this one
                     break
-            else:
-                count = 1 if todo == 1 else min(todo, budget)
-                budget -= count if todo > 1 else 0
-                if count:
-                    step.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
-                position += 1
-        return budget, preempted
+            position += 1
+        return preempted
 
-    def _admit_waiting(self, step: Step, budget: int) -> None:
-        for seq, table in self.admit(self.waiting, budget):
-            seq.blocks, seq.batch_slot, seq.num_computed = table, heapq.heappop(self._free_slots), table.num_reused
-            self.running.append(seq)
-            step.admitted.append(seq)
-            count = min(len(seq.token_ids) - seq.num_computed, budget)
-            step.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
-            budget -= count
+    def _dues(self, admitted: list[Sequence]) -> dict[Sequence, Due]:
+        """Return what is due of the prompts that run; those that were just admitted count whatever they miss."""
+        dues = {
+            seq: Due(order_of(seq), seq.num_todo, seq.num_todo)
+            for seq in self.running
+            if seq.num_todo > 1 or seq in admitted
+        }
+        self._followers.hurry(dues)
+        return dues
 
     def _preempt(self, seq: Sequence) -> None:
         self.cache.counters.preemptions += 1
         self._stop(seq, keep=True)
         seq.num_computed = 0
-        self.waiting.appendleft(seq)
+        self.add(seq)
 
     def _stop(self, seq: Sequence, keep: bool) -> None:
         self.running.remove(seq)

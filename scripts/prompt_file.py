@@ -27,7 +27,7 @@ from helix.request import Request
 from helix.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-LINE_KEYS = (*PROMPT_KEYS, "id", "sampling", "cache_salt", "retention")
+LINE_KEYS = (*PROMPT_KEYS, "id", "sampling", "cache_salt", "retention", "priority")
 BATCH_KEYS = ("custom_id", "method", "url", "body")
 BATCH_URLS = ("/v1/chat/completions", "/v1/completions")
 # Keys of HTTP that say how an answer is given: in a file they change nothing, whatever they hold.

@@ -19,7 +19,14 @@ from helix.models.loading import read_spec
 from helix.request import Request
 
 _SAMPLES, _SAMPLE_BYTES = 8, 4096  # of each file of weights, which is too large to read for a hash
-_NOT_ASKED = ("id", "error", "sampling", "cache_salt", "retention")  # fields of a request that change no result
+_NOT_ASKED = (
+    "id",
+    "error",
+    "sampling",
+    "cache_salt",
+    "retention",
+    "priority",
+)  # fields of a request that change no result
 
 
 def hash_of_model(config: HelixConfig) -> str:

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-import sys
 import time
-from collections import deque
+from bisect import insort
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -31,7 +30,7 @@ from parallel.launch import from_rank0, minimum
 from ..config import TransferConfig
 from ..engine import Engine
 from ..metrics import RunMetrics
-from ..request import Sequence, StreamEvent, TokenLogprobs
+from ..request import Sequence, StreamEvent, TokenLogprobs, order_of
 from .counters import TransferCounters
 from .hearing import Ended, Heard, Hearing, Lost, News, Said, Silence, Stuck
 from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First
@@ -95,7 +94,7 @@ class Receiver:
         self._all_writers = frozenset(range(num_writers))
         self._hearing, self._transport = hearing, transport
         self._link = OPEN
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []
         self._inbound: dict[int, Inbound] = {}
         self._quarantined: dict[int, Quarantine] = {}
         self._next_id = 0
@@ -122,7 +121,7 @@ class Receiver:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
         self._engine.note_arrival(seq)
-        self._waiting.append(seq)
+        insort(self._waiting, seq, key=order_of)
 
     def find(self, index: int) -> Sequence | None:
         """Return the sequence of an index; None where it has ended, or never was."""
@@ -207,14 +206,14 @@ class Receiver:
         return []
 
     def _hold(self) -> list[Sequence]:
-        """Give waiting sequences pages and batch slots, first come first served.
+        """Give waiting sequences pages and batch slots, in their order.
 
         Sequences that the scheduler has to resume come first: while one waits, nothing is held.
         """
         scheduler = self._engine.scheduler
         if scheduler.waiting:
             return []
-        admitted = scheduler.admit(self._waiting, sys.maxsize)
+        admitted = scheduler.admit(self._waiting)
         for seq, table in admitted:
             scheduler.hold(seq, table)
         return [seq for seq, _ in admitted]
@@ -261,7 +260,9 @@ class Receiver:
             self._warn("the prefill group is heard again")
             self._link = OPEN if self._link == SILENT else self._link
         elif isinstance(news, Stuck):
-            seq = (self._engine.scheduler.waiting or self._waiting).popleft()
+            seq = (self._engine.scheduler.waiting or self._waiting)[0]
+            self._engine.scheduler.remove(seq)
+            self._waiting = [each for each in self._waiting if each is not seq]
             pages = sum(len(each.pages) for each in self._quarantined.values())
             return [self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")]
         return []

@@ -1,15 +1,14 @@
 """Admission in two phases: what is promised to any request of a batch is what it reuses, and the budget holds."""
 
-from collections import deque
 from collections.abc import Callable
 from random import Random
 
 import pytest
 
-from helix.cache.control import CacheControl
+from helix.cache.control import CacheControl, Claim
 from helix.cache.keys import BlockKeys
-from helix.cache.pool import BlockTable
 from helix.config import SchedulerConfig
+from helix.fair_share import Due
 from helix.request import RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from helix.scheduler import Scheduler, Step
@@ -21,13 +20,14 @@ A, B, C = list(range(100, 200)), list(range(200, 300)), list(range(300, 400))
 class OneByOne(Scheduler):
     """The test double: each request is matched and admitted before the next is looked at."""
 
-    def admit(self, queue: deque[Sequence], budget: int) -> list[tuple[Sequence, BlockTable]]:
-        admitted: list[tuple[Sequence, BlockTable]] = []
-        while budget > 0 and queue and (found := super().admit(deque([queue[0]]), budget)):
-            queue.popleft()
-            admitted += found
-            budget -= len(found[0][0].token_ids) - found[0][1].num_reused
-        return admitted
+    def _choose(self, dues: list[Due]) -> list[tuple[Sequence, Claim]]:
+        return [(seq, self._claim(seq)) for seq in self.waiting[:1]]
+
+    def _admit_waiting(self, step: Step) -> None:
+        num_admitted = -1
+        while num_admitted < len(step.admitted):
+            num_admitted = len(step.admitted)
+            super()._admit_waiting(step)
 
 
 def sequence(index: int, tokens: list[int], made: int = 1) -> Sequence:

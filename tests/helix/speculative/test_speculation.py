@@ -328,14 +328,14 @@ def test_metrics_say_what_speculation_was_worth(plain: LLM, llm: LLM) -> None:
 
 
 def test_steps_are_counted_by_what_was_drafted_and_not_by_what_was_asked_for(plain: LLM, llm: LLM) -> None:
-    outputs = run(plain, PROMPTS[:2], greedy(23))
+    outputs = run(plain, PROMPTS[1:3], greedy(23))
     use(llm, Recorded(outputs, 1.0))
-    run(llm, PROMPTS[:2], greedy(23))
+    run(llm, PROMPTS[1:3], greedy(23))
     counters = llm.metrics.speculative
     assert counters is not None
     assert counters.steps == {4: 4, 1: 1}, "the last of 23 tokens is drafted by nobody"
     use(llm, Recorded([RequestOutput(None), RequestOutput(None)], 1.0))  # knows nothing
-    run(llm, PROMPTS[:2], greedy(23))
+    run(llm, PROMPTS[1:3], greedy(23))
     counters = llm.metrics.speculative
     assert counters is not None
     assert (counters.steps, counters.drafted, counters.turns) == ({0: 22}, 0, 44)
@@ -344,7 +344,7 @@ def test_steps_are_counted_by_what_was_drafted_and_not_by_what_was_asked_for(pla
 def test_full_drafts_pad_no_row_and_short_ones_only_within_their_length(model: str, plain: LLM) -> None:
     # all prompts in one step: none is still computed beside others that decode, fewer than their graph has room for
     llm = make_llm(model, graphs=True, max_batch=4, prefill_chunk=2048, speculative=SPECULATIVE)
-    asked = PROMPTS[:4]
+    asked = [*PROMPTS[:3], PROMPTS[4]]
     outputs = run(plain, asked, greedy(41))
     use(llm, Recorded(outputs, 1.0))
     assert told(run(llm, asked, greedy(41))) == told(outputs)
