@@ -22,6 +22,7 @@ from .sampling import SamplingParams
 from .speculative.schedule import DraftLenSchedule
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CACHE_DTYPES = (*DTYPES, "fp8_e4m3")
 LOADS = ("checkpoint", "dummy")
 METHODS = ("none", "ngram", "draft_model")
 USED_BY = {
@@ -57,7 +58,8 @@ class ModelConfig:
 
     Attributes:
         path: a Hugging Face checkpoint folder, or a config.json where load is dummy.
-        dtype: of weights and cache; auto is bfloat16 on GPUs and float32 on CPUs.
+        dtype: of weights and activations, and of the cache unless cache.dtype says otherwise; auto is bfloat16 on GPUs
+            and float32 on CPUs.
         load: checkpoint reads safetensors; dummy makes random weights on the device.
         max_position: replaces the model's own limit of context, in tokens; RoPE stays as the model says.
         config: the content of a config.json, instead of a path; needs load = dummy.
@@ -133,6 +135,8 @@ class CacheConfig:
 
     Attributes:
         block_size: tokens a page, a power of two from 1 to 256.
+        dtype: of what is cached: auto (the model's dtype, or what the checkpoint's kv_cache_scheme says), the model's
+            dtype by its name, or fp8_e4m3, with a scale for each token and KV head.
         num_pages: pages a rank; None takes what fits in memory_fraction, the least over all ranks.
         memory_fraction: the part of a device's memory that weights, activations and cache may fill together.
         reuse: keep the blocks of ended and preempted sequences for later ones with the same prefix.
@@ -143,6 +147,7 @@ class CacheConfig:
     """
 
     block_size: int = 64
+    dtype: str = "auto"
     num_pages: int | None = None
     memory_fraction: float = 0.9
     reuse: bool = True
@@ -153,6 +158,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         BlockCyclic(self.block_size, 1)
+        check_choice("cache.dtype", self.dtype, CACHE_DTYPES)
         check_at_least("cache.host_pages", self.host_pages, 0)
         if self.host_pages and not self.reuse:
             raise ValueError(f"cache.host_pages = {self.host_pages} needs cache.reuse=true; set it, or host_pages=0")

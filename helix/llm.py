@@ -41,8 +41,6 @@ from .models.decoder import Decoder
 from .models.loading import fill
 from .models.tokenizer import end_of_turn_ids
 from .models.weights import part_of
-from .plan.footprint import Footprint
-from .prediction import storage_of
 from .prepare import Prepared
 from .prompts import Limits, Preparer, Prompt, as_prompts
 from .request import RequestOutput, StreamEvent
@@ -98,13 +96,15 @@ class LLM:
         self.spec, self.layout = prepared.spec, prepared.layout
         self.dtype, self.tokenizer = prepared.dtype, prepared.tokenizer
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
-        self._drafting, self._pdl = prepared.drafting, prepared.pdl
-        self.footprint = Footprint(self.spec, self.layout, storage_of(self.spec, self.dtype), config.cache.block_size)
+        self._drafting, self._pdl, self._in_8_bits = prepared.drafting, prepared.pdl, prepared.in_8_bits
+        self.footprint = prepared.footprint
         self.grid = HelixGrid.create(self.layout)
         self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
         decoder = self._make_decoder(prepared.attention)
         agree(lambda: fill(decoder, prepared.checkpoint))
-        self._drafting.load_weights(decoder, prepared.attention, faults=self.faults, pdl=self._pdl)
+        self._drafting.load_weights(
+            decoder, prepared.attention, in_8_bits=self._in_8_bits, faults=self.faults, pdl=self._pdl
+        )
         self.exchange = make_exchange(
             config.attention.exchange,
             group=self.grid.kvp_group,
@@ -312,7 +312,7 @@ class LLM:
     def _make_runner(self, decoder: Decoder) -> tuple[Runner, int]:
         """Make the runner and the pages it runs on: as many as asked for, or as fit on every rank."""
         cache, scheduler = self.config.cache, self.config.scheduler
-        layout = page_layout(self.spec, decoder.num_kv_heads, cache.block_size, self.dtype)
+        layout = page_layout(self.spec, decoder.num_kv_heads, cache.block_size, self.dtype, in_8_bits=self._in_8_bits)
 
         def paged_cache(num_pages: int) -> PagedCache:
             return PagedCache(layout, num_layers=self.spec.num_layers, num_pages=num_pages, device=self.launch.device)

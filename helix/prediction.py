@@ -18,7 +18,7 @@ from parallel.layout import Layout
 from .config import HelixConfig
 from .models.spec import ModelSpec
 from .plan.cost import CostModel
-from .plan.footprint import Footprint, Storage
+from .plan.footprint import Storage
 from .plan.hardware import Hardware, hardware_of, named_hardware
 from .plan.planner import Plan, Setup
 from .prompts import Prompt, PromptReader, as_request
@@ -31,10 +31,10 @@ PROBED = 64
 _log = logging.getLogger(__name__)
 
 
-def storage_of(spec: ModelSpec, dtype: torch.dtype) -> Storage:
-    """Return how the plan counts weights and cache of a model that is run with a dtype."""
+def storage_of(spec: ModelSpec, dtype: torch.dtype, *, in_8_bits: bool) -> Storage:
+    """Return how the plan counts weights and cache of a model that is run with a dtype, its cache perhaps in 8 bits."""
     name = "fp32" if dtype == torch.float32 else "bf16"
-    return Storage(name if spec.quantization is None else "fp8", name)
+    return Storage(name if spec.quantization is None else "fp8", "fp8" if in_8_bits else name)
 
 
 def find_hardware(config: HelixConfig, device: torch.device) -> Hardware | None:
@@ -122,8 +122,7 @@ def predicted(llm: LLM) -> dict[str, Any] | None:
         return None
     context = sum(metrics.tokens_per_rank) / done - metrics.decode_tokens / done / 2
     batch = min(done, config.scheduler.max_batch)
-    footprint = Footprint(llm.spec, llm.layout, storage_of(llm.spec, llm.dtype), config.cache.block_size)
-    time = CostModel(footprint, hardware, config.scheduler.prefill_chunk).decode(max(context, 1.0), batch)
+    time = CostModel(llm.footprint, hardware, config.scheduler.prefill_chunk).decode(max(context, 1.0), batch)
     _log.info(
         "TTL %.2f ms measured (median), %.2f predicted for %d sequences of %d tokens (%s, %s)",
         metrics.ttl_s.percentile_s(50) * 1e3, time.us / 1e3, batch, context, hardware.name, hardware.source,

@@ -91,10 +91,11 @@ class Prepared:
         self.prompts = PromptReader(self.spec, self.tokenizer)
         self.prompts.require_one(prompts)
         self.dtype = self._resolve_dtype()
+        self.in_8_bits = self._resolve_cache()
+        self.storage = storage_of(self.spec, self.dtype, in_8_bits=self.in_8_bits)
         self._consult(prompts)
-        storage = storage_of(self.spec, self.dtype)
-        footprint = Footprint(self.spec, self.layout, storage, config.cache.block_size)
-        agree(lambda: require_room(config, footprint, launch))
+        self.footprint = Footprint(self.spec, self.layout, self.storage, config.cache.block_size)
+        agree(lambda: require_room(config, self.footprint, launch))
 
     def _resolve_layout(self) -> Layout:
         try:
@@ -108,7 +109,7 @@ class Prepared:
 
     def _consult(self, prompts: Sequence[Prompt]) -> None:
         """Ask the model of cost: for the layout where it is planned, else for a faster one than the rule's to name."""
-        config, ranks, storage = self.config, self.launch.world_size, storage_of(self.spec, self.dtype)
+        config, ranks, storage = self.config, self.launch.world_size, self.storage
         parallel = config.parallel
 
         def choose() -> Layout:
@@ -141,3 +142,18 @@ class Prepared:
             _log.info("model.dtype=auto: %s, for device %s", name, self.launch.device.type)
         dtype: torch.dtype = getattr(torch, name)
         return dtype
+
+    def _resolve_cache(self) -> bool:
+        """Return whether what is cached is quantised to 8 bits."""
+        name, own = self.config.cache.dtype, str(self.dtype).removeprefix("torch.")
+        if name == "auto":
+            in_8_bits = self.spec.quantization is not None and self.spec.quantization.caches_in_8_bits
+            if in_8_bits:
+                _log.info("cache.dtype=auto: fp8_e4m3, as the checkpoint's kv_cache_scheme says")
+            return in_8_bits
+        if name not in ("fp8_e4m3", own):
+            raise ValueError(
+                f"cache.dtype = {name} but the model is run in {own}; use model.dtype={name}, or cache.dtype=auto or "
+                "fp8_e4m3"
+            )
+        return name == "fp8_e4m3"

@@ -35,12 +35,14 @@ class Quantization:
     scale_suffix: what a scale's tensor name ends in, instead of "weight".
     kept: patterns of modules that are not quantised: a regular expression at the beginning of the module's name, up to
         a dot, or its end to the letter. exact: only whole names count, and expressions begin with "re:".
+    caches_in_8_bits: whether keys and values are meant to be cached in 8 bits.
     """
 
     grain: str = "block"
     scale_suffix: str = "weight_scale_inv"
     kept: tuple[str, ...] = ()
     exact: bool = False
+    caches_in_8_bits: bool = False
 
     def covers(self, name: str) -> bool:
         """Return whether the tensor `name`, a linear layer's weight, is quantised."""
@@ -127,7 +129,14 @@ def _compressed_tensors(settings: dict[str, Any]) -> Quantization:
         block = weights.get("block_structure")
         _require(block == [BLOCK, BLOCK], "weights.block_structure", block, f"valid: [{BLOCK}, {BLOCK}]")
     kept = tuple(settings.get("ignore") or ())
-    return Quantization(weights["strategy"], "weight_scale", kept, exact=True)
+    scheme = settings.get("kv_cache_scheme")
+    if scheme:
+        for key, valid in (("num_bits", (8,)), ("type", ("float",)), ("symmetric", (True, None))):
+            value = scheme.get(key)
+            _require(
+                value in valid, f"kv_cache_scheme.{key}", value, f"valid: {', '.join(str(each) for each in valid)}"
+            )
+    return Quantization(weights["strategy"], "weight_scale", kept, exact=True, caches_in_8_bits=bool(scheme))
 
 
 def _require(ok: bool, key: str, value: object, rule: str) -> None:

@@ -19,6 +19,7 @@ from ..models.spec import ModelSpec
 from ..models.weights import Part, Weight, layer_weights, model_weights, part_of
 
 FP4_GROUP = 16
+PLANE_ALIGNMENT = 16  # bytes; of the planes of a page in 8 bits
 EXPERT_ROLES = ("experts_gate_up", "experts_down")
 QUANTISED = (
     *("qkv", "q_b", "o", "gate_up", "down", "shared_gate_up", "shared_down"),
@@ -153,8 +154,13 @@ class Footprint:
 
     @property
     def page_bytes(self) -> int:
-        """The bytes of one page, all layers."""
-        return self.block_size * self.token_bytes
+        """The bytes of one page, all layers; what stands between planes of small pages included."""
+        if self.storage.cache != "fp8":
+            return self.block_size * self.token_bytes
+        kept = 0 if self.spec.latent is None else self.spec.latent.turned_dim
+        vectors = self.block_size * self.spec.cache_planes * self.num_kv_heads
+        planes = (vectors * (self.spec.head_dim - kept), vectors * 2 * kept, vectors * 4)
+        return self.spec.num_layers * sum(-(-plane // PLANE_ALIGNMENT) * PLANE_ALIGNMENT for plane in planes)
 
     def cache_bytes_per_token(self, context: int) -> float:
         """Return the cache of one sequence of ``context`` tokens on the fullest rank, in bytes a token of it."""

@@ -57,15 +57,22 @@ class DrafterLoader:
         return 0 if config.method == "none" else config.max_draft_len
 
     def load_weights(
-        self, target: Decoder, attention: PartialAttention, *, faults: Faults | None, pdl: bool = False
+        self,
+        target: Decoder,
+        attention: PartialAttention,
+        *,
+        in_8_bits: bool,
+        faults: Faults | None,
+        pdl: bool = False,
     ) -> None:
-        """Load the draft model beside a target's decoder, with its dtype and on its device. Collective over the world.
+        """Load the draft model beside a target's decoder, with its dtypes and on its device. Collective over the world.
 
         Raises:
             ValueError: on every rank, when a file cannot be read.
         """
         if self._spec is None:
             return
+        self._in_8_bits = in_8_bits
         scheduler, alone = self._config.scheduler, HelixGrid(Layout(), rank=0, kvp_group=None, world_group=None)
         decoder = Decoder(self._spec, alone, dtype=target.dtype, device=target.device, attention=attention, pdl=pdl)
         agree(lambda: fill(decoder, self._checkpoint))
@@ -112,5 +119,7 @@ class DrafterLoader:
         return Speculator(config.schedule, drafter)
 
     def _cache(self, decoder: Decoder, num_pages: int) -> PagedCache:
-        layout = page_layout(decoder.spec, decoder.num_kv_heads, self._config.cache.block_size, decoder.dtype)
+        layout = page_layout(
+            decoder.spec, decoder.num_kv_heads, self._config.cache.block_size, decoder.dtype, in_8_bits=self._in_8_bits
+        )
         return PagedCache(layout, num_layers=decoder.spec.num_layers, num_pages=num_pages, device=decoder.device)

@@ -79,12 +79,12 @@ def test_a_plan_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("family", ["glm", "deepseek_v3"])
-def test_the_runtime_allocates_what_was_counted(tmp_path, family) -> None:
+@pytest.mark.parametrize(("family", "dtype", "cache"), [("glm", "auto", "fp32"), ("deepseek_v3", "fp8_e4m3", "fp8")])
+def test_the_runtime_allocates_what_was_counted(tmp_path, family, dtype, cache) -> None:
     path = str(make_checkpoint(tmp_path / "model", family=family))
-    config = HelixConfig(model=ModelConfig(path=path), cache=CacheConfig(num_pages=8, block_size=16))
+    config = HelixConfig(model=ModelConfig(path=path), cache=CacheConfig(num_pages=8, block_size=2, dtype=dtype))
     llm = LLM(config)
-    foot = Footprint(llm.spec, llm.layout, Storage("fp32", "fp32"), 16)
+    foot = Footprint(llm.spec, llm.layout, Storage("fp32", cache), 2)
     decoder = llm.runner.decoder
     assert foot.weights_bytes == decoder.layer_bytes + sum(tensor.nbytes for tensor in decoder.top.values())
     assert foot.page_bytes == llm.runner.cache.page_bytes

@@ -27,8 +27,9 @@ PROMPT = Random(2).choices(range(256), k=LENGTH)
 
 
 def held(llm: LLM) -> dict[int, torch.Tensor]:
-    """This rank's tokens of each block of the prompt: [L, 2, K, tokens, D], on the CPU."""
-    control, [pages] = llm.engine.scheduler.cache, llm.runner.cache.planes
+    """This rank's tokens of each block of the prompt, as bytes: [L, 2, K, tokens, values and scales], on the CPU."""
+    control, (values, scales) = llm.engine.scheduler.cache, llm.runner.cache.planes
+    pages = torch.cat((values.view(torch.uint8), scales.unsqueeze(-1).view(torch.uint8)), -1)
     claim = control.claim(BlockKeys([*PROMPT, 0], BLOCK))
     assert claim.num_tokens == LENGTH, f"{claim.num_tokens} tokens are cached"
     assert claim.partial is not None
@@ -43,12 +44,12 @@ def held(llm: LLM) -> dict[int, torch.Tensor]:
 
 
 def main(model: str, folder: str) -> None:
-    """Prefill with kvp 2, decode with tpa 2, in bfloat16."""
+    """Prefill with kvp 2, decode with tpa 2, in bfloat16 over a cache of 8 bits."""
     llm = LLM(
         HelixConfig(
             model=ModelConfig(path=model, dtype="bfloat16"),
             parallel=ParallelConfig(kvp=1, tpa=2),
-            cache=CacheConfig(block_size=BLOCK, num_pages=64),
+            cache=CacheConfig(block_size=BLOCK, num_pages=64, dtype="fp8_e4m3"),
             scheduler=SchedulerConfig(prefill_chunk=40),
             runtime=RuntimeConfig(timeout_s=60.0),
             transfer=TransferConfig(prefill_ranks=2, prefill=PrefillConfig(kvp=2, tpa=1), connect_timeout_s=50.0),

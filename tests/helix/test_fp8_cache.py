@@ -1,0 +1,132 @@
+"""Tokens over a cache of 8 bits equal transformers' in float32 over a cache of what its 8 bits mean."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from attention.pages import FP8, quantize
+from helix.config import (
+    CacheConfig,
+    DraftModelConfig,
+    HelixConfig,
+    ModelConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
+from helix.llm import LLM
+from helix.sampling import SamplingParams
+from scripts.make_checkpoint import make_checkpoint
+from tests.helix.test_parity import check
+
+TOKENS = 12
+TIE = 0.5  # in float32 the last bit of a sum may move an element of 8 bits by a sixteenth, or choose another expert
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return cache(lambda family: str(make_checkpoint(tmp_path_factory.mktemp("fp8") / family, family=family)))
+
+
+def through_8_bits(x):
+    values, scales = quantize(x)
+    return values.float() * scales.unsqueeze(-1)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    """``reference(family, prompt, num_tokens)``: greedy tokens, and the gap of the two best logits at each."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    class Keys(DynamicCache):
+        def update(self, key_states, value_states, *args, **more):
+            return super().update(through_8_bits(key_states), through_8_bits(value_states), *args, **more)
+
+    class Turned(DynamicCache):
+        """Of keys made of latents that went through 8 bits, the turned elements through 16."""
+
+        def update(self, key_states, value_states, *args, **more):
+            turned = key_states[..., -self.width :].bfloat16().float()
+            key_states = torch.cat((key_states[..., : -self.width], turned), -1)
+            return super().update(key_states, value_states, *args, **more)
+
+    def generate(family, prompt, num_tokens):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.float32)
+        held = Keys()
+        if family.startswith("deepseek"):
+            held = Turned()
+            held.width = model.config.qk_rope_head_dim
+            for layer in model.model.layers:
+                layer.self_attn.kv_a_layernorm.register_forward_hook(lambda module, x, out: through_8_bits(out))
+        ids = torch.tensor([prompt])
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None,
+            pad_token_id=0, return_dict_in_generate=True, output_logits=True, past_key_values=held,
+        )  # fmt: skip
+        best = torch.stack(made.logits)[:, 0].topk(2, -1).values
+        return made.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
+
+    return cache(generate)
+
+
+def body(path, kvp, tpa, runs, drafts):
+    """Prompts one after the other on pools that hold one: what begins alike is reused, offloaded and brought back."""
+    speculative = SpeculativeConfig()
+    if drafts:
+        speculative = SpeculativeConfig(method="draft_model", max_draft_len=3, model=DraftModelConfig(path=path))
+    llm = LLM(
+        HelixConfig(
+            model=ModelConfig(path=path, dtype="float32"),
+            parallel=ParallelConfig(kvp=kvp, tpa=tpa),
+            cache=CacheConfig(
+                block_size=8, num_pages=-(-12 // kvp), host_pages=40, dtype="fp8_e4m3", offload_min_priority=0
+            ),
+            scheduler=SchedulerConfig(max_batch=2, prefill_chunk=17),
+            speculative=speculative,
+            runtime=RuntimeConfig(check_ranks=True),
+        )
+    )
+    assert llm.runner.cache.planes[0].dtype == FP8 and llm.footprint.page_bytes == llm.runner.cache.page_bytes
+    outputs = []
+    for _, [prompt], *_ in runs:
+        [made] = llm.generate([list(prompt)], SamplingParams(max_tokens=TOKENS, ignore_eos=True))
+        outputs.append([(made.token_ids, made.error)])
+    counters = llm.engine.scheduler.cache.counters
+    moved = {"offloaded": counters.blocks_offloaded, "onboarded": counters.blocks_onboarded}
+    if drafts:
+        drafter = llm.engine.speculator.drafter
+        assert drafter._runner.cache.planes[0].dtype == FP8
+    return outputs, moved
+
+
+@pytest.mark.parametrize(
+    ("family", "kvp", "tpa", "drafts"),
+    [("llama", 1, 1, True), ("qwen2", 2, 2, False), ("deepseek_v3", 3, 1, False), ("deepseek_v2", 1, 1, True)],
+)
+def test_tokens_equal_those_of_a_cache_of_what_8_bits_mean(ranks, checkpoint, reference, family, kvp, tpa, drafts):
+    """Two prompts that share 43 tokens, another that takes their pages, and the first again."""
+    generator = torch.Generator().manual_seed(7)
+
+    def tokens(count):
+        return torch.randint(0, 256, (count,), generator=generator).tolist()
+
+    first = tokens(61)
+    prompts = [tuple(first), (*first[:43], *tokens(20)), tuple(tokens(70)), tuple(first)]
+    runs = [(8, [prompt], TOKENS) for prompt in prompts]
+    results = ranks(kvp * tpa).run(body, checkpoint(family), kvp, tpa, runs, drafts)
+    check([outputs for outputs, _ in results], reference, family, runs, TIE)
+    assert all(count > 0 for count in results[0][1].values()), results[0][1]
+
+
+def test_a_cache_of_another_dtype_than_the_model_is_refused(checkpoint):
+    config = HelixConfig(
+        model=ModelConfig(path=checkpoint("llama"), dtype="float32"), cache=CacheConfig(dtype="bfloat16")
+    )
+    with pytest.raises(ValueError, match="cache.dtype = bfloat16 but the model is run in float32; use model.dtype=bf"):
+        LLM(config)
+    with pytest.raises(
+        ValueError, match="cache.dtype = 'fp8' must be one of auto, float32, bfloat16, float16, fp8_e4m3"
+    ):
+        CacheConfig(dtype="fp8")
