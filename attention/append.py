@@ -64,8 +64,8 @@ def _append_kernel(k, v, k_row_stride, v_row_stride, pages, scales, slots, page_
     slot = tl.load(slots + row)
     if slot >= 0:
         d = tl.arange(0, D_PAD)[None, :]
-        slot += tl.zeros([1, 1], tl.int64)
-        page, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        its_slot = slot + tl.zeros([1, 1], tl.int64)
+        page, offset = its_slot // BLOCK_SIZE, its_slot % BLOCK_SIZE
         x = tl.load(k + row * k_row_stride + head * D + d, mask=d < D, other=0.0)
         write_head(x, d < D, pages, scales, page, 0, head, offset, tl.num_programs(1), page_stride, scale_stride,
                    BLOCK_SIZE, D, D_PAD, IN_8_BITS)  # fmt: skip
