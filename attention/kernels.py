@@ -1,12 +1,13 @@
 """The Triton back end: which kernel attends, by GPU, rows, heads, head size and pages.
 
-| kernel    | GPU    | rows x heads of a KV head      | head size    | pages of           | programs                |
-|-----------|--------|--------------------------------|--------------|--------------------|-------------------------|
-| many_rows | Hopper | any, of a workspace            | 128 + 64     | 2 bytes            | one a piece             |
-| stream_kv | Hopper | at most 64 (32 where 256 wide) | 64, 128, 256 | 16 to 256, 2 bytes | persistent              |
-| many_rows | Hopper | any                            | 64, 128, 256 | 16 to 256, 2 bytes | one a piece             |
-| split_kv  | any    | any                            | any          | any                | persistent for few rows |
-| latent_kv | any    | any; all heads read one latent | any          | any                | persistent for few rows |
+| kernel        | GPU    | rows x heads a KV head      | head size    | pages of           | programs                |
+|---------------|--------|-----------------------------|--------------|--------------------|-------------------------|
+| many_rows     | Hopper | any, of a workspace         | 128 + 64     | 2 bytes            | one a piece             |
+| stream_kv     | Hopper | at most 64 (32 if 256 wide) | 64, 128, 256 | 16 to 256, 2 bytes | persistent              |
+| many_rows     | Hopper | any                         | 64, 128, 256 | 16 to 256, 2 bytes | one a piece             |
+| split_kv      | any    | any                         | any          | any                | persistent for few rows |
+| stream_latent | Hopper | any; all read one latent    | 512 + 64     | 16 to 256, 2 bytes | persistent for few rows |
+| latent_kv     | any    | any; all read one latent    | any          | any                | persistent for few rows |
 
 The choice is made once a step, when its work is cut, and travels with the list.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable
 import torch
 import triton
 
-from . import latent_kv, many_rows, split_kv, stream_kv
+from . import latent_kv, many_rows, split_kv, stream_kv, stream_latent
 from .pages import Pages, QuantizedPages
 from .partial import Partials, Workspace
 from .rows import Rows
@@ -29,6 +30,7 @@ _KERNELS: dict[str, Callable[..., None]] = {
     "many_rows": many_rows.attend,
     "split_kv": split_kv.attend,
     "latent_kv": latent_kv.attend,
+    "stream_latent": stream_latent.attend,
 }
 _INTERPRETED_PROCESSORS = 8
 
@@ -68,6 +70,8 @@ class TritonAttention:
                 return many_rows.cutting(group, max_rows, programs, head_dim=pages.k.shape[2])
             return split_kv.cutting(pages, group, max_rows, programs)
         if value_dim is not None:
+            if stream_latent.supports(pages, value_dim):
+                return stream_latent.cutting(num_heads, max_rows, self._processors)
             return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.dtype.itemsize > 2)
         if isinstance(pages, QuantizedPages):
             return split_kv.cutting(pages, group, max_rows, programs)

@@ -44,7 +44,9 @@ def boxes_of(pages: torch.Tensor, tile: int) -> TensorDescriptor:
 
 
 @gluon.jit
-def fetch_tile(kv, tiles, bar, tile, token, last, row0, table, page_rows, BLOCK_SIZE: gl.constexpr):
+def fetch_tile(
+    kv, tiles, bar, tile, token, last, row0, table, page_rows, BLOCK_SIZE: gl.constexpr, COLUMN: gl.constexpr = 0
+):
     """Ask for the tile that begins at ``token``, box by box; past the last token its own box comes again.
 
     A tile stands in shared memory in pieces as wide as its swizzle. A box that is no whole tile comes in such pieces,
@@ -60,7 +62,7 @@ def fetch_tile(kv, tiles, bar, tile, token, last, row0, table, page_rows, BLOCK_
         row = gl.load(table + at // BLOCK_SIZE) * page_rows + row0 + (at % BLOCK_SIZE) // BOX * BOX
         for piece in gl.static_range(PIECES):
             to = boxes.index((tile * PIECES + piece) * BOXES + box)
-            tma.async_copy_global_to_shared(kv, [row, piece * WIDTH], bar, to)
+            tma.async_copy_global_to_shared(kv, [row, COLUMN + piece * WIDTH], bar, to)
 
 
 @gluon.jit

@@ -33,7 +33,13 @@ from scripts.dummy_weights import check_weights, with_weights
 from scripts.timing import read_bytes_per_us, report
 
 PARTS = {
-    "attention": ("_stream_kv_kernel", "_split_kernel", "_latent_kernel", "_merge_parts_kernel"),
+    "attention": (
+        "_stream_kv_kernel",
+        "_stream_latent_kernel",
+        "_split_kernel",
+        "_latent_kernel",
+        "_merge_parts_kernel",
+    ),
     "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
     "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
     "GEMMs": (
@@ -49,7 +55,7 @@ PARTS = {
         "nvjet",
         "splitK",
     ),
-    "append": ("_append_kernel", "_queries_kernel"),
+    "append": ("_append_kernel", "_queries_kernel", "_values_kernel"),
 }
 EXPERT_ROLES = ("experts_gate_up", "experts_down")
 
