@@ -178,7 +178,8 @@ class AttentionConfig:
         backend: the partial attention; auto is triton on GPUs and reference on CPUs.
         exchange: how the KVP group exchanges partials; auto is fused where it shares GPU memory, else collective.
         share_qkv_rows: steps of at least so many rows share the QKV projection over the KVP group; 0 is never.
-        expand_rows: steps with at least so many rows of one sequence make keys and values of latents; 0 is never.
+        expand_rows: steps with at least so many rows of one sequence make keys and values of latents, and widen those
+            of 8 bits, before they attend; 0 is never.
         workspace_tokens: how many tokens' keys and values are made at a time.
     """
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from attention.exchange import Heads, make_exchange
+from attention.pages import PageLayout
 from attention.partial import PartialAttention
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.grid import HelixGrid
@@ -297,6 +298,11 @@ class LLM:
             faults=self.faults,
             timeout_s=self.config.runtime.timeout_s,
         )
+        heads = part_of(self.spec, self.layout, self.launch.rank).kv_heads
+        attention_config = self.config.attention
+        workspace = None
+        if attention_config.expand_rows:
+            workspace = attention_config.workspace_tokens, self._page_layout(heads[1] - heads[0])
         return Decoder(
             self.spec,
             self.grid,
@@ -305,14 +311,18 @@ class LLM:
             attention=attention,
             reduce_norm=reduce_norm,
             argmax=argmax,
-            workspace_tokens=self.config.attention.workspace_tokens if self.config.attention.expand_rows else 0,
+            workspace=workspace,
             pdl=self._pdl,
         )
+
+    def _page_layout(self, num_kv_heads: int) -> PageLayout:
+        block_size = self.config.cache.block_size
+        return page_layout(self.spec, num_kv_heads, block_size, self.dtype, in_8_bits=self._in_8_bits)
 
     def _make_runner(self, decoder: Decoder) -> tuple[Runner, int]:
         """Make the runner and the pages it runs on: as many as asked for, or as fit on every rank."""
         cache, scheduler = self.config.cache, self.config.scheduler
-        layout = page_layout(self.spec, decoder.num_kv_heads, cache.block_size, self.dtype, in_8_bits=self._in_8_bits)
+        layout = self._page_layout(decoder.num_kv_heads)
 
         def paged_cache(num_pages: int) -> PagedCache:
             return PagedCache(layout, num_layers=self.spec.num_layers, num_pages=num_pages, device=self.launch.device)

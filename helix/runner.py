@@ -55,7 +55,7 @@ class Runner:
         max_len: the longest sequence, in tokens.
         share_qkv_rows: steps of at least so many rows share the QKV projection; 0 is never.
         expand_rows: steps with at least so many rows of one sequence attend to keys and values that are made of
-            latents, where the decoder has a workspace for them; 0 is never.
+            latents, or widened, where the decoder has a workspace for them; 0 is never.
         faults: where this rank's kernels note waits that they gave up; None where no kernel waits.
 
     Attributes:

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 
 from attention.append import append, rope_append, rotate
 from attention.exchange import Exchange
-from attention.pages import Pages
+from attention.pages import PageLayout, Pages
 from attention.partial import PartialAttention, Partials, Workspace
 from attention.ranges import Filling, attend_ranges
 from attention.rows import Rows
+from attention.widened import WidenedTokens
 from attention.work import Cutting
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.collectives import all_gather
@@ -71,7 +72,7 @@ class Decoder:
     Attributes:
         num_heads, num_kv_heads: the query and KV heads of this rank's attention, before the exchange.
         top: the weights outside the layers, by role; layers: those of each layer, by role.
-        made: where keys and values are made of latents; None without ``workspace_tokens``, or latents.
+        made: where keys and values are made of latents, or widened from 8 bits; None without ``workspace``.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Decoder:
         attention: PartialAttention,
         reduce_norm: AllReduceNorm | None = None,
         argmax: ShardedArgmax | None = None,
-        workspace_tokens: int = 0,
+        workspace: tuple[int, PageLayout] | None = None,
         pdl: bool = False,
     ) -> None:
         self.spec, self.grid, self.dtype, self.device = spec, grid, dtype, device
@@ -104,9 +105,13 @@ class Decoder:
             self._allocate(layer_weights(spec, layer, self.part)) for layer in range(spec.num_layers)
         ]
 
-        self.made = None
-        if spec.latent is not None and workspace_tokens:
-            self.made = MadeOfLatents(spec.latent, self.num_heads, workspace_tokens, dtype=dtype, device=device)
+        self.made = None if workspace is None else self._make_workspace(*workspace)
+
+    def _make_workspace(self, num_tokens: int, pages: PageLayout) -> MadeOfLatents | WidenedTokens | None:
+        """Return what chunks attend to instead of the pages; None where pages serve them as they are."""
+        if self.spec.latent is not None:
+            return MadeOfLatents(self.spec.latent, self.num_heads, num_tokens, dtype=self.dtype, device=self.device)
+        return WidenedTokens(pages, num_tokens, self.device) if pages.in_8_bits else None
 
     def _allocate(self, weights: dict[str, Weight]) -> Parameters:
         return {role: self._room(weight) for role, weight in weights.items()}
@@ -147,7 +152,7 @@ class Decoder:
             pages: those of each layer; K and V of owned rows are appended to it (or latents).
             exchange: the exchange over the KVP group.
             share: how the KVP ranks share the QKV projection; None where each projects every row.
-            fillings: of ``made``, where the rows attend to keys and values made of latents; on all ranks or on none.
+            fillings: of ``made``, where the rows attend to what is made there; on all ranks or on none.
             chosen: [B] int64 on CUDA; a token id of -1 means the token there of the row's sequence.
         """
         # before the step's first kernel: what appends reads slots without waiting for the kernel before it

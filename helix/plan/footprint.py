@@ -183,10 +183,11 @@ class Footprint:
         return num_pages * self.layout.kvp // self.placement.num_blocks(context)
 
     def workspace_bytes(self, num_tokens: int) -> int:
-        """Return what a workspace for the keys and values of so many tokens takes: none without latents."""
+        """Return what a workspace for the keys and values of so many tokens takes: of latents, or of 8 bits."""
         latent = self.spec.latent
         if latent is None:
-            return 0
+            wide = 2 * self.num_kv_heads * self.spec.head_dim * _ELEMENT_BYTES[self.storage.weights]
+            return num_tokens * wide if self.storage.cache == "fp8" else 0
         made = self.num_heads * (latent.plain_dim + latent.value_dim)
         return num_tokens * (made + self.spec.head_dim) * _ELEMENT_BYTES[self.storage.weights]
 

@@ -10,7 +10,9 @@ from attention.eight_bits import as_byte, as_float
 from attention.latent_append import latent_append
 from attention.pages import FP8, PageLayout, QuantizedPages, quantize
 from attention.partial import select_backend
+from attention.ranges import PAGE
 from attention.reference import partial_attention
+from attention.widened import WidenedTokens
 from tests.attention.cases import attend, in_8_bits, make_case, shard, widened
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +83,16 @@ def test_attention_equals_that_over_what_8_bits_mean(dtype, heads, kv_heads, hea
         bound = 2 * (rounded.double() - exact).abs().max() + (2e-4 if dtype == torch.float32 else 0.1)
         assert (kernel.double() - exact).abs().max() <= bound
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_are_widened_to_pages_of_their_own():
+    plain = torch.randn(9, 2, 3, 4, 24, device=DEVICE) * 100
+    pages, slots = in_8_bits(plain), torch.randint(0, 36, (2 * PAGE,), device=DEVICE).int()
+    layout = PageLayout(3, 4, 24, torch.float32, in_8_bits=True)
+    made = WidenedTokens(layout, 2 * PAGE, torch.device(DEVICE))
+    made.make(slots, pages, {})
+    expected = widened(pages, torch.float32).transpose(2, 3).transpose(1, 2).flatten(0, 1)[slots.long()]
+    assert torch.equal(made.workspace.permute(0, 3, 1, 2, 4).flatten(0, 1), expected)
 
 
 def same(ours: QuantizedPages, theirs: QuantizedPages) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from attention.pages import FP8, quantize
 from helix.config import (
+    AttentionConfig,
     CacheConfig,
     DraftModelConfig,
     HelixConfig,
@@ -71,7 +72,7 @@ def reference(checkpoint):
     return cache(generate)
 
 
-def body(path, kvp, tpa, runs, drafts):
+def body(path, kvp, tpa, runs, drafts, expand):
     """Prompts one after the other on pools that hold one: what begins alike is reused, offloaded and brought back."""
     speculative = SpeculativeConfig()
     if drafts:
@@ -81,14 +82,16 @@ def body(path, kvp, tpa, runs, drafts):
             model=ModelConfig(path=path, dtype="float32"),
             parallel=ParallelConfig(kvp=kvp, tpa=tpa),
             cache=CacheConfig(
-                block_size=8, num_pages=-(-12 // kvp), host_pages=40, dtype="fp8_e4m3", offload_min_priority=0
+                block_size=8, num_pages=-(-28 // kvp), host_pages=40, dtype="fp8_e4m3", offload_min_priority=0
             ),
             scheduler=SchedulerConfig(max_batch=2, prefill_chunk=17),
+            attention=AttentionConfig(expand_rows=expand, workspace_tokens=128),
             speculative=speculative,
             runtime=RuntimeConfig(check_ranks=True),
         )
     )
     assert llm.runner.cache.planes[0].dtype == FP8 and llm.footprint.page_bytes == llm.runner.cache.page_bytes
+    assert (llm.runner.decoder.made is not None) == bool(expand)
     outputs = []
     for _, [prompt], *_ in runs:
         [made] = llm.generate([list(prompt)], SamplingParams(max_tokens=TOKENS, ignore_eos=True))
@@ -102,10 +105,18 @@ def body(path, kvp, tpa, runs, drafts):
 
 
 @pytest.mark.parametrize(
-    ("family", "kvp", "tpa", "drafts"),
-    [("llama", 1, 1, True), ("qwen2", 2, 2, False), ("deepseek_v3", 3, 1, False), ("deepseek_v2", 1, 1, True)],
+    ("family", "kvp", "tpa", "drafts", "expand"),
+    [
+        ("llama", 1, 1, True, 5),
+        ("qwen2", 2, 2, False, 0),
+        ("qwen2", 3, 1, False, 5),
+        ("deepseek_v3", 3, 1, False, 5),
+        ("deepseek_v2", 1, 1, True, 0),
+    ],
 )
-def test_tokens_equal_those_of_a_cache_of_what_8_bits_mean(ranks, checkpoint, reference, family, kvp, tpa, drafts):
+def test_tokens_equal_those_of_a_cache_of_what_8_bits_mean(
+    ranks, checkpoint, reference, family, kvp, tpa, drafts, expand
+):
     """Two prompts that share 43 tokens, another that takes their pages, and the first again."""
     generator = torch.Generator().manual_seed(7)
 
@@ -113,9 +124,9 @@ def test_tokens_equal_those_of_a_cache_of_what_8_bits_mean(ranks, checkpoint, re
         return torch.randint(0, 256, (count,), generator=generator).tolist()
 
     first = tokens(61)
-    prompts = [tuple(first), (*first[:43], *tokens(20)), tuple(tokens(70)), tuple(first)]
+    prompts = [tuple(first), (*first[:43], *tokens(20)), tuple(tokens(200)), tuple(first)]
     runs = [(8, [prompt], TOKENS) for prompt in prompts]
-    results = ranks(kvp * tpa).run(body, checkpoint(family), kvp, tpa, runs, drafts)
+    results = ranks(kvp * tpa).run(body, checkpoint(family), kvp, tpa, runs, drafts, expand)
     check([outputs for outputs, _ in results], reference, family, runs, TIE)
     assert all(count > 0 for count in results[0][1].values()), results[0][1]
 
