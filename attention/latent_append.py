@@ -23,6 +23,34 @@ def _normed(x, mask, weight, at, eps, LEN: tl.constexpr):
 
 
 @triton.jit
+def append_row(
+    source, stride, row, slot, latent_norm, cos, sin, pages, turned, scales, page_stride, turned_stride, scale_stride,
+    token_len, turned_len, eps,
+    SUMMANDS: tl.constexpr, Q_LEN: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, T: tl.constexpr,
+    T_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, IN_8_BITS: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """Write one row's normalised latent and turned key to its slot, if it has one."""
+    c, t = tl.arange(0, C_PAD), tl.arange(0, T_PAD)
+    x = load_sum(source, stride, Q_LEN + c, c < C, SUMMANDS, dtype).to(tl.float32)
+    other, angle, sign = turns_with(t, T // 2, INTERLEAVED)
+    own = load_sum(source, stride, Q_LEN + C + t, t < T, SUMMANDS, dtype).to(tl.float32)
+    partner = load_sum(source, stride, Q_LEN + C + other, t < T, SUMMANDS, dtype).to(tl.float32)
+    cosine = tl.load(cos + row * (T // 2) + angle, mask=t < T, other=1.0)
+    sine = tl.load(sin + row * (T // 2) + angle, mask=t < T, other=0.0)
+    page, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    latent = _normed(x, c < C, latent_norm, c, eps, C).to(dtype)
+    if IN_8_BITS:
+        exact = latent.to(tl.float32)
+        scale = scale_of(exact, 0)
+        tl.store(scales + page * scale_stride + offset, scale, mask=slot >= 0)
+        latent = as_byte(tl.clamp(tl.div_rn(exact, scale + tl.zeros_like(exact)), -448.0, 448.0))
+    tl.store(pages + page * page_stride + offset * token_len + c, latent, mask=(c < C) & (slot >= 0))
+    key = (own * cosine + sign * partner * sine).to(dtype).to(turned.dtype.element_ty)
+    tl.store(turned + page * turned_stride + offset * turned_len + t, key, mask=(t < T) & (slot >= 0))
+
+
+@triton.jit
 def _append_kernel(
     flat, first, latent_norm, q_norm, cos, sin, pages, turned, scales, slots, num_rows, page_stride, turned_stride,
     scale_stride, token_len, turned_len, eps,
@@ -39,23 +67,11 @@ def _append_kernel(
         tl.extra.cuda.gdc_wait()
     source, stride = flat + row * columns, num_rows * columns
     if part == 0:
-        c, t = tl.arange(0, C_PAD), tl.arange(0, T_PAD)
-        x = load_sum(source, stride, Q_LEN + c, c < C, SUMMANDS, dtype).to(tl.float32)
-        other, angle, sign = turns_with(t, T // 2, INTERLEAVED)
-        own = load_sum(source, stride, Q_LEN + C + t, t < T, SUMMANDS, dtype).to(tl.float32)
-        partner = load_sum(source, stride, Q_LEN + C + other, t < T, SUMMANDS, dtype).to(tl.float32)
-        cosine = tl.load(cos + row * (T // 2) + angle, mask=t < T, other=1.0)
-        sine = tl.load(sin + row * (T // 2) + angle, mask=t < T, other=0.0)
-        page, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-        latent = _normed(x, c < C, latent_norm, c, eps, C).to(dtype)
-        if IN_8_BITS:
-            exact = latent.to(tl.float32)
-            scale = scale_of(exact, 0)
-            tl.store(scales + page * scale_stride + offset, scale, mask=slot >= 0)
-            latent = as_byte(tl.clamp(tl.div_rn(exact, scale + tl.zeros_like(exact)), -448.0, 448.0))
-        tl.store(pages + page * page_stride + offset * token_len + c, latent, mask=(c < C) & (slot >= 0))
-        key = (own * cosine + sign * partner * sine).to(dtype).to(turned.dtype.element_ty)
-        tl.store(turned + page * turned_stride + offset * turned_len + t, key, mask=(t < T) & (slot >= 0))
+        append_row(
+            source, stride, row, slot, latent_norm, cos, sin, pages, turned, scales, page_stride, turned_stride,
+            scale_stride, token_len, turned_len, eps,
+            SUMMANDS, Q_LEN, C, C_PAD, T, T_PAD, BLOCK_SIZE, INTERLEAVED, IN_8_BITS, dtype,
+        )  # fmt: skip
     else:
         q = (part - 1) * Q_PAD + tl.arange(0, Q_PAD)
         y = load_sum(source, stride, q, q < Q_LEN, SUMMANDS, dtype).to(tl.float32)

@@ -177,7 +177,7 @@ class Decoder:
             if self.spec.latent is not None and not fillings:
                 first, stop = (head - self.part.q_heads[0] for head in self.part.out_heads)
                 size = self.spec.latent.value_dim
-                merged = values_of(merged, weights["v_up"][first * size : stop * size], self.spec.latent)
+                merged = values_of(merged, weights["v_up"][first * size : stop * size], self.spec.latent, pdl=self._pdl)
             projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl)
             normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * layer)
             added = self._feed_forward(weights, normed, self.spec.experts_of(layer))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from attention.append import append, rotate
 from attention.latent_append import latent_append, latent_queries, turn_queries
+from attention.latent_products import MAX_ROWS, latent_append_and_queries, latent_queries_of, latent_values
 from attention.pages import Pages, QuantizedPages
 from attention.partial import Workspace
 from attention.ranges import PAGE
@@ -59,6 +60,21 @@ def project(
         plain: do not take queries into the latent space.
         pdl: launch programmatically dependent, where a projection has a kernel of its own.
     """
+    k_up = weights["k_up"].unflatten(0, (num_heads, latent.plain_dim))
+    few = flat.is_cuda and not plain and flat.shape[1] <= MAX_ROWS
+    if few and latent.q_rank is None:
+        return latent_append_and_queries(
+            flat,
+            k_up,
+            cos,
+            sin,
+            pages,
+            slot,
+            latent_norm=weights["latent_norm"],
+            eps=latent.eps,
+            interleaved=interleaved,
+            pdl=pdl,
+        )
     if flat.is_cuda:
         first = latent_append(
             flat,
@@ -83,12 +99,14 @@ def project(
     if latent.q_rank is not None:
         first = linear(first, weights["q_b"], pdl=pdl)
     first = first.unflatten(-1, (num_heads, latent.q_dim))
+    if few:
+        return latent_queries_of(first, k_up, cos, sin, interleaved=interleaved, pdl=pdl)
     if plain and flat.is_cuda:
         turn_queries(first, cos, sin, interleaved=interleaved, pdl=pdl)
         return first
     own = first[..., : latent.plain_dim]
     if not plain:
-        absorbed = torch.bmm(own.transpose(0, 1), weights["k_up"].unflatten(0, (num_heads, latent.plain_dim)))
+        absorbed = torch.bmm(own.transpose(0, 1), k_up)
         if flat.is_cuda:
             return latent_queries(first, absorbed, cos, sin, interleaved=interleaved, pdl=pdl)
         own = absorbed.transpose(0, 1)
@@ -132,12 +150,14 @@ class MadeOfLatents:
             torch.mm(latents[:, : self._rank], weights[role].T, out=made[:num_tokens])
 
 
-def values_of(merged: torch.Tensor, v_up: torch.Tensor, latent: Latent) -> torch.Tensor:
+def values_of(merged: torch.Tensor, v_up: torch.Tensor, latent: Latent, *, pdl: bool = False) -> torch.Tensor:
     """Return the values [R, H, value_dim] of what attention returned in the latent space, [R, H, C].
 
     v_up is [H value_dim, C], of the same heads.
     """
     per_head = v_up.unflatten(0, (merged.shape[1], latent.value_dim))
+    if merged.is_cuda and merged.shape[0] <= MAX_ROWS:
+        return latent_values(merged, per_head, pdl=pdl)
     return torch.bmm(merged.transpose(0, 1), per_head.mT).transpose(0, 1)
 
 

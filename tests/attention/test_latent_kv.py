@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from attention.append import append, rotate
 from attention.latent_append import latent_append, latent_queries, turn_queries
+from attention.latent_products import latent_append_and_queries, latent_queries_of, latent_values
 from attention.merge import merge_reference
 from attention.partial import select_backend
 from attention.reference import partial_attention
@@ -136,3 +137,39 @@ def test_two_launches_do_what_the_steps_do(dtype, summands, norm_q, interleaved)
     expected = torch.cat((heads[..., :12], rotate(heads[..., 12:], cos, sin, interleaved=interleaved)), -1)
     turn_queries(heads, cos, sin, interleaved=interleaved)
     torch.testing.assert_close(heads, expected, **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "heads", "plain", "rank"), [(1, 2, 12, 24), (19, 3, 16, 80)])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_products_of_few_rows_do_what_the_steps_do(dtype, rows, heads, plain, rank, interleaved):
+    generator = torch.Generator().manual_seed(rows)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    first, k_up = randn(rows, heads, plain + 8).to(dtype), (randn(heads, plain, rank) * plain**-0.5).to(dtype)
+    cos, sin = randn(rows, 4), randn(rows, 4)
+    absorbed = torch.einsum("rhp,hpc->rhc", first[..., :plain].double(), k_up.double()).to(dtype)
+    expected = torch.cat((absorbed, rotate(first[..., plain:], cos, sin, interleaved=interleaved)), -1)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    got = latent_queries_of(first, k_up, cos, sin, interleaved=interleaved)
+    torch.testing.assert_close(got, expected, **close)
+
+    merged, v_up = randn(rows, heads, rank).to(dtype), (randn(heads, 20, rank) * rank**-0.5).to(dtype)
+    values = torch.einsum("rhc,hwc->rhw", merged.double(), v_up.double()).to(dtype)
+    torch.testing.assert_close(latent_values(merged, v_up), values, **close)
+
+    flat = torch.randn(2, rows, heads * (plain + 8) + rank + 8, generator=generator).to(DEVICE)
+    pages, slot = randn(rows, 1, 1, 4, rank + 8).to(dtype), torch.arange(rows, device=DEVICE) * 3
+    slot[1::2] = -1
+    norm, both = {"latent_norm": randn(rank).to(dtype), "eps": 1e-6, "interleaved": interleaved}, []
+    for pages_of in (pages.clone(), pages.clone()):
+        if not both:
+            first = latent_append(flat, cos, sin, pages_of, slot, q_norm=None, **norm).unflatten(-1, (heads, plain + 8))
+            queries = latent_queries_of(first, k_up, cos, sin, interleaved=interleaved)
+        else:
+            queries = latent_append_and_queries(flat, k_up, cos, sin, pages_of, slot, **norm)
+        both.append((queries, pages_of))
+    assert torch.equal(both[0][0], both[1][0]) and not torch.equal(both[1][1], pages)
+    torch.testing.assert_close(both[0][1], both[1][1], rtol=0, atol=0)
