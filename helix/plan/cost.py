@@ -91,7 +91,7 @@ class CostModel:
         kvp = foot.layout.kvp
         pairs = prompt * (prompt + 1) / 2 / kvp
         read = sum(min(start + self.prefill_chunk, prompt) for start in range(0, prompt, self.prefill_chunk)) / kvp
-        self.add_attention(terms, rows_times_tokens=pairs, read_tokens=read)
+        self.add_attention(terms, rows_times_tokens=pairs, read_tokens=read, chunks=True)
         return Time(dict(terms))
 
     # --- terms of one layer -------------------------------------------------------------------------------------------
@@ -150,8 +150,9 @@ class CostModel:
             if role in EXPERT_ROLES:
                 continue
             mine = rows / foot.layout.kvp if shared and role == "qkv" else rows
-            num_bytes += matrix.num_bytes
-            flops += 2 * mine * matrix.elements
+            used = foot.out_share if role == "v_up" else 1.0  # the others are for values of chunks
+            num_bytes += used * matrix.num_bytes
+            flops += used * 2 * mine * matrix.elements
         self._add_larger(terms, "weights", num_bytes, "products", flops / rate)
         if kind.has_experts and foot.spec.experts is not None:
             experts = foot.spec.experts
@@ -161,11 +162,21 @@ class CostModel:
             flops = 2 * elements * rows * experts.num_chosen / experts.num_experts
             self._add_larger(terms, "weights", held * used, "products", flops / rate)
 
-    def add_attention(self, terms: Terms, *, rows_times_tokens: float, read_tokens: float) -> None:
-        """All layers' attention: the larger of reading the cache and multiplying, on one rank."""
-        foot, spec = self.footprint, self.footprint.spec
-        flops = 2 * spec.num_layers * foot.num_heads * (spec.head_dim + spec.value_dim) * rows_times_tokens
-        us = flops / self.hardware.attention_flops_per_us
+    def add_attention(
+        self, terms: Terms, *, rows_times_tokens: float, read_tokens: float, chunks: bool = False
+    ) -> None:
+        """All layers' attention: the larger of reading the cache and multiplying, on one rank.
+
+        Chunks make keys and values of the latents that they read, and multiply with these.
+        """
+        foot, spec, hw = self.footprint, self.footprint.spec, self.hardware
+        products, latent = spec.head_dim + spec.value_dim, spec.latent
+        if chunks and latent is not None:
+            products = latent.q_dim + latent.value_dim
+            made = 2 * foot.num_heads * latent.rank * (latent.plain_dim + latent.value_dim) * read_tokens
+            terms["products"] += spec.num_layers * made / hw.matmul_rate("bf16")
+        flops = 2 * spec.num_layers * foot.num_heads * products * rows_times_tokens
+        us = flops / hw.attention_flops_per_us
         self._add_larger(terms, "cache", read_tokens * foot.token_bytes, "attention", us)
 
     def _add_larger(self, terms: Terms, read: str, num_bytes: float, multiply: str, multiply_us: float) -> None:

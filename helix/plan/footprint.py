@@ -137,6 +137,11 @@ class Footprint:
         return self.part.q_heads[1] - self.part.q_heads[0]
 
     @cached_property
+    def out_share(self) -> float:
+        """The share of these heads that the rank has after the exchange."""
+        return (self.part.out_heads[1] - self.part.out_heads[0]) / self.num_heads
+
+    @cached_property
     def num_kv_heads(self) -> int:
         """KV heads of the rank."""
         return self.part.kv_heads[1] - self.part.kv_heads[0]
