@@ -166,7 +166,7 @@ def merge_parts(partials: Partials, dtype: torch.dtype, *, pdl: bool = False) ->
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_cells"])
 def _merge_into_kernel(out, lse, part, part_lse, num_cells, D: tl.constexpr, D_PAD: tl.constexpr, CELLS: tl.constexpr):
     """CELLS heads of rows: what was merged so far, and one more partial of each."""
     cell = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)

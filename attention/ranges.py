@@ -115,7 +115,8 @@ class PlannedFillings:
                 room -= _whole_pages(end - begin)
         fillings.append(ranges)
         return cls(
-            [_filling(each, visible_len, row_seq, page_table, block_size, cutting) for each in fillings], cutting
+            [_filling(each, visible_len, row_seq, page_table, block_size, capacity, cutting) for each in fillings],
+            cutting,
         )
 
     @property
@@ -156,12 +157,13 @@ def _filling(
     row_seq: npt.NDArray[np.integer],
     page_table: npt.NDArray[np.integer],
     block_size: int,
+    capacity: int,
     cutting: Cutting | None,
 ) -> _HostFilling:
     first, stop = ranges[0][0], ranges[-1][1]
     tokens, seen, seqs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    most = max(_whole_pages(end - begin) // PAGE for _, _, begin, end in ranges)
-    table = np.tile(np.arange(max(most, 1), dtype=np.int32), (len(ranges), 1))
+    # as wide in every step: kernels are compiled for what divides a stride
+    table = np.tile(np.arange(capacity // PAGE, dtype=np.int32), (len(ranges), 1))
     at = 0
     for number, (run_first, run_stop, begin, end) in enumerate(ranges):
         place = np.minimum(np.arange(begin, begin + _whole_pages(end - begin)), end - 1)
