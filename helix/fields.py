@@ -80,14 +80,15 @@ FIELDS = (
     Field("top_logprobs", "likely tokens beside each one; needs logprobs", "request", (CHAT,)),
     Field("echo", "begins the text with the prompt; not with logprobs", "call", (COMPLETIONS,), neutral=(False,)),
     Field("cache_salt", "shares cached blocks only with requests of the same salt", "request"),
-    Field("retention", "as in files of prompts; needs serve.max_priority or serve.max_retention_s", "request"),
+    Field("priority", "higher is first, as in files of prompts; needs serve.max_priority", "request", neutral=(0,)),
+    Field("retention", "as in files of prompts; needs serve.max_retention_s", "request"),
     Field("return_token_ids", "adds token_ids and prompt_token_ids", "call", neutral=(False,)),
     Field("request_id", "names the request, as the header X-Request-Id does", "call"),
-    Field("chat_template_kwargs", "for the template, such as enable_thinking", "request", (CHAT,), neutral=({},)),
-    Field("add_generation_prompt", "false does not begin an answer", "request", (CHAT,), neutral=(True,)),
-    Field("continue_final_message", "goes on with the last turn", "request", (CHAT,), neutral=(False,)),
-    Field("documents", "for the template", "request", (CHAT,), neutral=([],)),
-    Field("tools", "for the template; its response template finds calls", "request", (CHAT,), neutral=([],)),
+    Field("chat_template_kwargs", "for the template, such as enable_thinking", "request", (CHAT,)),
+    Field("add_generation_prompt", "false does not begin an answer", "request", (CHAT,)),
+    Field("continue_final_message", "goes on with the last turn", "request", (CHAT,)),
+    Field("documents", "for the template", "request", (CHAT,)),
+    Field("tools", "for the template; its response template finds calls", "request", (CHAT,)),
     Field("tool_choice", "none or auto", "request", (CHAT,), neutral=("none", "auto")),
     Field("user", "", "ignored"),
     Field("metadata", "", "ignored"),
@@ -116,9 +117,15 @@ FIELDS = (
     Field("guided_regex", "not done", "refused"),
     Field("guided_choice", "not done", "refused"),
     Field("guided_grammar", "not done", "refused"),
-    Field("priority", "all requests are alike", "refused", neutral=(0,)),
 )  # fmt: skip
 BY_NAME = {each.name: each for each in FIELDS}
+_TEMPLATE: dict[str, type[Any]] = {
+    "chat_template_kwargs": dict,
+    "add_generation_prompt": bool,
+    "continue_final_message": bool,
+    "documents": list,
+    "tools": list,
+}
 _SAME_AS = {each.name: each.to for each in FIELDS if each.to}
 
 
@@ -144,6 +151,28 @@ def one_name(given: Mapping[str, Any], also: Mapping[str, str] | None = None) ->
 def take_settings(given: dict[str, Any]) -> dict[str, Any]:
     """Take the settings of ``SamplingParams`` out of what was given, and return them."""
     return {name: given.pop(name) for name in SETTINGS if name in given}
+
+
+def take_template(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments of the chat template out of what was given, tools that may be called among them.
+
+    Raises:
+        ValueError: for a value of another type, and for a choice of tools that is more than none or auto.
+    """
+    template: dict[str, Any] = {}
+    for name, kind in _TEMPLATE.items():
+        if name in given:
+            value = given.pop(name)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is a {type(value).__name__}, must be of type {kind.__name__}")
+            template.update(value if name == "chat_template_kwargs" else {name: value})
+    choice = given.pop("tool_choice", "auto")
+    require_neutral("tool_choice", choice)
+    if not all(isinstance(tool, dict) for tool in template.get("tools", ())):
+        raise ValueError("tools must be a list of objects")
+    if choice == "none" or not template.get("tools"):
+        template.pop("tools", None)
+    return template
 
 
 def require_neutral(name: str, value: Any) -> None:

@@ -22,6 +22,7 @@ from helix.fields import (
     require_neutral,
     retention_of,
     take_settings,
+    take_template,
 )
 from helix.request import Request
 from helix.sampling import SamplingParams
@@ -178,6 +179,7 @@ def _fill(request: Request, item: Mapping[str, Any], sampling: SamplingParams) -
         overrides = overrides | {key: value}
     request.sampling = sampling.with_overrides(overrides)
     request.retention = retention_of(given.pop("retention", []))
+    request.template = take_template(given)
     for name in ("id", *_foreign(given)):
         given.pop(name, None)
     _take_prompt(given)

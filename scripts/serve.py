@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from helix.config import HelixConfig
@@ -27,6 +27,7 @@ from helix.llm import LLM, enter
 from helix.serving import wire
 from helix.serving.clients import Clients
 from helix.serving.config import KEY_VARIABLE, ServingConfig
+from helix.serving.parsing import response_template
 from parallel.launch import from_rank0, set_up_logging
 from scripts import cli, ending
 
@@ -132,6 +133,8 @@ def prepared(config: ServeConfig) -> tuple[socket.socket | None, str | None]:
                 raise ValueError(f"scripts.serve needs {name}: pip install -c constraints.txt -e '.[serve]'")
         key = config.serve.key(os.environ.get(KEY_VARIABLE))
         config.serve.require_key(config.host, key)
+        if config.serve.response_template is not None:
+            response_template(config.serve.response_template)
         found.append((bound(config.host, config.port), key))
 
     from_rank0(find)
@@ -159,7 +162,10 @@ def setup_of(config: ServeConfig, key: str | None) -> wire.Setup:
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
     name = config.serve.model_name or folder.name
-    return wire.Setup(str(path), name, key, version, config.serve, config.sampling)
+    serving = config.serve
+    if serving.response_template is not None:
+        serving = replace(serving, response_template=str(Path(serving.response_template).expanduser().resolve()))
+    return wire.Setup(str(path), name, key, version, serving, config.sampling)
 
 
 def warn_of_torchrun(drain_timeout_s: float) -> None:

@@ -11,14 +11,23 @@ import msgspec
 
 from ..cache.retention import DEFAULT_PRIORITY, Retention
 from ..checks import conforms
-from ..fields import BY_NAME, CHAT, is_ids, one_name, require_messages, require_neutral, retention_of, take_settings
+from ..fields import (
+    BY_NAME,
+    CHAT,
+    is_ids,
+    one_name,
+    require_messages,
+    require_neutral,
+    retention_of,
+    take_settings,
+    take_template,
+)
 from ..request import Request
 from ..sampling import SamplingParams
 from .config import ServingConfig
 from .errors import ApiError
 
 _log = logging.getLogger(__name__)
-_TEMPLATE_FIELDS = {"add_generation_prompt": bool, "continue_final_message": bool, "documents": list}
 _MAX_NAMED = 100
 _named: set[str] = set()  # fields that the log has told of
 
@@ -36,7 +45,7 @@ class Asked:
         echo: begin with the prompt.
         return_token_ids: tell the ids.
         says_length: the length of the answer was asked for; else it is a default's.
-        parses: tool calls and reasoning are told apart from the text.
+        tools: that the answer may call.
     """
 
     endpoint: str
@@ -48,7 +57,7 @@ class Asked:
     echo: bool = False
     return_token_ids: bool = False
     says_length: bool = False
-    parses: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def is_chat(self) -> bool:
@@ -80,14 +89,15 @@ def asked_of(
     require_model(given.pop("model", None), model_name)
     calls = _take_calls(given)
     n = calls.pop("n", 1)
-    template = _template(given) if endpoint == CHAT else {}
+    template = take_template(given) if endpoint == CHAT else {}
     settings = sampling.with_overrides(take_settings(given))
     if calls.get("echo") and settings.logprobs is not None:
         raise ValueError("echo = true together with logprobs is not supported; leave one of them out")
     shared: dict[str, Any] = {
         "sampling": settings,
         "cache_salt": given.pop("cache_salt", ""),
-        "retention": _allowed(retention_of(given.pop("retention", [])), serving),
+        "retention": _retention(given.pop("retention", []), serving.max_retention_s),
+        "priority": _priority(given.pop("priority", 0), serving.max_priority),
         "template": template,
     }
     if endpoint == CHAT:
@@ -103,7 +113,7 @@ def asked_of(
     for request in requests:
         request.check()
     says_length = any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "max_new_tokens"))
-    return Asked(endpoint, requests, n, says_length=says_length, **calls)
+    return Asked(endpoint, requests, n, says_length=says_length, tools=tuple(template.get("tools", ())), **calls)
 
 
 def require_model(given: Any, model_name: str) -> None:
@@ -135,22 +145,6 @@ def _take_calls(given: dict[str, Any]) -> dict[str, Any]:
     return calls
 
 
-def _template(given: dict[str, Any]) -> dict[str, Any]:
-    """Take out the arguments of the chat template."""
-    template: dict[str, Any] = given.pop("chat_template_kwargs", {})
-    if not isinstance(template, dict):
-        raise ValueError(f"chat_template_kwargs is a {type(template).__name__}, must be an object")
-    for name, kind in _TEMPLATE_FIELDS.items():
-        if name in given:
-            template = template | {name: given.pop(name)}
-            if not isinstance(template[name], kind):
-                raise ValueError(f"{name} is a {type(template[name]).__name__}, must be of type {kind.__name__}")
-    for name in ("tools", "tool_choice"):
-        if name in given:
-            require_neutral(name, given.pop(name))
-    return template
-
-
 def _prompts(prompt: Any, most: int) -> list[dict[str, Any]]:
     """Return the prompts of a completion request: a text, token ids, or a list of either."""
     if isinstance(prompt, str):
@@ -167,21 +161,24 @@ def _prompts(prompt: Any, most: int) -> list[dict[str, Any]]:
     return [{"prompt": each} if isinstance(each, str) else {"prompt_token_ids": each} for each in prompt]
 
 
-def _allowed(ranges: tuple[Retention, ...], serving: ServingConfig) -> tuple[Retention, ...]:
+def _retention(given: Any, most_s: float) -> tuple[Retention, ...]:
     """Return retention that clients may ask for; ValueError for any other."""
+    ranges = retention_of(given)
+    if ranges and not most_s:
+        raise ValueError("retention is not taken here; serve.max_retention_s allows it")
     for each in ranges:
-        if each.priority > max(serving.max_priority, DEFAULT_PRIORITY if serving.max_retention_s else 0):
+        if each.priority > DEFAULT_PRIORITY and not (each.duration_s is not None and each.duration_s <= most_s):
             raise ValueError(
-                f"retention.priority = {each.priority} exceeds serve.max_priority = {serving.max_priority}"
+                f"retention.duration_s = {each.duration_s} must be at most serve.max_retention_s = {most_s}"
             )
-        if serving.max_retention_s and not (each.duration_s is not None and each.duration_s <= serving.max_retention_s):
-            raise ValueError(
-                f"retention.duration_s = {each.duration_s} must be at most serve.max_retention_s = "
-                f"{serving.max_retention_s}"
-            )
-    if ranges and not (serving.max_priority or serving.max_retention_s):
-        raise ValueError("retention is off; serve.max_priority and serve.max_retention_s allow it")
     return ranges
+
+
+def _priority(given: Any, most: int | None) -> int:
+    """Return a priority that clients may ask for; ValueError for any other."""
+    if type(given) is not int or (given != 0 and (most is None or given > most)):
+        raise ValueError(f"priority = {given!r} is not taken here; serve.max_priority = {most} bounds it")
+    return given
 
 
 def _pass_over(name: str, value: Any, endpoint: str) -> None:

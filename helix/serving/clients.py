@@ -71,7 +71,7 @@ class Clients:
         delta = wire.Delta(event.index, event.token_ids, event.text, self._chances(event, output))
         if event.output is not None:
             end = event.output
-            delta.end = wire.End(end.finish_reason, end.prompt_tokens, end.cached_tokens, end.error)
+            delta.end = wire.End(end.finish_reason, end.prompt_tokens, end.cached_tokens, end.error, end.stop_reason)
             self._num_sent.pop(event.index, None)
         return delta
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cache.retention import MAX_PRIORITY
 from ..config import check_at_least
+from ..request import MAX_URGENCY
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "HELIX_API_KEY"
@@ -26,8 +26,8 @@ class ServingConfig:
         max_choices: answers to one request, over all its prompts.
         max_live: answers that wait or are made at once; more get 429.
         max_connections: open sockets; null is what the process may open, less 64.
-        max_priority: the highest retention priority that a request may ask for; 0 refuses the field retention.
-        max_retention_s: the longest time that it may ask for, in seconds; 0 refuses retention that ends.
+        max_priority: the highest priority that a request may ask for; null takes 0 alone.
+        max_retention_s: the longest retention that it may ask for, in seconds; 0 takes none.
         receive_timeout_s: how long a client may take to send a request.
         send_timeout_s: how long a client may leave what was sent to it unread.
         template_timeout_s: how long a chat template may run.
@@ -46,7 +46,7 @@ class ServingConfig:
     max_choices: int = 128
     max_live: int = 1024
     max_connections: int | None = None
-    max_priority: int = 0
+    max_priority: int | None = None
     max_retention_s: float = 0.0
     receive_timeout_s: float = 30.0
     send_timeout_s: float = 60.0
@@ -64,8 +64,8 @@ class ServingConfig:
             check_at_least(f"serve.{name}", getattr(self, name), 0.01)
         check_at_least("serve.drain_timeout_s", self.drain_timeout_s, 0)
         check_at_least("serve.max_retention_s", self.max_retention_s, 0)
-        if not 0 <= self.max_priority <= MAX_PRIORITY:
-            raise ValueError(f"serve.max_priority = {self.max_priority} must lie in 0..{MAX_PRIORITY}")
+        if self.max_priority is not None and not abs(self.max_priority) <= MAX_URGENCY:
+            raise ValueError(f"serve.max_priority = {self.max_priority} must lie in {-MAX_URGENCY}..{MAX_URGENCY}")
 
     def key(self, variable: str | None) -> str | None:
         """Return the key that clients must send: the file's, or what HELIX_API_KEY holds; None asks for none.

@@ -199,6 +199,7 @@ class Link:
             event.set()
         if self._drained is not None:
             self._drained.cancel()
+        self._writer.close()
 
     def _take(self, message: wire.Down) -> None:
         if isinstance(message, wire.News):

@@ -41,15 +41,17 @@ class Settler:
         self._threads = ThreadPoolExecutor(NUM_THREADS, "settle")
         self._template_threads = ThreadPoolExecutor(NUM_THREADS, "template")  # one that hangs holds up its like alone
 
-    async def settle(self, asked: Asked, new_indices: Callable[[int], list[int]]) -> list[Add]:
-        """Return the requests that can run: n for each prompt, one after the other.
+    async def settle(self, asked: Asked, new_indices: Callable[[int], list[int]]) -> tuple[list[Add], list[str | None]]:
+        """Return the requests that can run, n for each prompt, one after the other; and their prompts' texts.
 
         Raises:
             ApiError: why one of them cannot run.
         """
         adds: list[Add] = []
+        texts: list[str | None] = []
         for request in asked.requests:
             request = await self.rendered(request)
+            texts += [request.prompt] * asked.n
             index, *others = new_indices(asked.n)
             add = await self.beside(lambda index=index, request=request: self._prepare(index, request, asked))  # type: ignore[misc]
             adds.append(add)
@@ -58,7 +60,7 @@ class Settler:
                     adds.append(msgspec.structs.replace(add, index=other, seed=(seed + number) % SEED_LIMIT))
                 else:
                     adds.append(msgspec.structs.replace(add, index=other, seed=self._preparer.new_seed()))
-        return adds
+        return adds, texts
 
     async def rendered(self, request: Request) -> Request:
         """Return a request whose messages are the text that the chat template makes of them, in its time."""
@@ -90,9 +92,8 @@ class Settler:
         assert sampling is not None
         token_ids = self._reader.token_ids(request)
         request = replace(request, prompt=None, prompt_token_ids=token_ids)
-        room = min(limit, self._ready.limits.num_tokens + 1) - len(token_ids)
         if asked.is_chat and not asked.says_length:
-            sampling = replace(sampling, max_tokens=max(room, 1))
+            sampling = replace(sampling, max_tokens=None)
         elif asked.says_length and len(token_ids) + (sampling.max_tokens or 0) > limit:
             raise ApiError(
                 400,

@@ -49,22 +49,27 @@ class DeadlineProtocol(H11Protocol):
         super().__init__(**arguments)
         self._sockets = sockets
         self._deadline: asyncio.TimerHandle | None = None
+        self._counts = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
         self.app = partial(_with_abort, self.app, transport.abort)
         self._sockets.num_open += 1
+        self._counts = True
         self._begin_to_wait()
         if self._sockets.num_open > self._sockets.most:
-            oldest = next((each for each in self._sockets.receiving), self)
-            oldest.transport.abort()
+            next(iter(self._sockets.receiving)).give_way()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
-        self._sockets.num_open -= 1
-        self._stop_waiting()
+        self._forget()
         super().connection_lost(exc)
+
+    def give_way(self) -> None:
+        """Hang up, and count no more."""
+        self._forget()
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; the deadline stays where it is until the request is whole."""
@@ -78,6 +83,11 @@ class DeadlineProtocol(H11Protocol):
         if not self.transport.is_closing() and (self.cycle.response_complete or self.cycle.more_body):
             self._stop_waiting()
             self._begin_to_wait()
+
+    def _forget(self) -> None:
+        self._sockets.num_open -= self._counts
+        self._counts = False
+        self._stop_waiting()
 
     def _begin_to_wait(self) -> None:
         self._sockets.receiving[self] = None

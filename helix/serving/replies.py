@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ..request import ABORT, ERROR
+from ..request import ABORT, ERROR, STOP
 from .asking import Asked
 from .errors import ApiError
 from .link import Piece
+from .parsing import CONTENT, TOOL_CALL, AnswerParser
 from .token_texts import TokenTexts
 from .wire import TokenChance
 
@@ -53,7 +54,8 @@ class CompletionReply:
 
     def chunk(self, choice: int, piece: Piece) -> dict[str, Any] | None:
         """Return what is new of a choice."""
-        return self._choice(choice, piece, piece.text) if _shows(piece, self._asked) else None
+        shows = piece.text or piece.logprobs or piece.end or (self._asked.return_token_ids and piece.token_ids)
+        return self._choice(choice, piece, piece.text) if shows else None
 
     def whole(self, choice: int, piece: Piece) -> dict[str, Any]:
         """Return a choice."""
@@ -61,7 +63,8 @@ class CompletionReply:
         return self._choice(choice, piece, prefix + piece.text)
 
     def _choice(self, choice: int, piece: Piece, text: str) -> dict[str, Any]:
-        made = {"index": choice, "text": text, "logprobs": None, "finish_reason": _reason(piece)}
+        made: dict[str, Any] = {"index": choice, "text": text, "logprobs": None, "finish_reason": _reason(piece)}
+        made["stop_reason"] = _stop_reason(piece)
         if piece.logprobs:
             made["logprobs"] = self._chances(choice, piece.logprobs)
         return made | _ids(self._asked, piece, self._prompts[choice][1])
@@ -90,36 +93,64 @@ class ChatReply:
         texts: spells tokens.
         asked: how the answer is to be given.
         prompts: by choice, the prompt's text and tokens.
+        parsers: by choice, what tells the parts of its answer apart; none where nothing does.
     """
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, texts: TokenTexts, asked: Asked, prompts: Sequence[tuple[str, list[int]]]) -> None:
-        self._texts, self._asked, self._prompts = texts, asked, prompts
+    def __init__(
+        self,
+        texts: TokenTexts,
+        asked: Asked,
+        prompts: Sequence[tuple[str, list[int]]],
+        parsers: Sequence[AnswerParser] = (),
+    ) -> None:
+        self._texts, self._asked, self._prompts, self._parsers = texts, asked, prompts, parsers
+        self._num_calls = [0] * len(prompts)
 
     def first(self, choice: int) -> dict[str, Any] | None:
         """Return the role."""
-        return self._chunk(choice, {"role": "assistant", "content": ""}, None)
+        delta = {"role": "assistant", "content": ""}
+        return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def chunk(self, choice: int, piece: Piece) -> dict[str, Any] | None:
         """Return what is new of a choice."""
-        if not _shows(piece, self._asked):
+        delta = self._message(choice, piece)
+        for number, call in enumerate(delta.get("tool_calls", ())):
+            call["index"] = self._num_calls[choice] - len(delta["tool_calls"]) + number
+        if not (delta or piece.logprobs or piece.end or (self._asked.return_token_ids and piece.token_ids)):
             return None
-        made = self._chunk(choice, {"content": piece.text} if piece.text else {}, _reason(piece))
-        if piece.logprobs:
-            made["logprobs"] = self._chances(piece.logprobs)
-        return made | _ids(self._asked, piece, self._prompts[choice][1])
+        return {"index": choice, "delta": delta} | self._rest(choice, piece)
 
     def whole(self, choice: int, piece: Piece) -> dict[str, Any]:
         """Return a choice."""
-        message = {"role": "assistant", "content": piece.text}
-        made: dict[str, Any] = {"index": choice, "message": message, "logprobs": None, "finish_reason": _reason(piece)}
-        if piece.logprobs:
-            made["logprobs"] = self._chances(piece.logprobs)
-        return made | _ids(self._asked, piece, self._prompts[choice][1])
+        message = {"role": "assistant", "content": None} | self._message(choice, piece)
+        if message["content"] is None and "tool_calls" not in message:
+            message["content"] = ""
+        return {"index": choice, "message": message} | self._rest(choice, piece)
 
-    def _chunk(self, choice: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _message(self, choice: int, piece: Piece) -> dict[str, Any]:
+        """Return what a piece adds to the message: content, reasoning, tool calls."""
+        if not self._parsers:
+            return {"content": piece.text} if piece.text else {}
+        message: dict[str, Any] = {}
+        for part in self._parsers[choice].push(piece.text, ends=piece.end is not None):
+            if part.kind == TOOL_CALL:
+                function = {"name": part.name, "arguments": part.text}
+                message.setdefault("tool_calls", []).append({"id": part.id, "type": "function", "function": function})
+                self._num_calls[choice] += 1
+            else:
+                for name in ("content",) if part.kind == CONTENT else ("reasoning", "reasoning_content"):
+                    message[name] = message.get(name, "") + part.text
+        return message
+
+    def _rest(self, choice: int, piece: Piece) -> dict[str, Any]:
+        reason = _reason(piece)
+        if reason == STOP and self._num_calls[choice]:
+            reason = "tool_calls"
+        chances = self._chances(piece.logprobs) if piece.logprobs else None
+        made = {"logprobs": chances, "finish_reason": reason, "stop_reason": _stop_reason(piece)}
+        return made | _ids(self._asked, piece, self._prompts[choice][1])
 
     def _chances(self, chances: Sequence[TokenChance]) -> dict[str, Any]:
         return {"content": [self._one(each.token_id, each.logprob) | {
@@ -155,12 +186,12 @@ def require_answer(piece: Piece) -> None:
         raise ApiError(503, "the request was aborted", code="aborted")
 
 
-def _shows(piece: Piece, asked: Asked) -> bool:
-    return bool(piece.text or piece.logprobs or piece.end or (asked.return_token_ids and piece.token_ids))
-
-
 def _reason(piece: Piece) -> str | None:
     return None if piece.end is None else piece.end.finish_reason
+
+
+def _stop_reason(piece: Piece) -> int | str | None:
+    return None if piece.end is None else piece.end.stop_reason
 
 
 def _ids(asked: Asked, piece: Piece, prompt: list[int]) -> dict[str, Any]:

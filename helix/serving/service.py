@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..commands import Add
+from ..fields import CHAT
 from .asking import Asked, asked_of, read_json
 from .errors import ApiError
 from .link import Call, Link, Piece
+from .parsing import AnswerParser, response_template
 from .preparing import Settler, encoded
 from .replies import ChatReply, CompletionReply, Reply, head, require_answer, usage_of
 from .sending import EventStream, Receive, Scope, Send, read_body, send_json, while_connected
 from .token_texts import TokenTexts
 from .wire import Setup
+
+NO_TEMPLATE = (
+    "tools need a response template, and the model's tokenizer has none: start the server with "
+    "serve.response_template=FILE, or send tool_choice = none"
+)
 
 
 class Service:
@@ -25,17 +33,22 @@ class Service:
 
     Attributes:
         settler: makes commands; None while the model or its tokenizer is loaded.
+        tokenizer: the model's; None before, and where it has none.
+        template: how an answer's parts are told apart; None where nothing says.
+        texts: spells tokens.
     """
 
     def __init__(self, link: Link, setup: Setup) -> None:
         self.link, self.setup = link, setup
         self.settler: Settler | None = None
         self.tokenizer: Any = None
+        self.template: Any = None
         self.texts = TokenTexts(None)
 
     def open(self, tokenizer: Any) -> None:
         """Begin to answer: the world is ready, and this is the model's tokenizer."""
         assert self.link.ready is not None
+        self.template = response_template(self.setup.serving.response_template, tokenizer)
         self.tokenizer, self.texts = tokenizer, TokenTexts(tokenizer)
         self.settler = Settler(self.setup, self.link.ready, tokenizer)
 
@@ -57,12 +70,17 @@ class Service:
         body = await read_body(scope, receive, setup.serving.max_body_bytes)
 
         def read() -> Asked:
-            return asked_of(read_json(body), endpoint, setup.served_name, setup.sampling, setup.serving)
+            sampling = setup.sampling
+            if endpoint == CHAT and self.template is not None:  # what tells parts apart may be special tokens
+                sampling = replace(sampling, skip_special_tokens=False)
+            return asked_of(read_json(body), endpoint, setup.served_name, sampling, setup.serving)
 
         async def work() -> None:
             asked = await settler.beside(read)
-            adds = await settler.settle(asked, self.link.new_indices)
-            answering = Answering(self, asked, adds, request_id)
+            if asked.tools and self.template is None:
+                raise ApiError(400, NO_TEMPLATE, param="tools")
+            adds, texts = await settler.settle(asked, self.link.new_indices)
+            answering = Answering(self, asked, adds, texts, request_id)
             call = self.link.submit([add.index for add in adds], encoded(adds))
             try:
                 if asked.stream:
@@ -82,13 +100,22 @@ class Answering:
         service: whose it is.
         asked: what was asked for.
         adds: its requests, ``asked.n`` for each prompt.
+        texts: their prompts; None of token ids.
         request_id: in the answer's id.
     """
 
-    def __init__(self, service: Service, asked: Asked, adds: Sequence[Add], request_id: str) -> None:
-        prompts = [(_echoed(service, asked, number // asked.n, add), add.prompt) for number, add in enumerate(adds)]
-        make: type[ChatReply | CompletionReply] = ChatReply if asked.is_chat else CompletionReply
-        self._reply: Reply = make(service.texts, asked, prompts)
+    def __init__(
+        self, service: Service, asked: Asked, adds: Sequence[Add], texts: Sequence[str | None], request_id: str
+    ) -> None:
+        prompts = [(_text_of(service, asked, text, add), add.prompt) for text, add in zip(texts, adds, strict=True)]
+        self._reply: Reply
+        if asked.is_chat:
+            parsers = [] if service.template is None else [
+                AnswerParser(service.template, text, asked.tools) for text, _ in prompts
+            ]  # fmt: skip
+            self._reply = ChatReply(service.texts, asked, prompts, parsers)
+        else:
+            self._reply = CompletionReply(service.texts, asked, prompts)
         self._asked, self._setup = asked, service.setup
         self._request_id = request_id
         self._prompt_lens = [add.prompt_len for add in adds]
@@ -154,14 +181,11 @@ class Answering:
         return head(kind, self._request_id, self._setup.served_name)
 
 
-def _echoed(service: Service, asked: Asked, number: int, add: Add) -> str:
-    """Return the text of a prompt that is echoed."""
-    if not asked.echo:
-        return ""
-    prompt = asked.requests[number].prompt
-    if prompt is None:
-        prompt = "" if service.tokenizer is None else service.tokenizer.decode(add.prompt)
-    return prompt
+def _text_of(service: Service, asked: Asked, text: str | None, add: Add) -> str:
+    """Return the text of a prompt where it is needed: for an echo, or to parse what follows it."""
+    if text is not None:
+        return text
+    return service.tokenizer.decode(add.prompt) if asked.echo and service.tokenizer is not None else ""
 
 
 def _waiting(call: Call) -> str:

@@ -60,12 +60,13 @@ class TokenChance(msgspec.Struct, frozen=True, array_like=True):
 
 
 class End(msgspec.Struct, frozen=True, array_like=True):
-    """How a request ended: finish_reason as ``RequestOutput`` has it."""
+    """How a request ended: finish_reason and stop_reason as ``RequestOutput`` has them."""
 
     finish_reason: str
     prompt_tokens: int
     cached_tokens: int
     error: str | None
+    stop_reason: int | str | None = None
 
 
 class Delta(msgspec.Struct, array_like=True):

@@ -183,7 +183,7 @@ def test_a_stop_string_never_shows_not_even_its_beginning(served: Served, llm: L
     stream = served.client.completions.create(model="tiny", prompt="stop here", max_tokens=30, stop=stop, stream=True)
     pieces = [choice for chunk in stream for choice in chunk.choices]
     assert "".join(each.text for each in pieces) == expected.text
-    assert pieces[-1].finish_reason == "stop"
+    assert pieces[-1].finish_reason == "stop" and pieces[-1].model_dump()["stop_reason"] == stop
 
 
 def test_n_answers_have_seeds_of_their_own(served: Served, llm: LLM) -> None:
@@ -270,7 +270,7 @@ def test_metrics_have_what_routers_read(served: Served) -> None:
         ("/v1/completions", {"prompt": "a", "logprobs": 21}, 400, "logprobs", "scheduler.max_logprobs"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, 400, "best_of", "best_of = 2"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 5000}, 400, "max_tokens", "5000 and a prompt of 1 tokens"),
-        ("/v1/completions", {"prompt": "a", "retention": {"priority": 90}}, 400, "retention", "serve.max_priority"),
+        ("/v1/completions", {"prompt": "a", "retention": {"priority": 90}}, 400, "retention", "serve.max_retention_s"),
         ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages", "has no content"),
         ("/v1/chat/completions", {"messages": "hi"}, 400, "messages", "messages must be"),
         ("/v1/nothing", {}, 404, None, "not answered here"),
