@@ -229,7 +229,7 @@ class Decoder:
             return split_linear(hidden, weights["down"], pdl=self._pdl)
         first, stop = self.part.experts
         gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in ("experts_gate_up", "experts_down"))
-        added = mixture(
+        return mixture(
             normed,
             weights["router"],
             gate_up,
@@ -237,15 +237,9 @@ class Decoder:
             experts=experts,
             first=first,
             bias=weights.get("router_bias"),
+            shared=(weights["shared_gate_up"], weights["shared_down"]) if experts.shared_size else None,
             pdl=self._pdl,
         )
-        if not experts.shared_size:
-            return added
-        hidden = gated_linear(normed, weights["shared_gate_up"], pdl=self._pdl)
-        shared = split_linear(hidden, weights["shared_down"], pdl=self._pdl)
-        if len(added) == len(shared) == 1:
-            return added + shared
-        return torch.cat((added.float(), shared.float()))
 
     def _sum_and_norm(
         self, projected: torch.Tensor, stream: torch.Tensor, weight: torch.Tensor, index: int

@@ -20,7 +20,15 @@ import triton.language as tl
 
 from attention.shared_memory import fit_stages, shared_bytes
 
-from .linear import ExpertsInUse, can_stream, experts_gated_linear, experts_split_linear, is_aligned, split_linear
+from .linear import (
+    ExpertsInUse,
+    can_stream,
+    experts_gated_linear,
+    experts_split_linear,
+    gated_linear,
+    is_aligned,
+    split_linear,
+)
 from .quantization import BLOCK
 from .quantized import Matrix, as_float, in_stored_order, product
 from .spec import Experts
@@ -38,6 +46,7 @@ def mixture(
     experts: Experts,
     first: int,
     bias: torch.Tensor | None = None,
+    shared: tuple[Matrix, Matrix] | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Return summands of what this rank's experts add to each row: [S, R, h], float32 where S > 1, else as x.
@@ -52,20 +61,35 @@ def mixture(
         experts: how many are chosen, and how.
         first: the id of this rank's first expert.
         bias: [all experts] float32, where experts are chosen by sigmoid.
+        shared: the matrices [2 F', h] and [h, F'] of experts that every row goes through.
         pdl: launch programmatically dependent.
     """
-    if not x.is_cuda:
-        return mix_reference(x, *route(x, router, experts, bias), gate_up, down, first=first).unsqueeze(0)
-    if _few(x, router, gate_up, down):
+    if _few(x, router, (gate_up, down), shared):
         scores = split_linear(x, router, pdl=pdl, exact=True)
         used = experts_in_use(scores, down.shape[0], experts, first=first, bias=bias, pdl=pdl)
-        return experts_split_linear(experts_gated_linear(x, gate_up, used, pdl=pdl), down, used, pdl=pdl)
-    return mix_queued(x, logits_of(x, router), gate_up, down, experts=experts, first=first, bias=bias)[None]
+        if shared is None:
+            return experts_split_linear(experts_gated_linear(x, gate_up, used, pdl=pdl), down, used, pdl=pdl)
+        # weights of shared experts stream while it is found out which others are in use
+        early = isinstance(gate_up, torch.Tensor) and isinstance(shared[0], torch.Tensor)
+        hidden = gated_linear(x, shared[0], pdl=pdl, late=early)
+        units = experts_gated_linear(x, gate_up, used, pdl=pdl, known=early)
+        return experts_split_linear(units, down, used, shared=(hidden, shared[1]), pdl=pdl)
+    if x.is_cuda:
+        added = mix_queued(x, logits_of(x, router), gate_up, down, experts=experts, first=first, bias=bias)[None]
+    else:
+        added = mix_reference(x, *route(x, router, experts, bias), gate_up, down, first=first)[None]
+    if shared is None:
+        return added
+    of_shared = split_linear(gated_linear(x, shared[0], pdl=pdl), shared[1], pdl=pdl)
+    return added + of_shared if len(of_shared) == 1 else torch.cat((added.float(), of_shared))
 
 
-def _few(x: torch.Tensor, router: torch.Tensor, gate_up: Matrix, down: Matrix) -> bool:
-    """Return whether each expert in use is multiplied with all rows."""
-    return can_stream(x, gate_up) and can_stream(x, router) and is_aligned(down) and down.shape[-1] % 8 == 0
+def _few(x: torch.Tensor, router: torch.Tensor, *pairs: tuple[Matrix, Matrix] | None) -> bool:
+    """Return whether each expert in use is multiplied with all rows; pairs are matrices up and down."""
+    return can_stream(x, router) and all(
+        can_stream(x, up) and is_aligned(down) and down.shape[-1] % 8 == 0
+        for up, down in (pair for pair in pairs if pair is not None)
+    )
 
 
 def logits_of(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:

@@ -106,9 +106,12 @@ def _stream(
     rows: int,
     experts: ExpertsInUse | None = None,
     exact: bool = False,
+    known: bool = False,
+    late: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the kernel for w [1 or E, 1 or 2 times N, K]: [S, R, N], float32 where S > 1 and these are summands, or
-    where it is to be ``exact``.
+    where it is to be ``exact``; or what float32 ``out`` has room for.
     """
     parts = 2 if gated else 1
     columns, turns = w.shape[-2] // parts, _turns_of(w)
@@ -116,7 +119,8 @@ def _stream(
     bm, half = max(8, triton.next_power_of_2(rows)), bn // parts
     each = gated and experts is not None
     dtype = x.dtype if (splits == 1 or each) and not exact else torch.float32
-    out = torch.empty((splits, rows, columns), dtype=dtype, device=x.device)
+    if out is None:
+        out = torch.empty((splits, rows, columns), dtype=dtype, device=x.device)
     ids, count, row_weights = (x, x, x) if experts is None else (experts.ids, experts.count, experts.row_weights)
     tiles = _tiles(_matrices(w, columns), [parts, half, BK]), _tiles(x, [bm, BK])
     rest = x if bias is None else bias, out, ids, count, row_weights, rows, columns, turns
@@ -137,7 +141,7 @@ def _stream(
         stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, STAGES=stages, maxnreg=REGISTERS_8_BITS, **how)
     else:
         stages = STAGE_BYTES // (bn * BK * x.element_size() + x_bytes)
-        stream_weights_kernel[grid](*tiles, *rest, SPLITS=splits, STAGES=stages, **how)
+        stream_weights_kernel[grid](*tiles, *rest, SPLITS=splits, STAGES=stages, KNOWN=known, LATE=late, **how)
     return out
 
 
@@ -192,14 +196,20 @@ def linear(x: torch.Tensor, w: Matrix, *, pdl: bool = False) -> torch.Tensor:
     return product(x, w)
 
 
-def gated_linear(x: torch.Tensor, gate_up: Matrix, *, pdl: bool = False) -> torch.Tensor:
-    """Return silu(x gate^T) * (x up^T): [R, F] for gate_up [2 F, K], the gate's rows first."""
+def gated_linear(x: torch.Tensor, gate_up: Matrix, *, pdl: bool = False, late: bool = False) -> torch.Tensor:
+    """Return silu(x gate^T) * (x up^T): [R, F] for gate_up [2 F, K], the gate's rows first.
+
+    ``late``, of a matrix that is not quantised: what the kernel before this one wrote is there for the one after it
+    before that waits.
+    """
     if can_stream(x, gate_up):
-        return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0])[0]
+        return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0], late=late)[0]
     return silu_mul(product(x, gate_up))
 
 
-def experts_gated_linear(x: torch.Tensor, gate_up: Matrix, used: ExpertsInUse, *, pdl: bool) -> torch.Tensor:
+def experts_gated_linear(
+    x: torch.Tensor, gate_up: Matrix, used: ExpertsInUse, *, pdl: bool, known: bool = False
+) -> torch.Tensor:
     """Return the weighted units of each expert in use in all rows, zero in rows that did not choose it: [J, R, F].
 
     What lies beyond ``used.count`` experts is left as it was.
@@ -209,20 +219,38 @@ def experts_gated_linear(x: torch.Tensor, gate_up: Matrix, used: ExpertsInUse, *
         gate_up: [E, 2 F, h], the gate's rows first.
         used: the experts in use.
         pdl: launch programmatically dependent. Whatever wrote ``used`` has ended before this launches what is next.
+        known: the kernel before this one is a ``late`` one behind what wrote ``used``, so that weights are asked for at
+            once; of a matrix that is not quantised.
     """
     num_used = used.ids.shape[0]
-    return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=num_used, rows=x.shape[0], experts=used)
+    return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=num_used, rows=x.shape[0], experts=used, known=known)
 
 
-def experts_split_linear(units: torch.Tensor, down: Matrix, used: ExpertsInUse, *, pdl: bool) -> torch.Tensor:
-    """Return summands of what the experts in use add to each row: [S, R, h], as ``split_linear`` does.
+def experts_split_linear(
+    units: torch.Tensor,
+    down: Matrix,
+    used: ExpertsInUse,
+    *,
+    pdl: bool,
+    shared: tuple[torch.Tensor, Matrix] | None = None,
+) -> torch.Tensor:
+    """Return summands of what the experts in use, and shared ones, add to each row: [S, R, h], as ``split_linear``.
 
     Args:
         units: [J, R, F], as ``experts_gated_linear`` gives them, by the launch before this one.
         down: [E, h, F].
         used: the experts in use.
         pdl: launch programmatically dependent.
+        shared: the units of shared experts [R, F'] and their matrix [h, F'], of which ``can_stream`` holds.
     """
     num_used, rows, _ = units.shape
     splits = _splits_of(down, num_used * _turns_of(down), units.device)
-    return _stream(units.flatten(0, 1), down, None, gated=False, pdl=pdl, splits=splits, rows=rows, experts=used)
+    flat = units.flatten(0, 1)
+    if shared is None:
+        return _stream(flat, down, None, gated=False, pdl=pdl, splits=splits, rows=rows, experts=used)
+    theirs, w = shared
+    more = _splits_of(w, _turns_of(w), units.device)
+    out = torch.empty((splits + more, rows, w.shape[-2]), dtype=torch.float32, device=units.device)
+    _stream(flat, down, None, gated=False, pdl=pdl, splits=splits, rows=rows, experts=used, out=out[:splits])
+    _stream(theirs, w, None, gated=False, pdl=pdl, splits=more, rows=rows, out=out[splits:])
+    return out

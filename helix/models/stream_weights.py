@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def stream_weights_kernel(
     w, x, bias, out, experts, num_experts, row_weights, num_rows, columns, num_turns,
     BM: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr,
-    PDL: gl.constexpr,
+    KNOWN: gl.constexpr, LATE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = x[m, :] . w[0, n, :] over the split's part of K; or silu of that times x[m, :] . w[1, n, :].
 
@@ -29,12 +29,15 @@ def stream_weights_kernel(
 
     EXPERTS "each": ``w`` describes the matrices of all experts, and each split is an expert in use, whose products
     are weighted row by row. EXPERTS "all": K goes through all experts in use, and ``x`` describes [their rows, K].
+    LATE: the kernel after this one begins when the one before it has ended. KNOWN: which experts are in use was written
+    before such a one, so that their weights are asked for at once.
     """
     EACH: gl.constexpr = EXPERTS == "each"
     if PDL:
-        if EACH:
+        if EACH and not KNOWN:
             gdc_wait()  # first: the kernel after this one may then read which experts are in use before it waits
-        gdc_launch_dependents()
+        if not LATE:
+            gdc_launch_dependents()
     PARTS: gl.constexpr = w.block_shape[0]
     HALF: gl.constexpr = w.block_shape[1]
     BN: gl.constexpr = PARTS * HALF
@@ -66,8 +69,10 @@ def stream_weights_kernel(
         )
         mbarrier.expect(bars.index(s), BYTES, pred=s < count)
         tma.async_copy_global_to_shared(w, [matrix * PARTS, n0, at], bars.index(s), w_parts.index(s), pred=s < count)
-    if PDL and not EACH:
+    if PDL and (KNOWN or not EACH):
         gdc_wait()
+        if LATE:
+            gdc_launch_dependents()
     for s in gl.static_range(STAGES):
         _, row, at = place(first + s, 0, num_turns, num_rows, EXPERTS, BK)
         tma.async_copy_global_to_shared(x, [row, at], bars.index(s), x_tiles.index(s), pred=s < count)
