@@ -73,6 +73,7 @@ class Engine:
 
     Attributes:
         in_step: True inside ``step``, and after one that failed.
+        num_departed, num_landed: steps given to the device, and those of them that it has ended.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Engine:
         self._clock = clock
         self._live: dict[int, Sequence] = {}  # by index: what has arrived and not ended
         self.in_step = False
+        self.num_departed = self.num_landed = 0
         self.metrics = self.reset_metrics()
 
     def reset_metrics(self) -> RunMetrics:
@@ -185,7 +187,14 @@ class Engine:
             if flight is not None:
                 self._read(flight)
         finally:
+            self.num_landed = self.num_departed
             self._drop_all()
+
+    def synchronize(self) -> None:
+        """Wait on the host until this rank's device has done all that it was given."""
+        self.mover.synchronize()
+        if self.runner.cache.pages.is_cuda:
+            torch.cuda.synchronize(self.runner.cache.pages.device)
 
     def close(self) -> None:
         """Leave nobody: an engine is alone."""
@@ -249,11 +258,13 @@ class Engine:
         if self.runner.can_launch(step.chunks) and all(chunk.seq.sampling.is_plain for chunk in step.chunks):
             return self._launched(step)
         flight = Flight(step, self.runner.run(step.chunks))
+        self.num_departed += 1
         self.metrics.padding_rows += self.runner.num_padding
         return flight
 
     def _launched(self, step: Step) -> Flight:
         flight = Flight(step, self.runner.launch(step.chunks))
+        self.num_departed += 1
         self.metrics.padding_rows += self.runner.num_padding
         return flight
 
@@ -274,6 +285,7 @@ class Engine:
     def _land(self, flight: Flight) -> list[StreamEvent]:
         """Wait for a step and return what is new; what it computed for sequences that ended before is dropped."""
         tokens, chunks = self._read(flight), flight.step.chunks
+        self.num_landed += 1
         going_on = []
         for chunk in chunks:
             if chunk.seq.has_ended:

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from .channel import Channel, wait_for
 from .facts import Process
-from .protocol import Ask, Bye, Cancel, End, First, Progress
+from .protocol import Ask, Bye, Cancel, End, First, Message, Progress, decode, encode
 
 IDLE_S = 0.02
 _log = logging.getLogger(__name__)
@@ -27,45 +29,55 @@ class Writer:
     process: Process
 
 
-@dataclass(frozen=True)
-class Said:
-    """A writer's message about a transfer."""
+class Said(msgspec.Struct, frozen=True, tag=True):
+    """A writer's message about a transfer, in the protocol's bytes."""
 
     writer: int
-    message: End | First
+    data: bytes
+
+    @property
+    def message(self) -> Message:
+        """The message."""
+        return decode(self.data)
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(msgspec.Struct, frozen=True, tag=True):
     """The connection to a writer has ended."""
 
     writer: int
     reason: str
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True, tag=True):
     """A writer's process is known to have ended: nothing that it wrote is still under way."""
 
     writer: int
 
 
-@dataclass(frozen=True)
-class Silence:
+class Silence(msgspec.Struct, frozen=True, tag=True):
     """Nothing was heard for too long while something was waited for."""
 
 
-@dataclass(frozen=True)
-class Heard:
+class Heard(msgspec.Struct, frozen=True, tag=True):
     """Something was heard again after a silence."""
 
 
-@dataclass(frozen=True)
-class Stuck:
+class Stuck(msgspec.Struct, frozen=True, tag=True):
     """Sequences have stood for too long because pages are quarantined."""
 
 
 News = Said | Lost | Ended | Silence | Heard | Stuck
+_decoder = msgspec.msgpack.Decoder(list[News])
+
+
+def encode_news(news: list[News]) -> bytes:
+    """Return the bytes of news; none where there are none."""
+    return msgspec.msgpack.encode(news) if news else b""
+
+
+def decode_news(data: bytes) -> list[News]:
+    """Return the news that some bytes hold."""
+    return _decoder.decode(data) if data else []
 
 
 class Hearing:
@@ -120,7 +132,7 @@ class Hearing:
             for message in writer.channel.receive():
                 heard = True
                 if isinstance(message, End) or (isinstance(message, First) and self._is_sound(number, message, seeds)):
-                    news.append(Said(number, message))
+                    news.append(Said(number, encode(message)))
                 elif not isinstance(message, (First, Progress)):
                     _log.warning("dropped a %s from prefill rank %d", type(message).__name__, number)
             writer.channel.flush()

@@ -5,7 +5,9 @@ rank 0 alone is connected to the prefill ranks, and what it hears comes to all r
 request:
 
  1. Its cached prefix is claimed and its pages are allocated as the scheduler does it, for all candidates before any.
- 2. When every rank has done what it still had to do with those pages, rank 0 asks every prefill rank for the rest.
+ 2. When every rank has done what it still had to do with those pages, rank 0 asks every prefill rank for the rest. That
+    is so once a step has landed that was given to the device after them: its collectives come after all of it, on every
+    rank. Where nothing runs, all ranks wait for their devices and for each other.
  3. The prefill ranks write. Each of them, a *writer*, reports one end state.
  4. All done: the blocks enter the prefix tree, the first token is appended, the sequence decodes.
  5. Otherwise its pages are free again, except where a writer's end is unknown: those are quarantined until that writer
@@ -17,13 +19,12 @@ A page is therefore never published before every writer is done, and never free 
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 from bisect import insort
+from collections import deque
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-import torch
 
 from parallel.launch import from_rank0, minimum
 
@@ -32,8 +33,8 @@ from ..engine import Engine
 from ..metrics import RunMetrics
 from ..request import Sequence, StreamEvent, TokenLogprobs, order_of
 from .counters import TransferCounters
-from .hearing import Ended, Heard, Hearing, Lost, News, Said, Silence, Stuck
-from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First
+from .hearing import Ended, Heard, Hearing, Lost, News, Said, Silence, Stuck, decode_news, encode_news
+from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message
 from .transport import Transport
 
 CLOSE_S = 5.0
@@ -95,6 +96,7 @@ class Receiver:
         self._hearing, self._transport = hearing, transport
         self._link = OPEN
         self._waiting: list[Sequence] = []
+        self._held: deque[tuple[Sequence, int]] = deque()  # not asked for yet, and the steps given to the device before
         self._inbound: dict[int, Inbound] = {}
         self._quarantined: dict[int, Quarantine] = {}
         self._next_id = 0
@@ -109,7 +111,7 @@ class Receiver:
     @property
     def has_work(self) -> bool:
         """True while any sequence waits, is on its way, or runs."""
-        return bool(self._waiting or self._inbound or self._engine.has_work)
+        return bool(self._waiting or self._held or self._inbound or self._engine.has_work)
 
     def reset_metrics(self) -> RunMetrics:
         """Start a new set of counters and return it."""
@@ -143,24 +145,26 @@ class Receiver:
 
     def listen(self) -> bytes:
         """Return rank 0's news of the prefill group."""
-        return pickle.dumps(self._listen())
+        return encode_news(self._listen())
 
     def hear(self, news: bytes) -> list[StreamEvent]:
         """Act on news, rank 0's own, and return what is new of the sequences that go on or end by them."""
         if self._inbound or self._quarantined:
             self._transport.progress()
-        return [event for each in pickle.loads(news) for event in self._act(each)]
+        return [event for each in decode_news(news) for event in self._act(each)]
 
     def step(self) -> list[StreamEvent]:
         """Ask, and compute one step; return what is new of the sequences that got a token or ended."""
         events = self._ask()
         if self._engine.has_work:
-            events += self._engine.step(may_wait=bool(self._inbound or self._quarantined))
+            events += self._engine.step(may_wait=bool(self._held or self._inbound or self._quarantined))
         return events
 
     def abort_all(self) -> None:
         """Drop every sequence. Waits until the writers have ended, or for ``timeout_s``; the rest is quarantined."""
         self._waiting.clear()
+        while self._held:
+            self._let_go(self._held.popleft()[0])
         failed = self._engine.in_step  # another rank may be anywhere: nothing collective now
         self._aborting = True
         for number, inbound in list(self._inbound.items()):
@@ -184,52 +188,65 @@ class Receiver:
 
     def _ask(self) -> list[StreamEvent]:
         """Hold pages for waiting sequences and ask the prefill group for their prompts."""
-        if self._link != OPEN:
-            events = [self._give_up(seq, f"the prefill group is {self._link}") for seq in self._waiting]
-            self._waiting.clear()
-            return [event for event in events if event is not None]
-        held = self._hold()
-        if not held:
-            return []
         engine = self._engine
-        engine.mover.execute(engine.scheduler.cache.take_movements())
-        engine.mover.synchronize()
-        if engine.runner.cache.pages.is_cuda:
-            torch.cuda.synchronize(engine.runner.cache.pages.device)
-        minimum(0)  # every rank has read, written and moved what it had to on the pages that others write now
-        if not self._inbound:
-            self._hearing.begin_to_wait()
-        for seq in held:
-            self._inbound[self._next_id] = Inbound(seq, set(self._all_writers))
-            self._hearing.tell(_ask_of(self._next_id, seq))
-            self._next_id += 1
+        if self._link != OPEN:
+            held = [seq for seq, _ in self._held]
+            self._held.clear()
+            for seq in held:
+                self._let_go(seq)
+            asking = [*(seq for seq in held if not seq.has_ended), *self._waiting]
+            self._waiting.clear()
+            events = [self._give_up(seq, f"the prefill group is {self._link}") for seq in asking]
+            return [event for event in events if event is not None]
+        self._hold()
+        if self._held and not engine.scheduler.running:
+            engine.synchronize()
+            minimum(0)
+        while self._held and (not engine.scheduler.running or self._held[0][1] < engine.num_landed):
+            self._ask_for(self._held.popleft()[0])
         return []
 
-    def _hold(self) -> list[Sequence]:
-        """Give waiting sequences pages and batch slots, in their order.
+    def _hold(self) -> None:
+        """Give waiting sequences pages and batch slots, in their order, and start what moves into these pages.
 
         Sequences that the scheduler has to resume come first: while one waits, nothing is held.
         """
         scheduler = self._engine.scheduler
         if scheduler.waiting:
-            return []
-        admitted = scheduler.admit(self._waiting)
-        for seq, table in admitted:
+            return
+        for seq, table in scheduler.admit(self._waiting):
             scheduler.hold(seq, table)
-        return [seq for seq, _ in admitted]
+            self._held.append((seq, self._engine.num_departed))
+        self._engine.mover.execute(scheduler.cache.take_movements())
+
+    def _ask_for(self, seq: Sequence) -> None:
+        """Ask the prefill group for a held sequence; one that has ended meanwhile gives back what it holds."""
+        if seq.has_ended:
+            self._let_go(seq)
+            return
+        if not self._inbound:
+            self._hearing.begin_to_wait()
+        self._inbound[self._next_id] = Inbound(seq, set(self._all_writers))
+        self._hearing.tell(_ask_of(self._next_id, seq))
+        self._next_id += 1
+
+    def _let_go(self, seq: Sequence) -> None:
+        """Take back the pages and the batch slot of a held sequence that nobody writes."""
+        scheduler = self._engine.scheduler
+        scheduler.cache.release(seq.blocks, seq.blocks.num_reused)
+        scheduler.free_slot(seq)
 
     # --- listening ----------------------------------------------------------------------------------------------------
 
     def _hear(self) -> list[StreamEvent]:
         """Share what rank 0 has heard, beside the door, and act on it."""
-        self._transport.progress()
-        return [event for news in from_rank0(self._listen) for event in self._act(news)]
+        return self.hear(from_rank0(self.listen))
 
     def _listen(self) -> list[News]:
         if not (self._inbound or self._quarantined):
             return []
         scheduler = self._engine.scheduler
-        stands = bool(scheduler.waiting or self._waiting) and not (scheduler.running or self._inbound)
+        stands = bool(scheduler.waiting or self._waiting) and not (scheduler.running or self._held or self._inbound)
         return self._hearing.listen(
             {number: inbound.seq.seed for number, inbound in self._inbound.items() if inbound.first is None},
             waits=bool(self._inbound),
@@ -240,12 +257,9 @@ class Receiver:
     # --- acting on what was heard; alike on all ranks -----------------------------------------------------------------
 
     def _act(self, news: News) -> list[StreamEvent]:
-        if isinstance(news, Said) and isinstance(news.message, First):
-            if inbound := self._inbound.get(news.message.id):
-                inbound.first, inbound.first_heard = news.message, time.perf_counter()
-        elif isinstance(news, Said) and isinstance(news.message, End):
-            return self._end(news.writer, news.message)
-        elif isinstance(news, Lost):
+        if isinstance(news, Said):
+            return self._take(news.writer, news.message)
+        if isinstance(news, Lost):
             self._warn("the connection to prefill rank %d is lost: %s", news.writer, news.reason)
             self._cut(GONE)
             return self._end_all(f"prefill rank {news.writer} is lost: {news.reason}")
@@ -265,6 +279,13 @@ class Receiver:
             self._waiting = [each for each in self._waiting if each is not seq]
             pages = sum(len(each.pages) for each in self._quarantined.values())
             return [self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")]
+        return []
+
+    def _take(self, writer: int, message: Message) -> list[StreamEvent]:
+        if isinstance(message, End):
+            return self._end(writer, message)
+        if isinstance(message, First) and (inbound := self._inbound.get(message.id)):
+            inbound.first, inbound.first_heard = message, time.perf_counter()
         return []
 
     def _warn(self, message: str, *values: object) -> None:
@@ -318,6 +339,7 @@ class Receiver:
         seq, scheduler = inbound.seq, self._engine.scheduler
         if unknown:
             pages = scheduler.cache.detach(seq.blocks)
+            scheduler.free_slot(seq)
             self._quarantined[number] = Quarantine(pages, set(unknown))
             self.counters.pages_quarantined += len(pages)
             self._warn(
@@ -327,8 +349,7 @@ class Receiver:
                 len(unknown),
             )
         else:
-            scheduler.cache.release(seq.blocks, seq.blocks.num_reused)
-        scheduler.free_slot(seq)
+            self._let_go(seq)
         if self._aborting or seq.has_ended:
             return []
         if self._config.retry:

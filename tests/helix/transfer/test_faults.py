@@ -24,6 +24,7 @@ from helix.transfer.hearing import Hearing
 from helix.transfer.protocol import Ask, End, encode
 from helix.transfer.receiver import Receiver
 from helix.transfer.transport import RUNNING, Peer
+from parallel.launch import from_rank0
 from tests.helix.transfer.worlds import assert_idle, leave, make_llm
 
 BLOCK = 16
@@ -502,6 +503,52 @@ def test_requests_that_are_cancelled_leave_both_sides_as_they_were(groups, model
     for first, on_their_way, outputs in decoded:
         assert first == expected[0][0][:1] and on_their_way > 0
         assert outputs == expected
+
+
+def aborting_body(ports, path, _, layout):
+    """Requests are aborted while they wait, while they are held or on their way, and while they run."""
+    llm = make_llm(path, ports[0], "decode", layout, max_batch=2, check_ranks=False)
+    receiver, engine, waits = llm._receiver, llm.engine, []
+    plain = engine.synchronize
+    engine.synchronize = lambda: (waits.append(len(engine.scheduler.running)), plain())
+    receiver.reset_metrics()
+    for index, request in enumerate(requests() * 2):
+        receiver.add(llm.preparer.prepare(index, request, request.sampling).sequence())
+    ended, seen = {}, set()
+
+    def look(events):
+        ended.update({event.index: event.output for event in events if event.output is not None})
+
+    def places():
+        held = {seq.index: "held" for seq, _ in receiver._held}
+        waiting = {seq.index: "waiting" for seq in receiver._waiting}
+        asked = {each.seq.index: "asked" for each in receiver._inbound.values() if not each.seq.has_ended}
+        return {**held, **waiting, **asked, **{seq.index: "running" for seq in engine.scheduler.running}}
+
+    while receiver.has_work:
+        look(receiver.hear(from_rank0(receiver.listen)))
+        now = places()
+        for index in (7, 0, 3, 9, 5):
+            if index in now and now[index] not in seen:
+                seen.add(now[index])
+                look(receiver.abort(index))
+                assert receiver.abort(index) == [] and ended[index].finish_reason == "abort"
+        look(receiver.step())
+    leave(llm)
+    done = {index: output.token_ids for index, output in ended.items() if output.finish_reason == "length"}
+    return seen, len(ended), done, waits, receiver._next_id
+
+
+def test_requests_that_are_aborted_leave_no_page_wherever_they_are_and_asking_waits_for_no_running_step(
+    groups, model, expected
+):
+    served, decoded = groups(2, 2).run(slow_prefill_body, aborting_body, model, (2, 1), (2, 1))
+    assert all(reason == "" for reason, _ in served)
+    for seen, num_ended, done, waits, num_asked in decoded:
+        assert {"waiting", "asked", "running"} <= seen and num_ended == 10
+        assert len(done) == 10 - len(seen)
+        assert done == {index: expected[index % 5][0] for index in done}
+        assert not any(waits) and len(waits) < num_asked, "with others running nobody stops the device"
 
 
 def failing_step_body(ports, path, _, layout):
