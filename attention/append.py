@@ -43,23 +43,26 @@ def rotate(x_RHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interle
 
 
 @triton.jit
-def write_head(x, real, pages, scales, page, kv, head, offset, heads, page_stride, scale_stride,
-               BLOCK_SIZE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, IN_8_BITS: tl.constexpr):  # fmt: skip
+def write_head(x, real, pages, scales, fixed, page, kv, head, offset, heads, page_stride, scale_stride,
+               BLOCK_SIZE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, IN_8_BITS: tl.constexpr,
+               FIXED: tl.constexpr):  # fmt: skip
     """Write tokens' keys or values [BR, D_PAD], where ``real``, to offsets of pages; page and offset are [BR, 1]."""
     d = tl.arange(0, D_PAD)[None, :]
     token = ((kv * heads + head) * BLOCK_SIZE + offset).to(tl.int64)
     if IN_8_BITS:
         exact = x.to(tl.float32)
         scale = scale_of(exact, 1)[:, None]
+        if FIXED:
+            scale = tl.load(fixed + kv) + tl.zeros_like(scale)
         tl.store(scales + page * scale_stride + token, scale, mask=tl.max(real.to(tl.int32), 1)[:, None] > 0)
         x = as_byte(tl.clamp(tl.div_rn(exact, scale + tl.zeros_like(exact)), -448.0, 448.0))
     tl.store(pages + page * page_stride + token * D + d, x, mask=real)
 
 
 @triton.jit
-def _append_kernel(k, v, k_row_stride, v_row_stride, pages, scales, slots, page_stride, scale_stride,
+def _append_kernel(k, v, k_row_stride, v_row_stride, pages, scales, fixed, slots, page_stride, scale_stride,
                    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_V: tl.constexpr,
-                   IN_8_BITS: tl.constexpr):  # fmt: skip
+                   IN_8_BITS: tl.constexpr, FIXED: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
     if slot >= 0:
@@ -67,15 +70,21 @@ def _append_kernel(k, v, k_row_stride, v_row_stride, pages, scales, slots, page_
         its_slot = slot + tl.zeros([1, 1], tl.int64)
         page, offset = its_slot // BLOCK_SIZE, its_slot % BLOCK_SIZE
         x = tl.load(k + row * k_row_stride + head * D + d, mask=d < D, other=0.0)
-        write_head(x, d < D, pages, scales, page, 0, head, offset, tl.num_programs(1), page_stride, scale_stride,
-                   BLOCK_SIZE, D, D_PAD, IN_8_BITS)  # fmt: skip
+        write_head(x, d < D, pages, scales, fixed, page, 0, head, offset, tl.num_programs(1), page_stride,
+                   scale_stride, BLOCK_SIZE, D, D_PAD, IN_8_BITS, FIXED)  # fmt: skip
         if HAS_V:
             x = tl.load(v + row * v_row_stride + head * D + d, mask=d < D, other=0.0)
-            write_head(x, d < D, pages, scales, page, 1, head, offset, tl.num_programs(1), page_stride, scale_stride,
-                       BLOCK_SIZE, D, D_PAD, IN_8_BITS)  # fmt: skip
+            write_head(x, d < D, pages, scales, fixed, page, 1, head, offset, tl.num_programs(1), page_stride,
+                       scale_stride, BLOCK_SIZE, D, D_PAD, IN_8_BITS, FIXED)  # fmt: skip
 
 
-def append(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: Pages, slot: torch.Tensor) -> None:
+def append(
+    k_RKD: torch.Tensor,
+    v_RKD: torch.Tensor | None,
+    pages: Pages,
+    slot: torch.Tensor,
+    fixed: torch.Tensor | None = None,
+) -> None:
     """Write K and V of the rows that this rank owns into its pages; rows with slot -1 are skipped.
 
     Args:
@@ -83,6 +92,7 @@ def append(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: Pages, slot: 
         pages: [P, 2, K, block_size, D], one layer's pages, K before V; or [P, 1, K, block_size, D]. In 8 bits what is
             written is quantised.
         slot: [R] int64, page * block_size + offset, or -1. No slot occurs twice.
+        fixed: [2] float32, in 8 bits the scales of all keys and of all values; None makes one a token and KV head.
     """
     block_size = pages.shape[3]
     if not k_RKD.is_cuda:
@@ -90,14 +100,20 @@ def append(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: Pages, slot: 
         page, offset = slot[mine] // block_size, slot[mine] % block_size
         for part, x in enumerate((k_RKD,) if v_RKD is None else (k_RKD, v_RKD)):
             if isinstance(pages, QuantizedPages):
-                pages.write(part, x[mine], page, offset)
+                pages.write(part, x[mine], page, offset, fixed)
             else:
                 pages[page, part, :, offset] = x[mine]
         return
-    append_kernel(k_RKD, v_RKD, pages, slot)
+    append_kernel(k_RKD, v_RKD, pages, slot, fixed)
 
 
-def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: Pages, slot: torch.Tensor) -> None:
+def append_kernel(
+    k_RKD: torch.Tensor,
+    v_RKD: torch.Tensor | None,
+    pages: Pages,
+    slot: torch.Tensor,
+    fixed: torch.Tensor | None = None,
+) -> None:
     """Do what ``append`` does with one Triton launch of static shape, so that a CUDA graph can hold it."""
     rows, heads, head_dim = k_RKD.shape
     if rows == 0:
@@ -105,9 +121,10 @@ def append_kernel(k_RKD: torch.Tensor, v_RKD: torch.Tensor | None, pages: Pages,
     v = k_RKD if v_RKD is None else v_RKD
     values, scales, in_8_bits = planes_of(pages)
     _append_kernel[(rows, heads)](
-        k_RKD, v, k_RKD.stride(0), v.stride(0), values, scales, slot, values.stride(0), scales.stride(0),
+        k_RKD, v, k_RKD.stride(0), v.stride(0), values, scales, scales if fixed is None else fixed, slot,
+        values.stride(0), scales.stride(0),
         BLOCK_SIZE=pages.shape[3], D=head_dim, D_PAD=triton.next_power_of_2(head_dim), HAS_V=v_RKD is not None,
-        IN_8_BITS=in_8_bits, num_warps=1,
+        IN_8_BITS=in_8_bits, FIXED=fixed is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -132,10 +149,10 @@ def load_sum(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constex
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _rope_append_kernel(
-    qkv, q, q_norm, k_norm, cos, sin, pages, scales, slots, num_rows, page_stride, scale_stride, eps,
+    qkv, q, q_norm, k_norm, cos, sin, pages, scales, fixed, slots, num_rows, page_stride, scale_stride, eps,
     SUMMANDS: tl.constexpr, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BR: tl.constexpr,
-    IN_8_BITS: tl.constexpr, PDL: tl.constexpr,
+    IN_8_BITS: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of BR rows."""
     head = tl.program_id(1)
@@ -172,8 +189,8 @@ def _rope_append_kernel(
     else:
         kv_head = tl.where(is_v, head - NUM_Q - NUM_KV, head - NUM_Q)
         write_head(
-            tl.where(is_v, x, turned), real & (slot >= 0), pages, scales, slot // BLOCK_SIZE, is_v.to(tl.int32),
-            kv_head, slot % BLOCK_SIZE, NUM_KV, page_stride, scale_stride, BLOCK_SIZE, D, D_PAD, IN_8_BITS,
+            tl.where(is_v, x, turned), real & (slot >= 0), pages, scales, fixed, slot // BLOCK_SIZE, is_v.to(tl.int32),
+            kv_head, slot % BLOCK_SIZE, NUM_KV, page_stride, scale_stride, BLOCK_SIZE, D, D_PAD, IN_8_BITS, FIXED,
         )  # fmt: skip
 
 
@@ -187,6 +204,7 @@ def rope_append(
     num_heads: int,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None,
     interleaved: bool,
+    fixed: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Normalise and rotate Q and K, write K and V of owned rows into their pages, and return Q, in one Triton launch.
@@ -199,6 +217,7 @@ def rope_append(
         num_heads: Q.
         norms: the weights [D] of Q's and K's norm and their eps; None without QK norm.
         interleaved: see ``rotate``.
+        fixed: as for ``append``.
         pdl: launch programmatically dependent.
 
     Returns:
@@ -211,12 +230,12 @@ def rope_append(
         few = rows < MANY_ROWS
         values, scales, in_8_bits = planes_of(pages)
         _rope_append_kernel[(-(-rows // (1 if few else ROWS)), num_heads + 2 * num_kv_heads)](
-            qkv, q, q_norm, k_norm, cos, sin, values, scales, slot,
+            qkv, q, q_norm, k_norm, cos, sin, values, scales, scales if fixed is None else fixed, slot,
             rows, values.stride(0), scales.stride(0), eps,
             SUMMANDS=summands, NUM_Q=num_heads, NUM_KV=num_kv_heads, D=head_dim,
             D_PAD=triton.next_power_of_2(head_dim),
             HALF=cos.shape[-1], BLOCK_SIZE=block_size, INTERLEAVED=interleaved, NORM=norms is not None,
-            BR=1 if few else ROWS, IN_8_BITS=in_8_bits, PDL=pdl, num_warps=1 if few else 4,
+            BR=1 if few else ROWS, IN_8_BITS=in_8_bits, FIXED=fixed is not None, PDL=pdl, num_warps=1 if few else 4,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return q

@@ -98,10 +98,20 @@ class QuantizedPages:
         wide = self.bytes[page, :, :, offset].view(FP8).float() * self.scales[page, :, :, offset].unsqueeze(-1)
         return wide if self.turned is None else torch.cat((wide, self.turned[page, :, :, offset].float()), -1)
 
-    def write(self, part: int, x_RKD: torch.Tensor, page: torch.Tensor, offset: torch.Tensor) -> None:
-        """Quantise keys (part 0) or values (part 1) [R, K, D] and write them to offsets [R] of pages [R]."""
+    def write(
+        self,
+        part: int,
+        x_RKD: torch.Tensor,
+        page: torch.Tensor,
+        offset: torch.Tensor,
+        fixed: torch.Tensor | None = None,
+    ) -> None:
+        """Quantise keys (part 0) or values (part 1) [R, K, D] and write them to offsets [R] of pages [R].
+
+        ``fixed``, [2] float32, are the scales of all keys and of all values, where those are not made here.
+        """
         width = self.values.shape[-1]
-        values, scales = quantize(x_RKD[..., :width])
+        values, scales = quantize(x_RKD[..., :width], None if fixed is None else fixed[part])
         self.values.view(torch.uint8)[page, part, :, offset] = values.view(torch.uint8)  # no e4m3 kernel indexes
         self.scales[page, part, :, offset] = scales
         if self.turned is not None:
@@ -112,11 +122,12 @@ Pages = torch.Tensor | QuantizedPages
 """One layer's pages: [P, 2, K, block_size, D], K before V, or [P, 1, 1, block_size, D] of latents."""
 
 
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x [..., D] in 8 bits, and the float32 scales [...] that map the largest of each D elements to 448."""
+def quantize(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x [..., D] in 8 bits, and the float32 scales [...]: ``scale``, or what maps the largest of D to 448."""
     exact = x.float()
     largest = exact.abs().amax(-1)
-    scales = torch.where(largest == 0, 1.0, largest * (1.0 / LARGEST))
+    made = torch.where(largest == 0, 1.0, largest * (1.0 / LARGEST))
+    scales = made if scale is None else scale.expand_as(made)
     return (exact / scales.unsqueeze(-1)).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 

@@ -26,7 +26,7 @@ from .weights import Piece, Weight, tensor_shapes
 DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 DTYPE_8_BITS = "F8_E4M3"
 DUMMY_SPREAD = 16.0  # the standard deviation of random 8-bit values, whose largest is 448
-# ends of names of tensors of quantised files that nothing here needs: scales of activations, and of keys and values
+# ends of names of tensors of quantised files that no weight needs: scales of activations, and of keys and values
 UNREAD_SCALES = ("_proj.input_scale", "_proj.k_scale", "_proj.v_scale", "self_attn.k_scale", "self_attn.v_scale")
 
 
@@ -91,6 +91,26 @@ class Checkpoint:
             names = ", ".join(piece.name for piece in weight.pieces)
             raise ValueError(f"the pieces of {names} fill {filled} rows, must be {out.shape[0]}")
 
+    def cache_scales(self, layer: int) -> torch.Tensor | None:
+        """Return the scales of all keys and all values that a layer caches: [2] float32; None where there are none.
+
+        Raises CheckpointError where there is one of them, or one that is no single positive number.
+        """
+        module = self._spec.names.k.format(layer=layer).removesuffix("k_proj.weight")
+        names = [f"{module}{name}_scale" for name in ("k", "v")]
+        if not any(name in self._file_of for name in names):
+            return None
+        scales = []
+        for name in names:
+            if name not in self._file_of:
+                raise CheckpointError(f"{self.path} lacks {name}, whose shape must be (1,)")
+            scale = self._files[self._file_of[name]].get_tensor(name).float()
+            if scale.numel() != 1 or not 0 < float(scale) < torch.inf:
+                shown = f"shape {tuple(scale.shape)}" if scale.numel() != 1 else f"the value {float(scale)}"
+                raise CheckpointError(f"{self.path}: {name} has {shown}, must be one positive number")
+            scales.append(scale.reshape(1))
+        return torch.cat(scales)
+
     def _slice(self, piece: Piece) -> torch.Tensor | _EightBits:
         handle = self._tensor(piece.name)
         rows, cols = (slice(*span) if span else slice(None) for span in (piece.rows, piece.cols))
@@ -139,6 +159,9 @@ class Checkpoint:
                 scales.add(self._quantization.scale_of(name))
             elif dtype not in DTYPES:
                 raise CheckpointError(f"{self.path}: {name} has dtype {dtype}, must be one of {', '.join(DTYPES)}")
+        if spec.quantization is not None and spec.quantization.caches_in_8_bits and spec.latent is None:
+            for layer in range(spec.num_layers):
+                self.cache_scales(layer)
         layers = spec.names.q.partition("{layer}")[0]
         prefixes = tuple(f"{layers}{layer}." for layer in range(spec.num_layers))
 

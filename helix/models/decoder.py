@@ -71,7 +71,8 @@ class Decoder:
 
     Attributes:
         num_heads, num_kv_heads: the query and KV heads of this rank's attention, before the exchange.
-        top: the weights outside the layers, by role; layers: those of each layer, by role.
+        top: the weights outside the layers, by role; layers: those of each layer, by role; among them
+            "cache_scales" [2] float32, of keys and values in 8 bits, where the checkpoint has them.
         made: where keys and values are made of latents, or widened from 8 bits; None without ``workspace``.
     """
 
@@ -278,14 +279,15 @@ class Decoder:
         elif flat.is_cuda:
             norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if self.spec.qk_norm else None
             q = rope_append(
-                flat, cos, sin, pages, slot, num_heads=num_q, norms=norms, interleaved=interleaved, pdl=self._pdl
-            )
+                flat, cos, sin, pages, slot, num_heads=num_q, norms=norms, interleaved=interleaved,
+                fixed=weights.get("cache_scales"), pdl=self._pdl,
+            )  # fmt: skip
         else:
             q, k, v = flat[0].unflatten(-1, (-1, D)).split((num_q, num_kv, num_kv), 1)
             if self.spec.qk_norm:
                 q, k = self._norm(q, weights["q_norm"]), self._norm(k, weights["k_norm"])
             q = rotate(q, cos, sin, interleaved=interleaved)
-            append(rotate(k, cos, sin, interleaved=interleaved), v, pages, slot)
+            append(rotate(k, cos, sin, interleaved=interleaved), v, pages, slot, weights.get("cache_scales"))
         if share is not None:
             q = all_gather(q, self.grid.kvp_group).flatten(0, 1)[share.order]
         return q

@@ -103,7 +103,9 @@ def same(ours: QuantizedPages, theirs: QuantizedPages) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernels_append_what_the_steps_do(dtype):
+@pytest.mark.parametrize("fixed", [None, (0.5, 0.125)])
+def test_kernels_append_what_the_steps_do(dtype, fixed):
+    fixed = None if fixed is None else torch.tensor(fixed, device=DEVICE)
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -115,13 +117,15 @@ def test_kernels_append_what_the_steps_do(dtype):
     empty = torch.zeros(4, 2, 2, 4, 24, dtype=dtype, device=DEVICE)
     expected = in_8_bits(empty)
     for part, x in enumerate((k, v)):
-        expected.write(part, x[slot >= 0], page, offset)
+        expected.write(part, x[slot >= 0], page, offset, fixed)
     pages = in_8_bits(empty)
-    append_kernel(k, v, pages, slot)
+    append_kernel(k, v, pages, slot, fixed)
     assert same(pages, expected)
     pages, qkv = in_8_bits(empty), torch.cat((randn(5, 3, 24).to(dtype), k, v), 1)
     still = torch.ones(5, 12, device=DEVICE), torch.zeros(5, 12, device=DEVICE)
-    rope_append(qkv.flatten(1).unsqueeze(0), *still, pages, slot, num_heads=3, norms=None, interleaved=False)
+    rope_append(
+        qkv.flatten(1).unsqueeze(0), *still, pages, slot, num_heads=3, norms=None, interleaved=False, fixed=fixed
+    )
     assert same(pages, expected)
 
 

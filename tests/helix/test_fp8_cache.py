@@ -1,9 +1,11 @@
 """Tokens over a cache of 8 bits equal transformers' in float32 over a cache of what its 8 bits mean."""
 
+import json
 from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from attention.pages import FP8, quantize
 from helix.config import (
@@ -141,3 +143,39 @@ def test_a_cache_of_another_dtype_than_the_model_is_refused(checkpoint):
         ValueError, match="cache.dtype = 'fp8' must be one of auto, float32, bfloat16, float16, fp8_e4m3"
     ):
         CacheConfig(dtype="fp8")
+
+
+def test_a_checkpoints_kv_cache_scheme_and_its_scales_are_followed(tmp_path):
+    path = make_checkpoint(tmp_path / "model", family="llama", layers=2)
+    tensors, name = load_file(path / "model.safetensors"), "model.layers.{}.self_attn.{}_scale"
+    for weight in [each for each in tensors if each.endswith("_proj.weight")]:
+        tensors[f"{weight}_scale"] = tensors[weight].abs().amax().reshape(1) / 448
+        tensors[weight] = (tensors[weight] / tensors[f"{weight}_scale"]).to(FP8)
+    for layer in range(2):
+        tensors |= {name.format(layer, part): torch.tensor([0.5 + layer + 0.25 * (part == "v")]) for part in "kv"}
+    save_file(tensors, path / "model.safetensors")
+    scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    groups = {"group_0": {"targets": ["Linear"], "weights": scheme}}
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = settings | {"ignore": ["lm_head"], "kv_cache_scheme": scheme}
+    (path / "config.json").write_text(json.dumps(config))
+    llm = LLM(HelixConfig(model=ModelConfig(path=str(path)), cache=CacheConfig(num_pages=4, block_size=16)))
+    llm.generate([list(range(20))], SamplingParams(max_tokens=1, ignore_eos=True))
+    values, scales = llm.runner.cache.planes
+    assert values.dtype == FP8
+    for layer in range(2):
+        assert (scales[layer, :, 0] == 0.5 + layer).any() and (scales[layer, :, 1] == 0.75 + layer).any()
+    for change, problem in (
+        (
+            {name.format(1, "v"): torch.tensor([0.0])},
+            "layers.1.self_attn.v_scale has the value 0.0, must be one positive",
+        ),
+        (
+            {name.format(0, "k"): torch.ones(2)},
+            r"layers.0.self_attn.k_scale has shape \(2,\), must be one positive number",
+        ),
+    ):
+        save_file(tensors | change, path / "model.safetensors")
+        with pytest.raises(ValueError, match=problem):
+            LLM(HelixConfig(model=ModelConfig(path=str(path))))
