@@ -9,7 +9,7 @@ import numpy as np
 from parallel.launch import gather_values
 
 from .cache.movements import as_ints
-from .choice import SampledTokens
+from .logprobs import SampledTokens
 from .request import Chunk
 from .scheduler import Step
 

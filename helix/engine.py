@@ -13,13 +13,15 @@ what they would be without it:
     or a copy that other machines make.
  4. Page movements of a step are started before it is launched and after the one before it was: the mover's streams wait
     for everything launched so far, and the next launch for them.
- 5. Only decode rows of plain greedy sequences are launched ahead. Where anything else is due the step in flight is read
-    first. That a sequence stopped is known when the next step is already launched: one that waits for its place starts
-    a step later than it would, and a page for the dropped row may have cost a cached block. No token depends on either.
+ 5. Only decode rows are launched ahead, and none beside one that wants log-probabilities. Where anything else is due
+    the step in flight is read first. That a sequence stopped is known when the next step is already launched: one that
+    waits for its place starts a step later than it would, and a page for the dropped row may have cost a cached block.
+    No token depends on either.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +30,8 @@ import torch
 
 from .cache.mover import PageMover
 from .check import compare_ranks
-from .choice import SampledTokens, sample
 from .graphs import PendingTokens
+from .logprobs import SampledTokens
 from .metrics import RunMetrics
 from .outcome import take_token
 from .request import ABORT, ERROR, Chunk, Sequence, StreamEvent, TokenLogprobs
@@ -37,7 +39,9 @@ from .runner import Runner
 from .scheduler import Scheduler, Step
 from .speculative.counters import SpeculativeCounters
 from .speculative.speculator import Speculator
-from .speculative.verify import num_accepted, sampling_batch
+from .speculative.verify import num_accepted
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,11 @@ class Flight:
     """A step that was given to the device.
 
     Attributes:
-        choice: the tokens that the device chose, on their way here, or the logits of the rows that sample.
+        choice: the tokens that the device chose, on their way here, or still there; None where no row chooses.
     """
 
     step: Step
-    choice: PendingTokens | torch.Tensor
+    choice: PendingTokens | SampledTokens | None
 
     def holds(self, seq: Sequence) -> bool:
         """Return whether the step computes rows of a sequence."""
@@ -89,12 +93,12 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scheduler, self.runner, self.mover, self.speculator = scheduler, runner, mover, speculator
-        if speculator is not None:
-            scheduler.on_leave = speculator.drop
+        scheduler.on_leave = self._forget
         self._eos = frozenset(eos_token_ids)
         self._looks_ahead = look_ahead and not check_ranks
         self._flight: Flight | None = None  # launched, not read yet
         self._check_ranks = check_ranks
+        self._said_logprobs = False
         self._clock = clock
         self._live: dict[int, Sequence] = {}  # by index: what has arrived and not ended
         self.in_step = False
@@ -255,12 +259,27 @@ class Engine:
         if self._check_ranks:  # before any collective whose shape the step decides
             compare_ranks(self.metrics.num_steps, step)
         self.mover.execute(step.movements)
-        if self.runner.can_launch(step.chunks) and all(chunk.seq.sampling.is_plain for chunk in step.chunks):
+        if self.runner.can_launch(step.chunks) and not self._has_logprobs(step):
             return self._launched(step)
-        flight = Flight(step, self.runner.run(step.chunks))
+        flight = Flight(step, self.runner.sample(step.chunks))
         self.num_departed += 1
         self.metrics.padding_rows += self.runner.num_padding
         return flight
+
+    def _has_logprobs(self, step: Step) -> bool:
+        """Return whether a step has log-probabilities to make, which the host waits for."""
+        found = any(chunk.seq.sampling.logprobs is not None for chunk in step.chunks)
+        if found and not self._said_logprobs:
+            _log.info("sampling.logprobs: while such a request runs, no step is launched before the last one is read")
+            self._said_logprobs = True
+        return found
+
+    def _forget(self, seq: Sequence) -> None:
+        """Hold nothing of a sequence that ended or was preempted."""
+        if self.speculator is not None:
+            self.speculator.drop(seq)
+        if self.runner.sampler is not None:
+            self.runner.sampler.forget(seq)
 
     def _launched(self, step: Step) -> Flight:
         flight = Flight(step, self.runner.launch(step.chunks))
@@ -307,10 +326,8 @@ class Engine:
             ids, fault = flight.choice.wait()
             self.runner.check_faults(fault)
             return SampledTokens.plain(ids)
-        choosing = [chunk for chunk in flight.step.chunks if chunk.samples]
-        tokens = sample(flight.choice, sampling_batch(choosing, flight.choice.device, self._eos)) if choosing else None
         self.runner.check_faults()
-        return tokens
+        return flight.choice
 
     def _note_reuse(self, step: Step) -> None:
         """Note what each sequence found cached when it was admitted first."""

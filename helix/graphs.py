@@ -175,6 +175,10 @@ class DecodeGraphs:
         faults: where kernels note waits that they gave up.
         max_batch: the largest bucket.
         drafts: the pairs (batch bucket, draft length) to capture beside the steps without drafts.
+
+    Attributes:
+        last_tokens: int64 [max_batch + 1], the token that was chosen last for each batch slot; a launch writes the
+            greedy ones.
     """
 
     def __init__(
@@ -191,7 +195,7 @@ class DecodeGraphs:
         self._decoder, self._exchange, self._cache, self._page_table = decoder, exchange, cache, page_table
         self._faults = faults
         device = decoder.device
-        self._last_tokens = torch.zeros(max_batch + 1, dtype=torch.int64, device=device)  # the last is padding's
+        self.last_tokens = torch.zeros(max_batch + 1, dtype=torch.int64, device=device)  # the last is padding's
         self._padding_slot = max_batch
         self._launches = 0
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -230,12 +234,15 @@ class DecodeGraphs:
         self._last = graph
         return PendingTokens(graph.results[stage], done, wanted)
 
-    def logits(self, rows: list[int]) -> torch.Tensor:
-        """Return the float32 logits [len(rows), V] of rows of the step launched last. Collective over the world."""
+    def local_logits(self, rows: list[int]) -> torch.Tensor:
+        """Return this rank's slice of the logits of rows of the step launched last, [len(rows), V_local].
+
+        They are right until the next step is launched.
+        """
         local = self._last.local_logits
         whole = rows == list(range(len(rows)))
         index = slice(len(rows)) if whole else upload({"rows": np.array(rows, np.int64)}, local.device)["rows"]
-        return self._decoder.gather_logits(local[index])
+        return local[index]
 
     def release(self) -> None:
         """Free the captured graphs: before NCCL ends a group it waits for all that hold its operations, for ever."""
@@ -269,12 +276,12 @@ class DecodeGraphs:
             query_start=graph.query_start,
             work=graph.work,
         )
-        chosen: torch.Tensor | None = self._last_tokens
+        chosen: torch.Tensor | None = self.last_tokens
         if not token_ids.is_cuda:
-            token_ids, chosen = torch.where(token_ids < 0, self._last_tokens[row_seq.long()], token_ids), None
+            token_ids, chosen = torch.where(token_ids < 0, self.last_tokens[row_seq.long()], token_ids), None
         hidden = self._decoder.forward(token_ids, rows, self._cache.layers, self._exchange, chosen=chosen)
         graph.local_logits = self._decoder.local_logits(hidden)
         tokens = self._decoder.greedy(graph.local_logits)
         last = slice(graph.run_len - 1, None, graph.run_len)
-        self._last_tokens[row_seq[last].long()] = tokens[last]
+        self.last_tokens[row_seq[last].long()] = tokens[last]
         graph.output = torch.cat((tokens, self._faults.word.to(torch.int64)))

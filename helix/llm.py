@@ -47,6 +47,7 @@ from .prompts import Limits, Preparer, Prompt, as_prompts
 from .request import RequestOutput, StreamEvent
 from .request import Sequence as RunningSequence
 from .runner import Runner
+from .sampler import Sampler
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .text import TextReader
@@ -116,11 +117,13 @@ class LLM:
             timeout_s=config.runtime.timeout_s,
             pdl=self._pdl,
         )
-        self.runner, self.num_pages = self._make_runner(decoder)
+        self.runner, self.num_pages = self._make_runner(decoder, prepared.eos_token_ids)
         speculator = self._drafting.make_speculator(self.num_pages * self.layout.kvp)
         if self.faults is not None and config.runtime.graphs:
             buckets = buckets_up_to(config.scheduler.max_batch)
             self.runner.capture(speculator.schedule.reachable(buckets) if speculator is not None else ())
+        if self.faults is not None and self.runner.sampler is not None:
+            self.runner.sampler.warm_up()
         cache = CacheControl(
             self.placement,
             self.num_pages,
@@ -319,7 +322,7 @@ class LLM:
         block_size = self.config.cache.block_size
         return page_layout(self.spec, num_kv_heads, block_size, self.dtype, in_8_bits=self._in_8_bits)
 
-    def _make_runner(self, decoder: Decoder) -> tuple[Runner, int]:
+    def _make_runner(self, decoder: Decoder, eos_token_ids: tuple[int, ...]) -> tuple[Runner, int]:
         """Make the runner and the pages it runs on: as many as asked for, or as fit on every rank."""
         cache, scheduler = self.config.cache, self.config.scheduler
         layout = self._page_layout(decoder.num_kv_heads)
@@ -337,6 +340,7 @@ class LLM:
             share_qkv_rows=self.config.attention.share_qkv_rows,
             expand_rows=self.config.attention.expand_rows,
             faults=self.faults,
+            sampler=Sampler(decoder, max_batch=scheduler.max_batch, eos_token_ids=eos_token_ids),
         )
         num_pages = cache.num_pages
         if num_pages is None:

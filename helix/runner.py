@@ -25,8 +25,10 @@ from .batch import LocalRows, SharedRows, StepRows
 from .cache.pages import PagedCache
 from .cache.pool import BlockTable
 from .graphs import DecodeGraphs, DecodeRows, PendingTokens
+from .logprobs import SampledTokens
 from .models.decoder import Decoder, RowShare
 from .request import Chunk
+from .sampler import Choices, Sampler
 from .upload import upload
 
 
@@ -57,6 +59,7 @@ class Runner:
         expand_rows: steps with at least so many rows of one sequence attend to keys and values that are made of
             latents, or widened, where the decoder has a workspace for them; 0 is never.
         faults: where this rank's kernels note waits that they gave up; None where no kernel waits.
+        sampler: chooses tokens that are not simply the most likely ones; None where there are no others.
 
     Attributes:
         num_padding: rows that the last step computed for nobody, to fill its graph.
@@ -74,6 +77,7 @@ class Runner:
         share_qkv_rows: int,
         expand_rows: int = 0,
         faults: Faults | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.decoder, self.exchange, self.cache, self.placement = decoder, exchange, cache, placement
         self.grid: HelixGrid = decoder.grid
@@ -85,7 +89,7 @@ class Runner:
         self._tables: list[_UploadedTable] = [_UploadedTable()] * max_batch
         self._graphs: DecodeGraphs | None = None
         self._last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=decoder.device)
-        self.faults = faults
+        self.faults, self.sampler = faults, sampler
         self.num_padding = 0
 
     @property
@@ -119,17 +123,41 @@ class Runner:
     def run(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute a step and return the logits of the rows that choose tokens: float32 [sum of num_choices, V].
 
+        Collective over the world: every rank calls it with the same chunks.
+        """
+        local = self._local_logits(chunks)
+        if not len(local):
+            return local.new_empty((0, self.decoder.spec.vocab_size), dtype=torch.float32)
+        return self.decoder.gather_logits(local)
+
+    def sample(self, chunks: list[Chunk]) -> SampledTokens | None:
+        """Compute a step and return the tokens that its rows choose, on the device; None where none does.
+
+        Collective over the world: every rank calls it with the same chunks. It needs a sampler.
+        """
+        assert self.sampler is not None
+        choosing = [chunk for chunk in chunks if chunk.samples]
+        choices = self.sampler.prepare(choosing, self._device_tokens) if choosing else None
+        local = self._local_logits(chunks)
+        return None if choices is None else self.sampler.choose(local, choices)
+
+    @property
+    def _device_tokens(self) -> torch.Tensor:
+        """The token that the device chose last for each batch slot."""
+        return self._last_tokens if self._graphs is None else self._graphs.last_tokens
+
+    def _local_logits(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Compute a step and return this rank's slice of the logits of the rows that choose: [num_choices, V_local].
+
         Decode rows beside a prompt's chunk are a step of their own: their graph is replayed as if they were alone, so
         that no bit of them depends on the chunk, which is computed behind it.
-
-        Collective over the world: every rank calls it with the same chunks.
         """
         decoding, others = list[Chunk](), list[Chunk]()
         for chunk in chunks:
             (decoding if chunk.samples and chunk.stop - chunk.start == 1 else others).append(chunk)
         if self._graphs is None or not decoding or not self.can_launch(decoding):
             return self._run_eagerly(chunks)
-        logits = self._graphs.logits(self.launch(decoding).rows)
+        logits = self._graphs.local_logits(self._launch(decoding).rows)
         if not others:
             return logits
         num_padding = self.num_padding
@@ -150,21 +178,32 @@ class Runner:
         hidden, _ = self._forward(step, self._local_rows(step))
         choosing = _choosing_rows(chunks, step.query_start[1:].tolist())
         if not choosing:
-            return hidden.new_empty((0, self.decoder.spec.vocab_size), dtype=torch.float32)
+            first, stop = self.decoder.part.vocab
+            return hidden.new_empty((0, stop - first))
         rows = upload({"rows": np.array(choosing, np.int64)}, hidden.device)["rows"]
-        return self.decoder.gather_logits(self.decoder.local_logits(hidden[rows]))
+        return self.decoder.local_logits(hidden[rows])
 
     def launch(self, chunks: list[Chunk]) -> PendingTokens:
-        """Launch a step, from its graph where there are any; greedy tokens of the rows that choose come to the host.
+        """Launch a step, from its graph where there are any; the tokens of the rows that choose come to the host.
 
         Collective over the world. ``can_launch`` must hold for the chunks; the token of one that is not known yet is
         the one that the last launched step chose for its batch slot. With graphs, nothing here waits for the device.
+        Sampling comes behind the graph, which leaves the logits.
         """
+        if self.sampler is None or all(chunk.seq.sampling.is_plain for chunk in chunks):
+            return self._launch(chunks)
+        choices = self.sampler.prepare(chunks, self._device_tokens)
+        if self._graphs is None:
+            return self._launch(chunks, choices)
+        rows = self._launch(chunks).rows
+        return self._sent(chunks, self.sampler.choose(self._graphs.local_logits(rows), choices).token_ids)
+
+    def _launch(self, chunks: list[Chunk], choices: Choices | None = None) -> PendingTokens:
         step = StepRows.of(chunks)
         self._upload_tables(chunks)
         local = self._local_rows(step)
         if self._graphs is None:
-            return self._launch_eagerly(step, local)
+            return self._launch_eagerly(chunks, step, local, choices)
         graph = self._graphs.find(len(chunks), max(chunk.num_rows for chunk in chunks))
         assert graph is not None
         rows = DecodeRows(step.token_ids, step.positions, local.slot, step.row_seq, local.visible, step.counts)
@@ -193,10 +232,23 @@ class Runner:
         return most == 1 if self._graphs is None else self._graphs.find(len(chunks), most) is not None
 
     @torch.inference_mode()
-    def _launch_eagerly(self, step: StepRows, local: LocalRows) -> PendingTokens:
+    def _launch_eagerly(
+        self, chunks: list[Chunk], step: StepRows, local: LocalRows, choices: Choices | None
+    ) -> PendingTokens:
         self.num_padding = 0
-        hidden, rows = self._forward(step, local)
-        tokens = self._last_tokens[rows.row_seq.long()] = self.decoder.greedy(self.decoder.local_logits(hidden))
+        hidden, _ = self._forward(step, local)
+        logits = self.decoder.local_logits(hidden)
+        if choices is None or self.sampler is None:
+            return self._sent(chunks, self.decoder.greedy(logits))
+        return self._sent(chunks, self.sampler.choose(logits, choices).token_ids)
+
+    @torch.inference_mode()
+    def _sent(self, chunks: list[Chunk], tokens: torch.Tensor) -> PendingTokens:
+        """Keep the last token of each chunk for the next step, and send all to the host."""
+        last = np.cumsum([chunk.num_choices for chunk in chunks]) - 1
+        slots = np.array([chunk.seq.batch_slot for chunk in chunks], np.int64)
+        sent = upload({"last": last, "slots": slots}, tokens.device)
+        self._device_tokens[sent["slots"]] = tokens[sent["last"]]
         fault = tokens.new_zeros(1) if self.faults is None else self.faults.word.long()
         return PendingTokens.send(torch.cat((tokens, fault)))
 

@@ -13,7 +13,12 @@ from attention.work import PIECE_FIELDS, Cutting, WorkList
 Shapes = Mapping[str, tuple[type[np.generic], tuple[int, ...]]]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 _ALIGNMENT = 16  # bytes
-_DTYPES: dict[type[np.generic], torch.dtype] = {np.int32: torch.int32, np.int64: torch.int64}
+_DTYPES: dict[type[np.generic], torch.dtype] = {
+    np.int32: torch.int32,
+    np.int64: torch.int64,
+    np.float32: torch.float32,
+    np.float64: torch.float64,
+}
 
 
 class Packing:
@@ -49,7 +54,7 @@ class Packing:
 
 
 def upload(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
-    """Copy int32 and int64 arrays to the device in stream order, by one copy that the host does not wait for."""
+    """Copy arrays of 32 and 64 bits to the device in stream order, by one copy that the host does not wait for."""
     packing = Packing({name: (array.dtype.type, array.shape) for name, array in arrays.items()})
     on_gpu = device.type == "cuda"
     host = torch.empty(packing.num_bytes, dtype=torch.uint8, pin_memory=on_gpu)

@@ -121,6 +121,13 @@ class ShardedArgmax:
         )  # fmt: skip
         return tokens
 
+    def of_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        """Return the token ids [R] of the largest of all ranks' keys [R] int64: scores in order, then ids counted down.
+
+        It goes by all-gather.
+        """
+        return self._gathered(keys)
+
     def _keys(self, logits: torch.Tensor) -> torch.Tensor:
         best, index = logits.float().max(-1)
         bits = (best + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, its equal

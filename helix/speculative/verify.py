@@ -15,31 +15,7 @@ whom and beside which other requests.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from collections.abc import Sequence as Many
-
-import torch
-
-from ..biases import biases_of
-from ..choice import SamplingBatch
-from ..request import Chunk
-
-
-def sampling_batch(chunks: Many[Chunk], device: torch.device, eos_token_ids: Collection[int]) -> SamplingBatch:
-    """Return how to choose the tokens of a step's choosing rows: those of each chunk, in order.
-
-    The penalties of a row count the drafts before it, as if they were accepted: only then is its choice used.
-    """
-    rows = [(chunk.seq, chunk.drafts[:ahead]) for chunk in chunks for ahead in range(chunk.num_choices)]
-    return SamplingBatch.from_requests(
-        [seq.sampling for seq, _ in rows],
-        [seq.seed for seq, _ in rows],
-        [len(seq.token_ids) + len(before) for seq, before in rows],
-        prompt_token_ids=[seq.distinct_prompt_ids for seq, _ in rows],
-        output_token_ids=[[*seq.output_ids, *before] if seq.sampling.has_penalties else None for seq, before in rows],
-        biases=[biases_of(seq, eos_token_ids, before) for seq, before in rows],
-        device=device,
-    )
 
 
 def num_accepted(drafts: Many[int], choices: Many[int]) -> int:

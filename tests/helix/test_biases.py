@@ -1,15 +1,12 @@
 """What is added to logits first: logit_bias, and -inf for what min_tokens and bad words rule out."""
 
-import math
 from typing import Any
 
 import pytest
 
-from helix.biases import biases_of
-from helix.request import RequestOutput, Sequence
+from helix.biases import Biases, biases_of
+from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
-
-OUT = -math.inf
 
 
 def sequence(output: list[int], bad: tuple[tuple[int, ...], ...] = (), **settings: Any) -> Sequence:
@@ -28,16 +25,30 @@ def test_what_ends_a_sequence_is_ruled_out_before_min_tokens(
     output: list[int], drafts: tuple[int, ...], banned: list[int]
 ) -> None:
     seq = sequence(output, min_tokens=2, stop_token_ids=[9], logit_bias={9: 5.0, 4: -1.0})
-    assert biases_of(seq, [7], drafts) == {9: 5.0, 4: -1.0} | dict.fromkeys(banned, OUT)
+    chunk = Chunk(seq, 2 + len(output), 3 + len(output), drafts)
+    assert biases_of(chunk, len(drafts), [7]) == Biases({9: 5.0, 4: -1.0}, [(token, -1) for token in banned])
 
 
 @pytest.mark.parametrize(
     ("output", "drafts", "banned"),
-    [([], (), [8]), ([5], (), [8, 6]), ([5, 6], (), [8, 7]), ([5], (6,), [8, 7]), ([4, 6], (), [8]), ([6], (), [8])],
+    [([], (), [8]), ([5], (), [6, 8]), ([5, 6], (), [7, 8]), ([5], (6,), [7, 8]), ([4, 6], (), [8]), ([6], (), [8])],
 )
 def test_the_last_token_of_a_bad_word_is_ruled_out_behind_the_others(
     output: list[int], drafts: tuple[int, ...], banned: list[int]
 ) -> None:
     """The prompt's tokens 1, 2, 3 count for nothing."""
     seq = sequence(output, ((5, 6), (5, 6, 7), (8,), (3, 4)))
-    assert biases_of(seq, (), drafts) == dict.fromkeys(banned, OUT)
+    chunk = Chunk(seq, 2 + len(output), 3 + len(output), drafts)
+    assert biases_of(chunk, len(drafts), ()).banned == [(token, -1) for token in banned]
+
+
+@pytest.mark.parametrize(
+    ("output", "banned"),
+    [([], [(6, 5), (8, -1)]), ([5], [(6, 5), (7, 6), (8, -1)]), ([4], [(6, 5), (8, -1)])],
+)
+def test_what_bad_words_need_of_the_last_token_is_left_to_the_device(
+    output: list[int], banned: list[tuple[int, int]]
+) -> None:
+    seq = sequence(output, ((5, 6), (5, 6, 7), (8,), (3, 4)))
+    ahead = Chunk(seq, 3 + len(output), 4 + len(output))
+    assert sorted(biases_of(ahead, 0, ()).banned) == sorted([*banned, (4, 3)])

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import helix.engine
 import helix.feed
 from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
 from helix.check import RankMismatch
-from helix.choice import SampledTokens
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from helix.logprobs import SampledTokens
 from helix.runner import RankLost
 from parallel.symmetric import Faults
 from scripts.make_checkpoint import EOS_ID, make_checkpoint
@@ -525,18 +524,20 @@ def rank_body(path: Path, tampered: str) -> tuple[list[list[int]], str]:
     """Run with check_ranks; rank 1 takes one decision of its own. Return the tokens, or what was found."""
     llm = make_llm(path, kvp=2, check=True)
     scheduler = llm.engine.scheduler
-    original, calls = helix.engine.sample, 0
+    sampler, calls = llm.runner.sampler, 0
+    assert sampler is not None
+    original = sampler.choose
 
-    def sample(logits: torch.Tensor, batch: Any) -> SampledTokens:
+    def choose(local: torch.Tensor, choices: Any) -> SampledTokens:
         nonlocal calls
         calls += 1
-        tokens = original(logits, batch)
+        tokens = original(local, choices)
         if calls == 4:
             tokens.token_ids[0] ^= 1
         return tokens
 
     if llm.launch.rank == 1 and tampered == "token":
-        helix.engine.sample = sample
+        sampler.choose = choose  # type: ignore[method-assign]
     elif llm.launch.rank == 1 and tampered == "page":
         scheduler.cache.blocks.device._free[1].reverse()
     elif llm.launch.rank == 1 and tampered == "chunk":
@@ -549,8 +550,6 @@ def rank_body(path: Path, tampered: str) -> tuple[list[list[int]], str]:
         outputs = llm.generate(PROMPTS[:3], drawn(12, 1))
     except RankMismatch as mismatch:
         return [], str(mismatch)
-    finally:
-        helix.engine.sample = original
     return [output.token_ids for output in outputs], ""
 
 

@@ -24,12 +24,12 @@ def test_5000_requests_leave_no_sequence_and_no_memory(tmp_path: Path) -> None:
         )
     )
 
-    def run(chunks: list[Chunk]) -> torch.Tensor:
+    def compute(chunks: list[Chunk]) -> torch.Tensor:
         """Bring the page table up to date as a forward does, and compute nothing."""
         llm.runner._upload_tables(chunks)
         return torch.zeros(sum(chunk.num_choices for chunk in chunks), llm.spec.vocab_size)
 
-    llm.runner.run, llm.runner.can_launch = run, lambda chunks: False  # type: ignore[method-assign]
+    llm.runner._local_logits, llm.runner.can_launch = compute, lambda chunks: False  # type: ignore[method-assign]
     random, settings, held = Random(1), SamplingParams(max_tokens=2), []
     front = llm.engine
     for turn in range(10):

@@ -5,6 +5,7 @@ The bodies that rank processes run use graphs where every rank has a GPU.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -254,6 +255,58 @@ def test_sequences_that_draw_share_a_batch_with_greedy_ones(model: Path) -> None
     assert events_of(on, requests) == events_of(off, requests)
     assert counters(on) == counters(off)
     assert len(ahead) == MAX_TOKENS - 9 - 1, "once it has ended"
+
+
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.8, "top_p": 0.9, "seed": 2},
+    {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.2, "seed": 3},
+    {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    {
+        "temperature": 0.7,
+        "min_p": 0.1,
+        "logit_bias": {"65": 3.0},
+        "min_tokens": 10,
+        "stop_token_ids": [66, 67],
+        "seed": 5,
+    },
+    {},
+]
+
+
+def sampled_body(path: Path, kvp: int) -> list[Any]:
+    """Each request's events with settings of all kinds, without look-ahead and with it, where pages are short too."""
+    llm = make_llm(path, False, kvp=kvp, device="auto")
+    made = llm.generate([request(PROMPTS[3])])[0].token_ids
+    words = ((made[0], made[1]), (made[1], made[2]), (made[3], made[4], made[5]), (made[7],))
+    requests = [request(prompt, **settings) for prompt, settings in zip(PROMPTS, SAMPLED, strict=True)]
+    requests += [request(PROMPTS[3], bad_words=["which the tokenizer of this test has no tokens for"])]
+    told = []
+    for pages in (256, -(-(max(map(len, PROMPTS)) + MAX_TOKENS) // (4 * kvp)) + 1):
+        for look_ahead in (False, True):
+            llm = make_llm(path, look_ahead, kvp=kvp, num_pages=pages, prefill_chunk=512, device="auto")
+            llm.preparer._prompts.bad_word_ids = lambda asked: words if asked else ()  # type: ignore[method-assign]
+            ahead = note_ahead(llm)
+            events = by_request(events_of(llm, requests))
+            told.append((events, counters(llm)["preemptions"], len(ahead)))
+    return told
+
+
+@pytest.mark.parametrize("kvp", [1, 2])
+def test_sequences_of_all_settings_are_launched_ahead_and_the_same(
+    ranks: Callable[..., Any], model: Path, kvp: int
+) -> None:
+    for (off, _, none), (on, _, many), tight_off, (tight, preemptions, some) in ranks(kvp).run(
+        sampled_body, model, kvp
+    ):
+        assert on == off == tight == tight_off[0]
+        assert none == 0 and many >= MAX_TOKENS - 2 and some > 0 and preemptions > 0
+        tokens = [[token for event in events for token in event[1]] for events in on]
+        drawn, plain = make_llm(model, False).generate([request(PROMPTS[2], **SAMPLED[2]), request(PROMPTS[3])])
+        assert drawn.token_ids == tokens[2]
+        made, last = plain.token_ids, tokens[6]
+        assert last[0] == made[0] and last[1] != made[1] and made[7] not in last
+        assert not {(made[0], made[1]), (made[1], made[2])} & {*pairwise(last)}
 
 
 # --- the look-ahead itself --------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from helix.noise import TOKEN_STREAM, _hash, gumbel, row_keys
 
 def hashes(seeds: Tensor, positions: Tensor, num: int) -> Tensor:
     """What noise is made of: [B, num] integers below 2**32."""
-    return _hash(row_keys(seeds, positions, TOKEN_STREAM), num)
+    keys = row_keys(seeds.cpu().numpy(), positions.cpu().numpy(), TOKEN_STREAM)
+    return _hash(torch.from_numpy(keys).to(seeds.device), num)
 
 
 def uniform(seed: int, position: int, num: int) -> Tensor:
@@ -28,7 +29,7 @@ def test_hashes_are_uniform() -> None:
 
 
 def test_extreme_hashes_give_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helix.noise._hash", lambda keys, num: torch.tensor([[0, 2**32 - 1]]))
+    monkeypatch.setattr("helix.noise._hash", lambda keys, num, first: torch.tensor([[0, 2**32 - 1]]))
     noise = gumbel(torch.zeros(2, 1, dtype=torch.int64), 2)
     torch.testing.assert_close(noise, torch.tensor([[33 * math.log(2), -math.log(24 * math.log(2))]]))
 

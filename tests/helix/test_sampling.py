@@ -3,6 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,20 +14,74 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 from torch import Tensor
 
-from helix.choice import SamplingBatch, sample, target_probabilities
+from helix import choose_kernels, penalty_kernels
+from helix.choice import FILTERED, NOISE, RowSettings, choose, scores
+from helix.filters import kept
+from helix.logprobs import SampledTokens, with_logprobs
+from helix.mass import mass
+from helix.penalty_kernels import count_tokens, penalise
 from helix.sampling import SamplingParams
+from helix.token_counts import IN_PROMPT
 
 Tokens = Sequence[int]
+CPU = torch.device("cpu")
+KERNELS_ON = "cuda" if torch.cuda.is_available() else "cpu"  # there by Triton's interpreter
+
+
+@dataclass
+class Batch:
+    """Rows that are sampled together, and what they have made so far."""
+
+    params: Sequence[SamplingParams]
+    seeds: Sequence[int]
+    positions: Sequence[int]
+    prompts: Sequence[Tokens]
+    outputs: Sequence[Tokens]
+
+    @property
+    def settings(self) -> RowSettings:
+        return RowSettings.of(self.params, self.seeds, self.positions, CPU)
+
+    def penalised(self, logits: Tensor) -> Tensor:
+        counts = torch.zeros(logits.shape, dtype=torch.int32)
+        for row, (prompt, output) in enumerate(zip(self.prompts, self.outputs, strict=True)):
+            counts[row, list(prompt)] = IN_PROMPT * (self.params[row].repetition_penalty != 1)
+            for token in output:
+                counts[row, token] += 1
+        slots = torch.tensor([row if each.has_penalties else -1 for row, each in enumerate(self.params)])
+        amounts = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in self.params]
+        drafts = torch.zeros((len(slots), 0), dtype=torch.int64)
+        return penalise(logits, counts, slots, torch.tensor(amounts, dtype=torch.float64).T, drafts, 0)
 
 
 def make_batch(
     params: Sequence[SamplingParams],
     seeds: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
-    **tokens: Any,
-) -> SamplingBatch:
+    prompt_token_ids: Sequence[Tokens | None] | None = None,
+    output_token_ids: Sequence[Tokens | None] | None = None,
+) -> Batch:
     rows = range(len(params))
-    return SamplingBatch.from_requests(params, seeds or list(rows), positions or [100 + row for row in rows], **tokens)
+    prompts = [each or () for each in prompt_token_ids or [()] * len(params)]
+    outputs = [each or () for each in output_token_ids or [()] * len(params)]
+    return Batch(params, seeds or list(rows), positions or [100 + row for row in rows], prompts, outputs)
+
+
+def sample(logits: Tensor, batch: Batch) -> SampledTokens:
+    tokens = choose(batch.penalised(logits), batch.settings)
+    wanted = [each.logprobs for each in batch.params if each.logprobs is not None]
+    return with_logprobs(tokens, logits, max(wanted)) if wanted else SampledTokens(token_ids=tokens)
+
+
+def target_probabilities(logits: Tensor, batch: Batch) -> Tensor:
+    """The distribution that is drawn from, [B, V]: what filters keep, scaled up; one-hot for greedy rows."""
+    logits, settings = batch.penalised(logits), batch.settings
+    few = kept(logits, settings.floats, settings.doubles, settings.integers)
+    few |= (settings.integers[0] & FILTERED == 0)[:, None]
+    heat = (logits - logits.amax(-1, keepdim=True)).double() * settings.floats[0][:, None]
+    drawn = heat.masked_fill(~few, -math.inf).softmax(-1)
+    one_hot = torch.zeros_like(drawn).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
+    return torch.where((settings.integers[0] & NOISE > 0)[:, None], drawn, one_hot).float()
 
 
 def random_logits(rows: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -53,6 +109,7 @@ def oracle(logits: Tensor, params: SamplingParams, prompt: Tokens = (), output: 
         nucleus.add(token)
         reached += weight[token] / sum(weight.values())
         if params.top_p < 1 and reached >= params.top_p:
+            nucleus |= {other for other in kept if x[other] == x[token]}
             break
     kept = {token for token in nucleus if weight[token] >= params.min_p}
     total = sum(weight[token] for token in kept)
@@ -273,9 +330,19 @@ def test_top_k_keeps_tokens_equal_to_the_kth() -> None:
     assert (got[0] > 0).tolist() == [False, True, True, True, False]
 
 
-def test_top_p_breaks_ties_by_the_lowest_id_and_keeps_the_smallest_set() -> None:
-    got = assert_follows_oracle([SamplingParams(temperature=1.0, top_p=0.5)], torch.zeros(1, 8))
-    assert got[0].tolist() == [0.25] * 4 + [0.0] * 4
+def test_top_p_keeps_tokens_as_likely_as_the_last_that_it_needs() -> None:
+    logits = torch.tensor([[0.0] * 8, [1.0, 1.0, 0.0, 3.0, 1.0, 0.0, 2.0, 0.0]])
+    got = assert_follows_oracle([SamplingParams(temperature=1.0, top_p=p) for p in (0.5, 0.8)], logits)
+    assert (got > 0).tolist() == [[True] * 8, [True, True, False, True, True, False, True, False]]
+
+
+def test_mass_is_a_power_of_two_to_27_bits_and_never_grows_with_distance() -> None:
+    distance = torch.cat((torch.linspace(0, 70, 100_001), torch.tensor([math.inf])))
+    found = mass(distance)
+    exact = torch.exp2(-distance.double())
+    assert float(((found.double() / 2**40 - exact) / exact)[distance < 12].abs().max()) < 2**-20  # steps of distance
+    assert int(found[0]) == 2**40 - 2**8 and (found[distance >= 40] == 0).all()
+    assert (found.diff() <= 0).all()
 
 
 def test_top_p_counts_what_top_k_left() -> None:
@@ -316,29 +383,6 @@ def test_presence_and_frequency_penalties_disregard_the_prompt() -> None:
     params = [SamplingParams(temperature=1.0, presence_penalty=2.0, frequency_penalty=2.0)]
     prompt_only = make_batch(params, prompt_token_ids=[[1, 2, 3]], output_token_ids=[[]])
     assert torch.equal(target_probabilities(logits, prompt_only), plain)
-
-
-def test_penalised_ids_may_be_distinct_ids_of_the_prompt_and_counts_of_the_output() -> None:
-    logits = random_logits(1, 9)
-    params = [SamplingParams(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.5)]
-    lists = make_batch(params, prompt_token_ids=[[5, 1, 5, 5]], output_token_ids=[[2, 2, 7]])
-    compact = make_batch(params, prompt_token_ids=[np.array([1, 5])], output_token_ids=[Counter({2: 2, 7: 1, 3: 0})])
-    assert torch.equal(target_probabilities(logits, lists), target_probabilities(logits, compact))
-
-
-@pytest.mark.parametrize(
-    ("settings", "tokens", "missing"),
-    [
-        ({"repetition_penalty": 1.5}, {"output_token_ids": [None, [1]]}, "prompt and output"),
-        ({"frequency_penalty": 0.5}, {"prompt_token_ids": [None, [1]]}, "output"),
-        ({"presence_penalty": 0.5}, {"output_token_ids": [[1], None]}, "output"),
-    ],
-)
-def test_penalised_row_without_its_ids_is_refused(
-    settings: dict[str, Any], tokens: dict[str, Any], missing: str
-) -> None:
-    with pytest.raises(ValueError, match=f"row 1 has a penalty and needs its {missing} token ids"):
-        make_batch([SamplingParams(), SamplingParams(**settings)], **tokens)
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------
@@ -407,7 +451,7 @@ def test_token_and_target_do_not_depend_on_the_rest_of_the_batch(vocabulary: int
     tokens = [[row, row + 1, row] for row in range(40)]
 
     def run(rows: list[int]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        batch = SamplingBatch.from_requests(
+        batch = make_batch(
             [params[row] for row in rows],
             [1000 + row for row in rows],
             [7 * row for row in rows],
@@ -502,63 +546,93 @@ def test_batch_returns_the_most_alternatives_any_row_asks_for(asked: list[int | 
 # --- what is refused, what is skipped ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "logits",
-    [torch.zeros(3, 4), torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(2, 1, 4)],
-    ids=["rows", "dtype", "dim"],
-)
-@pytest.mark.parametrize("function", [sample, target_probabilities])
-def test_logits_of_another_shape_or_dtype_are_refused(logits: Tensor, function: Any) -> None:
-    with pytest.raises(ValueError, match=r"logits = torch\.\w+ \[.*\] must be float32 \[2, vocabulary\]"):
-        function(logits, make_batch([SamplingParams()] * 2))
-
-
-def test_batch_of_unequal_lengths_or_bad_seed_is_refused() -> None:
+def test_settings_of_unequal_lengths_or_a_bad_seed_are_refused() -> None:
     with pytest.raises(ValueError, match="params, seeds, positions = 1, 2, 1 entries must be equally many"):
-        SamplingBatch.from_requests([SamplingParams()], [1, 2], [3])
+        RowSettings.of([SamplingParams()], [1, 2], [3], CPU)
     with pytest.raises(ValueError, match=r"seeds\[0\] = 9223372036854775808 must lie in \[0, 2\*\*63\)"):
-        SamplingBatch.from_requests([SamplingParams()], [2**63], [3])
+        RowSettings.of([SamplingParams()], [2**63], [3], CPU)
+    with pytest.raises(ValueError, match=r"logits = \[3, 4\] must be \[1, vocabulary\]"):
+        choose(torch.zeros(3, 4), RowSettings.of([SamplingParams()], [1], [3], CPU))
 
 
-def test_empty_batch_gives_no_tokens() -> None:
-    batch = make_batch([])
-    assert sample(torch.zeros(0, 5), batch).token_ids.shape == (0,)
-    assert target_probabilities(torch.zeros(0, 5), batch).shape == (0, 5)
-
-
-def test_sorting_and_noise_are_skipped_when_no_row_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_and_noise_are_skipped_where_no_row_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Tensor:
         raise AssertionError("not needed here")
 
-    monkeypatch.setattr(Tensor, "sort", refuse)
-    sample(random_logits(2, 50), make_batch([SamplingParams(temperature=1.0, top_k=5, min_p=0.1), SamplingParams()]))
-    monkeypatch.setattr(Tensor, "topk", refuse)
-    sample(random_logits(2, 50), make_batch([SamplingParams(temperature=1.0, min_p=0.1), SamplingParams(top_k=4)]))
+    monkeypatch.setattr("helix.choice.kept", refuse)
+    sample(random_logits(2, 50), make_batch([SamplingParams(temperature=1.0), SamplingParams(top_k=4)]))
     monkeypatch.setattr("helix.choice.gumbel", refuse)
     sample(random_logits(2, 50), make_batch([SamplingParams(), SamplingParams(top_p=0.5)]))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("vocabulary", [4099, 151_936])
-def test_tokens_on_a_gpu_do_not_depend_on_the_rest_of_the_batch(vocabulary: int) -> None:
-    params = [SamplingParams(**(MIXED[row % 6])) for row in range(48)]
-    logits = random_logits(48, vocabulary, seed=9).to(torch.bfloat16).float().cuda()
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_the_best_score_of_all_slices_is_that_of_the_whole(shards: int) -> None:
+    params = [SamplingParams(temperature=row % 3) for row in range(30)]
+    logits, settings = random_logits(30, 1001), make_batch(params).settings
+    bounds = [1001 * shard // shards for shard in range(shards + 1)]
+    parts = [scores(logits[:, a:b], settings, a) for a, b in pairwise(bounds)]
+    assert torch.equal(torch.cat(parts, 1).argmax(-1), choose(logits, settings))
 
-    def run(rows: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = [params[row] for row in rows]
-        batch = SamplingBatch.from_requests(chosen, [row + 9 for row in rows], [7 * row for row in rows], device="cuda")
-        return sample(logits[rows], batch).token_ids, target_probabilities(logits[rows], batch)
 
-    together, targets = run(list(range(48)))
-    for rows in [[row] for row in range(48)] + [[5, 17, 3], list(range(20, 41)), list(range(47, -1, -1))]:
-        token_ids, target = run(rows)
-        assert torch.equal(token_ids, together[rows])
-        assert torch.equal(target, targets[rows])
-    tied = torch.zeros(3, vocabulary, device="cuda")
-    tied[:, 1234:] = 1.0
-    for rows in (1, 3):
-        greedy = SamplingBatch.from_requests([SamplingParams()] * rows, [0] * rows, [0] * rows, device="cuda")
-        assert sample(tied[:rows], greedy).token_ids.tolist() == [1234] * rows
-    quarter = SamplingBatch.from_requests([SamplingParams(temperature=1.0, top_p=0.25)], [0], [0], device="cuda")
-    kept = target_probabilities(tied[:1] * 0, quarter)[0] > 0
-    assert kept.nonzero()[:, 0].tolist() == list(range(math.ceil(vocabulary / 4)))
+ON_DEVICES = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_p": 0.95},
+    {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 0.3, "top_p": 0.5, "min_p": 0.05},
+    {"temperature": 2.0, "top_k": 50, "top_p": 0.8, "min_p": 0.01},
+    {"temperature": 1.0, "min_p": 0.2, "top_k": 40},
+    {"temperature": 1.0, "top_p": 0.001},
+]
+
+
+def kernel_logits(kind: str, rows: int, vocabulary: int) -> Tensor:
+    logits = random_logits(rows, vocabulary, seed=len(kind))
+    if kind == "tied":
+        return logits.round()
+    if kind == "banned":
+        logits[:, ::3] = -math.inf
+    return logits * {"flat": 0.0, "peaked": 5.0}.get(kind, 1.0)
+
+
+def chosen_by_kernels(logits: Tensor, settings: RowSettings, device: str) -> Tensor:
+    given = (settings.floats, settings.doubles, settings.integers)
+    return choose_kernels.choose(logits.to(device), *(each.to(device) for each in given)).cpu()
+
+
+@pytest.mark.parametrize("kind", ["normal", "tied", "flat", "peaked", "banned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_choose_what_the_rules_say(kind: str, dtype: torch.dtype) -> None:
+    for vocabulary in (300, 2500) if KERNELS_ON == "cpu" else (300, 4099, 151_552):
+        params = [SamplingParams(**ON_DEVICES[row % len(ON_DEVICES)]) for row in range(18)]
+        settings = RowSettings.of(params, list(range(18)), [vocabulary] * 18, CPU)
+        logits = kernel_logits(kind, 18, vocabulary).to(dtype)
+        got = chosen_by_kernels(logits, settings, KERNELS_ON)
+        assert torch.equal(got, choose(logits, settings))
+        alone = RowSettings.of(params[3:4], [3], [vocabulary], CPU)
+        assert torch.equal(chosen_by_kernels(logits[3:4], alone, KERNELS_ON), got[3:4])
+
+
+def test_kernels_penalise_and_count_as_pytorch_does() -> None:
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.randint(0, 3, (4, 3000), generator=generator, dtype=torch.int32)
+    counts[:, ::5] |= IN_PROMPT
+    slots, tokens = torch.tensor([2, -1, 0, 0]), torch.tensor([105, 104, 99, 103])
+    amounts = torch.tensor([[1.3, 1, 0.7, 0.7], [0.5, 0, 0, 0], [0.1, 0, -0.3, -0.3]], dtype=torch.float64)
+    drafts = torch.tensor([[-1, -1], [7, 7], [103, 104], [103, 103]])
+    logits = random_logits(4, 3000)
+    want = penalise(logits, counts, slots, amounts, drafts, 100)
+    on = [each.to(KERNELS_ON) for each in (logits, counts, slots, amounts, drafts)]
+    if KERNELS_ON == "cpu":
+        out = torch.empty_like(logits)
+        given = (logits, out, counts, slots, amounts, drafts)
+        penalty_kernels._penalise_kernel[(4, 2)](*given, 3000, 3000, 4, 2, 100, CHUNK=2048)
+        penalty_kernels._count_kernel[(4,)](counted := counts.clone(), tokens, slots, 3000, 100)
+    else:
+        out = penalise(*on, 100).cpu()
+        count_tokens(on[1], tokens.to(KERNELS_ON), slots.to(KERNELS_ON), 100)
+        counted = on[1].cpu()
+    torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
+    count_tokens(counts, tokens, slots, 100)
+    assert torch.equal(counted, counts)

@@ -1,0 +1,198 @@
+"""Chooses the tokens of a step on the device, from this rank's slice of the logits: what stands behind a forward.
+
+1. ``prepare``, before the forward: the settings of the rows that choose go to the device in one copy, and the counts of
+   their sequences are brought up to date.
+2. The forward.
+3. ``choose``: biases, then penalties, on the slice; rows without filters choose by the largest score of all slices, so
+   that one key a row travels; where any row has filters the slices are gathered, and every rank chooses alike.
+
+Nothing of it needs the tokens of the step before on the host: a penalty's counts and the last token stay on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parallel.sharded_argmax import ShardedArgmax
+
+from .biases import Biases, biases_of
+from .choice import RowSettings, choose, scores
+from .choose_kernels import best_keys
+from .logprobs import SampledTokens, with_logprobs
+from .models.decoder import Decoder
+from .request import Chunk, RequestOutput, Sequence
+from .sampling import SamplingParams
+from .token_counts import TokenCounts
+from .upload import upload
+
+
+@dataclass(frozen=True, eq=False)
+class Penalised:
+    """Penalties of R rows; see ``TokenCounts.penalised``. ``counting`` [R] are the slots whose choice is counted."""
+
+    slots: Tensor
+    amounts: Tensor
+    drafts: Tensor
+    counting: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """How the R rows of a step that choose do so, on the device.
+
+    Attributes:
+        added: rows, local ids and values that are added to logits; None where there are none.
+        banned: rows and local ids that are ruled out where ``values`` are -inf (else inf), pairs may repeat.
+        num_logprobs: the most alternatives that any row asks for; None where no row wants log-probabilities.
+    """
+
+    settings: RowSettings
+    added: tuple[Tensor, Tensor, Tensor] | None
+    banned: tuple[Tensor, Tensor, Tensor] | None
+    penalised: Penalised | None
+    num_logprobs: int | None
+
+
+class Sampler:
+    """Chooses tokens from a decoder's logits.
+
+    Args:
+        decoder: the rank's model.
+        max_batch: batch slots.
+        eos_token_ids: what ends a sequence, for ``min_tokens``.
+    """
+
+    def __init__(self, decoder: Decoder, *, max_batch: int, eos_token_ids: Collection[int]) -> None:
+        self._decoder, self._eos = decoder, tuple(eos_token_ids)
+        self._vocab, self._vocab_size = decoder.part.vocab, decoder.spec.vocab_size
+        self._argmax = ShardedArgmax(
+            decoder.grid.world_group, vocab=self._vocab, vocab_size=self._vocab_size, device=decoder.device
+        )
+        self._counts = TokenCounts(max_batch, self._vocab, decoder.device)
+
+    def prepare(self, chunks: Many[Chunk], last_tokens: Tensor) -> Choices:
+        """Return how the rows of a step choose. Before the forward; ``last_tokens`` [max_batch] are those it reads."""
+        rows = [(chunk, ahead) for chunk in chunks for ahead in range(chunk.num_choices)]
+        params = [chunk.seq.sampling for chunk, _ in rows]
+        settings = RowSettings.of(
+            params,
+            [chunk.seq.seed for chunk, _ in rows],
+            [chunk.stop + ahead for chunk, ahead in rows],
+            self._decoder.device,
+        )
+        added, banned = self._biases(rows, last_tokens)
+        wanted = [each.logprobs for each in params if each.logprobs is not None]
+        return Choices(settings, added, banned, self._penalties(rows), max(wanted, default=None))
+
+    @torch.inference_mode()
+    def choose(self, local: Tensor, choices: Choices) -> SampledTokens:
+        """Return the tokens of the rows, from this rank's slice of their logits [R, V_local].
+
+        Collective over the world; equal on all ranks.
+        """
+        logits, settings = self._adjusted(local, choices), choices.settings
+        if settings.filters:
+            whole = logits if self._decoder.grid.world_size == 1 else self._decoder.gather_logits(logits)
+            tokens = choose(whole, settings)
+        elif logits.is_cuda:
+            first = self._vocab[0]
+            tokens = self._argmax.of_keys(
+                best_keys(logits, settings.floats, settings.integers, first, self._vocab_size - 1)
+            )
+        else:
+            tokens = self._argmax(scores(logits, settings, self._vocab[0]))
+        if choices.penalised is not None:
+            self._counts.count(tokens, choices.penalised.counting)
+        if choices.num_logprobs is None:
+            return SampledTokens(token_ids=tokens)
+        return with_logprobs(tokens, self._decoder.gather_logits(local), choices.num_logprobs)
+
+    def warm_up(self) -> None:
+        """Run every kernel once for each type of logits, so that none is compiled later. Collective over the world."""
+        seq = Sequence(
+            index=0, token_ids=[0], prompt_len=1, sampling=SamplingParams(), seed=0, max_len=2,
+            output=RequestOutput(None), batch_slot=0,
+        )  # fmt: skip
+        last_tokens = torch.zeros(1, dtype=torch.int64, device=self._decoder.device)
+        logits = self._decoder.local_logits(
+            last_tokens.new_zeros((1, self._decoder.spec.hidden_size)).to(self._decoder.dtype)
+        )
+        for top_p in (1.0, 0.5):
+            for presence in (0.0, 0.5):  # penalised logits are float32
+                seq.sampling = SamplingParams(temperature=1.0, top_p=top_p, presence_penalty=presence)
+                self.choose(logits, self.prepare([Chunk(seq, 0, 1)], last_tokens))
+        self._counts.forget(seq)
+
+    def forget(self, seq: Sequence) -> None:
+        """Hold nothing of a sequence that has left."""
+        if seq.sampling.has_penalties:
+            self._counts.forget(seq)
+
+    def _adjusted(self, local: Tensor, choices: Choices) -> Tensor:
+        logits = local
+        if choices.added is not None or choices.banned is not None:
+            logits = local.float() if local.dtype != torch.float32 else local.clone()
+        if choices.added is not None:
+            rows, ids, values = choices.added
+            logits[rows, ids] += values
+        if choices.banned is not None:
+            rows, ids, values = choices.banned
+            logits.view(-1).scatter_reduce_(0, rows * logits.shape[1] + ids, values, "amin")
+        if choices.penalised is not None:
+            each = choices.penalised
+            logits = self._counts.penalised(logits, each.slots, each.amounts, each.drafts)
+        return logits
+
+    def _biases(
+        self, rows: Many[tuple[Chunk, int]], last_tokens: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, tuple[Tensor, Tensor, Tensor] | None]:
+        """Return what is added and what is banned on this rank."""
+        found = [
+            biases_of(chunk, ahead, self._eos) if chunk.seq.sampling.has_biases else Biases() for chunk, ahead in rows
+        ]
+        start, stop = self._vocab
+        added = [(row, token - start, value) for row, each in enumerate(found) for token, value in each.added.items()
+                 if start <= token < stop]  # fmt: skip
+        banned = [(row, token - start, after, rows[row][0].seq.batch_slot) for row, each in enumerate(found)
+                  for token, after in each.banned if start <= token < stop]  # fmt: skip
+        device = self._decoder.device
+        adding = banning = None
+        if added:
+            columns = list(zip(*added, strict=True))
+            sent = upload({"rows": np.array(columns[0], np.int64), "ids": np.array(columns[1], np.int64),
+                           "values": np.array(columns[2], np.float32)}, device)  # fmt: skip
+            adding = (sent["rows"], sent["ids"], sent["values"])
+        if banned:
+            row, token, after, slot = upload({"banned": np.array(banned, np.int64).T.copy()}, device)["banned"]
+            holds = (after < 0) | (last_tokens[slot] == after)
+            banning = (row, token, torch.where(holds, -math.inf, math.inf))
+        return adding, banning
+
+    def _penalties(self, rows: Many[tuple[Chunk, int]]) -> Penalised | None:
+        if not any(chunk.seq.sampling.has_penalties for chunk, _ in rows):
+            return None
+        longest = max(len(chunk.drafts) for chunk, _ in rows)
+        slots, counting = np.full(len(rows), -1), np.full(len(rows), -1)
+        amounts, drafts = np.ones((3, len(rows))), np.full((len(rows), longest), -1)
+        for row, (chunk, ahead) in enumerate(rows):
+            seq, params = chunk.seq, chunk.seq.sampling
+            if not params.has_penalties:
+                continue
+            if ahead == 0:
+                made = chunk.stop - seq.prompt_len
+                self._counts.bring_up_to_date(seq, made, counts_next=not chunk.drafts)
+            slots[row] = seq.batch_slot
+            counting[row] = -1 if chunk.drafts else seq.batch_slot
+            amounts[:, row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+            drafts[row, :ahead] = chunk.drafts[:ahead]
+        sent = upload(
+            {"slots": slots, "counting": counting, "amounts": amounts, "drafts": drafts}, self._decoder.device
+        )
+        return Penalised(sent["slots"], sent["amounts"], sent["drafts"], sent["counting"])
