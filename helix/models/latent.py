@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from attention.append import append, rotate
 from attention.latent_append import latent_append, latent_queries, turn_queries
 from attention.latent_products import MAX_ROWS, latent_append_and_queries, latent_queries_of, latent_values
-from attention.pages import Pages, QuantizedPages
+from attention.pages import Pages
 from attention.partial import Workspace
 from attention.ranges import PAGE
+from attention.widened import gather_latents
 
 from .linear import linear
 from .spec import Latent
@@ -142,10 +143,7 @@ class MadeOfLatents:
         """Make keys and values of tokens in a layer's pages: see ``attention.ranges.Filling.tokens``."""
         num_tokens = tokens.shape[0]
         latents = self._latents[:num_tokens]
-        if isinstance(pages, QuantizedPages):
-            latents[...] = pages.tokens(tokens)[:, 0, 0]
-        else:
-            torch.index_select(pages.view(-1, pages.shape[-1]), 0, tokens, out=latents)
+        gather_latents(pages, tokens, latents)
         for role, made in (("k_up", self._k), ("v_up", self._v)):
             torch.mm(latents[:, : self._rank], weights[role].T, out=made[:num_tokens])
 
