@@ -29,12 +29,13 @@ from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, start, stop
 from scripts import cli
-from scripts.dummy_weights import check_weights, with_weights
+from scripts.dummy_weights import BenchCache, check_weights, fill_pages, with_weights
 from scripts.timing import read_bytes_per_us, report
 
 PARTS = {
     "attention": (
         "_stream_kv_kernel",
+        "_stream_eight_bits_kernel",
         "_stream_latent_kernel",
         "_split_kernel",
         "_latent_kernel",
@@ -69,6 +70,7 @@ class BenchDecodeConfig:
         cases: [context, batch] of each case, in tokens and sequences.
         ep: ways the experts are split, in every layout.
         weights: bf16, or fp8: blocks of 128 x 128 in 8 bits.
+        cache: its dtype, as ``cache.dtype`` of a run.
         block_size: tokens a page.
         steps: decode steps a measurement.
         profile: also time the parts of a step.
@@ -80,6 +82,7 @@ class BenchDecodeConfig:
     cases: list[list[int]] = field(default_factory=lambda: [[131072, 1], [131072, 8], [524288, 1]])
     ep: int = 1
     weights: str = "bf16"
+    cache: BenchCache = field(default_factory=BenchCache)
     block_size: int = 64
     steps: int = 60
     profile: bool = True
@@ -110,8 +113,7 @@ def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
 def floor_bytes(llm: LLM, context: int, batch: int) -> tuple[int, int]:
     """Return the bytes of this rank's KV, and of the weights that a step reads: all layers', and the output head's."""
     spec, decoder = llm.spec, llm.runner.decoder
-    local = llm.placement.local_len(context, 0)
-    kv = spec.cache_planes * decoder.num_kv_heads * spec.head_dim * local * batch * llm.dtype.itemsize * spec.num_layers
+    kv = llm.footprint.token_bytes * llm.placement.local_len(context, 0) * batch
     weights = decoder.layer_bytes + decoder.top["lm_head"].nbytes
     if spec.experts is not None:  # of those only what the batch chooses, each expert equally likely
         held = sum(layer[role].nbytes for layer in decoder.layers for role in EXPERT_ROLES if role in layer)
@@ -250,13 +252,17 @@ def run(config: BenchDecodeConfig) -> None:
                     max_position=max(context for context, _ in config.cases) + 8192,
                 ),
                 parallel=ParallelConfig(kvp=kvp, tpa=tpa, ep=config.ep),
-                cache=CacheConfig(block_size=config.block_size, num_pages=room // config.block_size // kvp + 64),
+                cache=CacheConfig(
+                    block_size=config.block_size,
+                    num_pages=room // config.block_size // kvp + 64,
+                    dtype=config.cache.dtype,
+                ),
                 scheduler=SchedulerConfig(max_batch=max(batch for _, batch in config.cases)),
                 runtime=config.runtime,
             )
         )
         for pages in llm.runner.cache.layers:
-            pages.normal_()
+            fill_pages(pages)
         for context, batch in config.cases:
             row = measure(llm, context, batch, meter)
             slowest = max(gather_values(int(row["TTL ms"] * 1e6))) / 1e6
@@ -267,7 +273,7 @@ def run(config: BenchDecodeConfig) -> None:
         torch.cuda.empty_cache()
     columns = list(rows[0])
     values = [[row[name] for name in columns] for row in rows]
-    facts = {"dtype": "bfloat16", "weights": config.weights, "ep": config.ep}
+    facts = {"dtype": "bfloat16", "weights": config.weights, "cache": config.cache.dtype, "ep": config.ep}
     report("decode step", columns, values, **facts, read_bytes_per_us=meter.bytes_per_us)
     stop()
 

@@ -31,7 +31,7 @@ from helix.llm import LLM
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, start, stop
 from scripts import cli
-from scripts.dummy_weights import check_weights, with_weights
+from scripts.dummy_weights import BenchCache, check_weights, with_weights
 from scripts.timing import report
 
 
@@ -46,6 +46,7 @@ class BenchPrefillConfig:
         block_size: tokens a page.
         repeats: runs to take the median of.
         weights: bf16, or fp8: blocks of 128 x 128 in 8 bits.
+        cache: its dtype, as ``cache.dtype`` of a run.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -56,6 +57,7 @@ class BenchPrefillConfig:
     block_size: int = 64
     repeats: int = 2
     weights: str = "bf16"
+    cache: BenchCache = field(default_factory=BenchCache)
 
     def __post_init__(self) -> None:
         check_weights(self.weights, self.model)
@@ -75,7 +77,10 @@ class BenchPrefillConfig:
             model=replace(with_weights(self.model, self.weights), max_position=longest),
             parallel=ParallelConfig(kvp=kvp, tpa=tpa),
             cache=CacheConfig(
-                block_size=self.block_size, num_pages=-(-longest // (self.block_size * kvp)) + 1, reuse=False
+                block_size=self.block_size,
+                num_pages=-(-longest // (self.block_size * kvp)) + 1,
+                dtype=self.cache.dtype,
+                reuse=False,
             ),
             scheduler=SchedulerConfig(max_batch=1, prefill_chunk=chunk),
             runtime=self.runtime,
@@ -133,7 +138,12 @@ def run(config: BenchPrefillConfig) -> None:
             if launch.device.type == "cuda":
                 torch.cuda.empty_cache()
     report(
-        "prefill", list(rows[0]), [list(row.values()) for row in rows], repeats=config.repeats, weights=config.weights
+        "prefill",
+        list(rows[0]),
+        [list(row.values()) for row in rows],
+        repeats=config.repeats,
+        weights=config.weights,
+        cache=config.cache.dtype,
     )
     stop()
 

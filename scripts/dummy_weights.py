@@ -1,13 +1,42 @@
-"""How the random weights of a benchmark's model are kept: the setting that several benchmarks share."""
+"""How the random weights and caches of a benchmark's model are kept: the settings that several benchmarks share."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from helix.config import ModelConfig, check_choice
+import torch
+
+from attention.pages import LARGEST, Pages
+from helix.config import CACHE_DTYPES, ModelConfig, check_choice
 from helix.models.quantization import BLOCK
 
 WEIGHTS = ("bf16", "fp8")
+LARGEST_BYTE = 0x7E  # 448
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchCache:
+    """How keys and values are kept.
+
+    Attributes:
+        dtype: as ``cache.dtype`` of a run.
+    """
+
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("cache.dtype", self.dtype, CACHE_DTYPES)
+
+
+def fill_pages(pages: Pages) -> None:
+    """Fill one layer's pages with random values of about 1 at most, in 8 bits of all sizes."""
+    if isinstance(pages, torch.Tensor):
+        pages.normal_()
+        return
+    pages.bytes.random_(0, LARGEST_BYTE + 1)
+    pages.scales.fill_(1.0 / LARGEST)
+    if pages.turned is not None:
+        pages.turned.normal_()
 
 
 def check_weights(weights: str, model: ModelConfig) -> None:
