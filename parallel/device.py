@@ -28,7 +28,7 @@ def own_gpu(local_rank: int, local_world_size: int) -> int | None:
     """Return the index of the GPU that a rank of so many on its host would take; None where there are too few.
 
     Launchers show a rank either all GPUs of the host or its own alone, as SLURM does with --gpus-per-task=1: with one
-    visible, ``are_distinct`` says whether it is another one for each rank.
+    visible, ``conflict`` says whether it is another one for each rank.
     """
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None
@@ -36,14 +36,21 @@ def own_gpu(local_rank: int, local_world_size: int) -> int | None:
     return local_rank if count >= local_world_size else 0 if count == 1 else None
 
 
-def are_distinct(gpu: int | None, store: Store, rank: int, world_size: int) -> bool:
-    """Return whether every rank has a GPU, and no two the same one.
+def conflict(gpu: int | None, store: Store, rank: int, world_size: int) -> str | None:
+    """Return in words why not every rank has a GPU of its own, alike on all ranks; None where each has.
 
     Collective over the ranks that share ``store``, which holds one key of each afterwards; no process group is needed.
     """
-    store.set(f"gpu{rank}", "" if gpu is None else _uuid(gpu))
-    found = [store.get(f"gpu{each}") for each in range(world_size)]
-    return all(found) and len(set(found)) == world_size
+    store.set(f"gpu{rank}", f"{host().split()[0]} {'' if gpu is None else uuid_of(gpu)}")
+    owners: dict[str, int] = {}
+    for each in range(world_size):
+        name, uuid = store.get(f"gpu{each}").decode().split(" ")
+        if not uuid:
+            return f"rank {each} on {name} has no GPU of its own"
+        if uuid in owners:
+            return f"ranks {owners[uuid]} and {each} on {name} have the same GPU ({uuid})"
+        owners[uuid] = each
+    return None
 
 
 @cache
@@ -52,6 +59,7 @@ def host() -> str:
     return f"{socket.gethostname()} {BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ''}"
 
 
-def _uuid(gpu: int) -> str:
+def uuid_of(gpu: int) -> str:
+    """Return what names a GPU among all others."""
     properties: Any = torch.cuda.get_device_properties(gpu)  # torch declares some of its attributes only
     return str(properties.uuid)

@@ -1,7 +1,8 @@
 """Start and stop one rank from torchrun's environment, and let ranks agree before they act.
 
-A process started without torchrun is a world of one. Where CUDA is there, the default process group carries NCCL for
-GPU tensors and gloo for host objects, so agreement between hosts never waits for a GPU.
+A process started without torchrun is a world of one, unless it is a task of a SLURM step of several. Where CUDA is
+there, the default process group carries NCCL for GPU tensors and gloo for host objects, so agreement between hosts
+never waits for a GPU.
 
 A launched world may be split in two: its first ranks then are a world of their own, and so are the rest. Nothing is
 collective over both, so neither waits for the other; ``Launch.store`` is how they find each other.
@@ -14,7 +15,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -25,10 +29,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from .collectives import all_gather
-from .device import are_distinct, own_gpu
+from .device import conflict, host, own_gpu
+from .slurm import environment
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_GONE = re.compile(r"connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
 DEVICES = ("auto", "cpu", "cuda")
 _store: Store | None = None  # torchrun's, for as long as this process lives
 _world_store: Store | None = None
@@ -37,7 +43,8 @@ _num_worlds = 0
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun's environment says of this process. Ranks and sizes count processes, of its part of a split world.
+    """What the launcher's environment says of this process. Ranks and sizes count processes, of its part of a split
+    world.
 
     Attributes:
         part: 0, or 1 for the second part of a split world.
@@ -68,12 +75,14 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
     with 0 there is one.
 
     Raises:
-        ValueError: on all ranks, when ``cuda`` is asked for and a rank has no GPU of its own.
+        ValueError: on all ranks, when ``cuda`` is asked for and a rank has no GPU of its own; on a rank that cannot
+            meet the others.
     """
     if device not in DEVICES:
         raise ValueError(f"runtime.device = {device!r} must be one of {', '.join(DEVICES)}")
     global _store, _world_store, _num_worlds
     env = os.environ
+    env.update(environment(env))
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank, local_world_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     if split and not 0 < split < world_size:
@@ -82,6 +91,7 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
             f"lower it or start more than {split}"
         )
     gpu = None if device == "cpu" else own_gpu(local_rank, local_world_size)
+    shared: str | None = None
     one_host = local_world_size == world_size
     part, place = int(split > 0 and rank >= split), (rank, world_size)
     if split:
@@ -91,25 +101,28 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
         if one_host:
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: stay on loopback, whatever its name resolves to
         if _store is None:
-            _store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+            _store = _meet(timeout_s)
         _num_worlds += 1
         # one of its own for each: gloo would take the addresses at which the ranks of an earlier world met
         _world_store = PrefixStore(f"world{_num_worlds}", _store)
-        if device != "cpu" and not are_distinct(gpu, _world_store, *place):
-            gpu = None
+        shared = None if device == "cpu" else conflict(gpu, _world_store, *place)
+        gpu = None if shared else gpu
         if gpu is not None:
             torch.cuda.set_device(gpu)
-        dist.init_process_group(
-            "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
-            store=PrefixStore(f"part{part}", _world_store),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=None if gpu is None else torch.device("cuda", gpu),
-        )
+        with _connecting(rank):
+            dist.init_process_group(
+                "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
+                store=PrefixStore(f"part{part}", _world_store),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=None if gpu is None else torch.device("cuda", gpu),
+            )
     all_have_gpus = minimum(int(gpu is not None)) == 1
     if not all_have_gpus and device != "cpu":
         counts = f"this node has {torch.cuda.device_count()} GPUs for {local_world_size} ranks"
+        if shared is not None:
+            counts = f"{shared}, and {counts}"
         reason = (
             counts if torch.version.hip is None else "Helix has no kernels for ROCm, which this PyTorch is built for"
         )
@@ -121,6 +134,45 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     return Launch(rank, world_size, local_rank, local_world_size, chosen, part, _world_store if split else None)
+
+
+def _meet(timeout_s: float) -> Store:
+    """Return the store of all ranks, at rank 0's address."""
+    address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+    try:
+        store: Store = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
+    except (dist.DistError, ValueError) as error:  # torch names what is lacking in a ValueError
+        raise ValueError(
+            f"rank {os.environ['RANK']} on {host().split()[0]} cannot reach {address}: {_first_line(error)}; give an "
+            "address of rank 0's node that all nodes reach: torchrun --local-addr ADDRESS on that node, or MASTER_ADDR"
+        ) from error
+    return store
+
+
+@contextmanager
+def _connecting(rank: int) -> Iterator[None]:
+    """Say in one line what keeps ranks from connecting to each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _GONE.search(str(error)):  # of another rank's end, which has its own words
+            raise
+        chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+        there = ", ".join(name for _, name in socket.if_nameindex())
+        rule = (
+            f"set GLOO_SOCKET_IFNAME to the interface of this host that the others reach ({there})"
+            if chosen is None
+            else f"GLOO_SOCKET_IFNAME = {chosen} must be one of this host's interfaces that the others reach ({there})"
+        )
+        raise ValueError(
+            f"rank {rank} on {host().split()[0]} cannot connect to the other ranks: {_first_line(error)}; {rule}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of a message of torch's, which may go on with a trace of its own."""
+    line = " ".join(str(error).strip().partition("\n")[0].split())
+    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 def stop() -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
-import torch.distributed as dist
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,6 +31,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from parallel.slurm import environment
 from scripts import settings
 from scripts.ending import FAILURE, RunFailed, crash, ending_on_signals, fail, leave_part
 from scripts.ending import rank as rank  # commands ask cli for these two
@@ -59,6 +59,10 @@ def main(
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding ends no command
     with ending_on_signals():
+        try:
+            os.environ.update(environment(os.environ))  # who speaks is known before anything starts
+        except ValueError as problem:
+            fail(problem)
         _main(name, schema, run, plan)
 
 
@@ -89,7 +93,7 @@ def _main(
             values = " ".join(argument for argument in job if argument not in options.settings)
             print(f"job {number} of {len(jobs)}: {values}", file=sys.stderr, flush=True)
         _call(run, config)
-    if dist.is_torchelastic_launched():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # One of gloo's threads may outlive its group and abort an orderly exit ("terminate called without an active
         # exception", torch 2.13, now and then with 4 ranks): what was to be done is done, so end here.
         sys.stdout.flush()

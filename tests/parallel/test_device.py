@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import parallel.device as device_module
-from parallel.device import are_distinct, capability, host, own_gpu
+from parallel.device import capability, conflict, host, own_gpu
 from parallel.symmetric import can_launch_dependently, shares_memory
 
 CUDA = torch.device("cuda", 0)
@@ -38,22 +38,24 @@ def test_a_rank_takes_its_own_of_all_gpus_or_the_only_one_it_sees(visible, count
 
 
 @pytest.mark.parametrize(
-    ("uuids", "distinct"),
-    [(["a", "b", "c"], True), (["a", "b", "a"], False), (["a", None, "c"], False), ([None] * 3, False)],
-)
-def test_every_rank_says_alike_whether_gpus_are_distinct(monkeypatch, uuids, distinct):
+    ("uuids", "why"),
+    [(["a", "b", "c"], None), (["a", "b", "a"], "ranks 0 and 2 on here have the same GPU (a)"),
+     (["a", None, "c"], "rank 1 on here has no GPU of its own"), ([None] * 3, "rank 0 on here has no GPU of its own")],
+)  # fmt: skip
+def test_every_rank_says_alike_why_gpus_are_not_distinct(monkeypatch, uuids, why):
+    monkeypatch.setattr(device_module, "host", lambda: "here boot")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid=uuids[gpu]))
     store, answers = dist.HashStore(), {}
 
     def ask(rank):
-        answers[rank] = are_distinct(None if uuids[rank] is None else rank, store, rank, 3)
+        answers[rank] = conflict(None if uuids[rank] is None else rank, store, rank, 3)
 
     threads = [threading.Thread(target=ask, args=(rank,)) for rank in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert answers == dict.fromkeys(range(3), distinct)
+    assert answers == dict.fromkeys(range(3), why)
 
 
 def test_gpus_of_rocm_are_not_taken_for_hopper(visible):
