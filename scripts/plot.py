@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts import cli
+from scripts.pareto import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,6 +124,7 @@ def draw(results: dict[str, dict[str, Any]], output: str) -> None:
 
 def run(config: PlotConfig) -> None:
     """Read the results and draw them."""
+    require_matplotlib("output", config.output)
     draw(read_results(config.results), config.output)
     cli.say(f"drew {config.output}")
 

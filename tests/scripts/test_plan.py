@@ -11,7 +11,7 @@ from helix.plan.hardware import named_hardware
 from helix.plan.planner import Fleet, Setup
 from helix.plan.sizes import parse_size, parse_sizes, short
 from scripts.make_checkpoint import make_checkpoint
-from scripts.pareto import Point, frontier
+from scripts.pareto import Point, frontier, require_matplotlib
 from scripts.plan import PlanConfig, PlanHardware, run
 from tests.helix.plan.presets import CONF, preset
 
@@ -66,6 +66,12 @@ def test_bad_input_is_named(settings, line: str) -> None:
     model = ModelConfig(path=str(CONF / "model" / "none"))
     with pytest.raises(ValueError, match=line):
         run(PlanConfig(**{"model": model, "context": "1M"} | settings), [])
+
+
+def test_a_picture_names_what_it_is_drawn_with_where_that_is_missing(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"plot = out.png needs matplotlib: pip install 'helix-runtime\[plot\]'"):
+        require_matplotlib("plot", "out.png")
 
 
 def test_sizes() -> None:
