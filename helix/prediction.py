@@ -110,6 +110,11 @@ def advise(config: HelixConfig, hardware: Hardware, spec: ModelSpec, storage: St
     )
 
 
+def cost_of(llm: LLM, hardware: Hardware) -> CostModel:
+    """Return the model of what the steps of a running model cost on a machine."""
+    return CostModel(llm.footprint, hardware, llm.config.scheduler.prefill_chunk)
+
+
 def predicted(llm: LLM) -> dict[str, Any] | None:
     """Return the TTL that the model of cost predicts for the sequences that the last call ran; on rank 0.
 
@@ -122,7 +127,7 @@ def predicted(llm: LLM) -> dict[str, Any] | None:
         return None
     context = sum(metrics.tokens_per_rank) / done - metrics.decode_tokens / done / 2
     batch = min(done, config.scheduler.max_batch)
-    time = CostModel(llm.footprint, hardware, config.scheduler.prefill_chunk).decode(max(context, 1.0), batch)
+    time = cost_of(llm, hardware).decode(max(context, 1.0), batch)
     _log.info(
         "TTL %.2f ms measured (median), %.2f predicted for %d sequences of %d tokens (%s, %s)",
         metrics.ttl_s.percentile_s(50) * 1e3, time.us / 1e3, batch, context, hardware.name, hardware.source,

@@ -4,7 +4,8 @@
         layouts='[[2,2],[4,1],[1,4]]' cases='[[131072,1],[131072,8]]'
 
 Weights and cache are random. Steps are launched back to back, each fed by the tokens that the one before it left on the
-device, as the runtime does. Layouts are [kvp, tpa], cases [context in tokens, batch].
+device, as the runtime does. Layouts are [kvp, tpa], cases [context in tokens, batch]. Beside what was measured stands
+what the model of cost predicts, where the GPU's constants are known or ``runtime.hardware`` names them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from helix.cache.pool import BlockTable
 from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from helix.graphs import DecodeGraphs
 from helix.llm import LLM
+from helix.prediction import cost_of, find_hardware
 from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, start, stop
@@ -243,6 +245,7 @@ def run(config: BenchDecodeConfig) -> None:
     rows = []
     meter = Meter(config.steps, config.profile, Stamps(), read_bytes_per_us())
     meter.stamps.wrap()
+    hardware = find_hardware(HelixConfig(runtime=config.runtime), launch.device)
     for kvp, tpa in config.layouts:
         room = max((context + 8192) * batch for context, batch in config.cases)
         llm = LLM(
@@ -267,7 +270,11 @@ def run(config: BenchDecodeConfig) -> None:
             row = measure(llm, context, batch, meter)
             slowest = max(gather_values(int(row["TTL ms"] * 1e6))) / 1e6
             rows.append({"kvp": kvp, "tpa": tpa, **row, "TTL ms": slowest, "x floor": slowest / row["floor ms"]})
-            cli.say(f"kvp {kvp} x tpa {tpa}, {context} x {batch}: {slowest:.3f} ms")
+            said = f"kvp {kvp} x tpa {tpa}, {context} x {batch}: {slowest:.3f} ms"
+            if hardware is not None:
+                rows[-1]["predicted ms"] = cost_of(llm, hardware).decode(context, batch).us / 1e3
+                said += f", predicted {rows[-1]['predicted ms']:.3f} ({hardware.name})"
+            cli.say(said)
         del llm
         gc.collect()
         torch.cuda.empty_cache()

@@ -28,6 +28,7 @@ from helix.config import (
     check_at_least,
 )
 from helix.llm import LLM
+from helix.prediction import cost_of, find_hardware
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, start, stop
 from scripts import cli
@@ -125,6 +126,7 @@ def run(config: BenchPrefillConfig) -> None:
     launch = start(config.runtime.device, timeout_s=config.runtime.timeout_s)
     set_up_logging(launch.rank)
     rows = []
+    hardware = find_hardware(HelixConfig(runtime=config.runtime), launch.device)
     for kvp, tpa in config.layouts:
         for chunk in config.chunks:
             llm = LLM(config.helix(kvp, tpa, chunk))
@@ -132,7 +134,11 @@ def run(config: BenchPrefillConfig) -> None:
             for prompt_len in config.prompts:
                 row = {"kvp": kvp, "tpa": tpa, "chunk": chunk, **measure(llm, prompt_len, config.repeats)}
                 rows.append(row)
-                cli.say(f"kvp {kvp} x tpa {tpa}, chunks of {chunk}, {prompt_len} tokens: {row['TTFT s']:.3f} s")
+                said = f"kvp {kvp} x tpa {tpa}, chunks of {chunk}, {prompt_len} tokens: {row['TTFT s']:.3f} s"
+                if hardware is not None:
+                    row["predicted s"] = cost_of(llm, hardware).prefill(prompt_len).us / 1e6
+                    said += f", predicted {row['predicted s']:.3f} ({hardware.name})"
+                cli.say(said)
             del llm
             gc.collect()
             if launch.device.type == "cuda":
