@@ -17,6 +17,7 @@ Page movements collect in a list that ``take_movements`` hands out once a step. 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -271,7 +272,7 @@ class CacheControl:
         return [(block + first_owner) % kvp for block in range(start, stop)]
 
     def _available(self, owners: list[int]) -> bool:
-        return all(owners.count(rank) <= self.blocks.num_available(rank) for rank in range(self.placement.kvp))
+        return all(count <= self.blocks.num_available(rank) for rank, count in Counter(owners).items())
 
     def _retain(self, claim: Claim) -> None:
         """Give the blocks that a request reuses the priorities that it asks for."""
