@@ -75,8 +75,8 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
     with 0 there is one.
 
     Raises:
-        ValueError: on all ranks, when ``cuda`` is asked for and a rank has no GPU of its own; on a rank that cannot
-            meet the others.
+        ValueError: on all ranks, when ``cuda`` is asked for and a rank has no GPU of its own; NotConnectedError on a
+            rank that cannot meet the others.
     """
     if device not in DEVICES:
         raise ValueError(f"runtime.device = {device!r} must be one of {', '.join(DEVICES)}")
@@ -136,16 +136,25 @@ def start(device: str = "auto", *, timeout_s: float = 600.0, split: int = 0) -> 
     return Launch(rank, world_size, local_rank, local_world_size, chosen, part, _world_store if split else None)
 
 
+class NotConnectedError(ValueError):
+    """This rank cannot meet the others, who may not know why: each node's first rank has to say so itself."""
+
+
 def _meet(timeout_s: float) -> Store:
-    """Return the store of all ranks, at rank 0's address."""
+    """Return the store of all ranks, at rank 0's address.
+
+    Who cannot reach it says so before rank 0 gives up waiting, at whose end a launcher ends all.
+    """
+    patience = timeout_s if os.environ["RANK"] == "0" else 0.75 * timeout_s
     address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
     try:
-        store: Store = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
+        store: Store = next(rendezvous("env://", timeout=timedelta(seconds=patience)))[0]
     except (dist.DistError, ValueError) as error:  # torch names what is lacking in a ValueError
-        raise ValueError(
+        raise NotConnectedError(
             f"rank {os.environ['RANK']} on {host().split()[0]} cannot reach {address}: {_first_line(error)}; give an "
             "address of rank 0's node that all nodes reach: torchrun --local-addr ADDRESS on that node, or MASTER_ADDR"
         ) from error
+    store.set_timeout(timedelta(seconds=timeout_s))
     return store
 
 
@@ -164,8 +173,11 @@ def _connecting(rank: int) -> Iterator[None]:
             if chosen is None
             else f"GLOO_SOCKET_IFNAME = {chosen} must be one of this host's interfaces that the others reach ({there})"
         )
-        raise ValueError(
-            f"rank {rank} on {host().split()[0]} cannot connect to the other ranks: {_first_line(error)}; {rule}"
+        why = _first_line(error)
+        if "wait timeout" in why:
+            why, rule = "they have not come in time", "their own lines say why"
+        raise NotConnectedError(
+            f"rank {rank} on {host().split()[0]} cannot connect to the other ranks: {why}; {rule}"
         ) from error
 
 

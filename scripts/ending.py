@@ -22,7 +22,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from parallel.launch import Launch
+from parallel.launch import Launch, NotConnectedError
 
 FAILURE, BAD_INPUT = 1, 2  # exit codes
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -102,13 +102,15 @@ def fail(problem: Exception | str, code: int = BAD_INPUT) -> NoReturn:
 
     Called by every rank with the same problem. The others wait a little: torchrun ends all ranks as soon as one has
     ended, and the one that speaks must be first. A rank that outlives the wait is alone with its problem and speaks.
+    The first rank of a node that cannot meet the others does not wait.
     In a split world rank 0 of the second part waits a moment for the first part's, which may have the same problem.
     """
     who = ""
     if rank() == 0 and os.environ.get("RANK", "0") != "0":
         time.sleep(_PART_GRACE_S)
     if rank() != 0:
-        time.sleep(_GRACE_S)
+        is_alone = isinstance(problem, NotConnectedError) and os.environ.get("LOCAL_RANK") == "0"
+        time.sleep(0 if is_alone else _GRACE_S)
         who = f" on rank {rank()}"
     _speak(f"error{who}: {problem}")
     _exit(code)

@@ -142,6 +142,9 @@ def test_a_command_in_a_batch_shell_waits_for_nobody(slurm, tmp_path) -> None:
 
 # --- two nodes that are network namespaces ----------------------------------------------------------------------------
 
+OWN = ["10.77.0.1", "10.77.0.2"]
+ALONE = "10.1.1.1"  # the first node's own; of all addresses it sorts first, so that its rank is 0
+
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[list[str]]:
@@ -157,9 +160,10 @@ def nodes() -> Iterator[list[str]]:
         subprocess.run([*ip, "link", "add", "wire0", "netns", names[0], *wire], check=True)
         for number, name in enumerate(names):
             inside = [*ip, "-n", name]
-            subprocess.run([*inside, "addr", "add", f"10.77.0.{number + 1}/24", "dev", f"wire{number}"], check=True)
+            subprocess.run([*inside, "addr", "add", f"{OWN[number]}/24", "dev", f"wire{number}"], check=True)
             for device in ("lo", f"wire{number}"):
                 subprocess.run([*inside, "link", "set", device, "up"], check=True)
+        subprocess.run([*ip, "-n", names[0], "addr", "add", f"{ALONE}/32", "dev", "lo"], check=True)
         yield names
     finally:
         for name in names:
@@ -174,16 +178,13 @@ def two_agents(nodes: list[str], folder: Path, envs: list[dict[str, str]], addre
         launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "doctor"]
         rendezvous += ["--rdzv-conf", f"is_host={number == 0},read_timeout=30"]
-        command = [*launch, *rendezvous, "--local-addr", address, "-m", "scripts.doctor", "timeout_s=8", "repeats=1"]
+        command = [*launch, *rendezvous, "--local-addr", address, "-m", "scripts.doctor", "timeout_s=12", "repeats=1"]
         lines.append(["ip", "netns", "exec", name, "env", *(f"{k}={v}" for k, v in own.items()), *command])
     with running(lines, env, folder) as started:
         for each in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 each.wait(40)
     return [(folder / f"{number}.log").read_text() for number in range(2)]
-
-
-OWN = ["10.77.0.1", "10.77.0.2"]
 
 
 @pytest.mark.slow
@@ -206,6 +207,6 @@ def test_an_interface_that_is_not_there_is_named(nodes, tmp_path) -> None:
 @pytest.mark.slow
 def test_a_head_address_that_one_node_alone_reaches_is_named(nodes, tmp_path) -> None:
     interfaces = [{"GLOO_SOCKET_IFNAME": f"wire{number}"} for number in range(2)]
-    said = "".join(two_agents(nodes, tmp_path, interfaces, ["127.0.0.1", "10.77.0.2"]))
-    lines = [line for line in said.splitlines() if "cannot reach MASTER_ADDR=127.0.0.1" in line]
+    said = "".join(two_agents(nodes, tmp_path, interfaces, [ALONE, OWN[1]]))
+    lines = [line for line in said.splitlines() if f"cannot reach MASTER_ADDR={ALONE}" in line]
     assert len(lines) == 1 and "--local-addr ADDRESS" in lines[0], said
