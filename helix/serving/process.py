@@ -21,6 +21,7 @@ from .service import Service
 END_S = 4.0
 """How long responses may take to leave once the world has ended, in seconds."""
 _SPARE_FILES = 64  # of the process's own: logs, the tokenizer's files, the socket pair
+_ACCEPTED_AT_ONCE, _QUEUE = 8, 1024  # more at once would take descriptors before any connection is counted
 _log = logging.getLogger(__name__)
 
 
@@ -58,9 +59,10 @@ async def run(link_socket: socket.socket, listener: socket.socket) -> None:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=int(END_S) - 1,
+        backlog=_ACCEPTED_AT_ONCE,
     )
     server = Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(_serve(server, listener))
     opening = asyncio.create_task(_open(service))
     await asyncio.wait((hearing, serving, opening), return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
@@ -68,6 +70,16 @@ async def run(link_socket: socket.socket, listener: socket.socket) -> None:
     for task in (hearing, serving, opening):
         if task.done():
             task.result()  # what it raised
+
+
+async def _serve(server: Server, listener: socket.socket) -> None:
+    """Serve, with a long queue of connections that are not accepted yet, of which few are accepted at once."""
+    starting = asyncio.create_task(server.serve(sockets=[listener]))
+    while not (server.started or starting.done()):
+        await asyncio.sleep(0.01)
+    if server.started and not starting.done():
+        listener.listen(_QUEUE)
+    await starting
 
 
 async def _open(service: Service) -> None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pytest
 from helix import LLM, HelixConfig, Request, SamplingParams
 from helix.config import CacheConfig, ModelConfig, RuntimeConfig
 from scripts.make_checkpoint import make_checkpoint
+from tests.scripts.serving_walk import Walk
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key"
@@ -229,6 +231,15 @@ def test_a_repeated_prompt_is_found_in_the_cache(served: Served) -> None:
     assert usages[1].prompt_tokens_details.cached_tokens == len(prompt) - 1
 
 
+def test_the_examples_run(served: Served) -> None:
+    url = f"http://127.0.0.1:{served.port}"
+    for command in ([sys.executable, "examples/chat.py", url], ["bash", "examples/completions.sh", url]):
+        ran = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "HELIX_API_KEY": KEY}, capture_output=True, timeout=60
+        )
+        assert ran.returncode == 0 and ran.stdout, ran.stderr
+
+
 # --- other paths ------------------------------------------------------------------------------------------------------
 
 
@@ -295,10 +306,10 @@ def test_a_key_is_needed_everywhere_but_for_health(served: Served) -> None:
 # --- clients that leave -----------------------------------------------------------------------------------------------
 
 
-def head_of(body: bytes) -> bytes:
+def head_of(body: bytes, *, close: bool = False) -> bytes:
     return (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" + "Connection: close\r\n" * close + "\r\n"
     ).encode()
 
 
@@ -339,3 +350,82 @@ def test_a_long_prefill_is_told_in_comments_that_clients_pass_over(served: Serve
     assert comments and all(line[2:].split()[0] in (b"waiting", b"prefill") for line in comments)
     stream = served.client.completions.create(model="tiny", prompt="w" * 4000, max_tokens=2, stream=True)
     assert [choice.finish_reason for chunk in stream for choice in chunk.choices][-1] in ("length", "stop")
+
+
+# --- many clients at once, and the end --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "num_operations", [60, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+)
+def test_a_walk_of_clients_loses_nothing_and_changes_no_answer(served: Served, llm: LLM, num_operations: int) -> None:
+    walk = Walk(head_of, served.port)
+    walk.run(num_operations, 6, seed=1)
+    assert walk.wrong == [] and len(walk.answers) > num_operations / 3
+    requests = [
+        Request(prompt=asked["prompt"], sampling=SamplingParams(
+            max_tokens=asked["max_tokens"], temperature=asked.get("temperature", 0.0), seed=asked.get("seed")
+        )) for asked, _ in walk.answers
+    ]  # fmt: skip
+    assert [text for _, text in walk.answers] == [output.text for output in llm.generate(requests)]
+    served.settle("num_requests_running", 0)
+    assert (served.counter("num_requests_waiting"), served.counter("kv_cache_usage_perc")) == (0, 0)
+
+
+def long_streams(served: Served, number: int, num_tokens: int) -> list[socket.socket]:
+    """Return connections whose streams have begun."""
+    body = json.dumps({"prompt": "go on", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}).encode()
+    clients = [served.connect() for _ in range(number)]
+    for client in clients:
+        client.sendall(head_of(body, close=True) + body)
+    for client in clients:
+        while b"data: " not in client.recv(4096):
+            pass
+    return clients
+
+
+def rest_of(client: socket.socket) -> bytes:
+    received = b""
+    while piece := client.recv(1 << 16):
+        received += piece
+    client.close()
+    return received
+
+
+def require_free(port: int) -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+
+
+def test_a_signal_under_load_drains(served: Served) -> None:
+    """The last test of the module: it ends the server."""
+    clients = long_streams(served, 3, 120)
+    served.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while (status := served.ask("/v1/completions", {"prompt": "a"})[0]) == 200 and time.monotonic() < deadline:
+        pass
+    assert status == 503
+    for client in clients:
+        received = rest_of(client)
+        assert b'"finish_reason":"length"' in received and b"[DONE]" in received
+    served.process.wait(60)
+    require_free(served.port)
+    log = served.log.read_text()
+    assert "taking no more requests" in log and "rank 0 failed" not in log and "rank 1 failed" not in log
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_world_and_every_client_hears_of_it(model: Path, tmp_path: Path) -> None:
+    served = start(model, tmp_path)
+    clients = long_streams(served, 3, 3000)
+    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
+    [victim] = [int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    began = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    for client in clients:
+        assert b"world_lost" in rest_of(client)
+    assert time.monotonic() - began < 10
+    assert served.process.wait(60) != 0
+    require_free(served.port)
+    assert "error: another rank has ended" in served.log.read_text()

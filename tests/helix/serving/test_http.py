@@ -171,10 +171,10 @@ def test_slow_senders_have_a_deadline_and_hold_nobody_up(model: Path) -> None:
 
 
 def test_a_new_connection_takes_the_place_of_one_that_has_not_asked(model: Path) -> None:
-    with serving(model, max_connections=4) as world:
-        idle = [world.connect() for _ in range(8)]
+    with serving(model, max_connections=20) as world:
+        idle = [world.connect() for _ in range(60)]
         assert world.ask(COMPLETE, {"prompt": "a"})[0] == 200
-        assert all(is_closed(client) for client in idle[:4])
+        assert all(is_closed(client) for client in idle[:40])
         for client in idle:
             client.close()
 
