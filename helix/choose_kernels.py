@@ -307,7 +307,7 @@ def best_keys(
     token ``last_id`` - (key & 0xffffffff). Other arguments are those of ``choose``.
     """
     keys, _, _ = _propose(logits, floats, integers, first_id, last_id)
-    return keys.amax(1) - first_id
+    return keys.amax(1)
 
 
 def _propose(

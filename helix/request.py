@@ -145,6 +145,7 @@ class Sequence:
         keeps_pages: it keeps its pages when it ends, until whoever reads them releases them.
         arrived_s, last_token_s: when it came, and its last token, by this rank's own clock: for the metrics alone.
         bad_word_ids: the tokens of each of the bad words.
+        logit_bias: token ids and what is added to their logits, as arrays; None where nothing is.
         distinct_prompt_ids: sorted ids of the prompt where a repetition penalty needs them, else None.
     """
 
@@ -170,9 +171,13 @@ class Sequence:
     keeps_pages: bool = False
     arrived_s: float = 0.0
     last_token_s: float | None = None
+    logit_bias: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
     distinct_prompt_ids: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
+        bias = self.sampling.logit_bias
+        if bias:
+            self.logit_bias = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
         if self.sampling.repetition_penalty != 1.0:
             self.distinct_prompt_ids = np.unique(np.array(self.token_ids[: self.prompt_len], np.int64))
 

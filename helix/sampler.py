@@ -22,7 +22,7 @@ from torch import Tensor
 
 from parallel.sharded_argmax import ShardedArgmax
 
-from .biases import Biases, biases_of
+from .bans import banned
 from .choice import RowSettings, choose, scores
 from .choose_kernels import best_keys
 from .logprobs import SampledTokens, with_logprobs
@@ -87,9 +87,9 @@ class Sampler:
             [chunk.stop + ahead for chunk, ahead in rows],
             self._decoder.device,
         )
-        added, banned = self._biases(rows, last_tokens)
+        added, ruled_out = self._biases(rows, last_tokens)
         wanted = [each.logprobs for each in params if each.logprobs is not None]
-        return Choices(settings, added, banned, self._penalties(rows), max(wanted, default=None))
+        return Choices(settings, added, ruled_out, self._penalties(rows), max(wanted, default=None))
 
     @torch.inference_mode()
     def choose(self, local: Tensor, choices: Choices) -> SampledTokens:
@@ -154,23 +154,27 @@ class Sampler:
         self, rows: Many[tuple[Chunk, int]], last_tokens: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, tuple[Tensor, Tensor, Tensor] | None]:
         """Return what is added and what is banned on this rank."""
-        found = [
-            biases_of(chunk, ahead, self._eos) if chunk.seq.sampling.has_biases else Biases() for chunk, ahead in rows
-        ]
         start, stop = self._vocab
-        added = [(row, token - start, value) for row, each in enumerate(found) for token, value in each.added.items()
-                 if start <= token < stop]  # fmt: skip
-        banned = [(row, token - start, after, rows[row][0].seq.batch_slot) for row, each in enumerate(found)
-                  for token, after in each.banned if start <= token < stop]  # fmt: skip
         device = self._decoder.device
         adding = banning = None
+        added = [(row, *bias) for row, (chunk, _) in enumerate(rows) if (bias := chunk.seq.logit_bias) is not None]
         if added:
-            columns = list(zip(*added, strict=True))
-            sent = upload({"rows": np.array(columns[0], np.int64), "ids": np.array(columns[1], np.int64),
-                           "values": np.array(columns[2], np.float32)}, device)  # fmt: skip
+            ids = np.concatenate([each[1] for each in added])
+            values = np.concatenate([each[2] for each in added])
+            places = np.repeat([each[0] for each in added], [len(each[1]) for each in added])
+            mine = (ids >= start) & (ids < stop)
+            arrays = {"rows": places[mine], "ids": ids[mine] - start, "values": values[mine]}
+            sent = upload(arrays, device)
             adding = (sent["rows"], sent["ids"], sent["values"])
-        if banned:
-            row, token, after, slot = upload({"banned": np.array(banned, np.int64).T.copy()}, device)["banned"]
+        out = [
+            (row, token - start, after, chunk.seq.batch_slot)
+            for row, (chunk, ahead) in enumerate(rows)
+            if chunk.seq.sampling.bad_words or chunk.seq.sampling.min_tokens
+            for token, after in banned(chunk, ahead, self._eos)
+            if start <= token < stop
+        ]
+        if out:
+            row, token, after, slot = upload({"banned": np.array(out, np.int64).T.copy()}, device)["banned"]
             holds = (after < 0) | (last_tokens[slot] == after)
             banning = (row, token, torch.where(holds, -math.inf, math.inf))
         return adding, banning

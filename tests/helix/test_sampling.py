@@ -571,7 +571,13 @@ def test_the_best_score_of_all_slices_is_that_of_the_whole(shards: int) -> None:
     logits, settings = random_logits(30, 1001), make_batch(params).settings
     bounds = [1001 * shard // shards for shard in range(shards + 1)]
     parts = [scores(logits[:, a:b], settings, a) for a, b in pairwise(bounds)]
-    assert torch.equal(torch.cat(parts, 1).argmax(-1), choose(logits, settings))
+    chosen = choose(logits, settings)
+    assert torch.equal(torch.cat(parts, 1).argmax(-1), chosen)
+    floats, integers = settings.floats.to(KERNELS_ON), settings.integers.to(KERNELS_ON)
+    keys = [
+        choose_kernels.best_keys(logits[:, a:b].to(KERNELS_ON), floats, integers, a, 1000) for a, b in pairwise(bounds)
+    ]
+    assert torch.equal(1000 - (torch.stack(keys).amax(0) & 0xFFFFFFFF).cpu(), chosen)
 
 
 ON_DEVICES = [

@@ -1,10 +1,10 @@
-"""What is added to logits first: logit_bias, and -inf for what min_tokens and bad words rule out."""
+"""Which tokens min_tokens and bad words rule out."""
 
 from typing import Any
 
 import pytest
 
-from helix.biases import Biases, biases_of
+from helix.bans import banned as banned_of
 from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
 
@@ -26,7 +26,7 @@ def test_what_ends_a_sequence_is_ruled_out_before_min_tokens(
 ) -> None:
     seq = sequence(output, min_tokens=2, stop_token_ids=[9], logit_bias={9: 5.0, 4: -1.0})
     chunk = Chunk(seq, 2 + len(output), 3 + len(output), drafts)
-    assert biases_of(chunk, len(drafts), [7]) == Biases({9: 5.0, 4: -1.0}, [(token, -1) for token in banned])
+    assert banned_of(chunk, len(drafts), [7]) == [(token, -1) for token in banned]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_last_token_of_a_bad_word_is_ruled_out_behind_the_others(
     """The prompt's tokens 1, 2, 3 count for nothing."""
     seq = sequence(output, ((5, 6), (5, 6, 7), (8,), (3, 4)))
     chunk = Chunk(seq, 2 + len(output), 3 + len(output), drafts)
-    assert biases_of(chunk, len(drafts), ()).banned == [(token, -1) for token in banned]
+    assert banned_of(chunk, len(drafts), ()) == [(token, -1) for token in banned]
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_what_bad_words_need_of_the_last_token_is_left_to_the_device(
 ) -> None:
     seq = sequence(output, ((5, 6), (5, 6, 7), (8,), (3, 4)))
     ahead = Chunk(seq, 3 + len(output), 4 + len(output))
-    assert sorted(biases_of(ahead, 0, ()).banned) == sorted([*banned, (4, 3)])
+    assert sorted(banned_of(ahead, 0, ())) == sorted([*banned, (4, 3)])
