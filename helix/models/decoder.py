@@ -119,7 +119,9 @@ class Decoder:
 
     def _room(self, weight: Weight) -> Matrix:
         if weight.quantized:
-            return Quantized.empty(weight.shape[0], weight.columns, self.device)
+            how = self.spec.quantization
+            rounds = how is not None and how.powers_of_two
+            return Quantized.empty(weight.shape[0], weight.columns, self.device, powers_of_two=rounds)
         return torch.empty(weight.shape, dtype=torch.float32 if weight.exact else self.dtype, device=self.device)
 
     @property

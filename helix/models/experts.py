@@ -20,6 +20,7 @@ import triton.language as tl
 
 from attention.shared_memory import fit_stages, shared_bytes
 
+from .expert_blocks import block_of, feed_forward_in_8_bits, num_blocks_of
 from .linear import (
     ExpertsInUse,
     can_stream,
@@ -27,6 +28,7 @@ from .linear import (
     experts_split_linear,
     gated_linear,
     is_aligned,
+    multiplies_in_8_bits,
     split_linear,
 )
 from .quantization import BLOCK
@@ -302,21 +304,6 @@ def mix_reference(
 
 
 @triton.jit
-def _block_of(counts, queues, num_rows, block, HELD: tl.constexpr, HELD_PAD: tl.constexpr, BM: tl.constexpr):
-    """Return the expert of a block of all queues, its pairs [BM], and which of them are real: none past the last."""
-    e = tl.arange(0, HELD_PAD)
-    count = tl.load(counts + e, mask=e < HELD, other=0)
-    blocks = (count + BM - 1) // BM
-    stop = tl.cumsum(blocks, 0)
-    expert = tl.sum((stop <= block).to(tl.int32), 0)
-    its = e == expert
-    i = (block - tl.sum(tl.where(its, stop - blocks, 0), 0)) * BM + tl.arange(0, BM)
-    real = i < tl.sum(tl.where(its, count, 0), 0)
-    expert = expert.to(tl.int64)
-    return expert, tl.load(queues + expert * num_rows + i, mask=real, other=0).to(tl.int64), real
-
-
-@triton.jit
 def _scale_of(scales, stride, row, here, at, BLOCK: tl.constexpr):
     """Return the scales of rows of a quantised matrix in the block of columns at ``at``; 1 where it is a plain one."""
     if BLOCK:
@@ -344,7 +331,7 @@ def _gate_up_kernel(
 ):  # fmt: skip
     """hidden[pair, n] = silu(x . gate row n) * (x . up row n), x the pair's row, for the pairs of one block."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)  # fastest, so that the cache holds a block's rows and weights
-    expert, pair, real = _block_of(counts, queues, num_rows, tl.program_id(1), HELD, HELD_PAD, BM)
+    expert, pair, real = block_of(counts, queues, num_rows, tl.program_id(1), HELD, HELD_PAD, BM)
     if expert < HELD:
         row = pair // CHOSEN
         gate = expert * 2 * UNITS + n
@@ -372,7 +359,7 @@ def _down_kernel(
 ):  # fmt: skip
     """out[pair, n] = hidden[pair] . down row n, for the pairs of one block."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    expert, pair, real = _block_of(counts, queues, num_rows, tl.program_id(1), HELD, HELD_PAD, BM)
+    expert, pair, real = block_of(counts, queues, num_rows, tl.program_id(1), HELD, HELD_PAD, BM)
     if expert < HELD:
         down = expert * H + n
         acc = tl.zeros([BM, BN], tl.float32)
@@ -389,14 +376,18 @@ def _down_kernel(
 
 
 @triton.jit
-def _combine_kernel(pairs, weights, out, CHOSEN: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr):
-    """out[row] = the weighted sum of the row's pairs; those of weight 0 are not read."""
+def _combine_kernel(
+    pairs, place_of, weights, out, CHOSEN: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr, PLACED: tl.constexpr
+):  # fmt: skip
+    """out[row] = the weighted sum of the row's pairs, wherever they are; those of weight 0 are not read."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, H_PAD)
     total = tl.zeros([H_PAD], tl.float32)
     for c in tl.static_range(CHOSEN):
         pair = row * CHOSEN + c
         weight = tl.load(weights + pair)
+        if PLACED:
+            pair = tl.load(place_of + pair, mask=weight != 0.0, other=0).to(tl.int64)
         value = tl.load(pairs + pair * H + i, mask=i < tl.where(weight != 0.0, H, 0), other=0.0)
         total += weight * value.to(tl.float32)
     tl.store(out + row * H + i, total.to(out.dtype.element_ty), mask=i < H)
@@ -412,7 +403,7 @@ def mix_queued(
     first: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do what ``route`` and ``mix_reference`` do in four Triton launches, from the router's logits [R, all experts].
+    """Do what ``route`` and ``mix_reference`` do in a few launches, from the router's logits [R, all experts].
 
     A pair is a row and one of the experts that it chose, counted row by row.
     """
@@ -430,6 +421,25 @@ def mix_queued(
         logits, logits if bias is None else bias, experts.scale, weights, counts, queues, num_rows, first,
         HELD=num_held, BR=of_rows, **_rule(experts), num_warps=4,
     )  # fmt: skip
+    out, placed = torch.empty_like(x), False
+    if multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
+        placed = True
+        added, place_of = feed_forward_in_8_bits(x, gate_up, down, counts, queues, num_pairs)
+    else:
+        added = place_of = _feed_forward(x, gate_up, down, counts, queues, num_pairs)
+    _combine_kernel[(num_rows,)](
+        added, place_of, weights, out, CHOSEN=chosen, H=hidden_size, H_PAD=triton.next_power_of_2(hidden_size),
+        PLACED=placed, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _feed_forward(
+    x: torch.Tensor, gate_up: Matrix, down: Matrix, counts: torch.Tensor, queues: torch.Tensor, num_pairs: int
+) -> torch.Tensor:
+    """Return what experts make of their pairs, tiles widened where they are of 8 bits: [pairs, h] in x's dtype."""
+    num_rows, hidden_size = x.shape
+    num_held, _, units = down.shape
     rows = max(MIN_DOT, min(128, triton.next_power_of_2(-(-num_pairs // num_held))))  # what an expert gets on average
     many, depth = rows >= 64, 128 // x.element_size()
     columns, limit = 128 if many else 64, shared_bytes(x.device)
@@ -442,21 +452,17 @@ def mix_queued(
         "num_warps": 8 if many else 4,
         "num_stages": fit_stages(4 if many else 3, (rows + 2 * columns) * depth * x.element_size(), limit),
     }
-    blocks = min(num_pairs, num_pairs // rows + num_held)  # as many as there could be
+    blocks = num_blocks_of(num_pairs, num_held, rows)
     hidden, added = x.new_empty((num_pairs, units)), x.new_empty((num_pairs, hidden_size))
     operand, w, how = _operands(x, gate_up)
     _gate_up_kernel[(-(-units // tile["BN"]), blocks)](
-        operand, *w, counts, queues, hidden, num_rows, CHOSEN=chosen, UNITS=units, **how, **tile
+        operand, *w, counts, queues, hidden, num_rows, CHOSEN=num_pairs // num_rows, UNITS=units, **how, **tile
     )
     operand, w, how = _operands(hidden, down)
     _down_kernel[(-(-hidden_size // tile["BN"]), blocks)](
         operand, *w, counts, queues, added, num_rows, H=hidden_size, **how, **tile
     )
-    out = torch.empty_like(x)
-    _combine_kernel[(num_rows,)](
-        added, weights, out, CHOSEN=chosen, H=hidden_size, H_PAD=triton.next_power_of_2(hidden_size), num_warps=4
-    )
-    return out
+    return added
 
 
 def _operands(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeGuard
 
 import torch
 import triton
@@ -27,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from parallel.device import capability
 
+from .chunk_product import can_multiply_in_8_bits, product_in_8_bits
 from .gate import silu_mul
 from .quantization import BLOCK
 from .quantized import Matrix, Quantized, product
@@ -175,6 +177,18 @@ def _begins_aligned(tensor: torch.Tensor) -> bool:
     return strides and tensor.data_ptr() % 16 == 0
 
 
+def multiplies_in_8_bits(w: Matrix, x: torch.Tensor) -> TypeGuard[Quantized]:
+    """Return whether both operands are of 8 bits: in chunks of prompts, where w is and the GPU can."""
+    return x.shape[0] > MAX_ROWS and can_multiply_in_8_bits(w, x)
+
+
+def _many_rows(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x [R, K] times w [N, K] transposed, plus bias [N]: [R, N]."""
+    if multiplies_in_8_bits(w, x):
+        return product_in_8_bits(x, w, bias)
+    return product(x, w, bias)
+
+
 def split_linear(
     x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None, *, pdl: bool = False, exact: bool = False
 ) -> torch.Tensor:
@@ -186,14 +200,14 @@ def split_linear(
     if can_stream(x, w):
         splits = _splits_of(w, _turns_of(w), x.device)
         return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits, rows=x.shape[0], exact=exact)
-    return product(x, w, bias).unsqueeze(0)
+    return _many_rows(x, w, bias).unsqueeze(0)
 
 
 def linear(x: torch.Tensor, w: Matrix, *, pdl: bool = False) -> torch.Tensor:
     """Return x [R, K] times w [N, K] transposed: [R, N] in x's dtype, summed in float32."""
     if can_stream(x, w):
         return _stream(x, w, None, gated=False, pdl=pdl, splits=1, rows=x.shape[0])[0]
-    return product(x, w)
+    return _many_rows(x, w)
 
 
 def gated_linear(x: torch.Tensor, gate_up: Matrix, *, pdl: bool = False, late: bool = False) -> torch.Tensor:
@@ -204,6 +218,8 @@ def gated_linear(x: torch.Tensor, gate_up: Matrix, *, pdl: bool = False, late: b
     """
     if can_stream(x, gate_up):
         return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0], late=late)[0]
+    if multiplies_in_8_bits(gate_up, x):
+        return product_in_8_bits(x, gate_up, gated=True)
     return silu_mul(product(x, gate_up))
 
 

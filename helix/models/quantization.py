@@ -36,6 +36,7 @@ class Quantization:
     kept: patterns of modules that are not quantised: a regular expression at the beginning of the module's name, up to
         a dot, or its end to the letter. exact: only whole names count, and expressions begin with "re:".
     caches_in_8_bits: whether keys and values are meant to be cached in 8 bits.
+    powers_of_two: whether scales that the runtime makes are powers of two, as the file's are (ue8m0).
     """
 
     grain: str = "block"
@@ -43,6 +44,7 @@ class Quantization:
     kept: tuple[str, ...] = ()
     exact: bool = False
     caches_in_8_bits: bool = False
+    powers_of_two: bool = False
 
     def covers(self, name: str) -> bool:
         """Return whether the tensor `name`, a linear layer's weight, is quantised."""
@@ -112,8 +114,8 @@ def _block_fp8(settings: dict[str, Any]) -> Quantization:
     more = settings.get("modules_to_convert")
     _require(not more, "modules_to_convert", more, "what is no linear layer is read in 16 and 32 bits only")
     kept = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or ()
-    known("scale_fmt", "float", "ue8m0")  # of activations, which are not quantised
-    return Quantization(kept=tuple(kept))
+    powers_of_two = known("scale_fmt", "float", "ue8m0") == "ue8m0"
+    return Quantization(kept=tuple(kept), powers_of_two=powers_of_two)
 
 
 def _compressed_tensors(settings: dict[str, Any]) -> Quantization:

@@ -18,7 +18,7 @@ Shape letters: N rows, K columns, P columns stored, B blocks of columns, E matri
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,21 +42,27 @@ class Quantized:
         scales: [B, N] or [B, E * N] float32; a row of them begins at a multiple of 16 bytes.
         shift: columns of the first block that stand before this slice.
         width: K.
+        powers_of_two: whether scales of rows that are quantised to meet it are rounded up to powers of two.
+        facts: what has been found out about all rows' scales, which do not change once a product has been made.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     shift: int
     width: int
+    powers_of_two: bool = False
+    facts: dict[tuple[int, ...], bool | torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, rows: int, columns: tuple[int, int], device: torch.device | str) -> Quantized:
+    def empty(
+        cls, rows: int, columns: tuple[int, int], device: torch.device | str, *, powers_of_two: bool = False
+    ) -> Quantized:
         """Return room for `rows` rows of a matrix's `columns`, a half-open range."""
         start, stop = columns
         values = torch.zeros((rows, stored_width(start, stop - start)), dtype=torch.uint8, device=device).view(VALUES)
         padded = -(-rows // 4) * 4
         scales = torch.empty((num_blocks(start, stop), padded), dtype=torch.float32, device=device)[:, :rows]
-        return cls(values, scales, start % BLOCK, stop - start)
+        return cls(values, scales, start % BLOCK, stop - start, powers_of_two)
 
     @property
     def shape(self) -> torch.Size:
@@ -90,6 +96,28 @@ class Quantized:
         """Return one of several matrices."""
         rows = self.values.shape[1]
         return replace(self, values=self.values[index], scales=self.scales[:, index * rows : (index + 1) * rows])
+
+    def shares_scales(self, rows: int, size: int) -> bool:
+        """Return whether `size` rows that follow each other share their scales, counted anew every `rows` rows."""
+        key = (self.scales.shape[1], rows, size)
+        if key not in self.facts:
+            per_matrix = self.scales.unflatten(1, (-1, rows))
+            first = torch.arange(rows, device=self.scales.device) // size * size
+            self.facts[key] = bool((per_matrix == per_matrix[..., first]).all())
+        return bool(self.facts[key])
+
+    @property
+    def grid(self) -> torch.Tensor | None:
+        """A matrix's scales by blocks, [N / BLOCK, B or up to 3 more] float32; None where a block is cut."""
+        rows, width = self.shape
+        if self.shift or rows % BLOCK or width % BLOCK or not self.shares_scales(rows, BLOCK):
+            return None
+        key = (self.scales.shape[1],)
+        if key not in self.facts:
+            self.facts[key] = F.pad(self.scales[:, ::BLOCK].T, (0, -self.scales.shape[0] % 4)).contiguous()
+        grid = self.facts[key]
+        assert isinstance(grid, torch.Tensor)
+        return grid
 
     def put(self, start: int, values: torch.Tensor, scales: torch.Tensor) -> None:
         """Fill rows from `start` on with `values` [n, K] in 8 bits and `scales` [B, n], of any device."""

@@ -1,0 +1,163 @@
+"""Products of many rows with quantised matrices, both operands in 8 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+
+A chunk of a prompt is bound by its products, and those of 8 bits are faster. Each row's elements in a block of columns
+share a scale, made from the largest of them; blocks are those of the whole matrix, as the weights' are, so the products
+of one block are multiplied by a scale of the row and one of the column. Sums over blocks are in float32.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.functional import ScalingType, scaled_mm
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from parallel.device import capability
+
+from .gate import silu_mul
+from .multiply_blocks import multiply_blocks_kernel
+from .quantization import BLOCK
+from .quantized import GROUP, LARGEST, VALUES, Matrix, Quantized
+
+TILE_ROWS, TILE_COLUMNS = 128, 128
+STAGES = 6
+REGISTERS = 168  # a thread's, of 12 warps
+SHARED_ROWS = 8  # tiles of x whose programs follow each other, so that the cache holds what they share of w
+
+
+@triton.jit
+def _quantize_kernel(
+    x, row_of, values, scales, num_rows, num_columns, width, scale_stride, shift, begin,
+    BM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, POWERS: tl.constexpr,
+    GATHER: tl.constexpr,
+):  # fmt: skip
+    """Quantise BM rows in one block of columns, in the order in which these are stored."""
+    block = tl.program_id(1)
+    m, i = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BLOCK)
+    k, p = block * BLOCK - shift + i, block * BLOCK - begin + i
+    row = m.to(tl.int64)
+    if GATHER:
+        row = tl.load(row_of + m, mask=m < num_rows, other=-1).to(tl.int64)
+    there = (m < num_rows) & (row >= 0)
+    here = there[:, None] & ((k >= 0) & (k < num_columns))[None, :]
+    value = tl.load(x + row[:, None] * num_columns + k[None, :], mask=here, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 1), 1e-10) / LARGEST
+    if POWERS:  # rounded up
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    value = tl.clamp(value / scale[:, None], -LARGEST, LARGEST).to(values.dtype.element_ty)
+    halves = tl.reshape(value.to(tl.uint8, bitcast=True), [BM, BLOCK // GROUP, 2, GROUP // 2])
+    value = tl.reshape(tl.permute(halves, (0, 1, 3, 2)), [BM, BLOCK])
+    to = values + m.to(tl.int64)[:, None] * width + p[None, :]
+    tl.store(
+        to, value.to(values.dtype.element_ty, bitcast=True), mask=there[:, None] & ((p >= 0) & (p < width))[None, :]
+    )
+    tl.store(scales + block.to(tl.int64) * scale_stride + m, scale, mask=there)
+
+
+def quantize_rows(
+    x: torch.Tensor, w: Quantized, row_of: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows in 8 bits, to be multiplied with w: [R, P] float8_e4m3fn, and [B, R] float32, their scales.
+
+    Columns are in the order in which w's are stored.
+
+    Args:
+        x: [M, K].
+        w: the matrix, or several.
+        row_of: [R] int32, which row of x each of these is; none where -1, and what is there is left as it was. None:
+            all rows.
+    """
+    num_rows, width = (x if row_of is None else row_of).shape[0], w.values.shape[-1]
+    padded = -(-num_rows // 4) * 4  # copies of tiles begin at multiples of 16 bytes
+    values = torch.empty((padded, width), dtype=VALUES, device=x.device)
+    scales = torch.empty((w.scales.shape[0], padded), dtype=torch.float32, device=x.device)
+    _quantize_kernel[(-(-num_rows // 16), scales.shape[0])](
+        x.contiguous(), x if row_of is None else row_of, values, scales, num_rows, x.shape[1], width, padded, w.shift,
+        w.shift - w.lead, BM=16, BLOCK=BLOCK, GROUP=GROUP, LARGEST=LARGEST, POWERS=w.powers_of_two,
+        GATHER=row_of is not None, num_warps=4,
+    )  # fmt: skip
+    return values[:num_rows], scales[:, :num_rows]
+
+
+def can_multiply_in_8_bits(w: Matrix, x: torch.Tensor) -> TypeGuard[Quantized]:
+    """Return whether the device multiplies x [R, K], of a 2-byte dtype, with w in 8 bits: Hopper GPUs.
+
+    Scales of one of several matrices, or parts, begin at multiples of 16 bytes.
+    """
+    if not (isinstance(w, Quantized) and x.is_cuda and x.dim() == 2 and x.element_size() == 2):
+        return False
+    return w.shape[-2] % 8 == 0 and x.numel() > 0 and w.numel() > 0 and capability(x.device)[0] == 9
+
+
+def product_in_8_bits(
+    x: torch.Tensor, w: Quantized, bias: torch.Tensor | None = None, *, gated: bool = False
+) -> torch.Tensor:
+    """Return x [R, K] times w [N, K] transposed, plus bias [N], x quantised on the way: [R, N] in x's dtype.
+
+    Where ``gated``, w is [2 N, K], the gate's rows first, and what is returned silu(x gate^T) * (x up^T).
+    """
+    rows, grid = quantize_rows(x, w), w.grid
+    if grid is None:
+        return multiply(rows, w, x.dtype, bias, gated=gated)
+    out = _library_product(rows, w, grid, x.dtype)
+    if gated:
+        return silu_mul(out)
+    return out if bias is None else out.add_(bias)
+
+
+def _library_product(
+    rows: tuple[torch.Tensor, torch.Tensor], w: Quantized, grid: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return rows that are quantised times w, whose blocks of 128 x 128 are whole, by cuBLAS: [R, N] in ``dtype``."""
+    values, scales = rows
+    padded = scales.stride(0)  # rows of the room that they are in
+    values, scales = (
+        values.as_strided((padded, values.shape[1]), values.stride()),
+        scales.as_strided((scales.shape[0], padded), scales.stride()),
+    )
+    out = scaled_mm(
+        values, w.values.t(), scales.t(), ScalingType.BlockWise1x128, grid.t(), ScalingType.BlockWise128x128,
+        output_dtype=dtype,
+    )  # fmt: skip
+    return out[: rows[0].shape[0]]
+
+
+def multiply(
+    rows: tuple[torch.Tensor, torch.Tensor],
+    w: Quantized,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    *,
+    gated: bool,
+    expert_of: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return what ``product_in_8_bits`` does of rows that are quantised: [R, N] in ``dtype``.
+
+    expert_of: [R / TILE_ROWS] int32: which of several matrices [E, N, K] a tile of rows is multiplied with; E and more
+        where none, and what is there is left as it was.
+    """
+    values, scales = rows
+    parts = 2 if gated else 1
+    num_rows, columns, half = values.shape[0], w.shape[-2] // parts, TILE_COLUMNS // parts
+    out = torch.empty((num_rows, columns), dtype=dtype, device=values.device)
+    matrices = (w.values if w.values.dim() == 2 else w.values.flatten(0, 1)).unflatten(0, (-1, columns))
+    multiply_blocks_kernel[(-(-num_rows // TILE_ROWS) * -(-columns // half),)](
+        _tiles(values, [TILE_ROWS, BLOCK]), _tiles(matrices, [parts, half, BLOCK]), _tiles(scales, [1, TILE_ROWS]),
+        _tiles(w.scales, [1, half]), out if bias is None else bias, out, out if expert_of is None else expert_of,
+        matrices.shape[0] // parts, num_rows, columns, scales.shape[0], w.shift - w.lead,
+        STAGES=STAGES, SHARED_ROWS=SHARED_ROWS, EVEN=w.shares_scales(columns, TILE_COLUMNS // 2),
+        HAS_BIAS=bias is not None, EXPERTS=expert_of is not None, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
+    return out
+
+
+def _tiles(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    if tensor.dtype == torch.float32:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    else:
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
