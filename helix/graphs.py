@@ -29,6 +29,7 @@ from attention.work import Cutting, cut
 from parallel.symmetric import Faults
 
 from .cache.pages import PagedCache
+from .compile_ahead import compile_ahead
 from .models.decoder import Decoder
 from .upload import Packing, Shapes, fill_work, upload, work_shapes
 
@@ -203,6 +204,10 @@ class DecodeGraphs:
         self.graphs = [
             DecodeGraph(*size, device, decoder.cutting(cache.layers[0], max_rows=size[1])) for size in sorted(sizes)
         ]
+        with compile_ahead(device) as ahead:
+            for graph in self.graphs if ahead else ():
+                self._fill_with_nothing(graph)
+                self._step(graph)
         for graph in sorted(self.graphs, key=lambda graph: -graph.num_rows):  # the smaller ones find its memory
             self._capture(graph)
         names = [f"{graph.num_runs} x {graph.run_len}" for graph in self.graphs]
@@ -254,15 +259,18 @@ class DecodeGraphs:
     def _capture(self, graph: DecodeGraph) -> None:
         if graph.graph is None:
             return
-        graph.buffer.copy_(graph.fill(0, DecodeRows.none(), self._padding_slot))
+        self._fill_with_nothing(graph)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._step(graph)  # compiles every kernel before the capture
+            self._step(graph)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         with torch.cuda.graph(graph.graph, pool=self._pool):
             self._step(graph)
+
+    def _fill_with_nothing(self, graph: DecodeGraph) -> None:
+        graph.buffer.copy_(graph.fill(0, DecodeRows.none(), self._padding_slot))
 
     @torch.inference_mode()
     def _step(self, graph: DecodeGraph) -> None:

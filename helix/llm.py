@@ -342,10 +342,11 @@ class LLM:
             faults=self.faults,
             sampler=Sampler(decoder, max_batch=scheduler.max_batch, eos_token_ids=eos_token_ids),
         )
+        num_choices = scheduler.max_batch * (1 + self._drafting.max_draft_len)
+        runner.compile_steps(scheduler.prefill_chunk + num_choices)
         num_pages = cache.num_pages
         if num_pages is None:
             if self.launch.device.type == "cuda":
-                num_choices = scheduler.max_batch * (1 + self._drafting.max_draft_len)
                 runner.warm_up(scheduler.prefill_chunk + num_choices, num_choices)
             free = free_bytes(self.launch.device, cache.memory_fraction, self.launch.local_world_size)
             drafts = self.layout.kvp * self._drafting.page_bytes  # a draft model's cache holds as many tokens

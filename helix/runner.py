@@ -24,12 +24,15 @@ from parallel.symmetric import Faults
 from .batch import LocalRows, SharedRows, StepRows
 from .cache.pages import PagedCache
 from .cache.pool import BlockTable
+from .compile_ahead import compile_ahead
 from .graphs import DecodeGraphs, DecodeRows, PendingTokens
 from .logprobs import SampledTokens
 from .models.decoder import Decoder, RowShare
 from .request import Chunk
 from .sampler import Choices, Sampler
 from .upload import upload
+
+_LONG = 1 << 16  # tokens; attention over so many is cut into parts wherever it can be
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +278,21 @@ class Runner:
         """
         hidden, _ = self._forward(StepRows.for_nobody(num_rows), LocalRows.that_see_nothing(num_rows), repeat=2)
         self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(num_choices, -1)))
+
+    def compile_steps(self, most_rows: int) -> None:
+        """Compile what steps without a graph launch, up to so many rows: nothing is left to compile while requests run.
+
+        Collective over the world; does nothing without a GPU.
+        """
+        powers = [1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows]
+        sizes = sorted({*powers, *(size + 1 for size in powers), most_rows})  # Triton tells multiples of 16 from others
+        most_seen = min(_LONG, self._host_table.shape[1] * self.placement.block_size)
+        with compile_ahead(self.decoder.device) as ahead:
+            for num_rows in sizes if ahead else ():
+                for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
+                    seen = LocalRows(np.full(num_rows, visible), np.full(num_rows, -1))
+                    hidden, _ = self._forward(StepRows.for_nobody(num_rows), seen)
+                self.decoder.local_logits(hidden[: self.max_batch])
 
     def _local_rows(self, rows: StepRows) -> LocalRows:
         return LocalRows.of(rows, self.placement, self.grid.kvp_rank, self._host_table)

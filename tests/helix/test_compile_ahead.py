@@ -1,0 +1,66 @@
+"""Kernels are compiled before the first request, several at once, and none afterwards."""
+
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+import torch
+import triton
+import yaml
+
+from helix.compile_ahead import compile_ahead
+from helix.config import CacheConfig, HelixConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
+from helix.llm import LLM
+from helix.request import Request
+from helix.sampling import SamplingParams
+from scripts.cli import CONF
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """The names of kernels as they are compiled."""
+    names: list[str] = []
+    knobs = triton.knobs.runtime
+    before = knobs.jit_post_compile_hook
+    knobs.jit_post_compile_hook = lambda **about: names.append(about["fn"].name)
+    yield names
+    knobs.jit_post_compile_hook = before
+
+
+def test_without_a_gpu_nothing_is_held_back() -> None:
+    with compile_ahead(torch.device("cpu")) as ahead:
+        assert not ahead
+
+
+def draw(rng: Random, vocab: int) -> Request:
+    sampling = SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=True)
+    if rng.random() < 0.5:
+        sampling.temperature, sampling.seed = 1.0, rng.randrange(100)
+        sampling.top_p, sampling.top_k = rng.choice([(1.0, 0), (0.9, 0), (1.0, 20), (0.8, 50)])
+    if rng.random() < 0.2:
+        sampling.frequency_penalty = 0.5
+    if rng.random() < 0.1:
+        sampling.logprobs = 3
+    beginning = [1 + i % 50 for i in range(rng.choice([0, 200, 1000]))]
+    own = [rng.randrange(vocab) for _ in range(int(2 ** rng.uniform(0, 11)))]
+    return Request(prompt_token_ids=beginning + own, sampling=sampling)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["none", "ngram"])
+@pytest.mark.parametrize("preset", ["glm4_9b_1m", "qwen3_30b_a3b", "deepseek_v2_lite"])
+def test_nothing_is_compiled_while_requests_run(preset: str, method: str, compiled: list[str]) -> None:
+    shape = yaml.safe_load((CONF / "model" / f"{preset}.yaml").read_text("utf-8"))
+    llm = LLM(
+        HelixConfig(
+            model=ModelConfig(load="dummy", config=shape["config"] | {"num_hidden_layers": 2}, max_position=8192),
+            cache=CacheConfig(num_pages=1024),
+            scheduler=SchedulerConfig(max_batch=32, prefill_chunk=512),
+            speculative=SpeculativeConfig(method=method),
+        )
+    )
+    assert compiled, "the hook heard of nothing"
+    compiled.clear()
+    rng = Random(method)
+    llm.generate([draw(rng, llm.spec.vocab_size) for _ in range(250)])
+    assert compiled == []
