@@ -16,23 +16,39 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attention import latent_kv, split_kv
+from attention import append, latent_append, latent_kv, split_kv
 from attention.partial import select_backend
 from helix.models import experts
 from helix.models.spec import Experts
-from tests.attention.cases import make_case, partials_of, shard
+from tests.attention.cases import in_8_bits, make_case, partials_of, shard
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-            torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+            torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}  # fmt: skip
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
-def attend(dtype: torch.dtype, *, heads: int, kv_heads: int, head_dim: int, rows: int, value_dim: int | None = None):
+def attend(dtype: torch.dtype, *, heads: int, kv_heads: int, head_dim: int, rows: int, value_dim: int | None = None,
+           eight_bits: bool = False):  # fmt: skip
     """A step of one sequence of 600 tokens."""
     case = make_case(0, lengths=[600], num_rows=[rows], heads=heads, kv_heads=kv_heads, head_dim=head_dim,
                      block_size=64, kvp=1, dtype=dtype, value_dim=value_dim)  # fmt: skip
     pages, step = shard(case, 0, "cpu")
-    partials_of(select_backend("triton", torch.device("cpu")), case.q, pages, step, 1.0, value_dim)
+    held = in_8_bits(pages, value_dim) if eight_bits else pages
+    partials_of(select_backend("triton", torch.device("cpu")), case.q, held, step, 1.0, value_dim)
+
+
+def append_all() -> None:
+    """Keys, values and latents of four rows, as they are and in 8 bits."""
+    slot, cos = torch.arange(4), torch.zeros(4, 32)
+    for held in (torch.zeros(4, 2, 2, 64, 128).bfloat16(), in_8_bits(torch.zeros(4, 2, 2, 64, 128).bfloat16())):
+        qkv = torch.zeros(1, 4, 12 * 128).bfloat16()
+        append.append_kernel(qkv[0].unflatten(1, (12, 128))[:, :2], None, held, slot)
+        append.rope_append(qkv, cos, cos, held, slot, num_heads=8, norms=None, interleaved=False)
+    flat, norm = torch.zeros(1, 4, 64 + 576).bfloat16(), torch.zeros(512).bfloat16()
+    for held in (torch.zeros(4, 1, 1, 64, 576).bfloat16(), in_8_bits(torch.zeros(4, 1, 1, 64, 576).bfloat16(), 512)):
+        latent_append.latent_append(
+            flat, cos, cos, held, slot, latent_norm=norm, q_norm=None, eps=1e-6, interleaved=True
+        )
 
 
 def mix(dtype: torch.dtype, rows: int) -> None:
@@ -50,13 +66,19 @@ CASES: dict[str, Callable[[], None]] = {
     "prefill-float32": lambda: attend(torch.float32, heads=32, kv_heads=8, head_dim=128, rows=64),
     "latents": lambda: attend(torch.bfloat16, heads=128, kv_heads=1, head_dim=576, rows=1, value_dim=512),
     "latents-float32": lambda: attend(torch.float32, heads=16, kv_heads=1, head_dim=576, rows=1, value_dim=512),
+    "decode-8-bits": lambda: attend(torch.bfloat16, heads=32, kv_heads=8, head_dim=128, rows=1, eight_bits=True),
+    "latents-8-bits": lambda: attend(
+        torch.bfloat16, heads=16, kv_heads=1, head_dim=576, rows=1, value_dim=512, eight_bits=True
+    ),
+    "append": append_all,
     "experts": lambda: mix(torch.bfloat16, 1024),
     "few-experts": lambda: mix(torch.bfloat16, 8),
     "experts-float32": lambda: mix(torch.float32, 1024),
 }
 KERNELS = (
     split_kv._split_kernel, latent_kv._latent_kernel, experts._gate_up_kernel, experts._down_kernel,
-    experts._queue_kernel, experts._combine_kernel,
+    experts._queue_kernel, experts._combine_kernel, append._append_kernel, append._rope_append_kernel,
+    latent_append._append_kernel,
 )  # fmt: skip
 
 

@@ -14,13 +14,22 @@ ROOT = Path(__file__).parents[2]
 KIB = 1024
 LIMITS = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 CASES = ("decode", "prefill", "latents", "experts")
-MORE = ("prefill-256", "prefill-float32", "latents-float32", "few-experts", "experts-float32")
+MORE = (
+    "decode-8-bits",
+    "latents-8-bits",
+    "append",
+    "prefill-256",
+    "prefill-float32",
+    "latents-float32",
+    "few-experts",
+    "experts-float32",
+)
 
 
 @pytest.mark.parametrize(
     ("arch", "cases"),
     [
-        (80, ("decode",)),
+        (80, ("decode", "decode-8-bits", "append")),
         (86, CASES),
         (89, ("decode",)),
         (90, ("latents",)),
