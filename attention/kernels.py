@@ -1,13 +1,14 @@
 """The Triton back end: which kernel attends, by GPU, rows, heads, head size and pages.
 
-| kernel        | GPU    | rows x heads a KV head      | head size    | pages of           | programs                |
-|---------------|--------|-----------------------------|--------------|--------------------|-------------------------|
-| many_rows     | Hopper | any, of a workspace         | 128 + 64     | 2 bytes            | one a piece             |
-| stream_kv     | Hopper | at most 64 (32 if 256 wide) | 64, 128, 256 | 16 to 256, 2 bytes | persistent              |
-| many_rows     | Hopper | any                         | 64, 128, 256 | 16 to 256, 2 bytes | one a piece             |
-| split_kv      | any    | any                         | any          | any                | persistent for few rows |
-| stream_latent | Hopper | any; all read one latent    | 512 + 64     | 16 to 256, 2 bytes | persistent for few rows |
-| latent_kv     | any    | any; all read one latent    | any          | any                | persistent for few rows |
+| kernel            | GPU    | rows x heads a KV head      | head size    | pages of           | programs             |
+|-------------------|--------|-----------------------------|--------------|--------------------|----------------------|
+| many_rows         | Hopper | any, of a workspace         | 128 + 64     | 2 bytes            | one a piece          |
+| stream_kv         | Hopper | at most 64 (32 if 256 wide) | 64, 128, 256 | 16 to 256, 2 bytes | persistent           |
+| stream_eight_bits | Hopper | at most 64                  | 128          | 16 to 256, 1 byte  | persistent           |
+| many_rows         | Hopper | any                         | 64, 128, 256 | 16 to 256, 2 bytes | one a piece          |
+| split_kv          | any    | any                         | any          | any                | persistent, few rows |
+| stream_latent     | Hopper | any; all read one latent    | 512 + 64     | 16 to 256, 2 bytes | persistent, few rows |
+| latent_kv         | any    | any; all read one latent    | any          | any                | persistent, few rows |
 
 The choice is made once a step, when its work is cut, and travels with the list.
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable
 import torch
 import triton
 
-from . import latent_kv, many_rows, split_kv, stream_kv, stream_latent
+from . import latent_kv, many_rows, split_kv, stream_eight_bits, stream_kv, stream_latent
 from .pages import Pages, QuantizedPages
 from .partial import Partials, Workspace
 from .rows import Rows
@@ -28,6 +29,7 @@ from .work import Cutting
 _KERNELS: dict[str, Callable[..., None]] = {
     "stream_kv": stream_kv.attend,
     "many_rows": many_rows.attend,
+    "stream_eight_bits": stream_eight_bits.attend,
     "split_kv": split_kv.attend,
     "latent_kv": latent_kv.attend,
     "stream_latent": stream_latent.attend,
@@ -74,6 +76,8 @@ class TritonAttention:
                 return stream_latent.cutting(num_heads, max_rows, self._processors)
             return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.dtype.itemsize > 2)
         if isinstance(pages, QuantizedPages):
+            if stream_eight_bits.supports(pages, max_rows * group):
+                return Cutting("stream_eight_bits", max_rows, stream_eight_bits.UNIT, programs)
             return split_kv.cutting(pages, group, max_rows, programs)
         if stream_kv.supports(pages, max_rows * group):
             return Cutting("stream_kv", max_rows, stream_kv.TILE, programs)

@@ -43,7 +43,7 @@ REGISTERS, REGISTERS_OF_MOST_COLUMNS = 128, 160
 
 
 @gluon.jit
-def _fetch(
+def fetch_turns(
     kv, tiles, full, free, page_table, pieces, first_piece, last_piece, table_stride, k_row, v_row, page_rows,
     BLOCK_SIZE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -187,7 +187,7 @@ def _stream_kv_kernel(
                     q, tiles_s, q_s, p_s, full, free, pieces, first_piece, last_piece, visible_len, part_start,
                     out, lse, q_row_stride, scale_log2, num_heads, kv_head, GROUP, SPLIT, PDL,
                 )),
-                (_fetch, (
+                (fetch_turns, (
                     kv, tiles_s, full, free, page_table, pieces, first_piece, last_piece, table_stride, k_row, v_row,
                     page_rows, BLOCK_SIZE, PDL,
                 )),
