@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helix.models import grouped
 from helix.models.experts import experts_in_use, mix_queued, mix_reference, mixture, route
 from helix.models.linear import can_stream
 from helix.models.spec import Experts
@@ -42,6 +43,37 @@ def of(num_experts, num_chosen, units, normalised=True):
     ],
 )
 def test_queues_of_pairs_do_what_the_reference_does(dtype, normalised, rows, num_experts, held, units, hidden, chosen):
+    check_queues(dtype, normalised, rows, num_experts, held, units, hidden, chosen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("held", [(0, 8), (2, 7)], ids=str)
+@pytest.mark.parametrize(("rows", "units", "hidden"), [(1000, 200, 392), (2048, 1408, 2048), (5000, 64, 128)])
+def test_blocks_of_many_rows_do_what_the_reference_does(dtype, held, rows, units, hidden):
+    check_queues(dtype, False, rows, 8, held, units, hidden, 3)
+
+
+def test_pairs_are_copied_into_blocks_of_one_expert_and_back(monkeypatch):
+    """The products stand in for the kernel, which runs on Hopper alone: of as many rows as a block says it has."""
+
+    def products(x, w, out, which, *, gated):
+        expert_of, rows_of, num_blocks = which
+        assert out.shape[0] >= int(num_blocks) * grouped.BLOCK_ROWS
+        for block, rows in enumerate(rows_of[: int(num_blocks)].tolist()):
+            its = slice(block * grouped.BLOCK_ROWS, block * grouped.BLOCK_ROWS + rows)
+            made = x[its].double() @ w[int(expert_of[block])].double().T  # exact, so that no row's place matters
+            gate, up = made.chunk(2, -1)
+            out[its] = torch.nn.functional.silu(gate) * up if gated else made
+
+    monkeypatch.setattr(grouped, "supports", lambda *_: True)
+    monkeypatch.setattr(grouped, "_launch", products)
+    for held in ((0, 4), (1, 3)):
+        check_queues(torch.float32, True, 600, 4, held, 12, 40, 2)
+
+
+def check_queues(dtype, normalised, rows, num_experts, held, units, hidden, chosen):
+    """Compare queues with the reference, in the rows' dtype and exactly; a rerun is equal."""
     x, router, gate_up, down = inputs(rows, rows, num_experts, units, hidden, dtype)
     experts, gate_up, down = of(num_experts, chosen, units, normalised), gate_up[slice(*held)], down[slice(*held)]
     weights, ids = route(x.double(), router.double(), experts)
