@@ -15,11 +15,11 @@ Shape letters: R rows, V vocabulary size.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,70 +32,80 @@ from .sampling import SEED_LIMIT, SamplingParams
 from .upload import upload
 
 
+class Rules:
+    """What settings say of how rows choose, on the host: alike in every step of the same rows.
+
+    Attributes:
+        params: of each row.
+        draws, filters, bounds: whether any row draws, has a filter, and top-k or min-p.
+    """
+
+    def __init__(self, params: Sequence[SamplingParams]) -> None:
+        self.params = list(params)
+        draws = np.array([not each.is_greedy for each in params], bool)
+        inverse = np.array([1 / each.temperature if each.temperature else 1.0 for each in params])
+        min_p = np.array([-math.log2(each.min_p) if each.min_p else math.inf for each in params])
+        top_k = np.array([min(each.top_k, NO_TOP_K) or NO_TOP_K for each in params], np.int64)
+        bounds = draws & ((min_p < math.inf) | (top_k < NO_TOP_K))
+        self.doubles = np.array([each.top_p if each.top_p < 1 else math.inf for each in params])
+        filters = bounds | draws & (self.doubles < math.inf)
+        self.floats = np.stack((inverse, inverse * ORDERS_PER_NAT, min_p)).astype(np.float32)
+        self.integers = np.zeros((4, len(self.params)), np.int64)
+        self.integers[:2] = NOISE * draws + FILTERED * filters, top_k
+        self.draws, self.filters, self.bounds = bool(draws.any()), bool(filters.any()), bool(bounds.any())
+
+    def are_of(self, params: Sequence[SamplingParams]) -> bool:
+        """Return whether they are those of the very same settings."""
+        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+
+
 @dataclass(frozen=True, eq=False)
 class RowSettings:
     """How R rows choose.
 
     Attributes:
+        rules: what holds for all of them; equal on all ranks.
         floats: [3, R] float32: 1 / T (1 for a greedy row), that over ln 2, and how many binary orders of probability
             below the most likely token min-p keeps (inf: all).
         doubles: [R] float64: top-p; inf is off.
-        integers: [4, R] int64: flags, top-k (NO_TOP_K: off), and the two keys of the noise.
-        draws, filters, bounds: whether any row draws, has a filter, and top-k or min-p; equal on all ranks.
+        integers: [4, R] int64: flags, top-k (NO_TOP_K: off), seeds, and the positions of the tokens that are chosen.
     """
 
+    rules: Rules
     floats: Tensor
     doubles: Tensor
     integers: Tensor
-    draws: bool
-    filters: bool
-    bounds: bool
 
     @classmethod
-    def of(
-        cls, params: Sequence[SamplingParams], seeds: Sequence[int], positions: Sequence[int], device: torch.device
-    ) -> RowSettings:
-        """Return how row i chooses the token at positions[i] of a request with params[i] and seeds[i].
+    def of(cls, rules: Rules, seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> RowSettings:
+        """Return how row i chooses the token at positions[i] of a request with seeds[i].
 
         Raises:
             ValueError: when lengths differ, or a seed is outside [0, 2**63).
         """
-        if not len(params) == len(seeds) == len(positions):
+        if not len(rules.params) == len(seeds) == len(positions):
             raise ValueError(
-                f"params, seeds, positions = {len(params)}, {len(seeds)}, {len(positions)} entries must be equally many"
+                f"params, seeds, positions = {len(rules.params)}, {len(seeds)}, {len(positions)} entries must be "
+                "equally many"
             )
-        for row, seed in enumerate(seeds):
-            if not 0 <= seed < SEED_LIMIT:
-                raise ValueError(f"seeds[{row}] = {seed} must lie in [0, 2**63)")
-        draws = np.array([not each.is_greedy for each in params], bool)
-        inverse = np.array([1 / each.temperature if each.temperature else 1.0 for each in params])
-        min_p = np.array([-math.log2(each.min_p) if each.min_p else math.inf for each in params])
-        top_p = np.array([each.top_p if each.top_p < 1 else math.inf for each in params])
-        top_k = np.array([min(each.top_k, NO_TOP_K) or NO_TOP_K for each in params], np.int64)
-        filters = draws & ((min_p < math.inf) | (top_p < math.inf) | (top_k < NO_TOP_K))
-        keys = np.zeros((2, len(params)), np.int64)
-        if draws.any():
-            keys = row_keys(np.array(seeds, np.int64), np.array(positions, np.int64), TOKEN_STREAM)
-        arrays: dict[str, npt.NDArray[np.generic]] = {
-            "floats": np.stack((inverse, inverse * ORDERS_PER_NAT, min_p)).astype(np.float32),
-            "doubles": top_p,
-            "integers": np.stack((NOISE * draws + FILTERED * filters, top_k, *keys)),
-        }
-        sent = upload(arrays, device)
-        bounds = draws & ((min_p < math.inf) | (top_k < NO_TOP_K))
-        flags = (bool(each.any()) for each in (draws, filters, bounds))
-        return cls(sent["floats"], sent["doubles"], sent["integers"], *flags)
+        wrong = next((row for row, seed in enumerate(seeds) if not 0 <= seed < SEED_LIMIT), None)
+        if wrong is not None:
+            raise ValueError(f"seeds[{wrong}] = {seeds[wrong]} must lie in [0, 2**63)")
+        rules.integers[2:] = seeds, positions
+        sent = upload({"floats": rules.floats, "doubles": rules.doubles, "integers": rules.integers}, device)
+        return cls(rules, sent["floats"], sent["doubles"], sent["integers"])
 
 
 def scores(logits: Tensor, settings: RowSettings, first: int = 0) -> Tensor:
     """Return float32 [R, V'], of which the largest is chosen where no filter rules it out.
 
-    ``logits`` are those of the token ids from ``first`` on.
+    ``logits`` are on a CPU, and those of the token ids from ``first`` on.
     """
     logits = logits.float()
-    if not settings.draws:
+    if not settings.rules.draws:
         return logits
-    noise = gumbel(settings.integers[2:], logits.shape[1], first)
+    seeds, positions = settings.integers[2:].numpy()
+    noise = gumbel(torch.from_numpy(row_keys(seeds, positions, TOKEN_STREAM)), logits.shape[1], first)
     draws = (settings.integers[0] & NOISE)[:, None] > 0
     return torch.where(draws, logits * settings.floats[0][:, None] + noise, logits)
 
@@ -106,11 +116,11 @@ def choose(logits: Tensor, settings: RowSettings) -> Tensor:
         raise ValueError(f"logits = {list(logits.shape)} must be [{settings.integers.shape[1]}, vocabulary]")
     if logits.is_cuda:
         return choose_kernels.choose(
-            logits, settings.floats, settings.doubles, settings.integers, bounds=settings.bounds
+            logits, settings.floats, settings.doubles, settings.integers, bounds=settings.rules.bounds
         )
     found = scores(logits, settings)
     rows = (settings.integers[0] & FILTERED).nonzero()[:, 0]
-    if settings.filters:
+    if settings.rules.filters:
         few = kept(logits[rows].float(), settings.floats[:, rows], settings.doubles[rows], settings.integers[:, rows])
         found = found.clone()
         found[rows] = found[rows].masked_fill(~few, -math.inf)

@@ -58,9 +58,8 @@ def _key(score, at, last_id):
 def _score(value, at, floats, integers, row, rows, first_id):
     """What is compared: a row with noise has value / T + noise."""
     inverse = tl.load(floats + row)
-    key0 = tl.load(integers + 2 * rows + row).to(tl.uint32)
-    key1 = tl.load(integers + 3 * rows + row).to(tl.uint32)
-    return tl.fma(value, tl.zeros_like(value) + inverse, gumbel_of(key0, key1, first_id + at))
+    noise = gumbel_of(tl.load(integers + 2 * rows + row), tl.load(integers + 3 * rows + row), first_id + at)
+    return tl.fma(value, tl.zeros_like(value) + inverse, noise)
 
 
 @triton.jit(do_not_specialize=["columns", "rows", "first_id", "last_id", "chunks"])
@@ -334,7 +333,7 @@ def choose(
         logits: [R, V] on CUDA, of any float type.
         floats: [3, R] float32: 1 / T, 1 / (T ln 2), and how many binary orders below the best min-p keeps.
         doubles: [R] float64: top-p, inf for none.
-        integers: [4, R] int64: flags, top-k (or NO_TOP_K), and the two keys of the noise.
+        integers: [4, R] int64: flags, top-k (or NO_TOP_K), seeds and positions.
         bounds: whether any row has top-k or min-p.
     """
     rows, columns = logits.shape

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
 TOKEN_STREAM = 2**16 - 1  # part of the hash: another one would change the tokens of every seeded request
+_STREAM = tl.constexpr(TOKEN_STREAM)
 _LOW_32 = 0xFFFFFFFF
 
 
@@ -54,13 +55,24 @@ def _mix_(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def gumbel_of(key0, key1, columns):
-    """What ``gumbel`` returns, up to the rounding of logarithms, in a kernel: keys uint32, columns int32."""
+def gumbel_of(seed, position, columns):
+    """What ``gumbel`` returns for the keys of one row, up to the rounding of logarithms: in a kernel, columns int32."""
+    key0 = _row_key(0x243F6A88, seed, position)
+    key1 = _row_key(0x05A308D3, seed, position)
     mixed = _mixed(_mixed(columns.to(tl.uint32)) ^ key0) ^ key1
     u = tl.minimum((mixed.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     rest = 1.0 - u
     e = tl.where(rest == 1.0, u, -tl.log(rest) * (u / tl.where(rest == 1.0, 1.0, 1.0 - rest)))  # -log1p(-u)
     return -tl.log(e)
+
+
+@triton.jit
+def _row_key(begin: tl.constexpr, seed, position):
+    step = tl.full([], 0x1E3779B9, tl.uint32)
+    key = _mixed((tl.full([], begin, tl.uint32) ^ seed.to(tl.uint32)) + step)
+    key = _mixed((key ^ (seed >> 32).to(tl.uint32)) + step)
+    key = _mixed((key ^ position.to(tl.uint32)) + step)
+    return _mixed((key ^ ((position >> 32) | (_STREAM << 16)).to(tl.uint32)) + step)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from torch import Tensor
 from parallel.sharded_argmax import ShardedArgmax
 
 from .bans import banned
-from .choice import RowSettings, choose, scores
+from .choice import RowSettings, Rules, choose, scores
 from .choose_kernels import best_keys
 from .logprobs import SampledTokens, with_logprobs
 from .models.decoder import Decoder
@@ -75,14 +75,17 @@ class Sampler:
         self._argmax = ShardedArgmax(
             decoder.grid.world_group, vocab=self._vocab, vocab_size=self._vocab_size, device=decoder.device
         )
+        self._rules = Rules([])
         self._counts = TokenCounts(max_batch, self._vocab, decoder.device)
 
     def prepare(self, chunks: Many[Chunk], last_tokens: Tensor) -> Choices:
         """Return how the rows of a step choose. Before the forward; ``last_tokens`` [max_batch] are those it reads."""
         rows = [(chunk, ahead) for chunk in chunks for ahead in range(chunk.num_choices)]
         params = [chunk.seq.sampling for chunk, _ in rows]
+        if not self._rules.are_of(params):
+            self._rules = Rules(params)
         settings = RowSettings.of(
-            params,
+            self._rules,
             [chunk.seq.seed for chunk, _ in rows],
             [chunk.stop + ahead for chunk, ahead in rows],
             self._decoder.device,
@@ -98,7 +101,7 @@ class Sampler:
         Collective over the world; equal on all ranks.
         """
         logits, settings = self._adjusted(local, choices), choices.settings
-        if settings.filters:
+        if settings.rules.filters:
             whole = logits if self._decoder.grid.world_size == 1 else self._decoder.gather_logits(logits)
             tokens = choose(whole, settings)
         elif logits.is_cuda:
@@ -124,9 +127,9 @@ class Sampler:
         logits = self._decoder.local_logits(
             last_tokens.new_zeros((1, self._decoder.spec.hidden_size)).to(self._decoder.dtype)
         )
-        for top_p in (1.0, 0.5):
+        for top_k in (0, 1):  # without filters, and with all of them
             for presence in (0.0, 0.5):  # penalised logits are float32
-                seq.sampling = SamplingParams(temperature=1.0, top_p=top_p, presence_penalty=presence)
+                seq.sampling = SamplingParams(temperature=1.0, top_k=top_k, presence_penalty=presence)
                 self.choose(logits, self.prepare([Chunk(seq, 0, 1)], last_tokens))
         self._counts.forget(seq)
 

@@ -15,7 +15,7 @@ from omegaconf.errors import ValidationError
 from torch import Tensor
 
 from helix import choose_kernels, penalty_kernels
-from helix.choice import FILTERED, NOISE, RowSettings, choose, scores
+from helix.choice import FILTERED, NOISE, RowSettings, Rules, choose, scores
 from helix.filters import kept
 from helix.logprobs import SampledTokens, with_logprobs
 from helix.mass import mass
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def settings(self) -> RowSettings:
-        return RowSettings.of(self.params, self.seeds, self.positions, CPU)
+        return RowSettings.of(Rules(self.params), self.seeds, self.positions, CPU)
 
     def penalised(self, logits: Tensor) -> Tensor:
         counts = torch.zeros(logits.shape, dtype=torch.int32)
@@ -548,11 +548,11 @@ def test_batch_returns_the_most_alternatives_any_row_asks_for(asked: list[int | 
 
 def test_settings_of_unequal_lengths_or_a_bad_seed_are_refused() -> None:
     with pytest.raises(ValueError, match="params, seeds, positions = 1, 2, 1 entries must be equally many"):
-        RowSettings.of([SamplingParams()], [1, 2], [3], CPU)
+        RowSettings.of(Rules([SamplingParams()]), [1, 2], [3], CPU)
     with pytest.raises(ValueError, match=r"seeds\[0\] = 9223372036854775808 must lie in \[0, 2\*\*63\)"):
-        RowSettings.of([SamplingParams()], [2**63], [3], CPU)
+        RowSettings.of(Rules([SamplingParams()]), [2**63], [3], CPU)
     with pytest.raises(ValueError, match=r"logits = \[3, 4\] must be \[1, vocabulary\]"):
-        choose(torch.zeros(3, 4), RowSettings.of([SamplingParams()], [1], [3], CPU))
+        choose(torch.zeros(3, 4), RowSettings.of(Rules([SamplingParams()]), [1], [3], CPU))
 
 
 def test_filters_and_noise_are_skipped_where_no_row_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,11 +612,11 @@ def chosen_by_kernels(logits: Tensor, settings: RowSettings, device: str) -> Ten
 def test_kernels_choose_what_the_rules_say(kind: str, dtype: torch.dtype) -> None:
     for vocabulary in (300, 2500) if KERNELS_ON == "cpu" else (300, 4099, 151_552):
         params = [SamplingParams(**ON_DEVICES[row % len(ON_DEVICES)]) for row in range(18)]
-        settings = RowSettings.of(params, list(range(18)), [vocabulary] * 18, CPU)
+        settings = RowSettings.of(Rules(params), list(range(18)), [vocabulary] * 18, CPU)
         logits = kernel_logits(kind, 18, vocabulary).to(dtype)
         got = chosen_by_kernels(logits, settings, KERNELS_ON)
         assert torch.equal(got, choose(logits, settings))
-        alone = RowSettings.of(params[3:4], [3], [vocabulary], CPU)
+        alone = RowSettings.of(Rules(params[3:4]), [3], [vocabulary], CPU)
         assert torch.equal(chosen_by_kernels(logits[3:4], alone, KERNELS_ON), got[3:4])
 
 
