@@ -6,7 +6,7 @@ They are also the schema that the commands compose from YAML and the command lin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ USED_BY = {
     "model": ("draft_model",),
 }
 ROLES = ("prefill", "decode")
+SAMPLING_DEFAULTS = ("none", "model")
 MOST = 2**31 - 1  # pages, rows and positions are 32-bit integers on the device
 MOST_SECONDS = 1_000_000  # some waits count milliseconds in 32 bits
 
@@ -410,6 +411,27 @@ class TransferConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SamplingConfig(SamplingParams):
+    """How requests sample that do not say.
+
+    Attributes:
+        defaults: whose values the settings have that are left at their defaults: none is those, greedy; model is the
+            checkpoint's generation_config.json.
+    """
+
+    defaults: str = "none"
+
+    def __post_init__(self) -> None:
+        SamplingParams.__post_init__(self)
+        check_choice("sampling.defaults", self.defaults, SAMPLING_DEFAULTS)
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> SamplingParams:
+        """Return the settings of one request, which has no defaults of its own to name."""
+        own = {each.name: getattr(self, each.name) for each in fields(SamplingParams)}
+        return SamplingParams(**own).with_overrides(overrides)
+
+
+@dataclass(kw_only=True, slots=True)
 class HelixConfig:
     """Everything that ``helix.LLM`` needs."""
 
@@ -418,7 +440,7 @@ class HelixConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)

@@ -39,6 +39,7 @@ from .inbox import Inbox
 from .loop import StepLoop
 from .metrics import RunMetrics
 from .models.decoder import Decoder
+from .models.generation_config import with_models_sampling
 from .models.loading import fill
 from .models.tokenizer import end_of_turn_ids
 from .models.weights import part_of
@@ -93,7 +94,7 @@ class LLM:
 
     def __init__(self, config: HelixConfig, *, prompts: Prompt | Sequence[Prompt] = ()) -> None:
         self.launch: Launch = enter(config)
-        prepared = Prepared(config, self.launch, prompts=as_prompts(prompts))
+        prepared = Prepared(with_models_sampling(config), self.launch, prompts=as_prompts(prompts))
         self.config = config = prepared.config
         self.spec, self.layout = prepared.spec, prepared.layout
         self.dtype, self.tokenizer = prepared.dtype, prepared.tokenizer

@@ -66,7 +66,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for item in fields(self):
+        for item in fields(SamplingParams):
             value = _plain(getattr(self, item.name), item.type)
             if value is None and not conforms(None, item.type):
                 value = item.default_factory() if item.default_factory is not MISSING else item.default

@@ -29,6 +29,7 @@ from typing import Any
 
 from helix.config import HelixConfig
 from helix.llm import LLM, enter
+from helix.models.generation_config import with_models_sampling
 from helix.prediction import predicted
 from helix.prepare import Prepared
 from helix.request import Request, RequestOutput
@@ -217,6 +218,7 @@ def read_input(config: GenerateConfig) -> tuple[Work, dict[int, str]]:
 
 def run_requests(config: GenerateConfig, launch: Launch) -> None:
     """Read the requests, generate, and write what came of them."""
+    config = with_models_sampling(config)
     work, done = read_input(config)
     llm = LLM(config, prompts=checked_first(work))
     hashes = from_rank0(lambda: hashes_of(work.requests, config))

@@ -24,6 +24,7 @@ from pathlib import Path
 from helix.config import HelixConfig
 from helix.inbox import Inbox
 from helix.llm import LLM, enter
+from helix.models.generation_config import with_models_sampling
 from helix.serving import wire
 from helix.serving.clients import Clients
 from helix.serving.config import KEY_VARIABLE, ServingConfig
@@ -73,9 +74,9 @@ def run(config: ServeConfig) -> None:
                 raise ending.RunFailed(str(error)) from error
             llm.close()
     elif launch.speaks:
-        lead(config)
+        lead(with_models_sampling(config))
     else:
-        follow(config)
+        follow(with_models_sampling(config))
 
 
 def lead(config: ServeConfig) -> None:

@@ -94,9 +94,7 @@ def names(schema: type) -> str:
     [
         (
             "sampling.max_token=3",
-            "sampling.max_token is not a key; did you mean sampling.max_tokens? sampling has: max_tokens, temperature, "
-            "top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed, stop, stop_token_ids, "
-            "ignore_eos, logprobs",
+            "sampling.max_token is not a key; did you mean sampling.max_tokens? sampling has: max_tokens, min_tokens, ",
         ),
         ("paralel.kvp=2", "paralel.kvp is not a key; did you mean parallel? there are: " + names(GenerateConfig)),
         ("zzz=1", "zzz is not a key; there are: " + names(GenerateConfig)),
@@ -127,7 +125,7 @@ def names(schema: type) -> str:
             "output = a-${sampling.seeds}: sampling.seeds is not a key; did you mean sampling.",
         ),
         ("output=a-${sampling}", "output = a-${sampling}: sampling is a group of keys; name one of them"),
-        ("cache=16", "cache = 16 is a group of keys and no value; set one of cache.block_size, cache.num_pages, "),
+        ("cache=16", "cache = 16 is a group of keys and no value; set one of cache.block_size, cache.dtype, "),
         ("cache.num_pages", "cache.num_pages is not KEY=VALUE; null is no value"),
         ("~cache.num_pages", "~cache.num_pages is not KEY=VALUE; null is no value"),
         ("hydra.verbose=true", "hydra.verbose is not a key; there are: "),
@@ -280,7 +278,7 @@ def test_a_preset_of_the_users_own_is_checked_in_our_words(command: Command, tmp
     assert "sampling.max_token is not a key; did you mean sampling.max_tokens?" in one_line(
         command(*given, "sampling=typo")
     )
-    assert one_line(command(*given, "sampling=text")) == "sampling.max_tokens = many must be an integer"
+    assert one_line(command(*given, "sampling=text")) == "sampling.max_tokens = many must be an integer or null"
     assert command(*given, "sampling=same").ran[0].sampling.max_tokens == 3
 
 
