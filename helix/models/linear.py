@@ -38,10 +38,8 @@ from .stream_weights import stream_weights_kernel
 MAX_ROWS = 64
 STAGE_BYTES = 147456  # one program a processor; memory needs some 10 MB in flight to be busy
 BN, BK = 64, 128
-# Tiles of 8 bits are widened while others' products run, by another program and by other warps.
-BN_8_BITS, PROGRAMS_8_BITS = 128, 2
-STAGE_BYTES_8_BITS = 113664  # of each program: half of a processor's shared memory
-REGISTERS_8_BITS = 80  # a thread's at the launch; those that multiply then take most of what the launch has
+SHARED_BYTES = 232448  # of a processor, that kernels may take; each program has some of the system's own
+FEW_TURNS = 8  # a kernel whose programs take fewer is over before the next one has begun, unless that finds room
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _LAYOUTS = _ELEMENTS | {torch.uint8: gl.uint8}
 assert BK == BLOCK  # a turn has one scale a row
@@ -72,9 +70,20 @@ def choose_splits(columns: int, turns: int, programs: int, bn: int = BN) -> int:
 
 def _splits_of(w: Matrix, turns: int, device: torch.device) -> int:
     """Return how many parts K is cut into: as many for any number of rows, so that a row's bits depend on no other."""
-    if isinstance(w, Quantized):
-        return choose_splits(w.shape[-2], turns, PROGRAMS_8_BITS * _processors(device), BN_8_BITS)
-    return choose_splits(w.shape[-2], turns, _processors(device))
+    if isinstance(w, torch.Tensor):
+        return choose_splits(w.shape[-2], turns, _processors(device))
+    programs = 4 * _processors(device)
+    splits = choose_splits(w.shape[-2], turns, programs)
+    return splits if turns >= FEW_TURNS * splits else choose_splits(w.shape[-2], turns, programs * 3 // 4)
+
+
+def _tile_of(rows: int) -> tuple[int, int]:
+    """Return how many rows of a quantised matrix a program takes, and how many programs a processor, for rows of x.
+
+    Tiles are widened while others' products run, by another program or by other warps. With many rows these share the
+    tile of x, and sums need registers.
+    """
+    return (BN, 4) if rows <= 32 else (2 * BN, 2)
 
 
 def _turns_of(w: Matrix) -> int:
@@ -117,7 +126,7 @@ def _stream(
     """
     parts = 2 if gated else 1
     columns, turns = w.shape[-2] // parts, _turns_of(w)
-    bn = BN_8_BITS if isinstance(w, Quantized) else BN
+    bn, programs = _tile_of(rows) if isinstance(w, Quantized) else (BN, 1)
     bm, half = max(8, triton.next_power_of_2(rows)), bn // parts
     each = gated and experts is not None
     dtype = x.dtype if (splits == 1 or each) and not exact else torch.float32
@@ -138,9 +147,10 @@ def _stream(
     grid = (-(-columns // half), len(out))
     x_bytes = bm * BK * x.element_size()
     if isinstance(w, Quantized):
-        stages = STAGE_BYTES_8_BITS // (bn * (BK + 4) + x_bytes)
+        stages = (SHARED_BYTES // programs - 2048) // (bn * (BK + 4) + x_bytes)
+        registers = 65536 // (programs * 32 * (bn // 16 + 4)) // 8 * 8  # a thread's; the warp that asks counts as four
         scales = _scale_tiles(w.scales, half), w.shift, w.shift - w.lead
-        stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, STAGES=stages, maxnreg=REGISTERS_8_BITS, **how)
+        stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, STAGES=stages, maxnreg=registers, **how)
     else:
         stages = STAGE_BYTES // (bn * BK * x.element_size() + x_bytes)
         stream_weights_kernel[grid](*tiles, *rest, SPLITS=splits, STAGES=stages, KNOWN=known, LATE=late, **how)
