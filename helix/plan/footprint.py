@@ -7,7 +7,7 @@ the fullest: all that is split unevenly gives its remainder to the first ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from attention.work import WORKSPACE_TOKENS
@@ -48,13 +48,13 @@ class Storage:
             if value not in FORMATS:
                 raise ValueError(f"{name} = {value!r} must be one of {', '.join(FORMATS)}")
 
-    def weight_bytes(self, role: str, weight: Weight) -> int:
-        """Return the bytes of one parameter of a rank, scales included."""
+    def weight_bytes(self, weight: Weight, *, narrow: bool) -> int:
+        """Return the bytes of one parameter of a rank, scales included; only a ``narrow`` one has few bits."""
         elements = _product(weight.shape)
         if weight.exact:
             return 4 * elements
         rows, columns = weight.shape[0], weight.shape[-1]
-        if role not in QUANTISED or self.weights in ("fp32", "bf16"):
+        if not narrow or self.weights in ("fp32", "bf16"):
             return elements * _ELEMENT_BYTES[self.weights]
         if self.weights == "fp8":
             return elements + 4 * rows * num_blocks(*weight.columns)
@@ -119,17 +119,22 @@ class Footprint:
     @cached_property
     def layers(self) -> tuple[LayerKind, ...]:
         """The layers, those that are alike together."""
+        alike: dict[tuple[bool, tuple[bool, ...]], list[int]] = {}
+        for layer in range(self.spec.num_layers):
+            has_experts = self.spec.experts_of(layer) is not None
+            alike.setdefault((has_experts, self._kept_in_8_bits(layer)), []).append(layer)
         kinds = []
-        for has_experts in (False, True):
-            numbers = [
-                layer
-                for layer in range(self.spec.num_layers)
-                if (self.spec.experts_of(layer) is not None) == has_experts
-            ]
-            if numbers:
-                weights = self._matrices(layer_weights(self.spec, numbers[0], self.part))
-                kinds.append(LayerKind(len(numbers), has_experts, weights))
+        for (has_experts, _), numbers in sorted(alike.items()):
+            weights = self._matrices(layer_weights(self.spec, numbers[0], self.part))
+            kinds.append(LayerKind(len(numbers), has_experts, weights))
         return tuple(kinds)
+
+    def _kept_in_8_bits(self, layer: int) -> tuple[bool, ...]:
+        """Which matrices of a layer a checkpoint holds in 8 bits; experts of a layer are alike."""
+        if self.spec.quantization is None:
+            return ()
+        names = (str(value) for value in asdict(self.spec.names).values() if value is not None)
+        return tuple(self.spec.is_quantized(name.format(layer=layer, expert=0)) for name in names if "{layer}" in name)
 
     @cached_property
     def num_heads(self) -> int:
@@ -211,9 +216,17 @@ class Footprint:
         rows_bytes = num_rows * width * _ELEMENT_BYTES[self.storage.weights]
         return rows_bytes + self.workspace_bytes(workspace_tokens)
 
+    def _is_narrow(self, role: str, weight: Weight) -> bool:
+        """Whether a parameter is kept in few bits: as its checkpoint says, else wherever it could be."""
+        if self.spec.quantization is not None and self.storage.weights == "fp8":
+            return weight.quantized
+        return role in QUANTISED
+
     def _matrices(self, weights: Mapping[str, Weight]) -> dict[str, Matrix]:
         return {
-            role: Matrix(_product(weight.shape), self.storage.weight_bytes(role, weight))
+            role: Matrix(
+                _product(weight.shape), self.storage.weight_bytes(weight, narrow=self._is_narrow(role, weight))
+            )
             for role, weight in weights.items()
         }
 

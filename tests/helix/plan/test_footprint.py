@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from helix import LLM, HelixConfig
 from helix.config import CacheConfig, ModelConfig
@@ -12,7 +13,7 @@ from helix.models.loading import read_spec
 from helix.plan.footprint import Footprint, Storage
 from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint
-from tests.helix.plan.presets import preset
+from tests.helix.plan.presets import CONF, preset
 
 STREAM = 2 * 4096  # bytes of a row of GLM-4-9B's hidden states
 
@@ -88,4 +89,19 @@ def test_the_runtime_allocates_what_was_counted(tmp_path, family, dtype, cache) 
     decoder = llm.runner.decoder
     assert foot.weights_bytes == decoder.layer_bytes + sum(tensor.nbytes for tensor in decoder.top.values())
     assert foot.page_bytes == llm.runner.cache.page_bytes
+    llm.close()
+
+
+def test_matrices_that_a_checkpoint_keeps_wide_are_counted_so() -> None:
+    """Block FP8 but for one layer's down projection: its layer is of a kind of its own."""
+    kept = {"quant_method": "fp8", "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head", "model.layers.1.mlp.down_proj"]}  # fmt: skip
+    config = yaml.safe_load((CONF / "model" / "bench.yaml").read_text())["config"]
+    shape = config | {"num_hidden_layers": 3, "quantization_config": kept}
+    model = ModelConfig(load="dummy", dtype="bfloat16", config=shape)
+    llm = LLM(HelixConfig(model=model, cache=CacheConfig(num_pages=8)))
+    foot = Footprint(llm.spec, llm.layout, Storage("fp8", "bf16"))
+    assert [kind.count for kind in foot.layers] == [1, 2]
+    decoder = llm.runner.decoder
+    assert foot.weights_bytes == decoder.layer_bytes + sum(tensor.nbytes for tensor in decoder.top.values())
     llm.close()
