@@ -84,9 +84,11 @@ def measure(launch: Launch, repeats: int, nodes: int) -> dict[str, Found]:
     with torch.inference_mode():
         for number, step in enumerate(steps, 1):
             how = " ".join((step.__doc__ or "").split()).rstrip(".")
-            found |= {name: Found(value, how) for name, value in step(machine).items()}
+            values = step(machine)
+            found |= {name: Found(value, how) for name, value in values.items()}
             torch.cuda.empty_cache()
-            cli.say(f"{number} of {len(steps)}: {how} ({time.monotonic() - began:.0f} s)")
+            said = ", ".join(f"{name} {_number(value)}" for name, value in values.items())
+            cli.say(f"{number} of {len(steps)}, {time.monotonic() - began:.0f} s: {said}")
     return found
 
 
