@@ -156,7 +156,7 @@ class Sampler:
     def _biases(
         self, rows: Many[tuple[Chunk, int]], last_tokens: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, tuple[Tensor, Tensor, Tensor] | None]:
-        """Return what is added and what is banned on this rank."""
+        """Return what is added and what is banned on this rank; None where nothing is on any: it decides the dtype."""
         start, stop = self._vocab
         device = self._decoder.device
         adding = banning = None
@@ -174,10 +174,11 @@ class Sampler:
             for row, (chunk, ahead) in enumerate(rows)
             if chunk.seq.sampling.bad_words or chunk.seq.sampling.min_tokens
             for token, after in banned(chunk, ahead, self._eos)
-            if start <= token < stop
         ]
         if out:
-            row, token, after, slot = upload({"banned": np.array(out, np.int64).T.copy()}, device)["banned"]
+            table = np.array(out, np.int64).T
+            table = np.ascontiguousarray(table[:, (table[1] >= 0) & (table[1] < stop - start)])
+            row, token, after, slot = upload({"banned": table}, device)["banned"]
             holds = (after < 0) | (last_tokens[slot] == after)
             banning = (row, token, torch.where(holds, -math.inf, math.inf))
         return adding, banning

@@ -226,7 +226,7 @@ def test_the_end_that_only_the_tokenizer_or_its_template_names_ends_an_answer(
                             tokenizer_config={"eos_token": names[0]}))  # fmt: skip
     stopped = one(other, PROMPTS[2], SamplingParams(max_tokens=12))
     assert (stopped.token_ids, stopped.finish_reason) == (full[: full.index(full[4]) + 1], "stop")
-    assert other.preparer._end_of_turn_ids == [EOS_ID], "the template ends turns with <|eos|>"
+    assert other.preparer.end_of_turn_ids == [EOS_ID], "the template ends turns with <|eos|>"
     settled = other.preparer.prepare(0, turns, SamplingParams(stop_token_ids=[3]))
     assert settled.sampling.stop_token_ids == [3, EOS_ID]
     assert other.preparer.prepare(0, Request(prompt="Why?"), SamplingParams()).sampling.stop_token_ids == []
@@ -240,7 +240,8 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(llm: LLM, monkeypatch: p
     class AddsBos:
         bos_token, bos_token_id = "<|bos|>", bos[0]
 
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+            assert add_special_tokens
             return {"input_ids": bos + plain(text)["input_ids"]}
 
     monkeypatch.setattr(reader, "_tokenizer", AddsBos())
