@@ -20,6 +20,7 @@ import triton.language as tl
 
 from attention.shared_memory import fit_stages, shared_bytes
 
+from . import grouped
 from .expert_blocks import block_of, feed_forward_in_8_bits, num_blocks_of
 from .linear import (
     ExpertsInUse,
@@ -37,6 +38,7 @@ from .spec import Experts
 
 ROUTE_WARP = 128  # scores that a warp looks through
 MIN_DOT = 16  # the least rows of a product on tensor cores
+MANY_PAIRS = 256  # of an expert on average, from which on they are copied together into blocks
 
 
 def mixture(
@@ -425,6 +427,10 @@ def mix_queued(
     if multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
         placed = True
         added, place_of = feed_forward_in_8_bits(x, gate_up, down, counts, queues, num_pairs)
+    elif num_pairs >= MANY_PAIRS * experts.num_experts and grouped.supports(x, gate_up, down):
+        assert isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
+        placed = True
+        added, place_of = grouped.mix_blocks(x.contiguous(), counts, queues, gate_up, down, chosen)
     else:
         added = place_of = _feed_forward(x, gate_up, down, counts, queues, num_pairs)
     _combine_kernel[(num_rows,)](

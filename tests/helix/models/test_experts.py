@@ -56,8 +56,10 @@ def test_blocks_of_many_rows_do_what_the_reference_does(dtype, held, rows, units
 
 def test_pairs_are_copied_into_blocks_of_one_expert_and_back(monkeypatch):
     """The products stand in for the kernel, which runs on Hopper alone: of as many rows as a block says it has."""
+    launched = []
 
     def products(x, w, out, which, *, gated):
+        launched.append(gated)
         expert_of, rows_of, num_blocks = which
         assert out.shape[0] >= int(num_blocks) * grouped.BLOCK_ROWS
         for block, rows in enumerate(rows_of[: int(num_blocks)].tolist()):
@@ -70,6 +72,7 @@ def test_pairs_are_copied_into_blocks_of_one_expert_and_back(monkeypatch):
     monkeypatch.setattr(grouped, "_launch", products)
     for held in ((0, 4), (1, 3)):
         check_queues(torch.float32, True, 600, 4, held, 12, 40, 2)
+    assert launched == 2 * 2 * [True, False]
 
 
 def check_queues(dtype, normalised, rows, num_experts, held, units, hidden, chosen):
