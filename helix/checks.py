@@ -11,6 +11,8 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 INT64_LIMIT = 2**63
+MOST = 2**31 - 1  # pages, rows and positions are 32-bit integers on the device
+MOST_SECONDS = 1_000_000  # some waits count milliseconds in 32 bits
 
 
 def conforms(value: object, expected: Any) -> bool:
@@ -46,3 +48,18 @@ def check_text(name: str, value: object) -> None:
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             check_text(f"{name}[{number}]", item)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the setting has one of its values."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} must be one of {', '.join(choices)}")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise ValueError when the setting is below its least value, or above what any can be: a count, or seconds."""
+    most = MOST_SECONDS if name.endswith("_s") else MOST
+    if value > most:
+        raise ValueError(f"{name} = {value} must be at most {most}")
+    if not value >= least:
+        raise ValueError(f"{name} = {value} must be at least {least}")

@@ -18,6 +18,8 @@ from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
 from .cache.retention import MAX_PRIORITY
+from .checks import check_at_least as check_at_least
+from .checks import check_choice as check_choice
 from .sampling import SamplingParams
 from .speculative.schedule import DraftLenSchedule
 
@@ -34,23 +36,6 @@ USED_BY = {
 }
 ROLES = ("prefill", "decode")
 SAMPLING_DEFAULTS = ("none", "model")
-MOST = 2**31 - 1  # pages, rows and positions are 32-bit integers on the device
-MOST_SECONDS = 1_000_000  # some waits count milliseconds in 32 bits
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless the setting has one of its values."""
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r} must be one of {', '.join(choices)}")
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise ValueError when the setting is below its least value, or above what any can be: a count, or seconds."""
-    most = MOST_SECONDS if name.endswith("_s") else MOST
-    if value > most:
-        raise ValueError(f"{name} = {value} must be at most {most}")
-    if not value >= least:
-        raise ValueError(f"{name} = {value} must be at least {least}")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from .cache.counters import CacheCounters
@@ -56,8 +58,13 @@ class Durations:
         raise ValueError("there are no durations")
 
     def cumulative(self, bounds_s: Sequence[float]) -> list[int]:
-        """Return how many durations lie at or below each bound, in seconds."""
-        return [sum(n for bucket, n in self._counts.items() if _middle_s(bucket) <= bound) for bound in bounds_s]
+        """Return how many durations lie at or below each bound; bounds in seconds, ascending."""
+        counts = [0] * len(bounds_s)
+        for bucket, number in self._counts.items():
+            place = bisect_left(bounds_s, _middle_s(bucket))
+            if place < len(counts):
+                counts[place] += number
+        return list(accumulate(counts))
 
     def as_dict_ms(self) -> dict[str, float] | None:
         """Return mean and percentiles in milliseconds; None without any."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 import sys
 import traceback
 
-from helix.serving.process import run
-from parallel.launch import set_up_logging
-
 
 def main() -> None:
     """Serve until rank 0 hangs up, and end at once then: a thread that still renders a template holds up nothing."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # rank 0 decides
-    set_up_logging(0, "http of rank")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s http %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    # transformers would load torch for its tokenizers, which need none, and say so where it is missing
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from helix.serving.process import run
+
     link, listener = (socket.socket(fileno=int(each)) for each in sys.argv[1:])
     code = 0
     try:

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from helix.serving.config import KEY_VARIABLE, ServingConfig
 from helix.serving.parsing import response_template
 from parallel.launch import from_rank0, set_up_logging
 from scripts import cli, ending
+from scripts.generate import cache_events
+from scripts.outputs import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN_WAIT_S = 30.0  # torchrun kills what lives so long after a signal, unless it is told otherwise
@@ -66,8 +68,8 @@ def run(config: ServeConfig) -> None:
     prefills = config.transfer.prefills(launch.part)
     set_up_logging(launch.rank, "prefill rank" if prefills else "rank")
     if prefills:
+        llm = LLM(config)
         with ending.taking_signals(lambda _: True):
-            llm = LLM(config)
             try:
                 llm.serve()
             except OSError as error:
@@ -86,12 +88,13 @@ def lead(config: ServeConfig) -> None:
     warn_of_torchrun(config.serve.drain_timeout_s)
     with http_process(listener) as (process, clients):
         clients.tell(setup_of(config, key))
+        llm = LLM(config)
         with ending.taking_signals(SignalTaker(clients).take):
-            llm = LLM(config)
             limits, turn_ends = llm.preparer.limits, llm.preparer.end_of_turn_ids
             clients.tell(wire.Ready(llm.spec.vocab_size, limits, list(turn_ends)))
-            for events in llm.turns(clients.inbox):
-                clients.publish(llm, events)
+            with cache_events(llm, config.cache.events):
+                for events in llm.turns(clients.inbox):
+                    clients.publish(llm, events)
             lost = from_rank0(lambda: clients.has_gone)
         llm.close()
         clients.close(END_S)
@@ -105,8 +108,8 @@ def lead(config: ServeConfig) -> None:
 def follow(config: ServeConfig) -> None:
     """Serve on another rank: signals are rank 0's to act on."""
     prepared(config)
+    llm = LLM(config)
     with ending.taking_signals(lambda _: True):
-        llm = LLM(config)
         for _ in llm.turns(Inbox()):
             pass
         lost = from_rank0(lambda: False)
@@ -134,6 +137,7 @@ def prepared(config: ServeConfig) -> tuple[socket.socket | None, str | None]:
                 raise ValueError(f"scripts.serve needs {name}: pip install -c constraints.txt -e '.[serve]'")
         key = config.serve.key(os.environ.get(KEY_VARIABLE))
         config.serve.require_key(config.host, key)
+        check_writable(config.cache.events)
         if config.serve.response_template is not None:
             response_template(config.serve.response_template)
         found.append((bound(config.host, config.port), key))
@@ -146,9 +150,11 @@ def bound(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address; ValueError where it cannot be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+        with ExitStack() as cleaning:
+            sock = cleaning.enter_context(socket.socket(family, kind, protocol))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            cleaning.pop_all()
     except OSError as error:
         raise ValueError(f"host = {host}, port = {port} cannot be listened on: {error.strerror or error}") from error
     return sock

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config import check_at_least
+from ..checks import check_at_least
 from ..request import MAX_URGENCY
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -25,6 +25,7 @@ class ServingConfig:
         max_prompts: prompts in one request.
         max_choices: answers to one request, over all its prompts.
         max_live: answers that wait or are made at once; more get 429.
+        max_live_tokens: tokens of their prompts, all together; a prompt that is alone may have more.
         max_connections: open sockets; null is what the process may open, less 64.
         max_priority: the highest priority that a request may ask for; null takes 0 alone.
         max_retention_s: the longest retention that it may ask for, in seconds; 0 takes none.
@@ -45,6 +46,7 @@ class ServingConfig:
     max_prompts: int = 128
     max_choices: int = 128
     max_live: int = 1024
+    max_live_tokens: int = 1 << 24
     max_connections: int | None = None
     max_priority: int | None = None
     max_retention_s: float = 0.0
@@ -56,7 +58,7 @@ class ServingConfig:
     response_template: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_prompts", "max_choices", "max_live"):
+        for name in ("max_body_bytes", "max_prompts", "max_choices", "max_live", "max_live_tokens"):
             check_at_least(f"serve.{name}", getattr(self, name), 1)
         if self.max_connections is not None:
             check_at_least("serve.max_connections", self.max_connections, 1)

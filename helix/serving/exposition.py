@@ -10,8 +10,7 @@ from prometheus_client.registry import Collector
 
 from ..request import ABORT, ERROR, LENGTH, STOP
 from .link import Link
-from .stats import BOUNDS_S
-from .wire import Histogram, Setup, Stats
+from .wire import BOUNDS_S, Histogram, Setup, Stats
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _GAUGES = (

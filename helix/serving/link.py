@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from ..commands import Abort, Close
+from ..commands import Abort, Add, Close
 from ..commands import encode as encode_command
 from . import wire
 from .errors import ApiError, gone
@@ -119,6 +119,7 @@ class Link:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._calls: dict[int, Call] = {}
+        self._num_tokens: dict[int, int] = {}  # of the prompts of those
         self._numbers = count()
         self._heard_s = time.monotonic()
         self._drained: asyncio.TimerHandle | None = None
@@ -143,40 +144,41 @@ class Link:
         """Return names for so many requests."""
         return [next(self._numbers) for _ in range(number)]
 
-    def submit(self, indices: Sequence[int], commands: Sequence[bytes]) -> Call:
+    def submit(self, adds: Sequence[Add]) -> Call:
         """Send requests to the world.
 
         Raises:
             ApiError: where it takes none: it loads, drains, has ended, or has as many as may live.
         """
-        self.require_open(len(indices))
-        call = Call(self, indices)
-        for index, command in zip(indices, commands, strict=True):
-            self._calls[index] = call
+        self.require_open(len(adds), sum(add.prompt_len for add in adds))
+        commands = encoded(adds)
+        call = Call(self, [add.index for add in adds])
+        for add, command in zip(adds, commands, strict=True):
+            self._calls[add.index], self._num_tokens[add.index] = call, add.prompt_len
             self._writer.write(pack(command))
         return call
 
-    def require_open(self, num_requests: int) -> None:
-        """Raise ApiError unless so many requests may come now."""
+    def require_open(self, num_requests: int, num_tokens: int = 0) -> None:
+        """Raise ApiError unless so many requests, with prompts of so many tokens together, may come now."""
         if self.has_gone:
             raise gone()
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=30)
         if self.setup is None or self.ready is None:
             raise ApiError(503, "the model is being loaded", code="loading", retry_after_s=5)
-        most = self.setup.serving.max_live
-        if self.num_live + num_requests > most:
-            raise ApiError(
-                429,
-                f"{self.num_live} answers are being made or wait, and serve.max_live = {most}; try again later",
-                code="overloaded",
-                retry_after_s=1,
-            )
+        serving, live_tokens = self.setup.serving, sum(self._num_tokens.values())
+        if self.num_live + num_requests > serving.max_live:
+            what = f"{self.num_live} answers are being made or wait, and serve.max_live = {serving.max_live}"
+        elif live_tokens and live_tokens + num_tokens > serving.max_live_tokens:
+            what = f"{live_tokens} tokens of prompts are there, and serve.max_live_tokens = {serving.max_live_tokens}"
+        else:
+            return
+        raise ApiError(429, f"{what}; try again later", code="overloaded", retry_after_s=1)
 
     def drop(self, indices: Sequence[int], running: set[int]) -> None:
         """Forget requests, and abort those that run."""
         for index in indices:
-            self._calls.pop(index, None)
+            self._forget(index)
             if index in running and not self.has_gone:
                 self._writer.write(pack(encode_command(Abort(index))))
 
@@ -207,7 +209,7 @@ class Link:
                 if (call := self._calls.get(delta.index)) is not None:
                     call.push(delta)
                     if delta.end is not None:
-                        del self._calls[delta.index]
+                        self._forget(delta.index)
             for progress in message.progress:
                 if (call := self._calls.get(progress.index)) is not None:
                     call.note(progress)
@@ -220,6 +222,10 @@ class Link:
             self._is_ready.set()
         else:
             self._drain()
+
+    def _forget(self, index: int) -> None:
+        self._calls.pop(index, None)
+        self._num_tokens.pop(index, None)
 
     def _drain(self) -> None:
         if self.is_draining:
@@ -238,3 +244,11 @@ class Link:
     def _fail_all(self, problem: ApiError) -> None:
         for call in set(self._calls.values()):
             call.fail(problem)
+
+
+def encoded(adds: Sequence[Add]) -> list[bytes]:
+    """Return the bytes of commands; ApiError where one cannot travel."""
+    try:
+        return [encode_command(add) for add in adds]
+    except ValueError as problem:
+        raise ApiError.of(problem) from problem

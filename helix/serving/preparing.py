@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..commands import Add
-from ..commands import encode as encode_command
 from ..prompts import Preparer, PromptReader
 from ..request import Request
 from ..sampling import SEED_LIMIT
@@ -103,11 +102,3 @@ class Settler:
                 code="context_length_exceeded",
             )
         return self._preparer.prepare(index, request, sampling)
-
-
-def encoded(adds: list[Add]) -> list[bytes]:
-    """Return the bytes of commands; ApiError where one cannot travel."""
-    try:
-        return [encode_command(add) for add in adds]
-    except ValueError as problem:
-        raise ApiError.of(problem) from problem

@@ -12,7 +12,7 @@ from .asking import Asked, asked_of, read_json
 from .errors import ApiError
 from .link import Call, Link, Piece
 from .parsing import AnswerParser, response_template
-from .preparing import Settler, encoded
+from .preparing import Settler
 from .replies import ChatReply, CompletionReply, Reply, head, require_answer, usage_of
 from .sending import EventStream, Receive, Scope, Send, read_body, send_json, while_connected
 from .token_texts import TokenTexts
@@ -81,7 +81,7 @@ class Service:
                 raise ApiError(400, NO_TEMPLATE, param="tools")
             adds, texts = await settler.settle(asked, self.link.new_indices)
             answering = Answering(self, asked, adds, texts, request_id)
-            call = self.link.submit([add.index for add in adds], encoded(adds))
+            call = self.link.submit(adds)
             try:
                 if asked.stream:
                     await answering.stream(call, EventStream(send, setup.serving.send_timeout_s))

@@ -5,13 +5,7 @@ from __future__ import annotations
 from ..llm import LLM
 from ..metrics import Durations
 from ..request import Sequence
-from .wire import Histogram, Progress, Stats
-
-BOUNDS_S = (
-    0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
-    10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 3600.0,
-)  # fmt: skip
-"""Bounds of the histograms' buckets, in seconds: a prompt of a million tokens may take an hour."""
+from .wire import BOUNDS_S, Histogram, Progress, Stats
 
 
 def stats_of(llm: LLM) -> Stats:

@@ -12,6 +12,12 @@ from ..prompts import Limits
 from ..sampling import SamplingParams
 from .config import ServingConfig
 
+BOUNDS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
+    10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 3600.0,
+)  # fmt: skip
+"""Bounds of the histograms' buckets, in seconds: a prompt of a million tokens may take an hour."""
+
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
     """What HTTP needs to begin: before it no answer is possible.
@@ -80,7 +86,7 @@ class Delta(msgspec.Struct, array_like=True):
 
 
 class Histogram(msgspec.Struct, frozen=True, array_like=True):
-    """Durations at or below each bound of ``stats.BOUNDS_S``, how many there are, and their sum in seconds."""
+    """Durations at or below each bound of ``BOUNDS_S``, how many there are, and their sum in seconds."""
 
     counts: list[int]
     num: int

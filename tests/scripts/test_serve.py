@@ -19,7 +19,9 @@ import pytest
 
 from helix import LLM, HelixConfig, Request, SamplingParams
 from helix.config import CacheConfig, ModelConfig, RuntimeConfig
+from helix.serving.config import ServingConfig
 from scripts.make_checkpoint import make_checkpoint
+from scripts.serve import ServeConfig, prepared
 from tests.scripts.serving_walk import Walk
 
 ROOT = Path(__file__).parents[2]
@@ -231,6 +233,36 @@ def test_a_repeated_prompt_is_found_in_the_cache(served: Served) -> None:
     assert usages[1].prompt_tokens_details.cached_tokens == len(prompt) - 1
 
 
+USAGE = {"include_usage": True}
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "measure me"}]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [  # what vLLM's bench client, guidellm 0.8.1 (two) and aiperf 0.13.0 send
+        ("completions", {"prompt": "measure me", "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 9,
+                         "logprobs": None, "stream_options": USAGE, "ignore_eos": True}),
+        ("completions", {"prompt": "measure me", "stream_options": {**USAGE, "continuous_usage_stats": True},
+                         "max_tokens": 9, "stop": None, "ignore_eos": True}),
+        ("chat/completions", {"stream_options": {**USAGE, "continuous_usage_stats": True}, "stop": None,
+                              "max_completion_tokens": 9, "ignore_eos": True, "messages": PARTS}),
+        ("chat/completions", {"messages": [{"role": "user", "name": "", "content": "measure me"}],
+                              "max_completion_tokens": 9, "stream_options": USAGE, "ignore_eos": True}),
+    ],
+)  # fmt: skip
+def test_what_benchmark_clients_send_is_answered_as_they_count(served: Served, path: str, body: dict[str, Any]) -> None:
+    status, text, _ = served.ask(f"/v1/{path}", body | {"model": "tiny", "stream": True})
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert status == 200 and events[-1] == "[DONE]"
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 9
+    if body["stream_options"].get("continuous_usage_stats"):
+        assert [each["usage"]["completion_tokens"] for each in chunks] == sorted(
+            each["usage"]["completion_tokens"] for each in chunks
+        )
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+
+
 def test_the_examples_run(served: Served) -> None:
     url = f"http://127.0.0.1:{served.port}"
     for command in ([sys.executable, "examples/chat.py", url], ["bash", "examples/completions.sh", url]):
@@ -429,3 +461,80 @@ def test_a_killed_rank_ends_the_world_and_every_client_hears_of_it(model: Path, 
     assert served.process.wait(60) != 0
     require_free(served.port)
     assert "error: another rank has ended" in served.log.read_text()
+
+
+@pytest.mark.slow
+def test_without_its_http_process_the_world_ends_in_one_line(model: Path, tmp_path: Path) -> None:
+    served = start(model, tmp_path)
+    [http] = [
+        int(folder.name)
+        for folder in Path("/proc").iterdir()
+        if folder.name.isdigit() and _is_http_of(folder, served.process.pid)
+    ]
+    os.kill(http, signal.SIGKILL)
+    assert served.process.wait(60) != 0
+    log = served.log.read_text()
+    assert "error: the HTTP process has ended" in log and "rank 0 failed" not in log and "rank 1 failed" not in log
+
+
+def _is_http_of(folder: Path, agent: int) -> bool:
+    """Return whether a process is the HTTP process of a rank that an agent started."""
+    try:
+        if b"scripts.http_process" not in (folder / "cmdline").read_bytes():
+            return False
+        parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        return Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1] == str(agent)
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(model: Path, tmp_path: Path) -> None:
+    served = start(model, tmp_path)
+    [client] = long_streams(served, 1, 3000)
+    [rank0] = [
+        int(pid)
+        for pid in Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
+        if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    ]
+    began = time.monotonic()
+    for _ in range(2):
+        os.kill(rank0, signal.SIGTERM)
+        time.sleep(0.5)
+    assert b"world_lost" in rest_of(client) and time.monotonic() - began < 10
+    served.process.wait(60)
+    assert "error: ended by SIGTERM" in served.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        ({"host": "0.0.0.0"}, None, "host = 0.0.0.0 serves other machines without a key"),
+        ({"serve": ServingConfig(api_key_file="none")}, None, "serve.api_key_file = none cannot be read"),
+        (
+            {"serve": ServingConfig(api_key_file="none")},
+            "k",
+            "serve.api_key_file = none and HELIX_API_KEY are both set",
+        ),
+        ({}, "two words", "HELIX_API_KEY holds no key"),
+        ({"serve": ServingConfig(response_template="none")}, None, "serve.response_template = none is no response"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(
+    settings: dict[str, Any], key: str | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HELIX_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("HELIX_API_KEY", key)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        prepared(ServeConfig(**{"port": 0} | settings))
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"^host = 127.0.0.1, port = {port} cannot be listened on"):
+            prepared(ServeConfig(port=port))

@@ -95,13 +95,18 @@ def test_tools_without_a_template_for_answers_are_refused(model: Path) -> None:
 
 
 def test_a_full_server_says_when_to_come_again(model: Path) -> None:
-    with serving(model, never, max_live=2) as world:
+    with serving(model, never, max_live=2, max_live_tokens=10) as world:
         with world.connect() as client:
             client.sendall(request_of({"prompt": ["a", "b"]}))
             world.wait_for(lambda: len(world.adds) == 2)
             status, answer, headers = world.ask(COMPLETE, {"prompt": "c"})
             assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "overloaded", "1")
         world.wait_for(lambda: sorted(world.aborted) == [add.index for add in world.adds])
+        with world.connect() as client:
+            client.sendall(request_of({"prompt": "a prompt that is alone may have more tokens"}))
+            world.wait_for(lambda: len(world.adds) == 3)
+            assert world.ask(COMPLETE, {"prompt": "c"})[1]["error"]["code"] == "overloaded"
+        world.wait_for(lambda: len(world.aborted) == 3)
         world._answer = at_once
         assert world.ask(COMPLETE, {"prompt": "c"})[0] == 200
 
