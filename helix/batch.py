@@ -39,16 +39,21 @@ class StepRows:
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> StepRows:
         """Return the rows of chunks, drafts included."""
-        starts = np.array([chunk.start for chunk in chunks])
-        counts = np.array([chunk.num_rows for chunk in chunks])
-        query_start = np.concatenate(([0], counts.cumsum()))
         tokens: list[int] = []
         for chunk in chunks:
             tokens += chunk.seq.token_ids[chunk.start : chunk.stop] or [-1]  # -1: not known yet
             tokens += chunk.drafts
+        return cls.at(chunks, np.array(tokens))
+
+    @classmethod
+    def at(cls, chunks: Sequence[Chunk], token_ids: IntArray) -> StepRows:
+        """Return the rows of chunks with the tokens that are given instead of their own."""
+        starts = np.array([chunk.start for chunk in chunks])
+        counts = np.array([chunk.num_rows for chunk in chunks])
+        query_start = np.concatenate(([0], counts.cumsum()))
         return cls(
-            token_ids=np.array(tokens),
-            positions=np.arange(len(tokens)) + np.repeat(starts - query_start[:-1], counts),
+            token_ids=token_ids,
+            positions=np.arange(len(token_ids)) + np.repeat(starts - query_start[:-1], counts),
             row_seq=np.repeat(np.array([chunk.seq.batch_slot for chunk in chunks]), counts),
             first_owner=np.repeat(np.array([chunk.seq.blocks.first_owner for chunk in chunks]), counts),
             query_start=query_start,

@@ -26,10 +26,10 @@ from .speculative.schedule import DraftLenSchedule
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "fp8_e4m3")
 LOADS = ("checkpoint", "dummy")
-METHODS = ("none", "ngram", "draft_model")
+METHODS = ("none", "ngram", "draft_model", "mtp")
 USED_BY = {
-    "max_draft_len": ("ngram", "draft_model"),
-    "draft_len_schedule": ("ngram", "draft_model"),
+    "max_draft_len": ("ngram", "draft_model", "mtp"),
+    "draft_len_schedule": ("ngram", "draft_model", "mtp"),
     "ngram_max": ("ngram",),
     "ngram_min": ("ngram",),
     "model": ("draft_model",),
@@ -240,7 +240,8 @@ class SpeculativeConfig:
     """Whether and how to draft tokens that the model verifies several at a time.
 
     Attributes:
-        method: ngram looks a sequence's last tokens up in the sequence itself; draft_model asks a smaller model.
+        method: ngram looks a sequence's last tokens up in the sequence itself; draft_model asks a smaller model; mtp
+            the layer of a DeepSeek-V3 checkpoint that predicts one token further.
         max_draft_len: the most tokens that a sequence drafts in a step.
         draft_len_schedule: "up to this batch size" -> draft length, above the last 0; None is always max_draft_len.
         ngram_max: the longest run of last tokens that is looked up.

@@ -255,7 +255,7 @@ class Engine:
             raise RuntimeError(f"{len(self.scheduler.waiting)} sequences wait and none can run")
         self._note_reuse(step)
         if self.speculator is not None:
-            self.speculator.propose(step, self.scheduler)
+            self.speculator.propose(step, self.scheduler, self.mover.execute)
         if self._check_ranks:  # before any collective whose shape the step decides
             compare_ranks(self.metrics.num_steps, step)
         self.mover.execute(step.movements)

@@ -138,6 +138,7 @@ class DecodeGraph:
         self._query_start = np.arange(0, self.num_rows + 1, run_len)
         self.query_start = torch.arange(0, self.num_rows + 1, run_len, dtype=torch.int32, device=device)
         self.graph = torch.cuda.CUDAGraph() if on_gpu else None
+        self.hidden: torch.Tensor
         self.local_logits: torch.Tensor
         self.output: torch.Tensor
 
@@ -288,6 +289,7 @@ class DecodeGraphs:
         if not token_ids.is_cuda:
             token_ids, chosen = torch.where(token_ids < 0, self.last_tokens[row_seq.long()], token_ids), None
         hidden = self._decoder.forward(token_ids, rows, self._cache.layers, self._exchange, chosen=chosen)
+        graph.hidden = hidden
         graph.local_logits = self._decoder.local_logits(hidden)
         tokens = self._decoder.greedy(graph.local_logits)
         last = slice(graph.run_len - 1, None, graph.run_len)

@@ -119,7 +119,7 @@ class LLM:
             pdl=self._pdl,
         )
         self.runner, self.num_pages = self._make_runner(decoder, prepared.eos_token_ids)
-        speculator = self._drafting.make_speculator(self.num_pages * self.layout.kvp)
+        speculator = self._drafting.make_speculator(self.num_pages * self.layout.kvp, self.runner)
         if self.faults is not None and config.runtime.graphs:
             buckets = buckets_up_to(config.scheduler.max_batch)
             self.runner.capture(speculator.schedule.reachable(buckets) if speculator is not None else ())
@@ -329,7 +329,9 @@ class LLM:
         layout = self._page_layout(decoder.num_kv_heads)
 
         def paged_cache(num_pages: int) -> PagedCache:
-            return PagedCache(layout, num_layers=self.spec.num_layers, num_pages=num_pages, device=self.launch.device)
+            return PagedCache(
+                layout, num_layers=self.spec.num_cached_layers, num_pages=num_pages, device=self.launch.device
+            )
 
         runner = Runner(
             decoder,
@@ -362,4 +364,6 @@ class LLM:
             tokens = self.footprint.max_tokens(num_pages)
             _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, tokens)
         runner.cache = agree(lambda: paged_cache(num_pages))
+        if self.spec.predicts_next:  # rows of rejected guesses at a sequence's end may be read before they are written
+            runner.cache.pages[self.spec.num_layers].zero_()
         return runner, num_pages

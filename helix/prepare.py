@@ -25,7 +25,7 @@ from .plan.footprint import Footprint
 from .prediction import advise, case_of, find_hardware, planned_layout, storage_of
 from .prompts import Prompt, PromptReader
 from .room import require_room
-from .speculative.loading import DrafterLoader
+from .speculative.loading import DrafterLoader, with_next_layer
 from .transfer.requirements import require as require_transfer
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Prepared:
         self.config = config = config_of_part(config, launch.part)
         if config.transfer.enabled:
             agree(lambda: require_transfer(config.transfer, launch))
-        self.spec: ModelSpec = agree(lambda: read_spec(config.model))
+        self.spec: ModelSpec = agree(lambda: with_next_layer(read_spec(config.model), config))
         if not config.parallel.planned:
             self.layout = self._resolve_layout()
         self.pdl = can_launch_dependently(launch.device)

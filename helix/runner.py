@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from attention.exchange import Exchange
 from attention.fused_exchange import OPERATION as EXCHANGE
-from attention.ranges import PlannedFillings
+from attention.ranges import Filling, PlannedFillings
 from attention.rows import Rows, Work
 from attention.work import cut
 from parallel.all_reduce_norm import OPERATION as ALL_REDUCE
@@ -28,7 +28,7 @@ from .compile_ahead import compile_ahead
 from .graphs import DecodeGraphs, DecodeRows, PendingTokens
 from .logprobs import SampledTokens
 from .models.decoder import Decoder, RowShare
-from .request import Chunk
+from .request import Chunk, Sequence
 from .sampler import Choices, Sampler
 from .upload import upload
 
@@ -42,6 +42,16 @@ class _UploadedTable:
     blocks: BlockTable | None = None
     num_pages: int = 0
     num_local: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A step's rows on the device, what each KVP rank projects of them, and what chunks attend to."""
+
+    token_ids: torch.Tensor
+    rows: Rows
+    share: RowShare | None
+    fillings: list[Filling]
 
 
 class RankLost(RuntimeError):
@@ -66,6 +76,8 @@ class Runner:
 
     Attributes:
         num_padding: rows that the last step computed for nobody, to fill its graph.
+        hidden: where the model has a layer that predicts one token further: of each sequence the first position that
+            the last step computed, and the final hidden states of its rows, [rows, h].
     """
 
     def __init__(
@@ -94,6 +106,7 @@ class Runner:
         self._last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=decoder.device)
         self.faults, self.sampler = faults, sampler
         self.num_padding = 0
+        self.hidden: dict[Sequence, tuple[int, torch.Tensor]] = {}
 
     @property
     def max_batch(self) -> int:
@@ -179,6 +192,7 @@ class Runner:
         step = StepRows.of(chunks)
         self._upload_tables(chunks)
         hidden, _ = self._forward(step, self._local_rows(step))
+        self._keep(chunks, hidden, step.query_start[1:].tolist())
         choosing = _choosing_rows(chunks, step.query_start[1:].tolist())
         if not choosing:
             first, stop = self.decoder.part.vocab
@@ -212,7 +226,34 @@ class Runner:
         rows = DecodeRows(step.token_ids, step.positions, local.slot, step.row_seq, local.visible, step.counts)
         self.num_padding = graph.num_rows - step.num_rows
         stops = range(graph.run_len, graph.num_rows + 1, graph.run_len)
-        return self._graphs.launch(graph, rows, _choosing_rows(chunks, stops))
+        pending = self._graphs.launch(graph, rows, _choosing_rows(chunks, stops))
+        if self.decoder.next is not None:
+            self._keep(chunks, graph.hidden.clone(), list(stops))
+        return pending
+
+    def predict_next(
+        self, chunks: list[Chunk], token_ids: npt.NDArray[np.int64] | torch.Tensor, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the layer that predicts one token further over chunks and return its hidden states: [R, h].
+
+        Collective over the world. Chunks have pages for all their positions, known tokens or not.
+
+        Args:
+            token_ids: [R], of their rows.
+            hidden: [R, h], of the position before each row.
+        """
+        known = token_ids if isinstance(token_ids, np.ndarray) else np.zeros(len(hidden), np.int64)
+        step = StepRows.at(chunks, known)
+        self._upload_tables(chunks)
+        given = self._give(step, self._local_rows(step))
+        ids = given.token_ids if isinstance(token_ids, np.ndarray) else token_ids
+        pages = self.cache.layers[self.decoder.spec.num_layers]
+        return self.decoder.predict_next(ids, hidden, given.rows, pages, self.exchange, fillings=given.fillings)
+
+    def _keep(self, chunks: list[Chunk], hidden: torch.Tensor, stops: list[int]) -> None:
+        if self.decoder.next is not None:
+            for chunk, stop in zip(chunks, stops, strict=False):
+                self.hidden[chunk.seq] = chunk.start, hidden[stop - chunk.num_rows : stop]
 
     def greedy(self, chunks: list[Chunk]) -> PendingTokens:
         """Launch a step whose chunks all choose a token, or compute it where no graph holds it.
@@ -240,6 +281,7 @@ class Runner:
     ) -> PendingTokens:
         self.num_padding = 0
         hidden, _ = self._forward(step, local)
+        self._keep(chunks, hidden, step.query_start[1:].tolist())
         logits = self.decoder.local_logits(hidden)
         if choices is None or self.sampler is None:
             return self._sent(chunks, self.decoder.greedy(logits))
@@ -298,10 +340,21 @@ class Runner:
         return LocalRows.of(rows, self.placement, self.grid.kvp_rank, self._host_table)
 
     def _forward(self, step: StepRows, local: LocalRows, *, repeat: int = 1) -> tuple[torch.Tensor, Rows]:
-        """Run the layers over a step's rows as they are, without a graph; all its inputs travel in one copy.
+        """Run the layers over a step's rows as they are, without a graph.
 
         ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.
         """
+        given = self._give(step, local, shares=self._shares(step.num_rows), repeat=repeat)
+        token_ids, rows = given.token_ids, given.rows
+        if (step.token_ids < 0).any():
+            token_ids = torch.where(token_ids < 0, self._last_tokens[rows.row_seq.long()], token_ids)
+        hidden = self.decoder.forward(
+            token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings
+        )
+        return hidden, rows
+
+    def _give(self, step: StepRows, local: LocalRows, *, shares: bool = False, repeat: int = 1) -> _Given:
+        """Send a step's rows to the device, in one copy, with the work of attention over them."""
         arrays: dict[str, npt.NDArray[np.generic]] = {
             "token_ids": step.token_ids,
             "positions": step.positions,
@@ -320,7 +373,7 @@ class Runner:
             work = None if cutting is None else cut(local.visible, step.query_start, step.row_seq, cutting)
         if work is not None:
             arrays |= {"pieces": work.pieces, "span_start": work.span_start, "part_start": work.part_start}
-        shared = SharedRows.of(step, self.placement, self.grid.kvp_rank) if self._shares(step.num_rows) else None
+        shared = SharedRows.of(step, self.placement, self.grid.kvp_rank) if shares else None
         if shared is not None:
             arrays |= {"mine": shared.mine, "order": shared.order}
         sent = upload(arrays, self.decoder.device)
@@ -337,12 +390,8 @@ class Runner:
             ),
         )  # fmt: skip
         share = None if shared is None else RowShare(sent["mine"], shared.num_mine, sent["order"])
-        token_ids = sent["token_ids"]
-        if (step.token_ids < 0).any():
-            token_ids = torch.where(token_ids < 0, self._last_tokens[rows.row_seq.long()], token_ids)
         fillings = [] if planned is None else planned.on_device(sent, rows) * repeat
-        hidden = self.decoder.forward(token_ids, rows, self.cache.layers, self.exchange, share, fillings=fillings)
-        return hidden, rows
+        return _Given(sent["token_ids"], rows, share, fillings)
 
     def _plan(self, step: StepRows, local: LocalRows, longest: int) -> PlannedFillings:
         """Deal out what a step's rows see here into fillings of the decoder's workspace."""

@@ -38,7 +38,7 @@ from .latent import MadeOfLatents, project, values_of
 from .linear import gated_linear, linear, split_linear
 from .quantized import Matrix, Quantized
 from .spec import Experts, ModelSpec
-from .weights import Weight, layer_weights, model_weights, part_of
+from .weights import Weight, layer_weights, model_weights, next_weights, part_of
 
 Parameters = dict[str, Any]  # tensors, and matrices that may be quantised
 
@@ -72,7 +72,8 @@ class Decoder:
     Attributes:
         num_heads, num_kv_heads: the query and KV heads of this rank's attention, before the exchange.
         top: the weights outside the layers, by role; layers: those of each layer, by role; among them
-            "cache_scales" [2] float32, of keys and values in 8 bits, where the checkpoint has them.
+            "cache_scales" [2] float32, of keys and values in 8 bits, where the checkpoint has them;
+            next: those of the layer that predicts one token further, None without one.
         made: where keys and values are made of latents, or widened from 8 bits; None without ``workspace``.
     """
 
@@ -105,6 +106,7 @@ class Decoder:
         self.layers: list[Parameters] = [
             self._allocate(layer_weights(spec, layer, self.part)) for layer in range(spec.num_layers)
         ]
+        self.next = self._allocate(next_weights(spec, self.part)) if spec.predicts_next else None
 
         self.made = None if workspace is None else self._make_workspace(*workspace)
 
@@ -127,7 +129,8 @@ class Decoder:
     @property
     def layer_bytes(self) -> int:
         """Bytes of the weights that this rank's layers hold."""
-        return sum(int(weight.nbytes) for layer in self.layers for weight in layer.values())
+        layers = self.layers if self.next is None else [*self.layers, self.next]
+        return sum(int(weight.nbytes) for layer in layers for weight in layer.values())
 
     def cutting(self, pages: Pages | Workspace, *, max_rows: int) -> Cutting | None:
         """Return how attention over pages like these wants steps cut, whose longest run has so many rows."""
@@ -177,15 +180,72 @@ class Decoder:
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             q = self._project_qkv(weights, normed, cos, sin, slot, pages[layer], share, plain=bool(fillings))
             merged = exchange(self._attend(q, pages[layer], rows, fillings, weights), layer=layer)
-            if self.spec.latent is not None and not fillings:
-                first, stop = (head - self.part.q_heads[0] for head in self.part.out_heads)
-                size = self.spec.latent.value_dim
-                merged = values_of(merged, weights["v_up"][first * size : stop * size], self.spec.latent, pdl=self._pdl)
-            projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl)
-            normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * layer)
-            added = self._feed_forward(weights, normed, self.spec.experts_of(layer))
-            normed = self._sum_and_norm(added, stream, next_norm, 2 * layer + 1)
+            normed = self._finish(layer, weights, merged, stream, next_norm, plain=bool(fillings))
         return normed
+
+    @torch.inference_mode()
+    def predict_next(
+        self,
+        token_ids: torch.Tensor,
+        hidden: torch.Tensor,
+        rows: Rows,
+        pages: Pages,
+        exchange: Exchange,
+        *,
+        fillings: Sequence[Filling] = (),
+    ) -> torch.Tensor:
+        """Run the layer that predicts one token further and return its hidden states, normalised: [R, h].
+
+        Their logits, by the model's own head, are those of the token after ``token_ids``.
+
+        Args:
+            token_ids: [R] int64, equal on all ranks; at position 0 its embedding and hidden state count as zero.
+            hidden: [R, h], the hidden state of the position before each row: the model's, normalised, or this layer's.
+            rows: as in ``forward``; a row stands at its token's position.
+            pages: the layer's own.
+            exchange, fillings: as in ``forward``.
+        """
+        assert self.next is not None
+        layer, weights, eps = self.spec.num_layers, self.next, self.spec.rms_eps
+        _, normed, cos, sin = embed(
+            token_ids,
+            rows.positions,
+            embedding=self.top["embedding"],
+            weight=weights["embedding_norm"],
+            eps=eps,
+            rope=self.spec.rope,
+            inv_freq=self._inv_freq,
+        )
+        both = torch.cat((normed, self._norm(hidden, weights["hidden_norm"])), -1)
+        both.masked_fill_((rows.positions == 0).unsqueeze(1), 0)
+        stream = linear(both, weights["input"], pdl=self._pdl)
+        normed = self._norm(stream, weights["input_norm"])
+        exchange.begin_step()
+        q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, plain=bool(fillings))
+        merged = exchange(self._attend(q, pages, rows, fillings, weights), layer=0)
+        return self._finish(layer, weights, merged, stream, weights["next_norm"], plain=bool(fillings), index=0)
+
+    def _finish(
+        self,
+        layer: int,
+        weights: Parameters,
+        merged: torch.Tensor,
+        stream: torch.Tensor,
+        next_norm: torch.Tensor,
+        *,
+        plain: bool,
+        index: int | None = None,
+    ) -> torch.Tensor:
+        """Return what follows a layer's attention, up to the norm behind it; ``index`` counts the steps' layers."""
+        index = layer if index is None else index
+        if self.spec.latent is not None and not plain:
+            first, stop = (head - self.part.q_heads[0] for head in self.part.out_heads)
+            size = self.spec.latent.value_dim
+            merged = values_of(merged, weights["v_up"][first * size : stop * size], self.spec.latent, pdl=self._pdl)
+        projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl)
+        normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * index)
+        added = self._feed_forward(weights, normed, self.spec.experts_of(layer))
+        return self._sum_and_norm(added, stream, next_norm, 2 * index + 1)
 
     def _attend(
         self, q: torch.Tensor, pages: Pages, rows: Rows, fillings: Sequence[Filling], weights: Parameters

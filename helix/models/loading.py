@@ -13,7 +13,7 @@ from .decoder import Decoder
 from .spec import ModelSpec, load_spec, spec_of
 from .tensor_names import named_as_stored
 from .weight_files import CheckpointError, tensor_names
-from .weights import layer_weights, model_weights, tensor_shapes
+from .weights import layer_weights, model_weights, next_weights, tensor_shapes
 
 
 def read_spec(config: ModelConfig) -> ModelSpec:
@@ -60,6 +60,8 @@ def fill(decoder: Decoder, checkpoint: Checkpoint | None) -> None:
     groups = [(model_weights(spec, decoder.part), decoder.top)]
     for layer, parameters in enumerate(decoder.layers):
         groups.append((layer_weights(spec, layer, decoder.part), parameters))
+    if decoder.next is not None:
+        groups.append((next_weights(spec, decoder.part), decoder.next))
     generator, shapes = torch.Generator(decoder.device), tensor_shapes(spec)
     for weights, parameters in groups:
         for role, weight in weights.items():

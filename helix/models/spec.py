@@ -167,6 +167,10 @@ class WeightNames:
     expert_gate: str = "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
     expert_up: str = "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
     expert_down: str = "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
+    next_embedding_norm: str = "model.layers.{layer}.enorm.weight"
+    next_hidden_norm: str = "model.layers.{layer}.hnorm.weight"
+    next_input: str = "model.layers.{layer}.eh_proj.weight"
+    next_norm: str = "model.layers.{layer}.shared_head.norm.weight"
 
     @cached_property
     def linear_modules(self) -> frozenset[str]:
@@ -192,6 +196,7 @@ class ModelSpec:
     eos_token_ids: ids that end a generation; may be empty.
     experts: None for a model without. latent: None where keys and values are cached.
     quantization: how the weights of its linear modules are quantised; None where they are not.
+    predicts_next: the checkpoint's layer after the last, which predicts one token further, is loaded beside the model.
     """
 
     family: str
@@ -213,6 +218,7 @@ class ModelSpec:
     experts: Experts | None = None
     latent: Latent | None = None
     quantization: Quantization | None = None
+    predicts_next: bool = False
 
     def __post_init__(self) -> None:
         for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():
@@ -226,6 +232,11 @@ class ModelSpec:
             )
         if self.rope.rotary_dim > self.head_dim:
             raise ValueError(f"rope.rotary_dim = {self.rope.rotary_dim} exceeds head_dim = {self.head_dim}")
+
+    @property
+    def num_cached_layers(self) -> int:
+        """Layers that a page holds tokens of: that which predicts one token further included."""
+        return self.num_layers + self.predicts_next
 
     @property
     def value_dim(self) -> int:

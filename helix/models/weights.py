@@ -174,6 +174,26 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     return weights
 
 
+def next_weights(spec: ModelSpec, part: Part) -> dict[str, Weight]:
+    """Return this rank's weights of the layer that predicts one token further: those of a layer, and some beside them.
+
+    embedding_norm, hidden_norm [h] of its two inputs, whole on every rank, as all of these are
+    input [h, 2h]: columns of the embedding, then of the hidden state
+    next_norm [h] of what it returns
+    """
+    h, names, layer = spec.hidden_size, spec.names, spec.num_layers
+    norms = {
+        "embedding_norm": names.next_embedding_norm,
+        "hidden_norm": names.next_hidden_norm,
+        "next_norm": names.next_norm,
+    }
+    return {
+        **layer_weights(spec, layer, part),
+        **{role: Weight((h,), (Piece(name.format(layer=layer)),)) for role, name in norms.items()},
+        "input": Weight((h, 2 * h), (Piece(names.next_input.format(layer=layer)),)),
+    }
+
+
 def _attention(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     h, D, names = spec.hidden_size, spec.head_dim, spec.names
 
@@ -303,7 +323,10 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         layer |= {names.q_bias: (q_len,), names.k_bias: (kv_len,), names.v_bias: (kv_len,)}
     if spec.qk_norm:
         layer |= {names.q_norm: (D,), names.k_norm: (D,)}
-    for number in range(spec.num_layers):
+    further = {names.next_embedding_norm: (h,), names.next_hidden_norm: (h,), names.next_norm: (h,)}
+    for number in range(spec.num_cached_layers):
+        if number == spec.num_layers:
+            layer |= further | {names.next_input: (h, 2 * h)}
         has_experts = spec.experts_of(number) is not None
         own = layer | (router if has_experts else dense)
         shapes |= {template.format(layer=number): shape for template, shape in own.items()}

@@ -16,7 +16,7 @@ from parallel.placement import BlockCyclic
 
 from ..models.quantization import num_blocks
 from ..models.spec import ModelSpec
-from ..models.weights import Part, Weight, layer_weights, model_weights, part_of
+from ..models.weights import Part, Weight, layer_weights, model_weights, next_weights, part_of
 
 FP4_GROUP = 16
 PLANE_ALIGNMENT = 16  # bytes; of the planes of a page in 8 bits
@@ -155,12 +155,13 @@ class Footprint:
     def weights_bytes(self) -> int:
         """All weights of the rank, in bytes."""
         layers = sum(kind.count * _sum_bytes(kind.matrices) for kind in self.layers)
-        return layers + _sum_bytes(self.top)
+        further = self._matrices(next_weights(self.spec, self.part)) if self.spec.predicts_next else {}
+        return layers + _sum_bytes(self.top) + _sum_bytes(further)
 
     @cached_property
     def token_bytes(self) -> int:
         """What the rank caches of a token that it owns, all layers, in bytes."""
-        return self.spec.num_layers * self.storage.token_bytes(self.spec, self.num_kv_heads)
+        return self.spec.num_cached_layers * self.storage.token_bytes(self.spec, self.num_kv_heads)
 
     @property
     def page_bytes(self) -> int:
@@ -170,7 +171,7 @@ class Footprint:
         kept = 0 if self.spec.latent is None else self.spec.latent.turned_dim
         vectors = self.block_size * self.spec.cache_planes * self.num_kv_heads
         planes = (vectors * (self.spec.head_dim - kept), vectors * 2 * kept, vectors * 4)
-        return self.spec.num_layers * sum(-(-plane // PLANE_ALIGNMENT) * PLANE_ALIGNMENT for plane in planes)
+        return self.spec.num_cached_layers * sum(-(-plane // PLANE_ALIGNMENT) * PLANE_ALIGNMENT for plane in planes)
 
     def cache_bytes_per_token(self, context: int) -> float:
         """Return the cache of one sequence of ``context`` tokens on the fullest rank, in bytes a token of it."""

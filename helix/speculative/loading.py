@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from attention.exchange import NoExchange
 from attention.partial import PartialAttention
 from parallel.grid import HelixGrid
@@ -17,8 +19,32 @@ from ..models.loading import fill, open_checkpoint, read_spec
 from ..models.spec import ModelSpec
 from ..runner import Runner
 from .draft_model import DraftModel
+from .next_layer import NextLayerSpeculator
 from .ngram import NgramDrafter
 from .speculator import Speculator
+
+NEXT_LAYERS = "deepseek_v3"
+
+
+def with_next_layer(spec: ModelSpec, config: HelixConfig) -> ModelSpec:
+    """Return a model's spec, with the layer that predicts one token further where drafts are asked of it.
+
+    Raises:
+        ValueError: in one line, when such models have none, or another group computes the prompts.
+    """
+    if config.speculative.method != "mtp":
+        return spec
+    if spec.family != NEXT_LAYERS:
+        raise ValueError(
+            f"speculative.method = mtp drafts by a layer that {NEXT_LAYERS} checkpoints have, and the model is a "
+            f"{spec.family}; use speculative=ngram or speculative=draft_model"
+        )
+    if config.transfer.enabled:
+        raise ValueError(
+            "speculative.method = mtp needs the hidden states of prompts, which a transfer does not bring; "
+            "use speculative=ngram or speculative=draft_model, or leave transfer.* out"
+        )
+    return replace(spec, predicts_next=True)
 
 
 class DrafterLoader:
@@ -95,14 +121,16 @@ class DrafterLoader:
             return 0
         return self._runner.cache.page_bytes
 
-    def make_speculator(self, num_pages: int) -> Speculator | None:
-        """Return what drafts, with so many pages for a draft model's cache; None without speculation.
+    def make_speculator(self, num_pages: int, target: Runner) -> Speculator | None:
+        """Return what drafts for a runner, with so many pages for a draft model's cache; None without speculation.
 
         Collective over the world.
         """
         config = self._config.speculative
         if config.method == "none":
             return None
+        if config.method == "mtp":
+            return NextLayerSpeculator(config.schedule, target)
         if self._runner is None:
             return Speculator(config.schedule, NgramDrafter(config.ngram_min, config.ngram_max))
         runner = self._runner

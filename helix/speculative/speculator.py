@@ -6,6 +6,9 @@ all ranks by the drafter's contract, and pages are the control plane's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from ..cache.movements import Movement
 from ..request import Chunk, Sequence
 from ..scheduler import Scheduler, Step
 from .counters import SpeculativeCounters
@@ -18,21 +21,22 @@ class Speculator:
 
     Args:
         schedule: draft lengths by batch size.
-        drafter: what drafts.
+        drafter: what drafts; None where a subclass does.
 
     Attributes:
         counters: what was done since they were last replaced.
     """
 
-    def __init__(self, schedule: DraftLenSchedule, drafter: Drafter) -> None:
+    def __init__(self, schedule: DraftLenSchedule, drafter: Drafter | None) -> None:
         self.schedule, self.drafter = schedule, drafter
         self.counters = SpeculativeCounters()
 
-    def propose(self, step: Step, scheduler: Scheduler) -> None:
+    def propose(self, step: Step, scheduler: Scheduler, move: Callable[[list[Movement]], None]) -> None:
         """Put drafts into a step's chunks, and into its movements what makes room for them.
 
         Collective over the world where the drafter is. The host must know every token of the sequences that decode.
-        A sequence drafts no further than to its end: its last token is never computed.
+        A sequence drafts no further than to its end: its last token is never computed. ``move`` makes movements at
+        once, for those who write the pages that they make room in; they are then none of the step's.
         """
         decoding = [number for number, chunk in enumerate(step.chunks) if chunk.is_decode]
         if not decoding:
@@ -44,6 +48,7 @@ class Speculator:
 
     def _draft(self, step: Step, scheduler: Scheduler, decoding: list[int], length: int) -> None:
         """Put at most ``length`` drafts into each of the chunks ``decoding``."""
+        assert self.drafter is not None
         seqs = [step.chunks[number].seq for number in decoding]
         limits = [min(length, seq.max_len - len(seq.token_ids) - 1) for seq in seqs]
         for number, seq, drafts in zip(decoding, seqs, self.drafter.draft(seqs, limits), strict=True):
@@ -66,4 +71,5 @@ class Speculator:
 
     def drop(self, seq: Sequence) -> None:
         """Forget a sequence that ended or was preempted."""
-        self.drafter.drop(seq)
+        if self.drafter is not None:
+            self.drafter.drop(seq)

@@ -300,7 +300,7 @@ def test_a_draft_length_schedule_is_given_on_the_command_line_and_sorted(command
     ("arguments", "message"),
     [
         (["speculative=medusa"], "Could not find 'speculative/medusa' Available options in 'speculative': draft_model"),
-        (["speculative.method=medusa"], "speculative.method = 'medusa' must be one of none, ngram, draft_model"),
+        (["speculative.method=medusa"], "speculative.method = 'medusa' must be one of none, ngram, draft_model, mtp"),
         (
             ["speculative.draft_len_schedule={0:1}"],
             "speculative.draft_len_schedule has batch size 0, must be at least 1",

@@ -243,7 +243,9 @@ def test_dummy_copies_agree_between_ranks_and_dummy_shards_do_not(shared: Callab
     ):
         [layer] = layers = [{role: torch.empty(w.shape) for role, w in layer_weights(spec, 0, part).items()}]
         top = {role: torch.empty(w.shape) for role, w in model_weights(spec, part).items()}
-        fill(cast(Decoder, SimpleNamespace(spec=spec, part=part, top=top, layers=layers, device="cpu")), None)
+        fill(
+            cast(Decoder, SimpleNamespace(spec=spec, part=part, top=top, layers=layers, next=None, device="cpu")), None
+        )
         ranks.append(top | layer)
     one, other = ranks
     assert {role for role in one if torch.equal(one[role], other[role])} == set(one) - {"o", "gate_up", "down"}

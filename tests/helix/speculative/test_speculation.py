@@ -250,9 +250,9 @@ def test_the_draft_length_follows_a_batch_that_shrinks_from_40_to_1(model: str) 
     assert speculator is not None
     propose = speculator.propose
 
-    def spy(step: Any, scheduler: Any) -> None:
+    def spy(step: Any, *rest: Any) -> None:
         batch = sum(chunk.is_decode for chunk in step.chunks)
-        propose(step, scheduler)
+        propose(step, *rest)
         longest = max((len(chunk.drafts) for chunk in step.chunks), default=0)
         seen.append((batch, longest))
 
