@@ -60,7 +60,7 @@ def hashes_of(requests: Sequence[Request], config: HelixConfig) -> list[str]:
 
 def _hash(request: Request, config: HelixConfig, model: str) -> str:
     asked = {key: value for key, value in asdict(request).items() if key not in _NOT_ASKED and value is not None}
-    asked |= {"sampling": asdict(request.sampling or config.sampling), "model": model}
+    asked |= {"sampling": asdict(request.sampling or config.sampling.with_overrides({})), "model": model}
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
 
