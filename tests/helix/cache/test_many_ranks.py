@@ -137,8 +137,8 @@ def test_unrelated_prompts_fill_few_ranks_evenly() -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shared", [0, 2048])
 def test_hours_of_traffic_on_1024_ranks(shared: int, record_property) -> None:
-    """Half a megatoken a request in the mean, three hours; a shared prefix begins on one rank for all."""
-    traffic = Traffic(3 * 3600, 0.08, 65536, 1 << 20, 8192, 10.0, shared)
+    """Requests of 64K to 1M tokens for two hours; a shared prefix begins on one rank for all."""
+    traffic = Traffic(2 * 3600, 0.05, 65536, 1 << 20, 16384, 10.0, shared)
     fill = Simulation(1024, 1024, traffic).run()
     figures = {
         "requests": fill.finished, "most running": fill.most_running, "pages a rank": statistics.mean(fill.mean),
