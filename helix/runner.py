@@ -28,6 +28,7 @@ from .compile_ahead import compile_ahead
 from .graphs import DecodeGraphs, DecodeRows, PendingTokens
 from .logprobs import SampledTokens
 from .models.decoder import Decoder, RowShare
+from .models.linear import MAX_ROWS
 from .request import Chunk, Sequence
 from .sampler import Choices, Sampler
 from .upload import upload
@@ -348,8 +349,9 @@ class Runner:
         token_ids, rows = given.token_ids, given.rows
         if (step.token_ids < 0).any():
             token_ids = torch.where(token_ids < 0, self._last_tokens[rows.row_seq.long()], token_ids)
+        chunk = int(step.counts.max()) > MAX_ROWS  # a run longer than what decodes or verifies is a prompt's
         hidden = self.decoder.forward(
-            token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings
+            token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings, chunk=chunk
         )
         return hidden, rows
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from helix.config import check_at_least, check_choice
 from helix.models.experts import mixture, route
+from helix.models.linear import MAX_ROWS
 from helix.models.quantized import Matrix, quantize
 from helix.models.spec import Experts
 from parallel.launch import start, stop
@@ -125,7 +126,9 @@ def measure(config: BenchExpertsConfig, tpf: int, rows: int, layers: list[Weight
     pdl = can_launch_dependently(device)
     kept = [in_8_bits(weights) for weights in layers] if config.weights == "fp8" else layers
     calls = {
-        "ours": [partial(mixture, x, *weights, experts=experts, first=0, pdl=pdl) for weights in kept],
+        "ours": [
+            partial(mixture, x, *weights, experts=experts, first=0, pdl=pdl, chunk=rows > MAX_ROWS) for weights in kept
+        ],
         "grouped": [partial(grouped, x, *weights, experts) for weights in layers],
     }
     ours, theirs = (each[0]().float() for each in calls.values())

@@ -149,6 +149,7 @@ class Decoder:
         *,
         fillings: Sequence[Filling] = (),
         chosen: torch.Tensor | None = None,
+        chunk: bool = False,
     ) -> torch.Tensor:
         """Run all layers over one step's rows and return their final hidden states, normalised: [R, h].
 
@@ -160,6 +161,7 @@ class Decoder:
             share: how the KVP ranks share the QKV projection; None where each projects every row.
             fillings: of ``made``, where the rows attend to what is made there; on all ranks or on none.
             chosen: [B] int64 on CUDA; a token id of -1 means the token there of the row's sequence.
+            chunk: the rows are of prompts, and may be quantised to meet quantised weights; on all ranks or on none.
         """
         # before the step's first kernel: what appends reads slots without waiting for the kernel before it
         slot = rows.slot if share is None else share.own(rows.slot)
@@ -178,9 +180,11 @@ class Decoder:
         next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
         exchange.begin_step()
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            q = self._project_qkv(weights, normed, cos, sin, slot, pages[layer], share, plain=bool(fillings))
+            q = self._project_qkv(
+                weights, normed, cos, sin, slot, pages[layer], share, plain=bool(fillings), chunk=chunk
+            )
             merged = exchange(self._attend(q, pages[layer], rows, fillings, weights), layer=layer)
-            normed = self._finish(layer, weights, merged, stream, next_norm, plain=bool(fillings))
+            normed = self._finish(layer, weights, merged, stream, next_norm, plain=bool(fillings), chunk=chunk)
         return normed
 
     @torch.inference_mode()
@@ -221,9 +225,10 @@ class Decoder:
         stream = linear(both, weights["input"], pdl=self._pdl)
         normed = self._norm(stream, weights["input_norm"])
         exchange.begin_step()
-        q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, plain=bool(fillings))
+        plain = bool(fillings)
+        q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, plain=plain, chunk=False)
         merged = exchange(self._attend(q, pages, rows, fillings, weights), layer=0)
-        return self._finish(layer, weights, merged, stream, weights["next_norm"], plain=bool(fillings), index=0)
+        return self._finish(layer, weights, merged, stream, weights["next_norm"], plain=plain, chunk=False, index=0)
 
     def _finish(
         self,
@@ -234,6 +239,7 @@ class Decoder:
         next_norm: torch.Tensor,
         *,
         plain: bool,
+        chunk: bool,
         index: int | None = None,
     ) -> torch.Tensor:
         """Return what follows a layer's attention, up to the norm behind it; ``index`` counts the steps' layers."""
@@ -242,9 +248,9 @@ class Decoder:
             first, stop = (head - self.part.q_heads[0] for head in self.part.out_heads)
             size = self.spec.latent.value_dim
             merged = values_of(merged, weights["v_up"][first * size : stop * size], self.spec.latent, pdl=self._pdl)
-        projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl)
+        projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl, chunk=chunk)
         normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * index)
-        added = self._feed_forward(weights, normed, self.spec.experts_of(layer))
+        added = self._feed_forward(weights, normed, self.spec.experts_of(layer), chunk)
         return self._sum_and_norm(added, stream, next_norm, 2 * index + 1)
 
     def _attend(
@@ -285,11 +291,13 @@ class Decoder:
         """Return the most likely token of each row from every rank's slice, the lowest of equals: [L] int64."""
         return self._argmax(local)
 
-    def _feed_forward(self, weights: Parameters, normed: torch.Tensor, experts: Experts | None) -> torch.Tensor:
+    def _feed_forward(
+        self, weights: Parameters, normed: torch.Tensor, experts: Experts | None, chunk: bool
+    ) -> torch.Tensor:
         """Return this rank's summands of a layer's feed-forward: [S, R, h]."""
         if experts is None:
-            hidden = gated_linear(normed, weights["gate_up"], pdl=self._pdl)
-            return split_linear(hidden, weights["down"], pdl=self._pdl)
+            hidden = gated_linear(normed, weights["gate_up"], pdl=self._pdl, chunk=chunk)
+            return split_linear(hidden, weights["down"], pdl=self._pdl, chunk=chunk)
         first, stop = self.part.experts
         gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in ("experts_gate_up", "experts_down"))
         return mixture(
@@ -302,6 +310,7 @@ class Decoder:
             bias=weights.get("router_bias"),
             shared=(weights["shared_gate_up"], weights["shared_down"]) if experts.shared_size else None,
             pdl=self._pdl,
+            chunk=chunk,
         )
 
     def _sum_and_norm(
@@ -323,6 +332,7 @@ class Decoder:
         share: RowShare | None,
         *,
         plain: bool,
+        chunk: bool,
     ) -> torch.Tensor:
         """Project, rotate, append K and V, and return Q of all rows: [R, Q, D].
 
@@ -331,12 +341,12 @@ class Decoder:
         if share is not None:
             normed = normed[share.mine]
         D, num_q, num_kv = self.spec.head_dim, self.num_heads, self.num_kv_heads
-        flat = split_linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl)
+        flat = split_linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl, chunk=chunk)
         interleaved = self.spec.rope.interleaved
         if self.spec.latent is not None:
             q = project(
                 flat, cos, sin, pages, slot, weights, self.spec.latent, num_heads=num_q, interleaved=interleaved,
-                plain=plain, pdl=self._pdl,
+                plain=plain, pdl=self._pdl, chunk=chunk,
             )  # fmt: skip
         elif flat.is_cuda:
             norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if self.spec.qk_norm else None

@@ -52,6 +52,7 @@ def mixture(
     bias: torch.Tensor | None = None,
     shared: tuple[Matrix, Matrix] | None = None,
     pdl: bool = False,
+    chunk: bool = False,
 ) -> torch.Tensor:
     """Return summands of what this rank's experts add to each row: [S, R, h], float32 where S > 1, else as x.
 
@@ -67,6 +68,7 @@ def mixture(
         bias: [all experts] float32, where experts are chosen by sigmoid.
         shared: the matrices [2 F', h] and [h, F'] of experts that every row goes through.
         pdl: launch programmatically dependent.
+        chunk: rows are a prompt's, which may be quantised to meet quantised matrices.
     """
     if _few(x, router, (gate_up, down), shared):
         scores = split_linear(x, router, pdl=pdl, exact=True)
@@ -79,12 +81,13 @@ def mixture(
         units = experts_gated_linear(x, gate_up, used, pdl=pdl, known=early)
         return experts_split_linear(units, down, used, shared=(hidden, shared[1]), pdl=pdl)
     if x.is_cuda:
-        added = mix_queued(x, logits_of(x, router), gate_up, down, experts=experts, first=first, bias=bias)[None]
+        scores = logits_of(x, router)
+        added = mix_queued(x, scores, gate_up, down, experts=experts, first=first, bias=bias, chunk=chunk)[None]
     else:
         added = mix_reference(x, *route(x, router, experts, bias), gate_up, down, first=first)[None]
     if shared is None:
         return added
-    of_shared = split_linear(gated_linear(x, shared[0], pdl=pdl), shared[1], pdl=pdl)
+    of_shared = split_linear(gated_linear(x, shared[0], pdl=pdl, chunk=chunk), shared[1], pdl=pdl, chunk=chunk)
     return added + of_shared if len(of_shared) == 1 else torch.cat((added.float(), of_shared))
 
 
@@ -404,6 +407,7 @@ def mix_queued(
     experts: Experts,
     first: int,
     bias: torch.Tensor | None = None,
+    chunk: bool = False,
 ) -> torch.Tensor:
     """Do what ``route`` and ``mix_reference`` do in a few launches, from the router's logits [R, all experts].
 
@@ -424,7 +428,7 @@ def mix_queued(
         HELD=num_held, BR=of_rows, **_rule(experts), num_warps=4,
     )  # fmt: skip
     out, placed = torch.empty_like(x), False
-    if multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
+    if chunk and multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
         placed = True
         added, place_of = feed_forward_in_8_bits(x, gate_up, down, counts, queues, num_pairs)
     elif num_pairs >= MANY_PAIRS * experts.num_experts and grouped.supports(x, gate_up, down):

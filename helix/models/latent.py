@@ -44,6 +44,7 @@ def project(
     interleaved: bool,
     plain: bool = False,
     pdl: bool = False,
+    chunk: bool = False,
 ) -> torch.Tensor:
     """Append what owned rows are to cache, and return the queries of all rows in the latent space: [R, Q, C + T].
 
@@ -60,6 +61,7 @@ def project(
         interleaved: see ``rotate``.
         plain: do not take queries into the latent space.
         pdl: launch programmatically dependent, where a projection has a kernel of its own.
+        chunk: see ``split_linear``.
     """
     k_up = weights["k_up"].unflatten(0, (num_heads, latent.plain_dim))
     few = flat.is_cuda and not plain and flat.shape[1] <= MAX_ROWS
@@ -98,7 +100,7 @@ def project(
         if latent.q_rank is not None:
             first = _norm(first, weights["q_a_norm"], latent)
     if latent.q_rank is not None:
-        first = linear(first, weights["q_b"], pdl=pdl)
+        first = linear(first, weights["q_b"], pdl=pdl, chunk=chunk)
     first = first.unflatten(-1, (num_heads, latent.q_dim))
     if few:
         return latent_queries_of(first, k_up, cos, sin, interleaved=interleaved, pdl=pdl)

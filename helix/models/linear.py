@@ -188,47 +188,56 @@ def _begins_aligned(tensor: torch.Tensor) -> bool:
 
 
 def multiplies_in_8_bits(w: Matrix, x: torch.Tensor) -> TypeGuard[Quantized]:
-    """Return whether both operands are of 8 bits: in chunks of prompts, where w is and the GPU can."""
+    """Return whether both operands are of 8 bits in a chunk of a prompt: where w is and the GPU can."""
     return x.shape[0] > MAX_ROWS and can_multiply_in_8_bits(w, x)
 
 
-def _many_rows(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _many_rows(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None, *, chunk: bool) -> torch.Tensor:
     """Return x [R, K] times w [N, K] transposed, plus bias [N]: [R, N]."""
-    if multiplies_in_8_bits(w, x):
+    if chunk and multiplies_in_8_bits(w, x):
         return product_in_8_bits(x, w, bias)
     return product(x, w, bias)
 
 
 def split_linear(
-    x: torch.Tensor, w: Matrix, bias: torch.Tensor | None = None, *, pdl: bool = False, exact: bool = False
+    x: torch.Tensor,
+    w: Matrix,
+    bias: torch.Tensor | None = None,
+    *,
+    pdl: bool = False,
+    exact: bool = False,
+    chunk: bool = False,
 ) -> torch.Tensor:
     """Return summands of x [R, K] times w [N, K] transposed, plus bias [N]: [S, R, N].
 
     The result is their sum over S; they are float32 where S > 1, and in x's dtype where S is 1. Where ``can_stream``
-    holds, ``exact`` ones are float32 always.
+    holds, ``exact`` ones are float32 always. ``chunk``: many rows of x, a prompt's, may be quantised to meet a
+    quantised w; those that decode are not, so that what they choose does not depend on how many they are.
     """
     if can_stream(x, w):
         splits = _splits_of(w, _turns_of(w), x.device)
         return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits, rows=x.shape[0], exact=exact)
-    return _many_rows(x, w, bias).unsqueeze(0)
+    return _many_rows(x, w, bias, chunk=chunk).unsqueeze(0)
 
 
-def linear(x: torch.Tensor, w: Matrix, *, pdl: bool = False) -> torch.Tensor:
-    """Return x [R, K] times w [N, K] transposed: [R, N] in x's dtype, summed in float32."""
+def linear(x: torch.Tensor, w: Matrix, *, pdl: bool = False, chunk: bool = False) -> torch.Tensor:
+    """Return x [R, K] times w [N, K] transposed: [R, N] in x's dtype, summed in float32; ``chunk`` as above."""
     if can_stream(x, w):
         return _stream(x, w, None, gated=False, pdl=pdl, splits=1, rows=x.shape[0])[0]
-    return _many_rows(x, w)
+    return _many_rows(x, w, None, chunk=chunk)
 
 
-def gated_linear(x: torch.Tensor, gate_up: Matrix, *, pdl: bool = False, late: bool = False) -> torch.Tensor:
-    """Return silu(x gate^T) * (x up^T): [R, F] for gate_up [2 F, K], the gate's rows first.
+def gated_linear(
+    x: torch.Tensor, gate_up: Matrix, *, pdl: bool = False, late: bool = False, chunk: bool = False
+) -> torch.Tensor:
+    """Return silu(x gate^T) * (x up^T): [R, F] for gate_up [2 F, K], the gate's rows first; ``chunk`` as above.
 
     ``late``, of a matrix that is not quantised: what the kernel before this one wrote is there for the one after it
     before that waits.
     """
     if can_stream(x, gate_up):
         return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0], late=late)[0]
-    if multiplies_in_8_bits(gate_up, x):
+    if chunk and multiplies_in_8_bits(gate_up, x):
         return product_in_8_bits(x, gate_up, gated=True)
     return silu_mul(product(x, gate_up))
 

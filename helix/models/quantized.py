@@ -95,7 +95,8 @@ class Quantized:
     def __getitem__(self, index: int) -> Quantized:
         """Return one of several matrices."""
         rows = self.values.shape[1]
-        return replace(self, values=self.values[index], scales=self.scales[:, index * rows : (index + 1) * rows])
+        scales = self.scales[:, index * rows : (index + 1) * rows]
+        return replace(self, values=self.values[index], scales=scales, facts={})
 
     def shares_scales(self, rows: int, size: int) -> bool:
         """Return whether `size` rows that follow each other share their scales, counted anew every `rows` rows."""

@@ -14,6 +14,7 @@ from helix.models.quantized import (
     BLOCK,
     Quantized,
     in_stored_order,
+    product,
     quantize,
     quantize_blocks,
     widen_blocks,
@@ -196,12 +197,13 @@ def test_chunks_are_products_of_what_was_quantised(rows, width, columns):
     exact = widen_slice(values, scales, w.shift - w.lead, torch.float64) @ w.widen_stored(0, width, torch.float64).T
     gate, up = exact.chunk(2, -1)
     for ours, wanted in (
-        (linear(x, w), exact),
-        (split_linear(x, w, bias)[0], exact + bias.double()),
-        (gated_linear(x, w), torch.nn.functional.silu(gate) * up),
+        (linear(x, w, chunk=True), exact),
+        (split_linear(x, w, bias, chunk=True)[0], exact + bias.double()),
+        (gated_linear(x, w, chunk=True), torch.nn.functional.silu(gate) * up),
     ):
         assert (ours.double() - wanted).abs().max() <= 6e-3 * wanted.abs().max()
-    assert torch.equal(linear(x, w), linear(x, w))
+    assert torch.equal(linear(x, w, chunk=True), linear(x, w, chunk=True))
+    assert torch.equal(linear(x, w), product(x, w))  # rows that decode are not quantised
 
 
 @pytest.mark.gpu
@@ -219,7 +221,7 @@ def test_queues_of_experts_are_worked_off_in_8_bits(rows, units, hidden):
     weights, ids = logits.softmax(-1).topk(3)
     exact = mix_reference(x.double(), weights.double() / weights.sum(-1, keepdim=True), ids, *wide, first=5)
     assert multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x)
-    ours = [mix_queued(x, logits, gate_up, down, experts=experts, first=5) for _ in range(2)]
+    ours = [mix_queued(x, logits, gate_up, down, experts=experts, first=5, chunk=True) for _ in range(2)]
     assert torch.equal(*ours)
     error = (ours[0] - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error <= 0.06  # rows quantised twice
