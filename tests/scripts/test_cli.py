@@ -332,12 +332,12 @@ def test_speculation_that_cannot_be_is_refused_in_one_line(
         (
             ["speculative.max_draft_len=8"],
             "speculative.max_draft_len = 8 has no effect with speculative=none; "
-            "use speculative=ngram or speculative=draft_model",
+            "use speculative=ngram or speculative=draft_model or speculative=mtp",
         ),
         (
             ["speculative.draft_len_schedule={4:2}"],
             "speculative.draft_len_schedule = {4: 2} has no effect with speculative=none; "
-            "use speculative=ngram or speculative=draft_model",
+            "use speculative=ngram or speculative=draft_model or speculative=mtp",
         ),
         (
             ["speculative=ngram", "speculative.model.path=x"],
