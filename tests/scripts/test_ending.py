@@ -183,6 +183,7 @@ def test_ctrl_c_while_a_command_is_still_imported_leaves_no_traceback(tmp_path: 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     while not (tmp_path / "importing").exists() and process.poll() is None:
         time.sleep(0.01)
