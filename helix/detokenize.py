@@ -4,7 +4,7 @@ A token's text depends on its neighbours: a character may be spread over several
 space of whichever token comes first. So a token is decoded together with a short window of tokens before it, and only
 what it adds to the window's text is new. The window holds at most 2 x 16 tokens, whatever the sequence's length.
 
-Every rank runs the same detokenizer on the same tokens, since a stop string decides how long a sequence lives.
+It runs on rank 0 alone: where a stop string ends a text the others hear through the door (``text.py``, ``loop.py``).
 """
 
 from __future__ import annotations

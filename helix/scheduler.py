@@ -186,11 +186,6 @@ class Scheduler:
 
     # --- sequences that another group prefills ------------------------------------------------------------------------
 
-    @property
-    def num_free_slots(self) -> int:
-        """Sequences that could be held or admitted beside those that run."""
-        return len(self._free_slots)
-
     def admit(self, queue: list[Sequence]) -> list[tuple[Sequence, BlockTable]]:
         """Take the first sequences of a queue, with their pages, while batch slots last; see ``_allocate``."""
         if not queue or self._is_blocked(queue[0]):

@@ -150,11 +150,6 @@ class CacheControl:
 
     # --- time, events, movements --------------------------------------------------------------------------------------
 
-    @property
-    def needs_time(self) -> bool:
-        """True while some block's priority ends at a time."""
-        return self.blocks.expiries.pending
-
     def advance(self, now: float) -> None:
         """Tell the time, in seconds of one clock for all ranks; priorities end that are due. It never goes back."""
         self.blocks.advance(now)

@@ -65,4 +65,4 @@ def assert_idle(llm: LLM) -> None:
     assert free == [llm.num_pages] * llm.layout.kvp, f"pages were lost: {free} of {llm.num_pages} are free"
     assert all(block.pins == 0 for block in cache.blocks.tree.walk())
     assert not llm.engine.has_work
-    assert not llm.engine._live and llm.engine.scheduler.num_free_slots == llm.config.scheduler.max_batch
+    assert not llm.engine._live and len(llm.engine.scheduler._free_slots) == llm.config.scheduler.max_batch
