@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .kinds import FULL, STATE, WINDOW, Kind
 from .spec import Experts, Latent, ModelSpec, RopeSpec, WeightNames, as_token_ids, one_line
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -100,3 +101,20 @@ def _rope(config: Any, rotary: type[torch.nn.Module], *, interleaved: bool) -> R
         interleaved=interleaved,
         rotary_dim=2 * inv_freq.numel(),
     )
+
+
+KINDS = {"full_attention": FULL, "sliding_attention": WINDOW, "linear_attention": STATE}
+
+
+def layer_kinds(config: Any) -> tuple[Kind, ...]:
+    """Return the kinds of layers that a config asks for by ``layer_types`` and ``sliding_window``; empty for all full.
+
+    Without ``layer_types`` a window is that of every layer. Raises ValueError for a kind that Helix does not know.
+    """
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not types:
+        return (Kind(WINDOW, window),) * config.num_hidden_layers if window else ()
+    for each in types:
+        require(each in KINDS, "layer_types", each, f"Helix computes {', '.join(KINDS)}")
+    kinds = tuple(Kind(KINDS[each], window or 0 if KINDS[each] == WINDOW else 0) for each in types)
+    return kinds if any(kind.is_bounded for kind in kinds) else ()

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .kinds import FULL, FULL_KIND, Kind
 from .quantization import Quantization, read_quantization
 from .weight_files import OTHER_KINDS, is_lfs_pointer, what_else
 
@@ -197,6 +198,7 @@ class ModelSpec:
     experts: None for a model without. latent: None where keys and values are cached.
     quantization: how the weights of its linear modules are quantised; None where they are not.
     predicts_next: the checkpoint's layer after the last, which predicts one token further, is loaded beside the model.
+    kinds: the kind of each layer; empty where all are full. Layers with a window all have the same one.
     """
 
     family: str
@@ -219,6 +221,7 @@ class ModelSpec:
     latent: Latent | None = None
     quantization: Quantization | None = None
     predicts_next: bool = False
+    kinds: tuple[Kind, ...] = ()
 
     def __post_init__(self) -> None:
         for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():
@@ -232,11 +235,33 @@ class ModelSpec:
             )
         if self.rope.rotary_dim > self.head_dim:
             raise ValueError(f"rope.rotary_dim = {self.rope.rotary_dim} exceeds head_dim = {self.head_dim}")
+        if self.kinds and len(self.kinds) != self.num_layers:
+            raise ValueError(
+                f"kinds of {len(self.kinds)} layers are given, the model has num_layers = {self.num_layers}"
+            )
+        windows = sorted({kind.window for kind in self.kinds if kind.window})
+        if len(windows) > 1:
+            raise ValueError(
+                f"windows of {', '.join(map(str, windows))} tokens; Helix computes one size of window a model"
+            )
+
+    def kind_of(self, layer: int) -> Kind:
+        """Return the kind of a layer; that which predicts one token further is full."""
+        return self.kinds[layer] if layer < len(self.kinds) else FULL_KIND
+
+    def layers_of(self, name: str) -> tuple[int, ...]:
+        """Return the numbers of the model's layers of a kind, FULL, WINDOW or STATE."""
+        return tuple(layer for layer in range(self.num_layers) if self.kind_of(layer).name == name)
+
+    @property
+    def window(self) -> int:
+        """Tokens of the windows of the layers that have one; 0 where none has."""
+        return max((kind.window for kind in self.kinds), default=0)
 
     @property
     def num_cached_layers(self) -> int:
-        """Layers that a page holds tokens of: that which predicts one token further included."""
-        return self.num_layers + self.predicts_next
+        """Layers that a sharded page holds tokens of: full ones, and that which predicts one token further."""
+        return len(self.layers_of(FULL)) + self.predicts_next
 
     @property
     def value_dim(self) -> int:

@@ -8,10 +8,11 @@ be empty.
 Shape letters: h hidden size, D head size, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from parallel.layout import Layout, Range, split_evenly, split_units
 
+from .kinds import WINDOW, Kind
 from .spec import Latent, ModelSpec
 
 IN_8_BITS = frozenset(
@@ -27,6 +28,8 @@ class Part:
     out_heads: the query heads whose merged attention output this rank projects; these tile all heads over all ranks.
     ffn: the feed-forward units of this rank. vocab: the rows of the output head of this rank.
     experts: the experts of this rank, and expert_ffn: the units of each of them. shared_ffn: its units of shared ones.
+    window_q_heads, window_kv_heads: its query and KV heads in layers with a window, whose output it projects as well;
+        empty where the model has none.
     """
 
     q_heads: Range
@@ -37,12 +40,21 @@ class Part:
     experts: Range = (0, 0)
     expert_ffn: Range = (0, 0)
     shared_ffn: Range = (0, 0)
+    window_q_heads: Range = (0, 0)
+    window_kv_heads: Range = (0, 0)
 
     def __post_init__(self) -> None:
-        for name in ("q_heads", "kv_heads", "out_heads", "ffn", "vocab", "experts", "expert_ffn", "shared_ffn"):
-            start, stop = getattr(self, name)
+        for each in fields(self):
+            start, stop = getattr(self, each.name)
             if not 0 <= start <= stop:
-                raise ValueError(f"part.{name} = ({start}, {stop}), must be a half-open range with 0 <= start <= stop")
+                raise ValueError(f"part.{each.name} = ({start}, {stop}), must be a range with 0 <= start <= stop")
+
+    def for_kind(self, kind: Kind) -> "Part":
+        """Return the part with the heads that the rank has in layers of a kind."""
+        if kind.name != WINDOW:
+            return self
+        heads = self.window_q_heads
+        return replace(self, q_heads=heads, kv_heads=self.window_kv_heads, out_heads=heads)
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,7 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
             "each needs one of all at least; use fewer ranks"
         )
     tpa_rank, kvp_rank, world = rank // layout.kvp, rank % layout.kvp, layout.world_size
+    window_q, window_kv = _window_heads(spec, world, rank)
     return Part(
         q_heads=layout.query_heads(spec.num_heads, spec.num_kv_heads, tpa_rank),
         kv_heads=layout.kv_heads(spec.num_kv_heads, tpa_rank),
@@ -104,7 +117,23 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
         experts=split_evenly(num_experts, layout.ep, rank % layout.ep),
         expert_ffn=split_units(units, layout.tpf, rank // layout.ep),
         shared_ffn=split_units(spec.shared_size, world, rank),
+        window_q_heads=window_q,
+        window_kv_heads=window_kv,
     )
+
+
+def _window_heads(spec: ModelSpec, world: int, rank: int) -> tuple[Range, Range]:
+    """Return the query and KV heads of a rank in layers with a window: those of plain tensor parallelism over all."""
+    if not spec.window:
+        return (0, 0), (0, 0)
+    num_heads, num_kv_heads = spec.num_heads, spec.num_kv_heads
+    if num_kv_heads % world and world % num_kv_heads:
+        raise ValueError(
+            f"{world} ranks cannot split the {num_kv_heads} KV heads of {spec.family}'s layers with a window: their "
+            "number must divide the heads or be a multiple of them; use another number of ranks"
+        )
+    flat = Layout(kvp=1, tpa=world)
+    return flat.query_heads(num_heads, num_kv_heads, rank), flat.kv_heads(num_kv_heads, rank)
 
 
 def whole(spec: ModelSpec) -> Part:
@@ -120,6 +149,8 @@ def whole(spec: ModelSpec) -> Part:
         experts=(0, experts),
         expert_ffn=(0, units),
         shared_ffn=(0, spec.shared_size),
+        window_q_heads=heads,
+        window_kv_heads=(0, spec.num_kv_heads),
     )
 
 
@@ -160,11 +191,11 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     A quantised checkpoint's matrices stay quantised in the roles of IN_8_BITS, where all of a role's pieces are: k_up
     and v_up multiply other dims of what the checkpoint has as one matrix, head by head, and are widened when read.
     """
-    h, names = spec.hidden_size, spec.names
+    h, names, heads = spec.hidden_size, spec.names, part.for_kind(spec.kind_of(layer))
     weights = {
         "input_norm": Weight((h,), (Piece(names.input_norm.format(layer=layer)),)),
         "post_norm": Weight((h,), (Piece(names.post_norm.format(layer=layer)),)),
-        **(_attention(spec, layer, part) if spec.latent is None else _latent(spec, spec.latent, layer, part)),
+        **(_attention(spec, layer, heads) if spec.latent is None else _latent(spec, spec.latent, layer, heads)),
         **(_dense_ffn(spec, layer, part) if spec.experts_of(layer) is None else _experts_ffn(spec, layer, part)),
     }
     if spec.quantization is not None:
@@ -324,7 +355,7 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.qk_norm:
         layer |= {names.q_norm: (D,), names.k_norm: (D,)}
     further = {names.next_embedding_norm: (h,), names.next_hidden_norm: (h,), names.next_norm: (h,)}
-    for number in range(spec.num_cached_layers):
+    for number in range(spec.num_layers + spec.predicts_next):
         if number == spec.num_layers:
             layer |= further | {names.next_input: (h, 2 * h)}
         has_experts = spec.experts_of(number) is not None

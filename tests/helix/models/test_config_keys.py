@@ -1,10 +1,13 @@
 """Config keys that change what a model computes: refused, or read where they change nothing."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helix.models.config_keys import KEYS, Key
+from helix.models.hf_config import layer_kinds
+from helix.models.kinds import Kind
 from helix.models.spec import FAMILIES, spec_of
 
 SIZES = {
@@ -101,3 +104,17 @@ def test_unused_windows_and_chunks_are_read(family: str, settings: dict[str, Any
 def test_kinds_of_attention_that_are_unknown_are_refused_by_their_key(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^model.config: config {next(iter(settings))} = "):
         load("llama", **settings)
+
+
+def test_kinds_of_layers_are_those_of_the_config() -> None:
+    full, window, state = Kind(), Kind("window", 128), Kind("state")
+    types = ["sliding_attention", "full_attention", "linear_attention"]
+    config = SimpleNamespace(num_hidden_layers=3, sliding_window=128, layer_types=types)
+    assert layer_kinds(config) == (window, full, state)
+    assert layer_kinds(SimpleNamespace(num_hidden_layers=3, sliding_window=128)) == (window,) * 3
+    assert layer_kinds(SimpleNamespace(num_hidden_layers=3, sliding_window=None)) == ()
+    assert layer_kinds(SimpleNamespace(layer_types=["full_attention"] * 3, sliding_window=128)) == ()
+    with pytest.raises(ValueError, match="window = 0 of a window layer"):
+        layer_kinds(SimpleNamespace(layer_types=types, sliding_window=None))
+    with pytest.raises(ValueError, match="config layer_types = 'chunked_attention'; Helix computes full_attention, "):
+        layer_kinds(SimpleNamespace(layer_types=["chunked_attention"]))

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from helix.models.kinds import FULL_KIND, Kind
 from helix.models.spec import load_spec
-from helix.models.weights import part_of
+from helix.models.weights import layer_weights, part_of
 from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint
 
@@ -36,3 +37,30 @@ def test_shared_experts_of_fewer_units_than_ranks_are_refused(tmp_path):
     spec = load_spec(str(make_checkpoint(tmp_path / "model", family="deepseek_v3", expert_ffn=3)))
     with pytest.raises(ValueError, match="4 ranks cannot split a model of .*units of shared experts 3: each needs one"):
         part_of(spec, Layout(kvp=4, tpa=1, tpf=1, ep=4), 0)
+
+
+@pytest.mark.parametrize(("kvp", "tpa"), [(1, 2), (4, 1), (4, 2), (1, 8)])
+def test_layers_with_a_window_split_their_heads_over_all_ranks(tmp_path, kvp, tpa):
+    window = Kind("window", 5)
+    plain = load_spec(str(make_checkpoint(tmp_path / "model", family="llama", heads=8, kv_heads=4)))
+    spec, ranks = replace(plain, kinds=(window, FULL_KIND)), range(kvp * tpa)
+    parts = [part_of(spec, Layout(kvp=kvp, tpa=tpa), rank) for rank in ranks]
+    mine = [part.for_kind(window) for part in parts]
+    assert [head for part in mine for head in range(*part.q_heads)] == list(range(8))
+    assert all(part.out_heads == part.q_heads for part in mine)
+    assert all(range(*part.kv_heads) == range(part.q_heads[0] // 2, -(-part.q_heads[1] // 2)) for part in mine)
+    assert [part.for_kind(FULL_KIND) for part in parts] == parts
+    columns = [layer_weights(spec, layer, parts[-1])["o"].shape[1] // 16 for layer in (0, 1)]
+    assert columns == [8 // len(ranks), 8 // len(ranks)]
+    assert (spec.window, spec.num_cached_layers, spec.layers_of("window")) == (5, 1, (0,))
+
+
+def test_ranks_that_cannot_split_the_heads_of_windows_are_refused(tmp_path):
+    plain = load_spec(str(make_checkpoint(tmp_path / "model", family="llama", heads=8, kv_heads=4)))
+    spec = replace(plain, kinds=(Kind("window", 5), FULL_KIND))
+    with pytest.raises(ValueError, match="3 ranks cannot split the 4 KV heads of llama's layers with a window"):
+        part_of(spec, Layout(kvp=3), 0)
+    with pytest.raises(ValueError, match="kinds of 1 layers are given, the model has num_layers = 2"):
+        replace(spec, kinds=(FULL_KIND,))
+    with pytest.raises(ValueError, match="windows of 4, 5 tokens; Helix computes one size"):
+        replace(spec, kinds=(Kind("window", 4), Kind("window", 5)))
