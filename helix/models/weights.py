@@ -140,6 +140,7 @@ def whole(spec: ModelSpec) -> Part:
     """Return the part of a rank that holds everything."""
     heads = (0, spec.num_heads)
     experts, units = spec.expert_sizes
+    window_q, window_kv = _window_heads(spec, 1, 0)
     return Part(
         q_heads=heads,
         kv_heads=(0, spec.num_kv_heads),
@@ -149,8 +150,8 @@ def whole(spec: ModelSpec) -> Part:
         experts=(0, experts),
         expert_ffn=(0, units),
         shared_ffn=(0, spec.shared_size),
-        window_q_heads=heads,
-        window_kv_heads=(0, spec.num_kv_heads),
+        window_q_heads=window_q,
+        window_kv_heads=window_kv,
     )
 
 
