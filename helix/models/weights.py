@@ -47,7 +47,8 @@ class Part:
         for each in fields(self):
             start, stop = getattr(self, each.name)
             if not 0 <= start <= stop:
-                raise ValueError(f"part.{each.name} = ({start}, {stop}), must be a range with 0 <= start <= stop")
+                given = f"part.{each.name} = ({start}, {stop})"
+                raise ValueError(f"{given}, must be a half-open range with 0 <= start <= stop")
 
     def for_kind(self, kind: Kind) -> "Part":
         """Return the part with the heads that the rank has in layers of a kind."""
