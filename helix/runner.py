@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -12,47 +11,27 @@ import torch.distributed as dist
 
 from attention.exchange import Exchange
 from attention.fused_exchange import OPERATION as EXCHANGE
-from attention.ranges import Filling, PlannedFillings
-from attention.rows import Rows, Work
-from attention.work import cut
+from attention.rows import Rows
 from parallel.all_reduce_norm import OPERATION as ALL_REDUCE
 from parallel.grid import HelixGrid
 from parallel.placement import BlockCyclic
 from parallel.sharded_argmax import OPERATION as ARGMAX
 from parallel.symmetric import Faults
 
-from .batch import LocalRows, SharedRows, StepRows
+from .batch import LocalRows, StepRows
 from .cache.pages import PagedCache
-from .cache.pool import BlockTable
 from .compile_ahead import compile_ahead
+from .device_rows import RowSender
 from .graphs import DecodeGraphs, DecodeRows, PendingTokens
 from .logprobs import SampledTokens
-from .models.decoder import Decoder, RowShare
+from .models.decoder import Decoder
 from .models.linear import MAX_ROWS
+from .page_tables import PageTables
 from .request import Chunk, Sequence
 from .sampler import Choices, Sampler
 from .upload import upload
 
 _LONG = 1 << 16  # tokens; attention over so many is cut into parts wherever it can be
-
-
-@dataclass(frozen=True, slots=True)
-class _UploadedTable:
-    """What the device knows of a sequence's pages: of so many pages, this rank's own."""
-
-    blocks: BlockTable | None = None
-    num_pages: int = 0
-    num_local: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """A step's rows on the device, what each KVP rank projects of them, and what chunks attend to."""
-
-    token_ids: torch.Tensor
-    rows: Rows
-    share: RowShare | None
-    fillings: list[Filling]
 
 
 class RankLost(RuntimeError):
@@ -67,7 +46,7 @@ class Runner:
         exchange: the exchange over the KVP group.
         cache: the rank's pages.
         placement: the rule of ownership.
-        max_batch: rows of the page table.
+        max_batch: batch slots.
         max_len: the longest sequence, in tokens.
         share_qkv_rows: steps of at least so many rows share the QKV projection; 0 is never.
         expand_rows: steps with at least so many rows of one sequence attend to keys and values that are made of
@@ -97,12 +76,10 @@ class Runner:
     ) -> None:
         self.decoder, self.exchange, self.cache, self.placement = decoder, exchange, cache, placement
         self.grid: HelixGrid = decoder.grid
-        self._share_qkv_rows = share_qkv_rows if self.grid.layout.kvp > 1 else 0
-        self._expand_rows = expand_rows if decoder.made is not None else 0
-        width = -(-placement.num_blocks(max_len) // placement.kvp)
-        self._page_table = torch.zeros((max_batch, width), dtype=torch.int32, device=decoder.device)
-        self._host_table: npt.NDArray[np.int32] = np.zeros((max_batch, width), np.int32)
-        self._tables: list[_UploadedTable] = [_UploadedTable()] * max_batch
+        self.tables = PageTables(
+            placement, self.grid.kvp_rank, max_batch=max_batch, max_len=max_len, device=decoder.device
+        )
+        self._sender = RowSender(decoder, self.tables, placement, share_rows=share_qkv_rows, expand_rows=expand_rows)
         self._graphs: DecodeGraphs | None = None
         self._last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=decoder.device)
         self.faults, self.sampler = faults, sampler
@@ -112,7 +89,7 @@ class Runner:
     @property
     def max_batch(self) -> int:
         """The most sequences that a step may hold."""
-        return self._page_table.shape[0]
+        return self.tables.max_batch
 
     def capture(self, drafts: Iterable[tuple[int, int]] = ()) -> None:
         """Capture the decode steps of every batch bucket; ``cache`` must not be replaced afterwards.
@@ -125,7 +102,7 @@ class Runner:
             self.decoder,
             self.exchange,
             self.cache,
-            self._page_table,
+            self.tables.device,
             faults=self.faults,
             max_batch=self.max_batch,
             drafts=drafts,
@@ -191,8 +168,8 @@ class Runner:
     def _run_eagerly(self, chunks: list[Chunk]) -> torch.Tensor:
         self.num_padding = 0
         step = StepRows.of(chunks)
-        self._upload_tables(chunks)
-        hidden, _ = self._forward(step, self._local_rows(step))
+        self.tables.update(chunks)
+        hidden, _ = self._forward(step, self.tables.local_rows(step))
         self._keep(chunks, hidden, step.query_start[1:].tolist())
         choosing = _choosing_rows(chunks, step.query_start[1:].tolist())
         if not choosing:
@@ -218,8 +195,8 @@ class Runner:
 
     def _launch(self, chunks: list[Chunk], choices: Choices | None = None) -> PendingTokens:
         step = StepRows.of(chunks)
-        self._upload_tables(chunks)
-        local = self._local_rows(step)
+        self.tables.update(chunks)
+        local = self.tables.local_rows(step)
         if self._graphs is None:
             return self._launch_eagerly(chunks, step, local, choices)
         graph = self._graphs.find(len(chunks), max(chunk.num_rows for chunk in chunks))
@@ -245,8 +222,8 @@ class Runner:
         """
         known = token_ids if isinstance(token_ids, np.ndarray) else np.zeros(len(hidden), np.int64)
         step = StepRows.at(chunks, known)
-        self._upload_tables(chunks)
-        given = self._give(step, self._local_rows(step))
+        self.tables.update(chunks)
+        given = self._sender.send(step, self.tables.local_rows(step), self.cache)
         ids = given.token_ids if isinstance(token_ids, np.ndarray) else token_ids
         pages = self.cache.layers[self.decoder.spec.num_layers]
         return self.decoder.predict_next(ids, hidden, given.rows, pages, self.exchange, fillings=given.fillings)
@@ -329,7 +306,7 @@ class Runner:
         """
         powers = [1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows]
         sizes = sorted({*powers, *(size + 1 for size in powers), most_rows})  # Triton tells multiples of 16 from others
-        most_seen = min(_LONG, self._host_table.shape[1] * self.placement.block_size)
+        most_seen = min(_LONG, self.tables.max_local_len)
         with compile_ahead(self.decoder.device) as ahead:
             for num_rows in sizes if ahead else ():
                 for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
@@ -337,15 +314,12 @@ class Runner:
                     hidden, _ = self._forward(StepRows.for_nobody(num_rows), seen)
                 self.decoder.local_logits(hidden[: self.max_batch])
 
-    def _local_rows(self, rows: StepRows) -> LocalRows:
-        return LocalRows.of(rows, self.placement, self.grid.kvp_rank, self._host_table)
-
     def _forward(self, step: StepRows, local: LocalRows, *, repeat: int = 1) -> tuple[torch.Tensor, Rows]:
         """Run the layers over a step's rows as they are, without a graph.
 
         ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.
         """
-        given = self._give(step, local, shares=self._shares(step.num_rows), repeat=repeat)
+        given = self._sender.send(step, local, self.cache, repeat=repeat)
         token_ids, rows = given.token_ids, given.rows
         if (step.token_ids < 0).any():
             token_ids = torch.where(token_ids < 0, self._last_tokens[rows.row_seq.long()], token_ids)
@@ -354,86 +328,6 @@ class Runner:
             token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings, chunk=chunk
         )
         return hidden, rows
-
-    def _give(self, step: StepRows, local: LocalRows, *, shares: bool = False, repeat: int = 1) -> _Given:
-        """Send a step's rows to the device, in one copy, with the work of attention over them."""
-        arrays: dict[str, npt.NDArray[np.generic]] = {
-            "token_ids": step.token_ids,
-            "positions": step.positions,
-            "slot": local.slot,
-            "row_seq": step.row_seq.astype(np.int32),
-            "visible_len": local.visible.astype(np.int32),
-            "query_start": step.query_start.astype(np.int32),
-        }
-        longest = int(step.counts.max())
-        planned = self._plan(step, local, longest) if 0 < self._expand_rows <= longest else None
-        work = cutting = None
-        if planned is not None:
-            arrays |= planned.arrays
-        else:
-            cutting = self.decoder.cutting(self.cache.layers[0], max_rows=longest)
-            work = None if cutting is None else cut(local.visible, step.query_start, step.row_seq, cutting)
-        if work is not None:
-            arrays |= {"pieces": work.pieces, "span_start": work.span_start, "part_start": work.part_start}
-        shared = SharedRows.of(step, self.placement, self.grid.kvp_rank) if shares else None
-        if shared is not None:
-            arrays |= {"mine": shared.mine, "order": shared.order}
-        sent = upload(arrays, self.decoder.device)
-        rows = Rows(
-            positions=sent["positions"],
-            row_seq=sent["row_seq"],
-            visible_len=sent["visible_len"],
-            slot=sent["slot"],
-            page_table=self._page_table,
-            query_start=sent["query_start"],
-            work=None if work is None or cutting is None else Work(
-                cutting, sent["pieces"], sent["span_start"], sent["part_start"] if work.is_split else None,
-                int(work.part_start[-1]),
-            ),
-        )  # fmt: skip
-        share = None if shared is None else RowShare(sent["mine"], shared.num_mine, sent["order"])
-        fillings = [] if planned is None else planned.on_device(sent, rows) * repeat
-        return _Given(sent["token_ids"], rows, share, fillings)
-
-    def _plan(self, step: StepRows, local: LocalRows, longest: int) -> PlannedFillings:
-        """Deal out what a step's rows see here into fillings of the decoder's workspace."""
-        assert self.decoder.made is not None
-        made = self.decoder.made
-        cutting = self.decoder.cutting(made.workspace, max_rows=longest)
-        return PlannedFillings.of(
-            local.visible,
-            step.query_start,
-            step.row_seq,
-            self._host_table,
-            block_size=self.placement.block_size,
-            capacity=made.capacity,
-            cutting=cutting,
-        )
-
-    def _shares(self, num_rows: int) -> bool:
-        """Return whether KVP ranks share the QKV projection of a step of so many rows; alike on every rank."""
-        return 0 < self._share_qkv_rows <= num_rows
-
-    def _upload_tables(self, chunks: list[Chunk]) -> None:
-        """Bring the page table up to date: only pages that it does not have yet travel."""
-        slots: list[int] = []
-        columns: list[int] = []
-        pages: list[int] = []
-        for chunk in chunks:
-            slot, blocks = chunk.seq.batch_slot, chunk.seq.blocks
-            table = self._tables[slot]
-            if table.blocks is blocks and table.num_pages == len(blocks.pages):
-                continue
-            known = table.num_local if table.blocks is blocks else 0
-            new = blocks.local_pages(self.grid.kvp_rank, self.placement.kvp, start=known)
-            self._tables[slot] = _UploadedTable(blocks, len(blocks.pages), known + len(new))
-            slots += [slot] * len(new)
-            columns += range(known, known + len(new))
-            pages += new
-        if pages:
-            self._host_table[slots, columns] = pages
-            where = upload({"where": np.array([slots, columns, pages], np.int64)}, self.decoder.device)["where"]
-            self._page_table[where[0], where[1]] = where[2].to(torch.int32)
 
 
 def _choosing_rows(chunks: list[Chunk], stops: Iterable[int]) -> list[int]:

@@ -26,7 +26,7 @@ def test_5000_requests_leave_no_sequence_and_no_memory(tmp_path: Path) -> None:
 
     def compute(chunks: list[Chunk]) -> torch.Tensor:
         """Bring the page table up to date as a forward does, and compute nothing."""
-        llm.runner._upload_tables(chunks)
+        llm.runner.tables.update(chunks)
         return torch.zeros(sum(chunk.num_choices for chunk in chunks), llm.spec.vocab_size)
 
     llm.runner._local_logits, llm.runner.can_launch = compute, lambda chunks: False  # type: ignore[method-assign]

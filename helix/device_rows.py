@@ -1,0 +1,117 @@
+"""Send the rows of a step that has no graph to the device: one copy, with the work of attention over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from attention.ranges import Filling, PlannedFillings
+from attention.rows import Rows, Work
+from attention.work import cut
+from parallel.placement import BlockCyclic
+
+from .batch import LocalRows, SharedRows, StepRows
+from .cache.pages import PagedCache
+from .models.decoder import Decoder, RowShare
+from .page_tables import PageTables
+from .upload import upload
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """A step's rows on the device.
+
+    Attributes:
+        token_ids: [R] int64; -1 is the token that the device chose last for the row's batch slot.
+        rows: their positions, lengths, slots and work.
+        share: what each KVP rank projects of them; None where every rank projects all.
+        fillings: what they attend to instead of the pages; none where they attend to the pages.
+    """
+
+    token_ids: torch.Tensor
+    rows: Rows
+    share: RowShare | None
+    fillings: list[Filling]
+
+
+class RowSender:
+    """Sends steps' rows to a decoder's device.
+
+    Args:
+        decoder: who computes them.
+        tables: the sequences' pages.
+        placement: the rule of ownership.
+        share_rows: steps of at least so many rows share the QKV projection; 0 is never.
+        expand_rows: steps with at least so many rows of one sequence attend to what is made in the decoder's
+            workspace; 0 is never.
+    """
+
+    def __init__(
+        self, decoder: Decoder, tables: PageTables, placement: BlockCyclic, *, share_rows: int, expand_rows: int
+    ) -> None:
+        self._decoder, self._tables, self._placement = decoder, tables, placement
+        self._kvp_rank = decoder.grid.kvp_rank
+        self._share_rows = share_rows if decoder.grid.layout.kvp > 1 else 0
+        self._expand_rows = expand_rows if decoder.made is not None else 0
+
+    def send(self, step: StepRows, local: LocalRows, cache: PagedCache, *, repeat: int = 1) -> DeviceRows:
+        """Send rows that attend to a cache.
+
+        ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.
+        """
+        arrays: dict[str, npt.NDArray[np.generic]] = {
+            "token_ids": step.token_ids,
+            "positions": step.positions,
+            "slot": local.slot,
+            "row_seq": step.row_seq.astype(np.int32),
+            "visible_len": local.visible.astype(np.int32),
+            "query_start": step.query_start.astype(np.int32),
+        }
+        longest = int(step.counts.max())
+        planned = self._plan(step, local, longest) if 0 < self._expand_rows <= longest else None
+        work = cutting = None
+        if planned is not None:
+            arrays |= planned.arrays
+        else:
+            cutting = self._decoder.cutting(cache.layers[0], max_rows=longest)
+            work = None if cutting is None else cut(local.visible, step.query_start, step.row_seq, cutting)
+        if work is not None:
+            arrays |= {"pieces": work.pieces, "span_start": work.span_start, "part_start": work.part_start}
+        shares = 0 < self._share_rows <= step.num_rows  # alike on every rank
+        shared = SharedRows.of(step, self._placement, self._kvp_rank) if shares else None
+        if shared is not None:
+            arrays |= {"mine": shared.mine, "order": shared.order}
+        sent = upload(arrays, self._decoder.device)
+        rows = Rows(
+            positions=sent["positions"],
+            row_seq=sent["row_seq"],
+            visible_len=sent["visible_len"],
+            slot=sent["slot"],
+            page_table=self._tables.device,
+            query_start=sent["query_start"],
+            work=None if work is None or cutting is None else Work(
+                cutting, sent["pieces"], sent["span_start"], sent["part_start"] if work.is_split else None,
+                int(work.part_start[-1]),
+            ),
+        )  # fmt: skip
+        share = None if shared is None else RowShare(sent["mine"], shared.num_mine, sent["order"])
+        fillings = [] if planned is None else planned.on_device(sent, rows) * repeat
+        return DeviceRows(sent["token_ids"], rows, share, fillings)
+
+    def _plan(self, step: StepRows, local: LocalRows, longest: int) -> PlannedFillings:
+        """Deal out what a step's rows see here into fillings of the decoder's workspace."""
+        assert self._decoder.made is not None
+        made = self._decoder.made
+        cutting = self._decoder.cutting(made.workspace, max_rows=longest)
+        return PlannedFillings.of(
+            local.visible,
+            step.query_start,
+            step.row_seq,
+            self._tables.host,
+            block_size=self._placement.block_size,
+            capacity=made.capacity,
+            cutting=cutting,
+        )

@@ -1,0 +1,86 @@
+"""Where this rank's pages of each sequence stand: a table on the host, and the same on the device, for attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from parallel.placement import BlockCyclic
+
+from .batch import LocalRows, StepRows
+from .cache.pool import BlockTable
+from .request import Chunk
+from .upload import upload
+
+
+@dataclass(frozen=True, slots=True)
+class _Uploaded:
+    """What the device knows of a sequence's pages: of so many pages, this rank's own."""
+
+    blocks: BlockTable | None = None
+    num_pages: int = 0
+    num_local: int = 0
+
+
+class PageTables:
+    """The page tables of all batch slots.
+
+    Args:
+        placement: the rule of ownership.
+        kvp_rank: this rank's.
+        max_batch: batch slots.
+        max_len: the longest sequence, in tokens.
+        device: this rank's.
+
+    Attributes:
+        device: [max_batch, P] int32, this rank's pages of each sequence in ascending position.
+        host: the same, in NumPy.
+    """
+
+    def __init__(
+        self, placement: BlockCyclic, kvp_rank: int, *, max_batch: int, max_len: int, device: torch.device
+    ) -> None:
+        self._placement, self._kvp_rank = placement, kvp_rank
+        width = -(-placement.num_blocks(max_len) // placement.kvp)
+        self.device = torch.zeros((max_batch, width), dtype=torch.int32, device=device)
+        self.host: npt.NDArray[np.int32] = np.zeros((max_batch, width), np.int32)
+        self._uploaded: list[_Uploaded] = [_Uploaded()] * max_batch
+
+    @property
+    def max_batch(self) -> int:
+        """Batch slots."""
+        return self.host.shape[0]
+
+    @property
+    def max_local_len(self) -> int:
+        """Tokens of a sequence that this rank can hold."""
+        return self.host.shape[1] * self._placement.block_size
+
+    def update(self, chunks: Iterable[Chunk]) -> None:
+        """Bring the tables of the chunks' sequences up to date: only pages that are not there yet travel."""
+        slots: list[int] = []
+        columns: list[int] = []
+        pages: list[int] = []
+        for chunk in chunks:
+            slot, blocks = chunk.seq.batch_slot, chunk.seq.blocks
+            known = self._uploaded[slot]
+            if known.blocks is blocks and known.num_pages == len(blocks.pages):
+                continue
+            start = known.num_local if known.blocks is blocks else 0
+            new = blocks.local_pages(self._kvp_rank, self._placement.kvp, start=start)
+            self._uploaded[slot] = _Uploaded(blocks, len(blocks.pages), start + len(new))
+            slots += [slot] * len(new)
+            columns += range(start, start + len(new))
+            pages += new
+        if pages:
+            self.host[slots, columns] = pages
+            where = upload({"where": np.array([slots, columns, pages], np.int64)}, self.device.device)["where"]
+            self.device[where[0], where[1]] = where[2].to(torch.int32)
+
+    def local_rows(self, rows: StepRows) -> LocalRows:
+        """Return what this rank sees of a step's rows, whose sequences' tables are up to date."""
+        return LocalRows.of(rows, self._placement, self._kvp_rank, self.host)
