@@ -13,10 +13,8 @@ import triton.language as tl
 from .eight_bits import as_byte, scale_of
 from .pages import Pages, QuantizedPages, planes_of
 
-MANY_ROWS, ROWS = (
-    512,
-    16,
-)  # from so many rows on a program takes several: starting programs would cost more than they do
+MANY_ROWS, ROWS = 512, 16
+"""From so many rows on a program takes several: starting programs would cost more than they do."""
 
 
 def rotate(x_RHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
@@ -139,6 +137,28 @@ def turns_with(d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
+def _swapped(x, INTERLEAVED: tl.constexpr):
+    """Return [BR, D] with the elements of each pair that RoPE turns in each other's place: D is what it turns."""
+    if INTERLEAVED:
+        pairs = tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2])
+        first, second = tl.split(pairs)
+        return tl.reshape(tl.join(second, first), x.shape)
+    else:
+        pairs = tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1))
+        first, second = tl.split(pairs)
+        return tl.reshape(tl.permute(tl.join(second, first), (0, 2, 1)), x.shape)
+
+
+@triton.jit
+def _of_pairs(x, INTERLEAVED: tl.constexpr):
+    """Return [BR, D] of what each pair of elements has, [BR, D / 2]."""
+    both = tl.join(x, x)
+    if not INTERLEAVED:
+        both = tl.permute(both, (0, 2, 1))
+    return tl.reshape(both, [x.shape[0], 2 * x.shape[1]])
+
+
+@triton.jit
 def load_sum(source, stride, at, mask, SUMMANDS: tl.constexpr, DTYPE: tl.constexpr):
     """Load values, or the sums of SUMMANDS of them that stand ``stride`` apart, as DTYPE."""
     total = tl.load(source + at, mask=mask, other=0.0)
@@ -175,10 +195,17 @@ def _rope_append_kernel(
     columns: tl.constexpr = (NUM_Q + 2 * NUM_KV) * D
     at = row * columns + head * D
     x = load_sum(qkv, num_rows * columns, at + d, there & real, SUMMANDS, q.dtype.element_ty)
-    partner = load_sum(qkv, num_rows * columns, at + other, there & turns, SUMMANDS, q.dtype.element_ty).to(tl.float32)
-    c = tl.load(cos + row * HALF + angle, mask=there & turns, other=1.0)
-    s = tl.load(sin + row * HALF + angle, mask=there & turns, other=0.0)
     value = x.to(tl.float32)
+    if BR > 1 and (INTERLEAVED or 2 * HALF == D_PAD):  # neighbours in memory stay neighbours, so that loads are wide
+        partner = _swapped(value, INTERLEAVED)
+        pair = tl.arange(0, D_PAD // 2)[None, :]
+        c = _of_pairs(tl.load(cos + row * HALF + pair, mask=there & (pair < HALF), other=1.0), INTERLEAVED)
+        s = _of_pairs(tl.load(sin + row * HALF + pair, mask=there & (pair < HALF), other=0.0), INTERLEAVED)
+    else:
+        partner = load_sum(qkv, num_rows * columns, at + other, there & turns, SUMMANDS, q.dtype.element_ty)
+        partner = partner.to(tl.float32)
+        c = tl.load(cos + row * HALF + angle, mask=there & turns, other=1.0)
+        s = tl.load(sin + row * HALF + angle, mask=there & turns, other=0.0)
     if NORM:
         scale = tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
         value *= scale * own_weight
