@@ -103,7 +103,7 @@ def _values_kernel(
 
 
 def latent_queries_of(
-    first: torch.Tensor,
+    parts: torch.Tensor,
     k_up: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -114,13 +114,14 @@ def latent_queries_of(
     """Return queries in the latent space, [R, Q, C + T]: what keys' projections make of them, then their turned part.
 
     Args:
-        first: [R, Q, P + T], packed, R at most MAX_ROWS: of each head what is not turned, then what is, before RoPE.
-        k_up: [Q, P, C], packed, in first's dtype.
+        parts: [S, R, Q (P + T)], packed, R at most MAX_ROWS, and the sum over S in k_up's dtype: of each head what is
+            not turned, then what is, before RoPE.
+        k_up: [Q, P, C], packed.
         cos, sin: [R, T / 2] float32, packed.
         interleaved: see ``attention.append.rotate``.
         pdl: launch programmatically dependent.
     """
-    return _queries(first.flatten(1).unsqueeze(0), k_up, cos, sin, interleaved=interleaved, pdl=pdl)
+    return _queries(parts, k_up, cos, sin, interleaved=interleaved, pdl=pdl)
 
 
 def latent_append_and_queries(

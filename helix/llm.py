@@ -41,6 +41,7 @@ from .metrics import RunMetrics
 from .models.decoder import Decoder
 from .models.generation_config import with_models_sampling
 from .models.loading import fill
+from .models.query_share import make_query_gather
 from .models.tokenizer import end_of_turn_ids
 from .models.weights import part_of
 from .prepare import Prepared
@@ -315,6 +316,17 @@ class LLM:
             attention=attention,
             reduce_norm=reduce_norm,
             argmax=argmax,
+            query_gather=make_query_gather(
+                attention_config.split_query_rows,
+                self.spec,
+                self.grid,
+                dtype=self.dtype,
+                device=self.launch.device,
+                near=near,
+                faults=self.faults,
+                timeout_s=self.config.runtime.timeout_s,
+                pdl=self._pdl,
+            ),
             workspace=workspace,
             pdl=self._pdl,
         )

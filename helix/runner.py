@@ -14,6 +14,7 @@ from attention.fused_exchange import OPERATION as EXCHANGE
 from attention.rows import Rows
 from parallel.all_reduce_norm import OPERATION as ALL_REDUCE
 from parallel.grid import HelixGrid
+from parallel.head_gather import OPERATION as HEAD_GATHER
 from parallel.placement import BlockCyclic
 from parallel.sharded_argmax import OPERATION as ARGMAX
 from parallel.symmetric import Faults
@@ -281,13 +282,14 @@ class Runner:
             return
         fault = Faults.decode(int(self.faults.word) if word is None else word)
         if fault is not None:
-            group = self.grid.kvp_group if fault.operation == EXCHANGE else self.grid.world_group
+            group = self.grid.kvp_group if fault.operation in (EXCHANGE, HEAD_GATHER) else self.grid.world_group
             assert group is not None
             peer = dist.get_process_group_ranks(group)[fault.peer]
             what = {
                 ALL_REDUCE: f"all-reduce of layer {fault.layer}",
                 EXCHANGE: f"exchange of layer {fault.layer}",
                 ARGMAX: "choice of tokens",
+                HEAD_GATHER: f"gather of queries of layer {fault.layer}",
             }
             raise RankLost(f"rank {peer} never arrived at the {what[fault.operation]}")
 

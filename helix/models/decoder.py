@@ -6,13 +6,15 @@ output projection over all N ranks, all-reduce; then the feed-forward, row-paral
 EP, and all-reduce (arXiv 2507.07120, figure 2). Each all-reduce adds the residual and applies the norm that follows it.
 
 Steps with many rows may share the QKV projection: each KVP rank projects only the rows that it owns, whose K and V
-then stay where they are, and the queries are gathered.
+then stay where they are, and the queries are gathered. Of latents, steps with few rows share the queries' projections
+by heads (``query_share``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 
 from attention.append import append, rope_append, rotate
 from attention.exchange import Exchange
+from attention.latent_products import MAX_ROWS
 from attention.pages import PageLayout, Pages
 from attention.partial import PartialAttention, Partials, Workspace
 from attention.ranges import Filling, attend_ranges
@@ -29,6 +32,7 @@ from attention.work import Cutting
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.collectives import all_gather
 from parallel.grid import HelixGrid
+from parallel.head_gather import HeadGather
 from parallel.layout import split_evenly
 from parallel.sharded_argmax import ShardedArgmax
 
@@ -37,6 +41,7 @@ from .experts import mixture
 from .latent import MadeOfLatents, project, values_of
 from .linear import gated_linear, linear, split_linear
 from .quantized import Matrix, Quantized
+from .query_share import QueryShare
 from .spec import Experts, ModelSpec
 from .weights import Weight, layer_weights, model_weights, next_weights, part_of
 
@@ -87,6 +92,7 @@ class Decoder:
         attention: PartialAttention,
         reduce_norm: AllReduceNorm | None = None,
         argmax: ShardedArgmax | None = None,
+        query_gather: HeadGather | None = None,
         workspace: tuple[int, PageLayout] | None = None,
         pdl: bool = False,
     ) -> None:
@@ -94,7 +100,7 @@ class Decoder:
         self.part = part_of(spec, grid.layout, grid.rank)
         self.num_heads = self.part.q_heads[1] - self.part.q_heads[0]
         self.num_kv_heads = self.part.kv_heads[1] - self.part.kv_heads[0]
-        self._attention, self._pdl = attention, pdl
+        self._attention, self._query_gather, self._pdl = attention, query_gather, pdl
         self._reduce_norm = reduce_norm or AllReduceNorm(
             grid.world_group, hidden_size=spec.hidden_size, dtype=dtype, device=device, pdl=pdl
         )
@@ -175,13 +181,13 @@ class Decoder:
             inv_freq=self._inv_freq,
             chosen=None if chosen is None else (chosen, rows.row_seq),
         )
-        if share is not None:
-            cos, sin = cos[share.mine], sin[share.mine]
+        own = (cos, sin) if share is None else (cos[share.mine], sin[share.mine])
         next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
         exchange.begin_step()
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            queries = self._query_share(share, cos, sin, layer)
             q = self._project_qkv(
-                weights, normed, cos, sin, slot, pages[layer], share, plain=bool(fillings), chunk=chunk
+                weights, normed, *own, slot, pages[layer], share, queries, plain=bool(fillings), chunk=chunk
             )
             merged = exchange(self._attend(q, pages[layer], rows, fillings, weights), layer=layer)
             normed = self._finish(layer, weights, merged, stream, next_norm, plain=bool(fillings), chunk=chunk)
@@ -226,7 +232,8 @@ class Decoder:
         normed = self._norm(stream, weights["input_norm"])
         exchange.begin_step()
         plain = bool(fillings)
-        q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, plain=plain, chunk=False)
+        queries = self._query_share(None, cos, sin, 0)
+        q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, queries, plain=plain, chunk=False)
         merged = exchange(self._attend(q, pages, rows, fillings, weights), layer=0)
         return self._finish(layer, weights, merged, stream, weights["next_norm"], plain=plain, chunk=False, index=0)
 
@@ -330,6 +337,7 @@ class Decoder:
         slot: torch.Tensor,
         pages: Pages,
         share: RowShare | None,
+        queries: QueryShare | None,
         *,
         plain: bool,
         chunk: bool,
@@ -344,11 +352,11 @@ class Decoder:
         flat = split_linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl, chunk=chunk)
         interleaved = self.spec.rope.interleaved
         if self.spec.latent is not None:
-            q = project(
+            return project(
                 flat, cos, sin, pages, slot, weights, self.spec.latent, num_heads=num_q, interleaved=interleaved,
-                plain=plain, pdl=self._pdl, chunk=chunk,
+                share=queries, plain=plain, pdl=self._pdl, chunk=chunk,
             )  # fmt: skip
-        elif flat.is_cuda:
+        if flat.is_cuda:
             norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if self.spec.qk_norm else None
             q = rope_append(
                 flat, cos, sin, pages, slot, num_heads=num_q, norms=norms, interleaved=interleaved,
@@ -360,6 +368,23 @@ class Decoder:
                 q, k = self._norm(q, weights["q_norm"]), self._norm(k, weights["k_norm"])
             q = rotate(q, cos, sin, interleaved=interleaved)
             append(rotate(k, cos, sin, interleaved=interleaved), v, pages, slot, weights.get("cache_scales"))
+        return q if share is None else self._gather_rows(q, share)
+
+    def _gather_rows(self, q: torch.Tensor, share: RowShare) -> torch.Tensor:
+        """Return the queries of all rows [R, Q, D] of those that the KVP ranks projected, in their order."""
+        return all_gather(q, self.grid.kvp_group).flatten(0, 1)[share.order]
+
+    def _query_share(
+        self, share: RowShare | None, cos: torch.Tensor, sin: torch.Tensor, layer: int
+    ) -> QueryShare | None:
+        """Return which queries of latents this rank makes in a step of the rows of cos and sin; None for all of them.
+
+        It depends on their number alone, so it is alike on every rank.
+        """
+        num_rows, gather = cos.shape[0], self._query_gather
         if share is not None:
-            q = all_gather(q, self.grid.kvp_group).flatten(0, 1)[share.order]
-        return q
+            everything = 0, self.num_heads
+            return QueryShare(everything, partial(self._gather_rows, share=share), cos, sin, absorbs=False)
+        if gather is None or num_rows > gather.max_rows:
+            return None
+        return QueryShare(gather.heads, partial(gather, layer=layer), cos, sin, absorbs=num_rows <= MAX_ROWS)

@@ -27,7 +27,8 @@ from attention.partial import Workspace
 from attention.ranges import PAGE
 from attention.widened import gather_latents
 
-from .linear import linear
+from .linear import linear, split_linear
+from .query_share import QueryShare, rows_of
 from .spec import Latent
 
 
@@ -42,33 +43,35 @@ def project(
     *,
     num_heads: int,
     interleaved: bool,
+    share: QueryShare | None = None,
     plain: bool = False,
     pdl: bool = False,
     chunk: bool = False,
 ) -> torch.Tensor:
     """Append what owned rows are to cache, and return the queries of all rows in the latent space: [R, Q, C + T].
 
-    With ``plain`` they are queries of made keys: [R, Q, P + T].
+    With ``plain`` they are queries of made keys: [R, Q, P + T]. With ``share`` it is collective over the KVP group.
 
     Args:
-        flat: [S, R, q_rank or Q (P + T), then C + T], as the projection ``qkv`` leaves it: the sum over S.
-        cos, sin: [R, T / 2] float32.
+        flat: [S, R, q_rank or Q (P + T), then C + T], as the projection ``qkv`` leaves it: the sum over S, of the rows
+            that this rank projects.
+        cos, sin: [R, T / 2] float32, of those rows.
         pages: [P, 1, 1, block_size, C + T], one layer's pages.
         slot: [R] int64, page * block_size + offset, or -1.
         weights: the layer's, by role.
         latent: sizes.
         num_heads: Q.
         interleaved: see ``rotate``.
+        share: which queries this rank makes; None where it makes all.
         plain: do not take queries into the latent space.
         pdl: launch programmatically dependent, where a projection has a kernel of its own.
         chunk: see ``split_linear``.
     """
-    k_up = weights["k_up"].unflatten(0, (num_heads, latent.plain_dim))
-    few = flat.is_cuda and not plain and flat.shape[1] <= MAX_ROWS
-    if few and latent.q_rank is None:
+    few = flat.is_cuda and flat.shape[1] <= MAX_ROWS
+    if few and share is None and not plain and latent.q_rank is None:
         return latent_append_and_queries(
             flat,
-            k_up,
+            weights["k_up"].unflatten(0, (num_heads, latent.plain_dim)),
             cos,
             sin,
             pages,
@@ -78,8 +81,46 @@ def project(
             interleaved=interleaved,
             pdl=pdl,
         )
+    first = _append(flat, cos, sin, pages, slot, weights, latent, interleaved=interleaved, pdl=pdl)
+    heads = (0, num_heads) if share is None else share.heads
+    k_up = rows_of(weights["k_up"], heads, latent.plain_dim)
+    absorbs = not plain and (share is None or share.absorbs)
+    parts = first.unsqueeze(0)
+    if latent.q_rank is not None:
+        q_b = rows_of(weights["q_b"], heads, latent.q_dim)
+        if absorbs:
+            parts = split_linear(first, q_b, pdl=pdl, chunk=chunk)
+        else:
+            parts = linear(first, q_b, pdl=pdl, chunk=chunk).unsqueeze(0)
+    if absorbs:
+        q = _absorbed(parts, k_up, cos, sin, latent, interleaved=interleaved, pdl=pdl)
+    else:
+        q = parts[0].unflatten(-1, (-1, latent.q_dim))
+        q = _turned(q, cos, sin, latent, interleaved=interleaved, pdl=pdl) if plain else q
+    if share is None:
+        return q
+    q = share.gather(q)
+    if plain or absorbs:
+        return q
+    parts = q.flatten(1).unsqueeze(0)
+    return _absorbed(parts, weights["k_up"], share.cos, share.sin, latent, interleaved=interleaved, pdl=pdl)
+
+
+def _append(
+    flat: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: Pages,
+    slot: torch.Tensor,
+    weights: Mapping[str, Any],
+    latent: Latent,
+    *,
+    interleaved: bool,
+    pdl: bool,
+) -> torch.Tensor:
+    """Append what owned rows are to cache; return what queries are made of, [R, q_rank or Q (P + T)]."""
     if flat.is_cuda:
-        first = latent_append(
+        return latent_append(
             flat,
             cos,
             sin,
@@ -91,29 +132,46 @@ def project(
             interleaved=interleaved,
             pdl=pdl,
         )
-    else:
-        [flat] = flat
-        first, compressed, turning = flat.split((flat.shape[-1] - pages.shape[-1], latent.rank, latent.turned_dim), -1)
-        turned = rotate(turning.unsqueeze(1), cos, sin, interleaved=interleaved)
-        cached = torch.cat((_norm(compressed, weights["latent_norm"], latent).unsqueeze(1), turned), -1)
-        append(cached, None, pages, slot)
-        if latent.q_rank is not None:
-            first = _norm(first, weights["q_a_norm"], latent)
-    if latent.q_rank is not None:
-        first = linear(first, weights["q_b"], pdl=pdl, chunk=chunk)
-    first = first.unflatten(-1, (num_heads, latent.q_dim))
-    if few:
-        return latent_queries_of(first, k_up, cos, sin, interleaved=interleaved, pdl=pdl)
-    if plain and flat.is_cuda:
-        turn_queries(first, cos, sin, interleaved=interleaved, pdl=pdl)
-        return first
-    own = first[..., : latent.plain_dim]
-    if not plain:
-        absorbed = torch.bmm(own.transpose(0, 1), k_up)
-        if flat.is_cuda:
-            return latent_queries(first, absorbed, cos, sin, interleaved=interleaved, pdl=pdl)
-        own = absorbed.transpose(0, 1)
-    return torch.cat((own, rotate(first[..., latent.plain_dim :], cos, sin, interleaved=interleaved)), -1)
+    [flat] = flat
+    first, compressed, turning = flat.split((flat.shape[-1] - pages.shape[-1], latent.rank, latent.turned_dim), -1)
+    turned = rotate(turning.unsqueeze(1), cos, sin, interleaved=interleaved)
+    cached = torch.cat((_norm(compressed, weights["latent_norm"], latent).unsqueeze(1), turned), -1)
+    append(cached, None, pages, slot)
+    return first if latent.q_rank is None else _norm(first, weights["q_a_norm"], latent)
+
+
+def _absorbed(
+    parts: torch.Tensor,
+    k_up: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    latent: Latent,
+    *,
+    interleaved: bool,
+    pdl: bool,
+) -> torch.Tensor:
+    """Take queries [S, R, Q (P + T)], which are their sum over S, into the latent space: [R, Q, C + T]."""
+    k_up = k_up.unflatten(0, (-1, latent.plain_dim))
+    if parts.is_cuda and parts.shape[1] <= MAX_ROWS:
+        return latent_queries_of(parts, k_up, cos, sin, interleaved=interleaved, pdl=pdl)
+    [first] = parts
+    first = first.unflatten(-1, (-1, latent.q_dim))
+    absorbed = torch.bmm(first[..., : latent.plain_dim].transpose(0, 1), k_up)
+    if parts.is_cuda:
+        return latent_queries(first, absorbed, cos, sin, interleaved=interleaved, pdl=pdl)
+    turned = rotate(first[..., latent.plain_dim :], cos, sin, interleaved=interleaved)
+    return torch.cat((absorbed.transpose(0, 1), turned), -1)
+
+
+def _turned(
+    q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, latent: Latent, *, interleaved: bool, pdl: bool
+) -> torch.Tensor:
+    """Turn the last elements of plain queries [R, Q, P + T]."""
+    if q.is_cuda:
+        turn_queries(q, cos, sin, interleaved=interleaved, pdl=pdl)
+        return q
+    own = q[..., : latent.plain_dim]
+    return torch.cat((own, rotate(q[..., latent.plain_dim :], cos, sin, interleaved=interleaved)), -1)
 
 
 class MadeOfLatents:

@@ -98,6 +98,10 @@ class Quantized:
         scales = self.scales[:, index * rows : (index + 1) * rows]
         return replace(self, values=self.values[index], scales=scales, facts={})
 
+    def rows(self, start: int, stop: int) -> Quantized:
+        """Return some rows of a matrix, as a view."""
+        return replace(self, values=self.values[start:stop], scales=self.scales[:, start:stop], facts={})
+
     def shares_scales(self, rows: int, size: int) -> bool:
         """Return whether `size` rows that follow each other share their scales, counted anew every `rows` rows."""
         key = (self.scales.shape[1], rows, size)

@@ -95,7 +95,7 @@ def prompts_for(block_size: int) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(0, 256, (n,), generator=generator).tolist()) for n in lengths]
 
 
-def generate_body(path, kvp, tpa, runs, ep=1):
+def generate_body(path, kvp, tpa, runs, ep=1, split_query_rows=None):
     """Outputs of several runs of one layout; a run is (block_size, prompts, max_tokens, prefill_chunk, share rows)."""
     outputs = []
     for block_size, prompts, max_tokens, prefill_chunk, share in runs:
@@ -104,7 +104,12 @@ def generate_body(path, kvp, tpa, runs, ep=1):
             model=ModelConfig(path=path, dtype="float32"),
             parallel=ParallelConfig(kvp=kvp, tpa=tpa, ep=ep),
             cache=CacheConfig(block_size=block_size, num_pages=8192 // block_size),
-            attention=AttentionConfig(share_qkv_rows=share, expand_rows=8 if cuts else 256, workspace_tokens=128),
+            attention=AttentionConfig(
+                share_qkv_rows=share,
+                expand_rows=8 if cuts else 256,
+                workspace_tokens=128,
+                split_query_rows=split_query_rows,
+            ),
             scheduler=SchedulerConfig(max_batch=4 if cuts else 8, prefill_chunk=prefill_chunk),
             runtime=RuntimeConfig(check_ranks=cuts),
         )
@@ -148,10 +153,11 @@ def test_greedy_tokens_equal_transformers_in_every_layout(ranks, checkpoint, ref
     ],
 )
 def test_experts_and_latents_split_every_way_equal_transformers(ranks, checkpoint, reference, family, kvp, tpa, ep):
-    runs = [(16, prompts_for(16), 16, 33, 0)]
+    runs, split = [(16, prompts_for(16), 16, 33, 0)], None
     if family == "deepseek_v3":
-        runs += [(1, prompts_for(1), 16, 33, 1)]  # ranks share the rows of long steps here
-    results = ranks(kvp * tpa).run(generate_body, checkpoint(family), kvp, tpa, runs, ep=ep)
+        # ranks share the heads of all steps' queries, in the second run the rows of all steps
+        runs, split = [*runs, (1, prompts_for(1), 16, 33, 1)], 100
+    results = ranks(kvp * tpa).run(generate_body, checkpoint(family), kvp, tpa, runs, ep=ep, split_query_rows=split)
     check(results, reference, family, runs)
 
 

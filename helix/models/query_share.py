@@ -1,0 +1,130 @@
+"""Which queries of a step a KVP rank makes, where it need not make all of them, and how it gets the rest.
+
+The ranks of a KVP group need the same queries. With keys and values of few heads they are cheaper made by every rank
+than sent; with latents they are not: all heads' projections, and what takes them into the latent space, are the largest
+weights of a layer's attention. So each rank makes the queries of its share of the heads, and they are gathered.
+
+Of few rows they travel as attention takes them, in the latent space; of many as they are projected, a third as wide.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from parallel.grid import HelixGrid
+from parallel.head_gather import HeadGather
+from parallel.symmetric import Faults
+
+from .quantized import Matrix
+from .spec import ModelSpec
+
+_log = logging.getLogger(__name__)
+LATENCY_BYTES = 24 << 20
+"""Weights that a GPU reads while a gather of few rows is on its way: 6 us."""
+BYTES_FOR_BYTE = 12
+"""Weights that a GPU reads while another rank sends it a byte."""
+
+
+@dataclass(frozen=True)
+class QueryShare:
+    """This rank's part of a step's queries.
+
+    Attributes:
+        heads: the range [first, stop) that it makes, of those of its attention.
+        gather: returns all rows' queries of all heads [R, Q, D] of those that the ranks made, whatever their D;
+            collective over the KVP group.
+        cos, sin: [R, T / 2] float32, of all rows.
+        absorbs: what it makes is taken into the latent space before it travels, where the rows attend there.
+    """
+
+    heads: tuple[int, int]
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    cos: torch.Tensor
+    sin: torch.Tensor
+    absorbs: bool
+
+
+def rows_of(w: Matrix, heads: tuple[int, int], size: int) -> Any:
+    """Return the rows of a range of heads, of so many rows each, as a view."""
+    first, stop = heads[0] * size, heads[1] * size
+    return w[first:stop] if isinstance(w, torch.Tensor) else w.rows(first, stop)
+
+
+def rows_that_pay(saved_bytes: float, row_bytes: float) -> int:
+    """Return how many rows a step may have at most for a gather to be cheaper than reading the weights it saves.
+
+    Args:
+        saved_bytes: of weights that a rank need not read.
+        row_bytes: of one row's queries, that it receives.
+    """
+    return max(0, int((saved_bytes - LATENCY_BYTES) / (BYTES_FOR_BYTE * row_bytes)))
+
+
+def rows_to_split(asked: int | None, spec: ModelSpec, kvp: int, dtype: torch.dtype, *, near: bool) -> int:
+    """Return the most rows of a step whose queries are shared out by heads, 0 for never; what is chosen is logged.
+
+    Args:
+        asked: ``attention.split_query_rows``.
+        spec: of the model.
+        kvp: ranks that share them.
+        dtype: of what is not quantised.
+        near: whether the ranks share GPU memory.
+    """
+    latent = spec.latent
+    if kvp == 1 or latent is None or latent.q_rank is None:
+        if asked:
+            reason = "kvp is 1" if kvp == 1 else "the model has no latents that queries are made of"
+            _log.warning("attention.split_query_rows = %d changes nothing: %s", asked, reason)
+        return 0
+    if asked is not None:
+        return asked
+    if not near:
+        _log.info("attention.split_query_rows=auto: 0, the KVP group shares no GPU memory")
+        return 0
+    others = (1 - 1 / kvp) * spec.num_heads
+    q_b_size = 1 if spec.is_quantized(spec.names.q_b.format(layer=0)) else dtype.itemsize
+    saved = latent.q_dim * latent.q_rank * q_b_size + latent.plain_dim * latent.rank * dtype.itemsize
+    rows = rows_that_pay(others * saved, others * spec.head_dim * dtype.itemsize)
+    _log.info("attention.split_query_rows=auto: %d", rows)
+    return rows
+
+
+def make_query_gather(
+    asked: int | None,
+    spec: ModelSpec,
+    grid: HelixGrid,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    near: bool,
+    faults: Faults | None,
+    timeout_s: float,
+    pdl: bool,
+) -> HeadGather | None:
+    """Return what gathers the queries of steps of few rows; None where every rank makes all of them.
+
+    Collective over the world: every rank calls it with equal arguments, which ``rows_to_split`` explains.
+    """
+    max_rows = rows_to_split(asked, spec, grid.layout.kvp, dtype, near=near)
+    if not max_rows or grid.kvp_group is None:
+        return None
+    gather = HeadGather(
+        grid.kvp_group,
+        num_heads=spec.num_heads,  # latents are one KV head, so tpa is 1
+        head_dim=spec.head_dim,
+        dtype=dtype,
+        device=device,
+        max_rows=max_rows,
+        fused=near,
+        faults=faults,
+        timeout_s=timeout_s,
+        pdl=pdl,
+    )
+    way = "symmetric memory" if gather.is_fused else "collectives"
+    _log.info("queries of up to %d rows are made in %d shares of heads, gathered by %s", max_rows, grid.layout.kvp, way)
+    return gather
