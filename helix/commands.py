@@ -67,6 +67,7 @@ class Add(_Named, frozen=True, tag=True):
         """Return the sequence that it stands for."""
         token_ids = self.prompt
         logprobs = None if self.sampling.logprobs is None else list[Any]()
+        scores: list[Any] | None = None if self.sampling.prompt_logprobs is None else [None]
         return Sequence(
             index=self.index,
             token_ids=token_ids,
@@ -74,7 +75,7 @@ class Add(_Named, frozen=True, tag=True):
             sampling=self.sampling,
             seed=self.seed,
             max_len=self.max_len,
-            output=RequestOutput(self.name, prompt_tokens=len(token_ids), logprobs=logprobs),
+            output=RequestOutput(self.name, prompt_tokens=len(token_ids), logprobs=logprobs, prompt_logprobs=scores),
             cache_salt=self.cache_salt,
             retention=self.retention,
             bad_word_ids=self.bad_word_ids,

@@ -31,7 +31,7 @@ import torch
 from .cache.mover import PageMover
 from .check import compare_ranks
 from .graphs import PendingTokens
-from .logprobs import SampledTokens
+from .logprobs import SampledTokens, on_host
 from .metrics import RunMetrics
 from .outcome import take_token
 from .request import ABORT, ERROR, Chunk, Sequence, StreamEvent, TokenLogprobs
@@ -268,7 +268,7 @@ class Engine:
 
     def _has_logprobs(self, step: Step) -> bool:
         """Return whether a step has log-probabilities to make, which the host waits for."""
-        found = any(chunk.seq.sampling.logprobs is not None for chunk in step.chunks)
+        found = any(chunk.seq.sampling.logprobs is not None or chunk.seq.scores_prompt for chunk in step.chunks)
         if found and not self._said_logprobs:
             _log.info("sampling.logprobs: while such a request runs, no step is launched before the last one is read")
             self._said_logprobs = True
@@ -305,6 +305,7 @@ class Engine:
         """Wait for a step and return what is new; what it computed for sequences that ended before is dropped."""
         tokens, chunks = self._read(flight), flight.step.chunks
         self.num_landed += 1
+        self._note_scores()
         going_on = []
         for chunk in chunks:
             if chunk.seq.has_ended:
@@ -329,6 +330,12 @@ class Engine:
         self.runner.check_faults()
         return flight.choice
 
+    def _note_scores(self) -> None:
+        """Give prompts the log-probabilities that the step has made of their tokens."""
+        for seq, found in [] if self.runner.sampler is None else self.runner.sampler.scorer.take():
+            assert seq.output.prompt_logprobs is not None
+            seq.output.prompt_logprobs.append(found)
+
     def _note_reuse(self, step: Step) -> None:
         """Note what each sequence found cached when it was admitted first."""
         for seq in step.admitted:
@@ -341,7 +348,11 @@ class Engine:
         """Add to each sequence the drafts that its rows confirm and the token that follows them, up to its end."""
         now = self._clock()
         events: list[StreamEvent] = []
-        logprobs = None if tokens.logprobs is None else _host_logprobs(tokens, chunks)
+        logprobs = None
+        if tokens.logprobs is not None:
+            logprobs = on_host(
+                tokens, [each.seq.sampling.logprobs or 0 for each in chunks for _ in range(each.num_choices)]
+            )
         ids, row = tokens.token_ids.tolist(), 0
         for chunk in chunks:
             seq, drafts, first_row = chunk.seq, chunk.drafts, row
@@ -365,15 +376,3 @@ class Engine:
             if events[-1].output is not None:
                 self.end(seq, seq.output.finish_reason)
         return events
-
-
-def _host_logprobs(tokens: SampledTokens, chunks: list[Chunk]) -> list[TokenLogprobs]:
-    """Return each row's log-probabilities on the host, with as many alternatives as its request asked for."""
-    assert tokens.logprobs is not None
-    seqs = [chunk.seq for chunk in chunks for _ in range(1 + len(chunk.drafts))]
-    tops: list[dict[int, float]] = [{} for _ in seqs]
-    if tokens.top_ids is not None and tokens.top_logprobs is not None:
-        pairs = zip(seqs, tokens.top_ids.tolist(), tokens.top_logprobs.tolist(), strict=True)
-        tops = [dict(list(zip(ids, values, strict=True))[: seq.sampling.logprobs]) for seq, ids, values in pairs]
-    rows = zip(tokens.token_ids.tolist(), tokens.logprobs.tolist(), tops, strict=True)
-    return [TokenLogprobs(*row) for row in rows]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .mass import ORDERS_PER_NAT, mass
+from .request import TokenLogprobs
 
 _ONE = 2.0**40
 _LOW_32 = 0xFFFFFFFF
@@ -38,8 +41,9 @@ def with_logprobs(token_ids: Tensor, logits: Tensor, num: int) -> SampledTokens:
     logprobs = logits.gather(1, token_ids[:, None]) - log_total
     top_ids = top_logprobs = None
     if num > 0:
-        top_ids = _top_ids(logits, min(num, logits.shape[1]))
-        top_logprobs = logits.gather(1, top_ids) - log_total
+        size = logits.shape[1]
+        top_ids, top_logits = in_order(best(logits, min(num, size), first=0, vocab_size=size), size)
+        top_logprobs = top_logits - log_total
     return SampledTokens(token_ids=token_ids, logprobs=logprobs[:, 0], top_ids=top_ids, top_logprobs=top_logprobs)
 
 
@@ -50,9 +54,31 @@ def _log_total(logits: Tensor) -> Tensor:
     return top + total.to(torch.float32).div_(_ONE).log_()
 
 
-def _top_ids(logits: Tensor, num: int) -> Tensor:
-    """Return the ids [R, num] of the largest logits; keys of (logit, id) as one integer leave no ties."""
+def best(logits: Tensor, num: int, *, first: int, vocab_size: int) -> Tensor:
+    """Return keys [R, num] int64 of the largest logits, largest first, of the token ids from ``first`` on.
+
+    A key holds logit and id, so that there are no ties; where there are fewer logits the rest is less than any key.
+    """
     bits = (logits + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, its equal
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64).bitwise_left_shift_(32)
-    keys += torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
-    return logits.shape[1] - 1 - (keys.topk(num, dim=-1).values & _LOW_32)
+    highest = vocab_size - 1 - first
+    keys += torch.arange(highest, highest - logits.shape[1], -1, device=logits.device)
+    found = keys.topk(min(num, logits.shape[1]), dim=-1).values
+    return F.pad(found, (0, num - found.shape[1]), value=torch.iinfo(torch.int64).min)
+
+
+def in_order(keys: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return the ids and the logits of keys."""
+    high = (keys >> 32).to(torch.int32)
+    return vocab_size - 1 - (keys & _LOW_32), torch.where(high < 0, high ^ 0x7FFFFFFF, high).view(torch.float32)
+
+
+def on_host(tokens: SampledTokens, nums: Many[int]) -> list[TokenLogprobs]:
+    """Return each row's log-probabilities on the host, with ``nums`` alternatives at most."""
+    assert tokens.logprobs is not None
+    tops: list[dict[int, float]] = [{} for _ in nums]
+    if tokens.top_ids is not None and tokens.top_logprobs is not None:
+        rows = zip(nums, tokens.top_ids.tolist(), tokens.top_logprobs.tolist(), strict=True)
+        tops = [dict(list(zip(ids, values, strict=True))[:num]) for num, ids, values in rows]
+    found = zip(tokens.token_ids.tolist(), tokens.logprobs.tolist(), tops, strict=True)
+    return [TokenLogprobs(*each) for each in found]

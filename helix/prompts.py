@@ -220,11 +220,12 @@ class Preparer:
         """Return the command that adds a request; ValueError says in one line why it cannot run."""
         token_ids, limits = self._prompts.token_ids(request), self.limits
         sampling = replace(sampling)  # checked again: a caller may have changed it since it was made
-        if sampling.logprobs is not None and sampling.logprobs > limits.max_logprobs:
-            raise ValueError(
-                f"sampling.logprobs = {sampling.logprobs} exceeds scheduler.max_logprobs = {limits.max_logprobs}; "
-                "raise that, or ask for fewer"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(sampling, name) or 0) > limits.max_logprobs:
+                raise ValueError(
+                    f"sampling.{name} = {getattr(sampling, name)} exceeds scheduler.max_logprobs = "
+                    f"{limits.max_logprobs}; raise that, or ask for fewer"
+                )
         is_answer = request.messages is not None or request.is_rendered
         if is_answer and self.end_of_turn_ids and not sampling.ignore_eos:
             sampling = replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *self.end_of_turn_ids])

@@ -81,7 +81,7 @@ class Request:
 
 @dataclass(slots=True)
 class TokenLogprobs:
-    """Natural log-probabilities at one output position: the sampled token's, and the most likely ones' by id."""
+    """Natural log-probabilities at one position: of the token that is there, and of the most likely ones by id."""
 
     token_id: int
     logprob: float
@@ -101,6 +101,7 @@ class RequestOutput:
         prompt_tokens: length of the prompt, in tokens.
         cached_tokens: prompt tokens whose KV was found in the cache, not computed.
         logprobs: one entry a token, when asked for.
+        prompt_logprobs: one entry a token of the prompt, when asked for; the first has none.
         error: what failed, for finish_reason error.
     """
 
@@ -112,6 +113,7 @@ class RequestOutput:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: str | None = None
 
 
@@ -190,6 +192,22 @@ class Sequence:
     def num_todo(self) -> int:
         """Known tokens that are not computed."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_scored(self) -> int:
+        """Leading tokens of the prompt whose log-probabilities are there, or not wanted."""
+        found = self.output.prompt_logprobs
+        return self.prompt_len if found is None else len(found)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True while log-probabilities of its prompt are wanted that are not there yet."""
+        return self.num_scored < self.prompt_len
+
+    @property
+    def most_reused(self) -> int:
+        """Tokens whose keys and values may be another's: none whose row says how likely the prompt's next token is."""
+        return (self.num_scored if self.scores_prompt else len(self.token_ids)) - 1
 
     @property
     def is_new(self) -> bool:

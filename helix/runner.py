@@ -171,8 +171,11 @@ class Runner:
         step = StepRows.of(chunks)
         self.tables.update(chunks)
         hidden, _ = self._forward(step, self.tables.local_rows(step))
-        self._keep(chunks, hidden, step.query_start[1:].tolist())
-        choosing = _choosing_rows(chunks, step.query_start[1:].tolist())
+        stops = step.query_start[1:].tolist()
+        self._keep(chunks, hidden, stops)
+        if self.sampler is not None:
+            self.sampler.scorer.score(chunks, hidden, stops)
+        choosing = _choosing_rows(chunks, stops)
         if not choosing:
             first, stop = self.decoder.part.vocab
             return hidden.new_empty((0, stop - first))
@@ -300,6 +303,8 @@ class Runner:
         """
         hidden, _ = self._forward(StepRows.for_nobody(num_rows), LocalRows.that_see_nothing(num_rows), repeat=2)
         self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(num_choices, -1)))
+        if self.sampler is not None:
+            self.sampler.scorer.warm_up(hidden[:1])
 
     def compile_steps(self, most_rows: int) -> None:
         """Compile what steps without a graph launch, up to so many rows: nothing is left to compile while requests run.

@@ -27,6 +27,7 @@ from .choice import RowSettings, Rules, choose, scores
 from .choose_kernels import best_keys
 from .logprobs import SampledTokens, with_logprobs
 from .models.decoder import Decoder
+from .prompt_logprobs import PromptScorer
 from .request import Chunk, RequestOutput, Sequence
 from .sampling import SamplingParams
 from .token_counts import TokenCounts
@@ -67,6 +68,9 @@ class Sampler:
         decoder: the rank's model.
         max_batch: batch slots.
         eos_token_ids: what ends a sequence, for ``min_tokens``.
+
+    Attributes:
+        scorer: makes the log-probabilities of prompts.
     """
 
     def __init__(self, decoder: Decoder, *, max_batch: int, eos_token_ids: Collection[int]) -> None:
@@ -77,6 +81,7 @@ class Sampler:
         )
         self._rules = Rules([])
         self._counts = TokenCounts(max_batch, self._vocab, decoder.device)
+        self.scorer = PromptScorer(decoder)
 
     def prepare(self, chunks: Many[Chunk], last_tokens: Tensor) -> Choices:
         """Return how the rows of a step choose. Before the forward; ``last_tokens`` [max_batch] are those it reads."""

@@ -41,6 +41,7 @@ class SamplingParams:
         ignore_eos: go on after the model's end of sequence.
         skip_special_tokens: leave special tokens out of the text.
         logprobs: return each token's log-probability, and those of so many of the most likely; None returns nothing.
+        prompt_logprobs: return the same of the prompt's tokens, the first excepted; the prompt then reuses no cache.
 
     Raises:
         ValueError: in one line that names the setting, its value and what would be valid.
@@ -64,6 +65,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for item in fields(SamplingParams):
@@ -122,11 +124,8 @@ class SamplingParams:
             all(0 <= i < TOKEN_LIMIT for i in self.stop_token_ids),
             ("must hold token ids in [0, 2**31)"),
         )
-        yield (
-            "logprobs",
-            self.logprobs is None or 0 <= self.logprobs < TOKEN_LIMIT,
-            ("must lie in [0, 2**31) or be null (none returned)"),
-        )
+        for name, number in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            yield name, number is None or 0 <= number < TOKEN_LIMIT, "must lie in [0, 2**31) or be null (none returned)"
 
     @property
     def is_greedy(self) -> bool:

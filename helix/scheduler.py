@@ -263,7 +263,7 @@ class Scheduler:
             claim = self._claim(seq)
             missing = len(seq.token_ids) - claim.num_tokens
             seq.num_missing = missing
-            if self._followers.add(seq, claim, leaders):
+            if not seq.scores_prompt and self._followers.add(seq, claim, leaders):
                 self.cache.drop(claim)
             elif not self._gets_some(dues, seq, missing):
                 self.cache.drop(claim)
@@ -281,7 +281,7 @@ class Scheduler:
     def _claim(self, seq: Sequence) -> Claim:
         if seq.keys is None:
             seq.keys = BlockKeys(seq.token_ids, self.cache.placement.block_size, seq.cache_salt)
-        return self.cache.claim(seq.keys, seq.retention)
+        return self.cache.claim(seq.keys, seq.retention, seq.most_reused)
 
     def _allocate(self, claims: list[tuple[Sequence, Claim]]) -> list[tuple[Sequence, BlockTable]]:
         """Admit those that claimed, in order, with their pages.

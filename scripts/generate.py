@@ -23,7 +23,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,9 @@ def output_line(output: RequestOutput, index: int, asked: str) -> str:
         "prompt_tokens": output.prompt_tokens,
         "cached_tokens": output.cached_tokens,
     }
-    if output.logprobs is not None:
-        item["logprobs"] = [
-            {"token_id": each.token_id, "logprob": each.logprob, "top": {str(k): v for k, v in each.top.items()}}
-            for each in output.logprobs
-        ]
+    for name, found in (("prompt_logprobs", output.prompt_logprobs), ("logprobs", output.logprobs)):
+        if found is not None:
+            item[name] = [each and asdict(each) for each in found]
     item |= {"hash": asked} if output.error is None else {"error": output.error}
     line = json.dumps(item, ensure_ascii=False)
     return line.encode("utf-8", "backslashreplace").decode()  # an id may hold a lone surrogate, \ud800

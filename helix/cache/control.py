@@ -172,11 +172,11 @@ class CacheControl:
 
     # --- admission ----------------------------------------------------------------------------------------------------
 
-    def claim(self, keys: BlockKeys, retention: Sequence[Retention] = ()) -> Claim:
-        """Find and pin the longest cached prefix of a sequence, its last token excepted."""
+    def claim(self, keys: BlockKeys, retention: Sequence[Retention] = (), most: int = 1 << 62) -> Claim:
+        """Find and pin the longest cached prefix of a sequence, of ``most`` tokens, its last token excepted."""
         keys.update()
         root = self.blocks.tree.root(keys.salt)
-        limit = len(keys.token_ids) - 1
+        limit = min(len(keys.token_ids) - 1, most)
         chain = match(root, keys.full, limit // keys.block_size) if self._reuse else []
         claim = Claim(keys, tuple(retention), root, chain, [block.page for block in chain])
         self.blocks.pin_chain(root, chain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from ..checks import conforms
 from ..fields import (
     BY_NAME,
     CHAT,
+    COMPLETIONS,
     is_ids,
     one_name,
     require_messages,
@@ -43,6 +44,8 @@ class Asked:
         stream: send the answer as it is made.
         include_usage, continuous_usage: a last chunk with the usage; usage in every chunk.
         echo: begin with the prompt.
+        only_prompt: show nothing else: no token was asked for.
+        prompt_logprobs: tell those of the prompt by themselves.
         return_token_ids: tell the ids.
         says_length: the length of the answer was asked for; else it is a default's.
         tools: that the answer may call.
@@ -55,6 +58,8 @@ class Asked:
     include_usage: bool = False
     continuous_usage: bool = False
     echo: bool = False
+    only_prompt: bool = False
+    prompt_logprobs: bool = False
     return_token_ids: bool = False
     says_length: bool = False
     tools: tuple[dict[str, Any], ...] = ()
@@ -90,9 +95,15 @@ def asked_of(
     calls = _take_calls(given)
     n = calls.pop("n", 1)
     template = take_template(given) if endpoint == CHAT else {}
+    echoes = endpoint == COMPLETIONS and calls.get("echo", False)
+    if echoes and given.get("max_tokens") == 0:
+        given["max_tokens"], calls["only_prompt"] = 1, True
     settings = sampling.with_overrides(take_settings(given))
-    if calls.get("echo") and settings.logprobs is not None:
-        raise ValueError("echo = true together with logprobs is not supported; leave one of them out")
+    calls["prompt_logprobs"] = settings.prompt_logprobs is not None
+    if calls["prompt_logprobs"] and calls.get("stream"):
+        raise ValueError("prompt_logprobs is not streamed; leave out stream, or ask for echo and logprobs")
+    if echoes and settings.logprobs is not None:
+        settings = replace(settings, prompt_logprobs=max(settings.logprobs, settings.prompt_logprobs or 0))
     shared: dict[str, Any] = {
         "sampling": settings,
         "cache_salt": given.pop("cache_salt", ""),

@@ -14,7 +14,7 @@ from ..commands import Close
 from ..commands import encode as encode_command
 from ..inbox import Inbox
 from ..llm import LLM
-from ..request import RequestOutput, StreamEvent
+from ..request import RequestOutput, StreamEvent, TokenLogprobs
 from . import wire
 from .framing import read_frame
 from .outbox import Outbox
@@ -38,7 +38,7 @@ class Clients:
         self.inbox = Inbox()  # HTTP bounds what may live, and says 429
         self.has_gone = False
         self._sock, self._outbox = sock, Outbox(sock)
-        self._num_sent: dict[int, int] = {}  # log-probabilities that were sent, of those that asked for them
+        self._num_sent: dict[int, int] = {}  # log-probabilities that were sent, of those that asked for any
         self._published_s = 0.0
         self._thread = threading.Thread(target=self._read, name="clients", daemon=True)
         self._thread.start()
@@ -68,23 +68,32 @@ class Clients:
     def _delta(self, llm: LLM, event: StreamEvent, output: RequestOutput | None) -> wire.Delta:
         if output is None and (seq := llm.find(event.index)) is not None:
             output = seq.output
-        delta = wire.Delta(event.index, event.token_ids, event.text, self._chances(event, output))
+        delta = wire.Delta(event.index, event.token_ids, event.text)
+        if output is not None and event.token_ids:
+            self._add_chances(delta, output)
         if event.output is not None:
             end = event.output
             delta.end = wire.End(end.finish_reason, end.prompt_tokens, end.cached_tokens, end.error, end.stop_reason)
             self._num_sent.pop(event.index, None)
         return delta
 
-    def _chances(self, event: StreamEvent, output: RequestOutput | None) -> list[wire.TokenChance]:
-        """Return the log-probabilities of an event's tokens."""
-        if output is None or output.logprobs is None:
-            return []
-        start = self._num_sent.get(event.index, 0)
-        stop = self._num_sent[event.index] = start + len(event.token_ids)
-        return [wire.TokenChance(each.token_id, each.logprob, each.top) for each in output.logprobs[start:stop]]
+    def _add_chances(self, delta: wire.Delta, output: RequestOutput) -> None:
+        """Add the log-probabilities of its tokens, and with the first of them those of the prompt."""
+        if output.logprobs is None and output.prompt_logprobs is None:
+            return
+        start = self._num_sent.get(delta.index, 0)
+        stop = self._num_sent[delta.index] = start + len(delta.token_ids)
+        if output.prompt_logprobs is not None and not start:
+            delta.prompt = [None if each is None else _chance(each) for each in output.prompt_logprobs]
+        if output.logprobs is not None:
+            delta.logprobs = [_chance(each) for each in output.logprobs[start:stop]]
 
     def _read(self) -> None:
         while (frame := read_frame(self._sock)) is not None:
             self.inbox.put(frame, always=True)
         self.has_gone = True
         self.inbox.put(encode_command(Close(abort=True)), always=True)
+
+
+def _chance(each: TokenLogprobs) -> wire.TokenChance:
+    return wire.TokenChance(each.token_id, each.logprob, each.top)

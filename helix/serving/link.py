@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+import msgspec
+
 from ..commands import Abort, Add, Close
 from ..commands import encode as encode_command
+from ..request import LENGTH
 from . import wire
 from .errors import ApiError, gone
 from .framing import next_frame, pack
@@ -29,6 +32,7 @@ class Piece:
     text: str = ""
     logprobs: list[wire.TokenChance] = field(default_factory=list)
     end: wire.End | None = None
+    prompt: list[wire.TokenChance | None] = field(default_factory=list)
 
     def add(self, delta: wire.Delta | Piece) -> None:
         """Append what came later."""
@@ -36,6 +40,13 @@ class Piece:
         self.text += delta.text
         self.logprobs += delta.logprobs
         self.end = delta.end or self.end
+        self.prompt += delta.prompt
+
+    def drop_answer(self) -> None:
+        """Leave what it has of the prompt, and that it ended: nothing more was asked for."""
+        self.token_ids, self.text, self.logprobs = [], "", []
+        if self.end is not None:
+            self.end = msgspec.structs.replace(self.end, finish_reason=LENGTH, stop_reason=None)
 
 
 class Call:

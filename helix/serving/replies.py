@@ -21,7 +21,7 @@ class Reply(Protocol):
     kind: str
     chunk_kind: str
 
-    def first(self, choice: int) -> dict[str, Any] | None:
+    def first(self, choice: int, piece: Piece) -> dict[str, Any] | None:
         """Return the choice of a chunk that comes before all others, where there is one."""
 
     def chunk(self, choice: int, piece: Piece) -> dict[str, Any] | None:
@@ -45,12 +45,15 @@ class CompletionReply:
     def __init__(self, texts: TokenTexts, asked: Asked, prompts: Sequence[tuple[str, list[int]]]) -> None:
         self._texts, self._asked, self._prompts = texts, asked, prompts
         self._num_letters = [0] * len(prompts)
+        settings = asked.requests[0].sampling
+        self._echoes_chances = asked.echo and settings is not None and settings.logprobs is not None
 
-    def first(self, choice: int) -> dict[str, Any] | None:
+    def first(self, choice: int, piece: Piece) -> dict[str, Any] | None:
         """Return the prompt's text, where an echo is asked for."""
         if not self._asked.echo:
             return None
-        return {"index": choice, "text": self._prompts[choice][0], "logprobs": None, "finish_reason": None}
+        chances = self._chances(choice, piece.prompt) if self._echoes_chances else None
+        return {"index": choice, "text": self._prompts[choice][0], "logprobs": chances, "finish_reason": None}
 
     def chunk(self, choice: int, piece: Piece) -> dict[str, Any] | None:
         """Return what is new of a choice."""
@@ -60,7 +63,10 @@ class CompletionReply:
     def whole(self, choice: int, piece: Piece) -> dict[str, Any]:
         """Return a choice."""
         prefix = self._prompts[choice][0] if self._asked.echo else ""
-        return self._choice(choice, piece, prefix + piece.text)
+        made = self._choice(choice, piece, prefix + piece.text)
+        if self._echoes_chances:
+            made["logprobs"] = self._chances(choice, [*piece.prompt, *piece.logprobs])
+        return made | ({"prompt_logprobs": chances_by_id(self._texts, piece)} if self._asked.prompt_logprobs else {})
 
     def _choice(self, choice: int, piece: Piece, text: str) -> dict[str, Any]:
         made: dict[str, Any] = {"index": choice, "text": text, "logprobs": None, "finish_reason": _reason(piece)}
@@ -69,21 +75,28 @@ class CompletionReply:
             made["logprobs"] = self._chances(choice, piece.logprobs)
         return made | _ids(self._asked, piece, self._prompts[choice][1])
 
-    def _chances(self, choice: int, chances: Sequence[TokenChance]) -> dict[str, Any]:
-        spelled = [self._texts.spelled(each.token_id)[0] for each in chances]
+    def _chances(self, choice: int, chances: Sequence[TokenChance | None]) -> dict[str, Any]:
+        """Return log-probabilities; a prompt's first token has none."""
+        first = self._prompts[choice][1][0]
+        spelled = [self._texts.spelled(first if each is None else each.token_id)[0] for each in chances]
         offsets = []
         for text in spelled:
             offsets.append(self._num_letters[choice])
             self._num_letters[choice] += len(text)
-        tops = [{self._texts.spelled(i)[0]: value for i, value in each.top.items()} for each in chances]
         return {
             "tokens": spelled,
-            "token_logprobs": [each.logprob for each in chances],
-            "top_logprobs": [
-                top | {text: each.logprob} for top, text, each in zip(tops, spelled, chances, strict=True)
-            ],
+            "token_logprobs": [each and each.logprob for each in chances],
+            "top_logprobs": [each and self._tops(each) for each in chances],
             "text_offset": offsets,
         }
+
+    def _tops(self, chance: TokenChance) -> dict[str, float]:
+        """Return likely tokens, and the one that is there; of several with one text the most likely."""
+        tops: dict[str, float] = {}
+        for token_id, value in [*chance.top.items(), (chance.token_id, chance.logprob)]:
+            text = self._texts.spelled(token_id)[0]
+            tops[text] = max(value, tops.get(text, value))
+        return tops
 
 
 class ChatReply:
@@ -108,7 +121,7 @@ class ChatReply:
         self._texts, self._asked, self._prompts, self._parsers = texts, asked, prompts, parsers
         self._num_calls = [0] * len(prompts)
 
-    def first(self, choice: int) -> dict[str, Any] | None:
+    def first(self, choice: int, piece: Piece) -> dict[str, Any] | None:
         """Return the role."""
         delta = {"role": "assistant", "content": ""}
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -184,6 +197,17 @@ def require_answer(piece: Piece) -> None:
         raise ApiError(500, piece.end.error or "the request failed")
     if piece.end is not None and piece.end.finish_reason == ABORT:
         raise ApiError(503, "the request was aborted", code="aborted")
+
+
+def chances_by_id(texts: TokenTexts, piece: Piece) -> list[dict[str, Any] | None]:
+    """Return the log-probabilities of a prompt by token id, as vLLM writes them; its first token has none."""
+    return [
+        None if each is None else {
+            str(token_id): {"logprob": value, "decoded_token": texts.spelled(token_id)[0]}
+            for token_id, value in (each.top | {each.token_id: each.logprob}).items()
+        }
+        for each in piece.prompt
+    ]  # fmt: skip
 
 
 def _reason(piece: Piece) -> str | None:

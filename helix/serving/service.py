@@ -13,7 +13,7 @@ from .errors import ApiError
 from .link import Call, Link, Piece
 from .parsing import AnswerParser, response_template
 from .preparing import Settler
-from .replies import ChatReply, CompletionReply, Reply, head, require_answer, usage_of
+from .replies import ChatReply, CompletionReply, Reply, chances_by_id, head, require_answer, usage_of
 from .sending import EventStream, Receive, Scope, Send, read_body, send_json, while_connected
 from .token_texts import TokenTexts
 from .wire import Setup
@@ -116,7 +116,7 @@ class Answering:
             self._reply = ChatReply(service.texts, asked, prompts, parsers)
         else:
             self._reply = CompletionReply(service.texts, asked, prompts)
-        self._asked, self._setup = asked, service.setup
+        self._asked, self._setup, self._texts = asked, service.setup, service.texts
         self._request_id = request_id
         self._prompt_lens = [add.prompt_len for add in adds]
         self._num_made, self._num_cached = [0] * len(adds), [0] * len(adds)
@@ -125,12 +125,13 @@ class Answering:
         """Return the answer when it is there."""
         made = {choice: Piece() for choice in range(len(call.indices))}
         while call.is_open:
-            for choice, piece in (await call.take()).items():
-                require_answer(piece)
-                self._count(choice, piece)
+            for choice, piece in (await self._take(call)).items():
                 made[choice].add(piece)
         choices = [self._reply.whole(choice, piece) for choice, piece in made.items()]
-        return self._head(self._reply.kind) | {"choices": choices, "usage": self._usage()}
+        answer = self._head(self._reply.kind) | {"choices": choices, "usage": self._usage()}
+        if self._asked.is_chat and self._asked.prompt_logprobs:  # there vLLM has them once
+            answer["prompt_logprobs"] = chances_by_id(self._texts, made[0])
+        return answer
 
     async def stream(self, call: Call, stream: EventStream) -> None:
         """Send the answer as it is made; what fails after its beginning is told in an event."""
@@ -146,31 +147,37 @@ class Answering:
         base = self._head(self._reply.chunk_kind)
         begun: set[int] = set()
         while call.is_open:
-            pieces = await call.take(self._setup.serving.keepalive_s)
+            pieces = await self._take(call, self._setup.serving.keepalive_s)
             if not pieces:
                 await stream.comment(_waiting(call))
             chunks: list[dict[str, Any]] = []
             for choice, piece in pieces.items():
-                require_answer(piece)
-                self._count(choice, piece)
                 if choice not in begun:
                     begun.add(choice)
-                    chunks += [base | self._chunk(made) for made in [self._reply.first(choice)] if made is not None]
+                    if (made := self._reply.first(choice, piece)) is not None:
+                        chunks.append(base | self._chunk(made))
                 if (made := self._reply.chunk(choice, piece)) is not None:
                     chunks.append(base | self._chunk(made))
             await stream.events(chunks)
         if self._asked.include_usage:
             await stream.events([base | {"choices": [], "usage": self._usage()}])
 
+    async def _take(self, call: Call, wait_s: float | None = None) -> dict[int, Piece]:
+        """Return what is new, as far as it is to be shown; ApiError where a choice ended without an answer."""
+        pieces = await call.take(wait_s)
+        for choice, piece in pieces.items():
+            require_answer(piece)
+            if self._asked.only_prompt:
+                piece.drop_answer()
+            self._num_made[choice] += len(piece.token_ids)
+            if piece.end is not None:
+                self._num_cached[choice] = piece.end.cached_tokens
+        return pieces
+
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         if self._asked.continuous_usage:
             return {"choices": [choice], "usage": self._usage()}
         return {"choices": [choice], "usage": None} if self._asked.include_usage else {"choices": [choice]}
-
-    def _count(self, choice: int, piece: Piece) -> None:
-        self._num_made[choice] += len(piece.token_ids)
-        if piece.end is not None:
-            self._num_cached[choice] = piece.end.cached_tokens
 
     def _usage(self) -> dict[str, Any]:
         """Return the usage so far; a prompt counts once, however many answers it gets."""

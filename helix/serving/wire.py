@@ -58,7 +58,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class TokenChance(msgspec.Struct, frozen=True, array_like=True):
-    """Natural log-probabilities at one output position: the token's own, and the most likely ones' by id."""
+    """Natural log-probabilities at one position: the token's own, and the most likely ones' by id."""
 
     token_id: int
     logprob: float
@@ -76,13 +76,14 @@ class End(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, array_like=True):
-    """What is new of one request."""
+    """What is new of one request; ``prompt`` has the log-probabilities of its prompt, once, where they are wanted."""
 
     index: int
     token_ids: list[int]
     text: str
     logprobs: list[TokenChance] = []
     end: End | None = None
+    prompt: list[TokenChance | None] = []
 
 
 class Histogram(msgspec.Struct, frozen=True, array_like=True):

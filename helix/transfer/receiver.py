@@ -121,9 +121,12 @@ class Receiver:
         return metrics
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence."""
+        """Queue a sequence; one whose prompt is to be scored is computed here."""
         self._engine.note_arrival(seq)
-        insort(self._waiting, seq, key=order_of)
+        if seq.scores_prompt:
+            self._engine.compute(seq)
+        else:
+            insort(self._waiting, seq, key=order_of)
 
     def find(self, index: int) -> Sequence | None:
         """Return the sequence of an index; None where it has ended, or never was."""
@@ -172,7 +175,7 @@ class Receiver:
             if failed:
                 self._end_early(number, inbound, set(inbound.waits_for), "")
         while self._inbound:
-            self._hear()
+            self.hear(from_rank0(self.listen))  # beside the door
         self._aborting = False
         self._engine.abort_all()
 
@@ -237,10 +240,6 @@ class Receiver:
         scheduler.free_slot(seq)
 
     # --- listening ----------------------------------------------------------------------------------------------------
-
-    def _hear(self) -> list[StreamEvent]:
-        """Share what rank 0 has heard, beside the door, and act on it."""
-        return self.hear(from_rank0(self.listen))
 
     def _listen(self) -> list[News]:
         if not (self._inbound or self._quarantined):

@@ -225,7 +225,9 @@ def test_one_answer_may_be_asked_for_and_null_leaves_a_setting_as_it_is() -> Non
 
 
 def test_unknown_override_is_refused_with_the_valid_settings() -> None:
-    with pytest.raises(ValueError, match=r"sampling\.topp is not a setting; valid settings: max_tokens, .*, logprobs$"):
+    with pytest.raises(
+        ValueError, match=r"sampling\.topp is not a setting; valid settings: max_tokens, .*, prompt_logprobs$"
+    ):
         SamplingParams().with_overrides({"topp": 0.5})
 
 

@@ -383,9 +383,9 @@ def count_claims(scheduler: Scheduler) -> list[int]:
     """The lengths of the sequences that are matched from now on."""
     plain, lengths = scheduler.cache.claim, list[int]()
 
-    def claim(keys: BlockKeys, retention: Many[Retention] = ()) -> Claim:
+    def claim(keys: BlockKeys, retention: Many[Retention], most: int) -> Claim:
         lengths.append(len(keys.token_ids))
-        return plain(keys, retention)
+        return plain(keys, retention, most)
 
     scheduler.cache.claim = claim  # type: ignore[method-assign]
     return lengths

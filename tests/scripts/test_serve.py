@@ -226,6 +226,44 @@ def test_echo_and_token_ids_are_given_back(served: Served) -> None:
     assert choice["prompt_token_ids"] == [97, 98, 99]
 
 
+def test_what_lm_eval_sums_up_of_an_echo_is_what_transformers_says(served: Served, model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    context = [7 * i % 250 for i in range(150)]
+    prompts = [[*context, 5, 6, 7], [*context, 8], context[:40]]
+    oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    body = {"model": "tiny", "prompt": prompts, "temperature": 0, "logprobs": 1, "seed": 1234, "echo": True}
+    for max_tokens, behind in ((1, -1), (0, None)):  # lm_eval asks for a token, and leaves it out
+        status, answer, _ = served.ask("/v1/completions", body | {"max_tokens": max_tokens})
+        assert status == 200 and answer["usage"]["completion_tokens"] == max_tokens * len(prompts)
+        for prompt, choice, start in zip(prompts, answer["choices"], (150, 149, 20), strict=True):
+            with torch.inference_mode():
+                expected = oracle(torch.tensor([prompt])).logits[0].log_softmax(-1)
+            told = choice["logprobs"]
+            found, tops = told["token_logprobs"][start:behind], told["top_logprobs"][start:behind]
+            wanted = [expected[at - 1, prompt[at]].item() for at in range(start, len(prompt))]
+            assert sum(found) == pytest.approx(sum(wanted), abs=1e-3) and len(found) == len(wanted)
+            is_greedy = [expected[at - 1].argmax().item() == prompt[at] for at in range(start, len(prompt))]
+            assert [one == max(top.values()) for one, top in zip(found, tops, strict=True)] == is_greedy
+            assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+    streamed = served.client.completions.create(
+        model="tiny", prompt=prompts[2], max_tokens=1, echo=True, logprobs=1, stream=True, temperature=0
+    )
+    chunks = [chunk.choices[0].logprobs for chunk in streamed if chunk.choices[0].logprobs is not None]
+    assert sum(sum(chunk.token_logprobs[chunk.token_logprobs[0] is None :]) for chunk in chunks) < 0
+    assert sum(len(chunk.tokens) for chunk in chunks) == len(prompts[2]) + 1
+
+
+def test_prompt_logprobs_come_by_token_id(served: Served) -> None:
+    asked = {"max_tokens": 1, "prompt_logprobs": 2}
+    [choice] = served.ask("/v1/completions", asked | {"prompt": "abc"})[1]["choices"]
+    chat = served.ask("/v1/chat/completions", asked | {"messages": [{"role": "user", "content": "abc"}]})[1]
+    for found, token in ((choice["prompt_logprobs"], "99"), (chat["prompt_logprobs"], "97")):
+        assert found[0] is None and all(2 <= len(each) <= 3 for each in found[1:])
+        assert any(token in each and each[token]["decoded_token"] for each in found[1:])
+
+
 def test_a_repeated_prompt_is_found_in_the_cache(served: Served) -> None:
     prompt = "the same words over and over " * 8
     usages = [served.client.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage for _ in range(2)]

@@ -61,6 +61,7 @@ HONOURED: dict[str, Case] = {
     "logprobs": Case(2, {"logprobs": 2}),
     "top_logprobs": Case(3, {"logprobs": 3}, with_fields={"logprobs": True}),
     "echo": Case(True, answer=lambda each: each["choices"][0]["text"] == "hian answer"),
+    "prompt_logprobs": Case(2, {"prompt_logprobs": 2}),
     "cache_salt": Case("s", add={"cache_salt": "s"}),
     "retention": Case({"priority": 40, "duration_s": 9}, add={"retention": None}),
     "priority": Case(5, add={"priority": 5}),
@@ -79,7 +80,7 @@ HONOURED: dict[str, Case] = {
     "tool_choice": Case("auto", add={}),
 }
 REFUSED_VALUE: dict[str, Any] = {
-    "best_of": 2, "prompt_logprobs": 1, "functions": [TOOL],
+    "best_of": 2, "functions": [TOOL],
     "response_format": {"type": "json_object"},
 }  # fmt: skip
 ROWS = [(each.name, place) for each in FIELDS for place in each.at]
