@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from attention.pages import PageLayout, Pages, QuantizedPages, quantize
 from attention.rows import Rows
 from helix.config import check_at_least
 from parallel.launch import minimum
@@ -27,6 +28,7 @@ PREFILL_WORKSPACE_BYTES = 3 << 30  # inside a graph it keeps partials of all row
 CUDA_CORE_GROUPS = (1, 2, 3, 4, 6, 8)
 """The GQA groups that FlashInfer's decode kernel without tensor cores is compiled for."""
 MAX_COPIES = 1024
+PAGES_AT_ONCE = 1024  # are quantised
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,20 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """Random inputs of a shape: q [R, Q, D], pages [C, P, 2, K, block_size, D] in C copies, and a step's R rows."""
+    """Random inputs of a shape: q [R, Q, D], pages [C, P, 2, K, block_size, D] in C copies, and a step's R rows.
+
+    ``in_8_bits`` are the same copies quantised, where a run's cache is; ``pages`` are what these mean then.
+    """
 
     shape: Shape
     q: torch.Tensor
     pages: torch.Tensor
     rows: Rows
+    in_8_bits: Sequence[QuantizedPages] = ()
+
+    def held(self, copy: int) -> Pages:
+        """Return the pages of one copy as the cache of a run holds them."""
+        return self.in_8_bits[copy] if self.in_8_bits else self.pages[copy]
 
     @property
     def scale(self) -> float:
@@ -113,6 +123,21 @@ def make_case(shape: Shape, copies: int, dtype: torch.dtype, device: torch.devic
     )
     q = torch.randn(shape.batch * shape.rows, shape.heads, shape.head_dim, dtype=dtype, device=device)
     return Case(shape, q, torch.empty(page_shape, dtype=dtype, device=device).normal_(), rows)
+
+
+def quantized(case: Case) -> Case:
+    """Return a case whose copies are in 8 bits as well; its ``pages`` become what these mean."""
+    shape, made = case.shape, list[QuantizedPages]()
+    layout = PageLayout(shape.kv_heads, shape.block_size, shape.head_dim, case.pages.dtype, in_8_bits=True)
+    for pages in case.pages:
+        pool = torch.empty(len(pages), layout.page_bytes, dtype=torch.uint8, device=pages.device)
+        held = layout.pages_of(layout.views(pool))
+        assert isinstance(held, QuantizedPages)
+        for index in torch.arange(len(pages), device=pages.device).split(PAGES_AT_ONCE):
+            held.values[index[0] : index[-1] + 1], held.scales[index[0] : index[-1] + 1] = quantize(pages[index])
+            pages[index] = held.widen(index, torch.float32).to(pages.dtype)
+        made.append(held)
+    return replace(case, in_8_bits=made)
 
 
 def mixed_rows(lengths: Sequence[int], block_size: int, device: torch.device) -> Rows:

@@ -2,12 +2,14 @@
 
     python -m scripts.bench_attention                                          decode alone, for a list of shapes
     python -m scripts.bench_attention rows=8192 shapes='[[1,65536,16,1]]'      a prefill chunk: the last 8,192 tokens
+    python -m scripts.bench_attention cache.dtype=fp8_e4m3                     decode over pages of 8 bits, and of 16
     torchrun --standalone --nproc-per-node 4 -m scripts.bench_attention        attention + exchange + merge of a layer
 
 ours: the partial attention kernel alone, then with the merge of its parts. SDPA: torch's, over a dense cache, without
 lse. FlashInfer: paged, with lse, the better of its ways (decode with and without tensor cores, prefill by fa2 and fa3).
 Over ranks: ours is attention + fused exchange. A peer is its attention + packed NCCL all-to-all + merge, with packing;
-"unpacked" leaves packing out. SDPA has no lse, so a random one of the same shape travels.
+"unpacked" leaves packing out. SDPA has no lse, so a random one of the same shape travels. With cache.dtype=fp8_e4m3
+ours and its floor are of pages in 8 bits, and peers read in 16 bits what these mean.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import torch.distributed as dist
 
 from attention.exchange import CollectiveExchange, Exchange, Heads, make_exchange
 from attention.merge import lse_words, merge_packed, merge_parts
+from attention.pages import PageLayout
 from attention.partial import PartialAttention, Partials, select_backend
-from helix.config import check_at_least, check_choice
+from helix.config import AttentionConfig, check_at_least, check_choice
 from parallel.collectives import all_to_all
 from parallel.launch import set_up_logging, start, stop
 from parallel.layout import split_evenly
@@ -38,8 +41,10 @@ from scripts.attention_peers import (
     load_flashinfer,
     make_case,
     mixed_rows,
+    quantized,
     sdpa,
 )
+from scripts.dummy_weights import BenchCache
 from scripts.timing import graph_us, read_bytes_per_us, report
 
 NUM_SLOTS = 2
@@ -59,6 +64,7 @@ class BenchAttentionConfig:
         head_dim: elements a head.
         block_size: tokens a page; lengths are multiples of it.
         dtype: bfloat16 or float16.
+        cache: its dtype, as ``cache.dtype`` of a run.
         rotated_bytes: inputs are copied until they fill so much, so that none is still in the L2 cache.
         pdl: launch our kernels programmatically dependent, as the runtime does: a call's first loads overlap the end of
             the one before. FlashInfer decides for itself.
@@ -78,6 +84,7 @@ class BenchAttentionConfig:
     head_dim: int = 128
     block_size: int = 64
     dtype: str = "bfloat16"
+    cache: BenchCache = field(default_factory=BenchCache)
     rotated_bytes: int = 1 << 30
     pdl: bool = True
     repeats: int = 20
@@ -92,8 +99,18 @@ class BenchAttentionConfig:
         for name, sizes, count in [("shapes", shape, 4) for shape in self.shapes] + [("heads", self.heads, 2)]:
             if len(sizes) != count:
                 raise ValueError(f"{name}: {sizes} must be {count} numbers")
+        if self.in_8_bits and self.rows >= AttentionConfig().expand_rows:
+            raise ValueError(
+                f"rows = {self.rows} with cache.dtype = {self.cache.dtype}: a run widens pages for so many rows "
+                "(attention.expand_rows); time them with cache.dtype=auto"
+            )
         self.local_shapes()
         self.rank_shapes()
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether ours reads pages of 8 bits."""
+        return self.cache.dtype == "fp8_e4m3"
 
     def local_shapes(self) -> list[Shape]:
         """Return the shapes of attention alone."""
@@ -120,12 +137,18 @@ class Bench:
 
     def floor_us(self, shape: Shape) -> float:
         """Return the time to read K and V once, in microseconds."""
-        return shape.kv_bytes(self.dtype) / self.read_bytes_per_us
+        held = PageLayout(shape.kv_heads, shape.block_size, shape.head_dim, self.dtype, in_8_bits=self.config.in_8_bits)
+        return shape.batch * shape.tokens * held.token_bytes / self.read_bytes_per_us
 
     def case(self, shape: Shape) -> Case:
         """Return random inputs of a shape, in copies that fill ``rotated_bytes``, with our work list."""
         case = make_case(shape, shape.num_copies(self.dtype, self.config.rotated_bytes), self.dtype, self.device)
-        return replace(case, rows=case.rows.cut_for(self.attention.cutting(case.pages[0], shape.heads, shape.rows)))
+        return self.cut(quantized(case) if self.config.in_8_bits else case)
+
+    def cut(self, case: Case) -> Case:
+        """Return a case with the work list that our kernel wants for its pages."""
+        shape = case.shape
+        return replace(case, rows=case.rows.cut_for(self.attention.cutting(case.held(0), shape.heads, shape.rows)))
 
     def us(self, case: Case, call_of: Callable[[int, int], Attend]) -> tuple[float, float]:
         """Time ``call_of(copy, slot)`` over all copies in turn: median and spread, in microseconds."""
@@ -136,7 +159,7 @@ class Bench:
 
     def ours(self, case: Case, copy: int) -> Callable[[], Partials]:
         """Return a call of our attention over one copy, with parts not merged."""
-        return partial(self.attention, case.q, case.pages[copy], case.rows, case.scale)
+        return partial(self.attention, case.q, case.held(copy), case.rows, case.scale)
 
     def flashinfer_runs(self, case: Case) -> list[Any]:
         """Return FlashInfer's ways over this case, each checked; none where it is missing."""
@@ -159,7 +182,7 @@ def measure_mixed(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
         whole = Shape(1, tokens, *config.heads, config.head_dim, config.block_size)
         case = bench.case(whole)
         case = replace(case, rows=mixed_rows(each, config.block_size, bench.device))
-        cutting = bench.attention.cutting(case.pages[0], whole.heads, 1)
+        cutting = bench.attention.cutting(case.held(0), whole.heads, 1)
         q = torch.randn(len(each), whole.heads, whole.head_dim, dtype=bench.dtype, device=bench.device)
         case = replace(case, q=q, rows=case.rows.cut_for(cutting))
 
@@ -192,12 +215,17 @@ def measure(bench: Bench, shape: Shape) -> dict[str, Any]:
     )
     best_us = least([sdpa_us, flashinfer_us])
     assert best_us is not None
-    return {
+    row: dict[str, Any] = {
         "B": shape.batch, "S": shape.tokens, "Q/K": f"{shape.heads}/{shape.kv_heads}",
         "floor us": bench.floor_us(shape), "ours us": alone_us, "spread us": spread_us, "+ merge us": merged_us,
         "SDPA us": sdpa_us, "FlashInfer us": flashinfer_us, "ours/best": alone_us / best_us,
         "merged/best": merged_us / best_us, "TFLOP/s": shape.flops() / merged_us / 1e6,
     }  # fmt: skip
+    if case.in_8_bits:
+        plain = bench.cut(replace(case, in_8_bits=()))
+        row["16 bits us"], _ = bench.us(plain, lambda copy, _: bench.ours(plain, copy))
+        row["8/16 bits"] = alone_us / row["16 bits us"]
+    return row
 
 
 @dataclass(frozen=True)
@@ -289,8 +317,8 @@ def run(config: BenchAttentionConfig) -> None:
         if fault := Faults.decode(int(faults.word)):
             raise RuntimeError(f"rank {launch.rank} gave up waiting for rank {fault.peer} in an exchange")
     report(
-        title, list(table[0]), [list(row.values()) for row in table], dtype=config.dtype, head_dim=config.head_dim,
-        block_size=config.block_size, rows_a_sequence=rows, pdl=pdl, repeats=config.repeats,
+        title, list(table[0]), [list(row.values()) for row in table], dtype=config.dtype, cache=config.cache.dtype,
+        head_dim=config.head_dim, block_size=config.block_size, rows_a_sequence=rows, pdl=pdl, repeats=config.repeats,
         flashinfer=getattr(flashinfer, "__version__", None), read_bytes_per_us=bench.read_bytes_per_us,
     )  # fmt: skip
     stop()

@@ -13,6 +13,7 @@ from attention.partial import select_backend
 from scripts import attention_peers, bench_attention, cli
 from scripts.attention_peers import Shape, agree_on, load_flashinfer, make_case, sdpa
 from scripts.bench_attention import Bench, BenchAttentionConfig, make_exchanges, measure, measure_ranks
+from scripts.dummy_weights import BenchCache
 
 CPU = torch.device("cpu")
 SMALL = {"shapes": [[2, 64, 8, 2]], "lengths": [64], "heads": [8, 2], "head_dim": 16, "block_size": 16}
@@ -62,8 +63,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     return small_bench(PEER)
 
 
-def small_bench(flashinfer: Any) -> Bench:
-    config = BenchAttentionConfig(**SMALL, dtype="float16", rotated_bytes=50_000)
+def small_bench(flashinfer: Any, **settings: Any) -> Bench:
+    config = BenchAttentionConfig(**SMALL, dtype="float16", rotated_bytes=50_000, **settings)
     return Bench(
         config, CPU, torch.float16, select_backend("reference", CPU), flashinfer, pdl=False, read_bytes_per_us=4.5e6
     )
@@ -86,6 +87,17 @@ def test_a_row_holds_every_column_and_its_ratios(bench: Bench):
     row = measure(bench, bench.config.local_shapes()[0])
     assert (row["B"], row["S"], row["Q/K"], row["FlashInfer us"], row["merged/best"]) == (2, 64, "8/2", 2.0, 1.0)
     assert row["floor us"] == pytest.approx(2 * 2 * 64 * 2 * 16 * 2 / 4.5e6)
+
+
+def test_of_a_cache_in_8_bits_ours_reads_its_bytes_and_peers_what_they_mean(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench_attention, "graph_us", once)
+    monkeypatch.setattr(attention_peers, "PAGES_AT_ONCE", 3)
+    bench = small_bench(None, cache=BenchCache(dtype="fp8_e4m3"))
+    row = measure(bench, bench.config.local_shapes()[0])  # whose peers must agree with ours
+    assert (row["16 bits us"], row["8/16 bits"]) == (2.0, 1.0)
+    assert row["floor us"] == pytest.approx(2 * 2 * 64 * 2 * (16 + 4) / 4.5e6)
+    with pytest.raises(ValueError, match=r"rows = 256 .*expand_rows"):
+        BenchAttentionConfig(cache=BenchCache(dtype="fp8_e4m3"), rows=256)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
