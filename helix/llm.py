@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from attention.exchange import Heads, make_exchange
+from attention.exchange import Exchange, Heads, make_exchange
 from attention.pages import PageLayout
 from attention.partial import PartialAttention
 from parallel.all_reduce_norm import AllReduceNorm
@@ -41,7 +41,7 @@ from .metrics import RunMetrics
 from .models.decoder import Decoder
 from .models.generation_config import with_models_sampling
 from .models.loading import fill
-from .models.query_share import make_query_gather
+from .models.query_share import QueryGather, make_query_gather
 from .models.tokenizer import end_of_turn_ids
 from .models.weights import part_of
 from .prepare import Prepared
@@ -94,7 +94,7 @@ class LLM:
     """
 
     def __init__(self, config: HelixConfig, *, prompts: Prompt | Sequence[Prompt] = ()) -> None:
-        self.launch: Launch = enter(config)
+        self.launch: Launch = self._enter(config)
         prepared = Prepared(with_models_sampling(config), self.launch, prompts=as_prompts(prompts))
         self.config = config = prepared.config
         self.spec, self.layout = prepared.spec, prepared.layout
@@ -102,23 +102,17 @@ class LLM:
         self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
         self._drafting, self._pdl, self._in_8_bits = prepared.drafting, prepared.pdl, prepared.in_8_bits
         self.footprint = prepared.footprint
-        self.grid = HelixGrid.create(self.layout)
+        self.grid = self._make_grid()
         self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
         decoder = self._make_decoder(prepared.attention)
         agree(lambda: fill(decoder, prepared.checkpoint))
         self._drafting.load_weights(
             decoder, prepared.attention, in_8_bits=self._in_8_bits, faults=self.faults, pdl=self._pdl
         )
-        self.exchange = make_exchange(
-            config.attention.exchange,
-            group=self.grid.kvp_group,
-            heads=Heads(
-                decoder.num_heads, self.spec.value_dim, self.dtype, self.launch.device, num_layers=self.spec.num_layers
-            ),
-            faults=self.faults,
-            timeout_s=config.runtime.timeout_s,
-            pdl=self._pdl,
+        heads = Heads(
+            decoder.num_heads, self.spec.value_dim, self.dtype, self.launch.device, num_layers=self.spec.num_layers
         )
+        self.exchange = self._make_exchange(heads)
         self.runner, self.num_pages = self._make_runner(decoder, prepared.eos_token_ids)
         speculator = self._drafting.make_speculator(self.num_pages * self.layout.kvp, self.runner)
         if self.faults is not None and config.runtime.graphs:
@@ -281,6 +275,35 @@ class LLM:
         else:
             self._receiver = meet_prefill_group(group)
 
+    def _enter(self, config: HelixConfig) -> Launch:
+        return enter(config)
+
+    def _make_grid(self) -> HelixGrid:
+        return HelixGrid.create(self.layout)
+
+    def _make_exchange(self, heads: Heads) -> Exchange:
+        return make_exchange(
+            self.config.attention.exchange,
+            group=self.grid.kvp_group,
+            heads=heads,
+            faults=self.faults,
+            timeout_s=self.config.runtime.timeout_s,
+            pdl=self._pdl,
+        )
+
+    def _make_query_gather(self, *, near: bool) -> QueryGather | None:
+        return make_query_gather(
+            self.config.attention.split_query_rows,
+            self.spec,
+            self.grid,
+            dtype=self.dtype,
+            device=self.launch.device,
+            near=near,
+            faults=self.faults,
+            timeout_s=self.config.runtime.timeout_s,
+            pdl=self._pdl,
+        )
+
     def _make_decoder(self, attention: PartialAttention) -> Decoder:
         """Make this rank's model; its collectives are fused where all ranks share GPU memory."""
         near = minimum(int(shares_memory(self.grid.world_group, self.launch.device))) == 1
@@ -316,17 +339,7 @@ class LLM:
             attention=attention,
             reduce_norm=reduce_norm,
             argmax=argmax,
-            query_gather=make_query_gather(
-                attention_config.split_query_rows,
-                self.spec,
-                self.grid,
-                dtype=self.dtype,
-                device=self.launch.device,
-                near=near,
-                faults=self.faults,
-                timeout_s=self.config.runtime.timeout_s,
-                pdl=self._pdl,
-            ),
+            query_gather=self._make_query_gather(near=near),
             workspace=workspace,
             pdl=self._pdl,
         )

@@ -3,6 +3,11 @@
     torchrun --standalone --nproc-per-node 4 -m scripts.bench_decode model=glm4_9b_1m \
         layouts='[[2,2],[4,1],[1,4]]' cases='[[131072,1],[131072,8]]'
 
+    python -m scripts.bench_decode model=deepseek_v3_4_layers rank=0 of=8 cases='[[131072,1],[32768,8]]'
+
+The second measures one rank of a layout on one GPU: its slices alone, without the others, whose collectives are left
+out and named.
+
 Weights and cache are random. Steps are launched back to back, each fed by the tokens that the one before it left on the
 device, as the runtime does. Layouts are [kvp, tpa], cases [context in tokens, batch]. Beside what was measured stands
 what the model of cost predicts, where the GPU's constants are known or ``runtime.hardware`` names them.
@@ -23,9 +28,18 @@ import triton
 import triton.language as tl
 
 from helix.cache.pool import BlockTable
-from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from helix.config import (
+    AttentionConfig,
+    CacheConfig,
+    HelixConfig,
+    ModelConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+)
 from helix.graphs import DecodeGraphs
 from helix.llm import LLM
+from helix.lone_rank import LEFT_OUT, LoneRank
 from helix.prediction import cost_of, find_hardware
 from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
@@ -68,11 +82,14 @@ class BenchDecodeConfig:
     """What to measure.
 
     Attributes:
-        layouts: [kvp, tpa] of each layout.
+        layouts: [kvp, tpa] of each layout; empty is [2, 2], [4, 1] and [1, 4], or with ``of`` [of, 1].
         cases: [context, batch] of each case, in tokens and sequences.
+        rank: the rank of each layout that is measured alone, in one process; None starts all ranks.
+        of: how many ranks there would be; it comes with ``rank``.
         ep: ways the experts are split, in every layout.
         weights: bf16, or fp8: blocks of 128 x 128 in 8 bits.
         cache: its dtype, as ``cache.dtype`` of a run.
+        split_query_rows: as ``attention.split_query_rows`` of a run.
         block_size: tokens a page.
         steps: decode steps a measurement.
         profile: also time the parts of a step.
@@ -80,17 +97,27 @@ class BenchDecodeConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    layouts: list[list[int]] = field(default_factory=lambda: [[2, 2], [4, 1], [1, 4]])
+    layouts: list[list[int]] = field(default_factory=list)
     cases: list[list[int]] = field(default_factory=lambda: [[131072, 1], [131072, 8], [524288, 1]])
+    rank: int | None = None
+    of: int | None = None
     ep: int = 1
     weights: str = "bf16"
     cache: BenchCache = field(default_factory=BenchCache)
+    split_query_rows: int | None = None
     block_size: int = 64
     steps: int = 60
     profile: bool = True
 
     def __post_init__(self) -> None:
         check_weights(self.weights, self.model)
+        if (self.rank is None) != (self.of is None):
+            raise ValueError(f"rank = {self.rank} and of = {self.of} come together: rank=0 of=8 is the first of eight")
+        if not self.layouts:
+            self.layouts = [[2, 2], [4, 1], [1, 4]] if self.of is None else [[self.of, 1]]
+        for kvp, tpa in self.layouts:
+            if self.of is not None and kvp * tpa != self.of:
+                raise ValueError(f"layouts: [{kvp}, {tpa}] has {kvp * tpa} ranks, but of = {self.of}; they must agree")
 
 
 def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
@@ -117,10 +144,13 @@ def floor_bytes(llm: LLM, context: int, batch: int) -> tuple[int, int]:
     spec, decoder = llm.spec, llm.runner.decoder
     kv = llm.footprint.token_bytes * llm.placement.local_len(context, 0) * batch
     weights = decoder.layer_bytes + decoder.top["lm_head"].nbytes
+    first, stop = decoder.part.out_heads
+    others = 1 - (stop - first) / decoder.num_heads
+    unread = ("v_up", "q_b", "k_up") if decoder.splits_queries(batch) else ("v_up",)  # of heads that others make
+    weights -= int(others * sum(layer[role].nbytes for layer in decoder.layers for role in unread if role in layer))
     if spec.experts is not None:  # of those only what the batch chooses, each expert equally likely
         held = sum(layer[role].nbytes for layer in decoder.layers for role in EXPERT_ROLES if role in layer)
-        unread = (1 - spec.experts.num_chosen / spec.experts.num_experts) ** batch
-        weights -= int(held * unread)
+        weights -= int(held * (1 - spec.experts.num_chosen / spec.experts.num_experts) ** batch)
     return kv, weights
 
 
@@ -248,22 +278,25 @@ def run(config: BenchDecodeConfig) -> None:
     hardware = find_hardware(HelixConfig(runtime=config.runtime), launch.device)
     for kvp, tpa in config.layouts:
         room = max((context + 8192) * batch for context, batch in config.cases)
-        llm = LLM(
-            HelixConfig(
-                model=replace(
-                    with_weights(config.model, config.weights),
-                    max_position=max(context for context, _ in config.cases) + 8192,
-                ),
-                parallel=ParallelConfig(kvp=kvp, tpa=tpa, ep=config.ep),
-                cache=CacheConfig(
-                    block_size=config.block_size,
-                    num_pages=room // config.block_size // kvp + 64,
-                    dtype=config.cache.dtype,
-                ),
-                scheduler=SchedulerConfig(max_batch=max(batch for _, batch in config.cases)),
-                runtime=config.runtime,
-            )
+        settings = HelixConfig(
+            model=replace(
+                with_weights(config.model, config.weights),
+                max_position=max(context for context, _ in config.cases) + 8192,
+            ),
+            parallel=ParallelConfig(kvp=kvp, tpa=tpa, ep=config.ep),
+            cache=CacheConfig(
+                block_size=config.block_size,
+                num_pages=room // config.block_size // kvp + 64,
+                dtype=config.cache.dtype,
+            ),
+            attention=AttentionConfig(split_query_rows=config.split_query_rows),
+            scheduler=SchedulerConfig(max_batch=max(batch for _, batch in config.cases)),
+            runtime=config.runtime,
         )
+        if config.rank is None or config.of is None:
+            llm = LLM(settings)
+        else:
+            llm = LoneRank(settings, rank=config.rank, of=config.of)
         for pages in llm.runner.cache.layers:
             fill_pages(pages)
         for context, batch in config.cases:
@@ -271,7 +304,7 @@ def run(config: BenchDecodeConfig) -> None:
             slowest = max(gather_values(int(row["TTL ms"] * 1e6))) / 1e6
             rows.append({"kvp": kvp, "tpa": tpa, **row, "TTL ms": slowest, "x floor": slowest / row["floor ms"]})
             said = f"kvp {kvp} x tpa {tpa}, {context} x {batch}: {slowest:.3f} ms"
-            if hardware is not None:
+            if hardware is not None and config.rank is None:  # what is predicted has the collectives in it
                 rows[-1]["predicted ms"] = cost_of(llm, hardware).decode(context, batch).us / 1e3
                 said += f", predicted {rows[-1]['predicted ms']:.3f} ({hardware.name})"
             cli.say(said)
@@ -280,7 +313,14 @@ def run(config: BenchDecodeConfig) -> None:
         torch.cuda.empty_cache()
     columns = list(rows[0])
     values = [[row[name] for name in columns] for row in rows]
-    facts = {"dtype": "bfloat16", "weights": config.weights, "cache": config.cache.dtype, "ep": config.ep}
+    facts: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "weights": config.weights,
+        "cache": config.cache.dtype,
+        "ep": config.ep,
+    }
+    if config.rank is not None:
+        facts |= {"rank": f"{config.rank} of {config.of}, alone", "left out": LEFT_OUT}
     report("decode step", columns, values, **facts, read_bytes_per_us=meter.bytes_per_us)
     stop()
 

@@ -32,7 +32,6 @@ from attention.work import Cutting
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.collectives import all_gather
 from parallel.grid import HelixGrid
-from parallel.head_gather import HeadGather
 from parallel.layout import split_evenly
 from parallel.sharded_argmax import ShardedArgmax
 
@@ -41,7 +40,7 @@ from .experts import mixture
 from .latent import MadeOfLatents, project, values_of
 from .linear import gated_linear, linear, split_linear
 from .quantized import Matrix, Quantized
-from .query_share import QueryShare
+from .query_share import QueryGather, QueryShare
 from .spec import Experts, ModelSpec
 from .weights import Weight, layer_weights, model_weights, next_weights, part_of
 
@@ -92,7 +91,7 @@ class Decoder:
         attention: PartialAttention,
         reduce_norm: AllReduceNorm | None = None,
         argmax: ShardedArgmax | None = None,
-        query_gather: HeadGather | None = None,
+        query_gather: QueryGather | None = None,
         workspace: tuple[int, PageLayout] | None = None,
         pdl: bool = False,
     ) -> None:
@@ -381,10 +380,15 @@ class Decoder:
 
         It depends on their number alone, so it is alike on every rank.
         """
-        num_rows, gather = cos.shape[0], self._query_gather
+        num_rows = cos.shape[0]
         if share is not None:
-            everything = 0, self.num_heads
-            return QueryShare(everything, partial(self._gather_rows, share=share), cos, sin, absorbs=False)
-        if gather is None or num_rows > gather.max_rows:
+            gather_rows = partial(self._gather_rows, share=share)
+            return QueryShare((0, self.num_heads), gather_rows, cos, sin, absorbs=False)
+        if self._query_gather is None or not self.splits_queries(num_rows):
             return None
-        return QueryShare(gather.heads, partial(gather, layer=layer), cos, sin, absorbs=num_rows <= MAX_ROWS)
+        gather = partial(self._query_gather, layer=layer)
+        return QueryShare(self._query_gather.heads, gather, cos, sin, absorbs=num_rows <= MAX_ROWS)
+
+    def splits_queries(self, num_rows: int) -> bool:
+        """Return whether a step of so many rows makes this rank's share of the heads' queries, and no others."""
+        return self._query_gather is not None and num_rows <= self._query_gather.max_rows

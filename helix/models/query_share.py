@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -47,6 +47,24 @@ class QueryShare:
     cos: torch.Tensor
     sin: torch.Tensor
     absorbs: bool
+
+
+class QueryGather(Protocol):
+    """What gathers the heads that ranks made: see ``parallel.head_gather.HeadGather``."""
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """The range [first, stop) of this rank."""
+        ...
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of a call at most."""
+        ...
+
+    def __call__(self, mine: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Return all heads [R, Q, D] of rows of which this rank has its own."""
+        ...
 
 
 def rows_of(w: Matrix, heads: tuple[int, int], size: int) -> Any:

@@ -1,0 +1,103 @@
+"""One rank of a layout without the others: it computes what that rank would, on its slices, and nobody answers it.
+
+For measurements of what a rank of many does, on one GPU. Collectives are left out: what others would add or send is
+missing, so tokens mean nothing. What is left of them is this rank's own work: the merge of its partials, the residual
+and the norm, the best of its slice of the vocabulary. Rows of long steps are not shared: it projects all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from math import prod
+
+import torch
+
+from attention.exchange import Exchange, Heads, NoExchange
+from attention.partial import Partials
+from parallel.grid import HelixGrid
+from parallel.launch import Launch
+from parallel.layout import split_evenly
+
+from .config import HelixConfig
+from .llm import LLM, enter
+from .models.query_share import rows_to_split
+
+LEFT_OUT = "all-to-all of partials, all-reduces, gather of queries, choice among ranks"
+
+
+class LoneRank(LLM):
+    """An ``LLM`` of one process that stands in for one rank of a layout.
+
+    Args:
+        config: the settings of the run; its layout has ``of`` ranks.
+        rank: which of them this one is.
+        of: how many there would be.
+
+    Raises:
+        ValueError: as ``LLM`` does, and when more than one process was started, or ``rank`` is none of ``of``.
+    """
+
+    def __init__(self, config: HelixConfig, *, rank: int, of: int) -> None:
+        if not 0 <= rank < of:
+            raise ValueError(f"rank = {rank} must be one of the ranks of = {of}: 0 to {of - 1}")
+        self._place = rank, of
+        super().__init__(replace(config, attention=replace(config.attention, share_qkv_rows=0)))
+
+    def _enter(self, config: HelixConfig) -> Launch:
+        launch, (rank, of) = enter(config), self._place
+        if launch.world_size > 1:
+            raise ValueError(f"of = {of} is for one process that stands in for a rank, but {launch.world_size} started")
+        return _Alone(**asdict(launch) | {"rank": rank, "world_size": of})
+
+    def _make_grid(self) -> HelixGrid:
+        return HelixGrid(self.layout, rank=self.launch.rank, kvp_group=None, world_group=None)
+
+    def _make_exchange(self, heads: Heads) -> Exchange:
+        if self.layout.kvp == 1:
+            return super()._make_exchange(heads)
+        return _OwnHeads(heads, split_evenly(heads.num_heads, self.layout.kvp, self.grid.kvp_rank), pdl=self._pdl)
+
+    def _make_query_gather(self, *, near: bool) -> _OthersHeads | None:
+        asked, kvp = self.config.attention.split_query_rows, self.layout.kvp
+        max_rows = rows_to_split(asked, self.spec, kvp, self.dtype, near=True)
+        if not max_rows:
+            return None
+        shape = max_rows, self.spec.num_heads, self.spec.head_dim
+        gathered = torch.randn(shape, dtype=self.dtype, device=self.launch.device)
+        return _OthersHeads(split_evenly(self.spec.num_heads, kvp, self.grid.kvp_rank), gathered)
+
+
+@dataclass(frozen=True)
+class _Alone(Launch):
+    """The launch of a process that stands in for any rank, and speaks as rank 0 does."""
+
+    @property
+    def speaks(self) -> bool:
+        """True."""
+        return True
+
+
+class _OwnHeads:
+    """An exchange without the others: all heads' parts are merged, as they are to be sent, and this rank's kept."""
+
+    def __init__(self, heads: Heads, own: tuple[int, int], *, pdl: bool) -> None:
+        self._merge, self._own = NoExchange(heads.dtype, pdl=pdl), slice(*own)
+
+    def begin_step(self) -> None:
+        """Do nothing."""
+
+    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
+        """Merge the parts; see ``Exchange``."""
+        return self._merge(partials, layer=layer)[:, self._own].contiguous()
+
+
+class _OthersHeads:
+    """A gather of queries without the others: all heads are random, this rank's too, and nothing is copied."""
+
+    def __init__(self, heads: tuple[int, int], gathered: torch.Tensor) -> None:
+        self.heads, self.max_rows, self._gathered = heads, gathered.shape[0], gathered
+
+    def __call__(self, mine: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Return what was gathered; see ``HeadGather``."""
+        shape = mine.shape[0], self._gathered.shape[1], mine.shape[2]
+        return self._gathered.view(-1)[: prod(shape)].view(shape)
