@@ -39,6 +39,7 @@ from scripts import cli
 from scripts.dummy_weights import check_weights, with_weights
 from scripts.pareto import require_matplotlib
 from scripts.timing import report
+from scripts.token_times import figures_of
 
 SAMPLINGS = {
     "greedy": SamplingParams(),
@@ -166,14 +167,7 @@ class Traffic:
     def figures(self) -> dict[str, float]:
         """Return throughput and percentiles of a run that has ended."""
         times = [self.token_s[index] for index in range(len(self.arrived_s))]
-        ttft_ms = [(each[0] - arrived) * 1e3 for each, arrived in zip(times, self.arrived_s, strict=True)]
-        ttl_ms = np.concatenate([np.diff(each) for each in times]) * 1e3
-        num_tokens = sum(len(each) for each in times)
-        figures = {"tokens/s": num_tokens / (max(each[-1] for each in times) - self.began_s)}
-        for name, values in (("TTFT ms", ttft_ms), ("TTL ms", ttl_ms)):
-            for percent in (50, 90, 99):
-                figures[f"{name} p{percent}"] = float(np.percentile(values, percent)) if len(values) else 0.0
-        return figures
+        return figures_of(times, self.arrived_s, self.began_s)
 
 
 def run_case(llm: LLM, config: BenchEngineConfig, batch: int, sampling: str, use: int) -> Traffic:

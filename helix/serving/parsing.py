@@ -38,11 +38,13 @@ def response_template(path: str | None, tokenizer: Any = None) -> Any:
     Raises:
         ValueError: where it is no response template.
     """
+    spec = getattr(tokenizer, "response_template", None)
+    if path is None and spec is None:
+        return None
     from transformers.utils.chat_parsing.response_templates import load_response_template
 
     if path is None:
-        spec = getattr(tokenizer, "response_template", None)
-        return None if spec is None else load_response_template(spec)
+        return load_response_template(spec)
     name = f"serve.response_template = {path}"
     try:
         return load_response_template(json.loads(Path(path).expanduser().read_text("utf-8")))
