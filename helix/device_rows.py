@@ -15,7 +15,8 @@ from parallel.placement import BlockCyclic
 
 from .batch import LocalRows, SharedRows, StepRows
 from .cache.pages import PagedCache
-from .models.decoder import Decoder, RowShare
+from .models.decoder import Decoder
+from .models.row_share import RowShare
 from .page_tables import PageTables
 from .upload import upload
 

@@ -36,7 +36,7 @@ from .upload import Packing, Shapes, fill_work, upload, work_shapes
 _log = logging.getLogger(__name__)
 _ROW_INPUTS: dict[str, tuple[type[np.generic], int]] = {  # of each row, and what padding has
     "token_ids": (np.int64, 0),
-    "positions": (np.int64, 0),
+    "positions": (np.int64, -1),  # by which state layers know it
     "slot": (np.int64, -1),
     "visible_len": (np.int32, 0),
 }

@@ -40,6 +40,7 @@ from .loop import StepLoop
 from .metrics import RunMetrics
 from .models.decoder import Decoder
 from .models.generation_config import with_models_sampling
+from .models.kinds import FULL
 from .models.loading import fill
 from .models.query_share import QueryGather, make_query_gather
 from .models.tokenizer import end_of_turn_ids
@@ -52,6 +53,7 @@ from .runner import Runner
 from .sampler import Sampler
 from .sampling import SamplingParams
 from .scheduler import Scheduler
+from .states.cache import StateCache
 from .text import TextReader
 
 if TYPE_CHECKING:
@@ -110,7 +112,11 @@ class LLM:
             decoder, prepared.attention, in_8_bits=self._in_8_bits, faults=self.faults, pdl=self._pdl
         )
         heads = Heads(
-            decoder.num_heads, self.spec.value_dim, self.dtype, self.launch.device, num_layers=self.spec.num_layers
+            decoder.num_heads,
+            self.spec.value_dim,
+            self.dtype,
+            self.launch.device,
+            num_layers=len(self.spec.layers_of(FULL)),
         )
         self.exchange = self._make_exchange(heads)
         self.runner, self.num_pages = self._make_runner(decoder, prepared.eos_token_ids)
@@ -317,20 +323,20 @@ class LLM:
             timeout_s=self.config.runtime.timeout_s,
             pdl=self._pdl,
         )
+        part = part_of(self.spec, self.layout, self.launch.rank)
         argmax = ShardedArgmax(
             self.grid.world_group,
-            vocab=part_of(self.spec, self.layout, self.launch.rank).vocab,
+            vocab=part.vocab,
             vocab_size=self.spec.vocab_size,
             device=self.launch.device,
             fused=near,
             faults=self.faults,
             timeout_s=self.config.runtime.timeout_s,
         )
-        heads = part_of(self.spec, self.layout, self.launch.rank).kv_heads
         attention_config = self.config.attention
         workspace = None
         if attention_config.expand_rows:
-            workspace = attention_config.workspace_tokens, self._page_layout(heads[1] - heads[0])
+            workspace = attention_config.workspace_tokens, self._page_layout(part.kv_heads[1] - part.kv_heads[0])
         return Decoder(
             self.spec,
             self.grid,
@@ -341,6 +347,14 @@ class LLM:
             argmax=argmax,
             query_gather=self._make_query_gather(near=near),
             workspace=workspace,
+            states=StateCache.for_model(
+                self.spec,
+                part.value_heads,
+                num_slots=self.config.scheduler.max_batch,
+                max_run=1 + self._drafting.max_draft_len,
+                dtype=self.dtype,
+                device=self.launch.device,
+            ),
             pdl=self._pdl,
         )
 

@@ -330,10 +330,11 @@ class Runner:
         token_ids, rows = given.token_ids, given.rows
         if (step.token_ids < 0).any():
             token_ids = torch.where(token_ids < 0, self._last_tokens[rows.row_seq.long()], token_ids)
-        chunk = int(step.counts.max()) > MAX_ROWS  # a run longer than what decodes or verifies is a prompt's
+        longest = int(step.counts.max())  # longer than what decodes or verifies is a prompt's
         hidden = self.decoder.forward(
-            token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings, chunk=chunk
-        )
+            token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings,
+            chunk=longest > MAX_ROWS, longest=longest,
+        )  # fmt: skip
         return hidden, rows
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from .collectives import all_reduce_
+from .norm import rms_norm
 from .symmetric import (
     Faults,
     SymmetricBuffer,
@@ -73,8 +73,12 @@ def _round(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _scale_word(a, b, word, scale, DTYPE: tl.constexpr):
-    low, high = unpack(word, DTYPE)
+def _scale_word(a, b, word, next_word, scale, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+    """Return two values times scale and their weights: both in one word, or float32 in a word each where EXACT."""
+    if EXACT:
+        low, high = word.to(tl.float32, bitcast=True), next_word.to(tl.float32, bitcast=True)
+    else:
+        low, high = unpack(word, DTYPE)
     return pack(a * scale * low, b * scale * high, DTYPE)
 
 
@@ -118,7 +122,13 @@ def _fused_kernel(
     addresses = peers.to(tl.pointer_type(tl.int64))
     at = tl.arange(0, GRANULES) * 16
     on = (at < row_bytes).to(tl.int32)
-    g0, g1, g2, g3 = load_granules(weight.to(tl.int64) + at, on)
+    exact: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth > dtype.primitive_bitwidth
+    if exact:
+        g0, g1, g2, g3 = load_granules(weight.to(tl.int64) + 2 * at, on)
+        g4, g5, g6, g7 = load_granules(weight.to(tl.int64) + 2 * at + 16, on)
+    else:
+        g0, g2, g4, g6 = load_granules(weight.to(tl.int64) + at, on)
+        g1, g3, g5, g7 = g0, g2, g4, g6
     base = (slot.to(tl.int64) * N * CAPACITY + row) * row_bytes + at
     mine = tl.load(addresses + rank) + base
     targets = tl.tuple(())  # my place at each peer, which never moves
@@ -170,8 +180,8 @@ def _fused_kernel(
     scale = tl.rsqrt(tl.sum(squares, 0) / H + eps)  # its barrier stands between the polls and the emptying
     push_granules(
         normed.to(tl.int64) + row * row_bytes + at,
-        _scale_word(a0, a1, g0, scale, dtype), _scale_word(a2, a3, g1, scale, dtype),
-        _scale_word(a4, a5, g2, scale, dtype), _scale_word(a6, a7, g3, scale, dtype), on,
+        _scale_word(a0, a1, g0, g1, scale, dtype, exact), _scale_word(a2, a3, g2, g3, scale, dtype, exact),
+        _scale_word(a4, a5, g4, g5, scale, dtype, exact), _scale_word(a6, a7, g6, g7, scale, dtype, exact), on,
     )  # fmt: skip
     tl.debug_barrier()
     empty = tl.full([GRANULES], -1, tl.int32)
@@ -236,7 +246,7 @@ class AllReduceNorm:
             x: [R, h] in residual's dtype, this rank's summand, packed; overwritten where the message is large. Or
                 [S, R, h], float32 where S > 1: it is the sum of these, rounded to residual's dtype (of 2 bytes).
             residual: [R, h], packed, equal on all ranks; replaced by residual + the sum.
-            weight: [h], of the norm.
+            weight: [h], of the norm, in residual's dtype or float32.
             eps: of the norm.
             index: which call of the step this is, counted from 0; layer = index // 2.
 
@@ -253,7 +263,7 @@ class AllReduceNorm:
                 all_reduce_(x, self._group)
                 summands = 1
             if not x.is_cuda:
-                return F.rms_norm(residual.add_(x.view_as(residual)), (h,), weight, eps)
+                return rms_norm(residual.add_(x.view_as(residual)), weight, eps)
             _add_norm_kernel[(rows,)](
                 x, residual, weight, normed, rows, eps, H=h, H_PAD=triton.next_power_of_2(h), SUMMANDS=summands,
                 PDL=self._pdl, num_warps=8, **_launch(self._pdl),

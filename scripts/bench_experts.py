@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from helix.config import check_at_least, check_choice
-from helix.models.experts import mixture, route
+from helix.models.experts import mixture
 from helix.models.linear import MAX_ROWS
 from helix.models.quantized import Matrix, quantize
+from helix.models.routing import route
 from helix.models.spec import Experts
 from parallel.launch import start, stop
 from parallel.layout import split_units

@@ -19,8 +19,9 @@ from helix.config import ModelConfig, check_at_least
 from helix.models.checkpoint import fill_dummy
 from helix.models.linear import gated_linear, split_linear
 from helix.models.loading import read_spec
+from helix.models.parts import Weight
 from helix.models.quantized import Matrix, Quantized
-from helix.models.weights import Weight, layer_weights, part_of
+from helix.models.weights import layer_weights, part_of
 from parallel.launch import start, stop
 from parallel.layout import Layout
 from parallel.symmetric import can_launch_dependently

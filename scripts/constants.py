@@ -21,9 +21,10 @@ from attention.merge import merge_parts
 from attention.partial import select_backend
 from helix import LLM
 from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig
-from helix.models.experts import mixture, route
+from helix.models.experts import mixture
 from helix.models.linear import gated_linear, linear, split_linear
 from helix.models.quantized import Matrix, quantize
+from helix.models.routing import route
 from helix.plan.cost import ONE_SHOT_BYTES, STREAMED_ROWS
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.collectives import all_reduce_

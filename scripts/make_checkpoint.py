@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
+HYBRIDS = ("qwen3_next",)  # of state layers and attention, in turn
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 NUM_BYTES = 256
@@ -61,11 +62,12 @@ class Recipe:
         layers: decoder layers.
         hidden: elements of a row.
         heads: query heads.
-        kv_heads: KV heads; 0 is the family's own default, 2 for glm, else 4.
+        kv_heads: KV heads; 0 is the family's own default, 2 for glm and hybrids, else 4.
         head_dim: elements a head; deepseek_* have latents of twice as many, keys of so many, and of half as many that
             RoPE turns.
         ffn: units of a feed-forward network.
-        experts: of qwen3_moe, whose second layer has none, and of deepseek_*, whose first has none; with 0 no layer.
+        experts: of qwen3_moe and qwen3_next, whose second layer has none, and of deepseek_*, whose first has none; with
+            0 no layer.
         experts_chosen: experts that a token goes through.
         expert_ffn: units of an expert.
         vocab: 256 bytes, 6 special tokens, the rest "<|extra_ID|>".
@@ -96,8 +98,8 @@ class Recipe:
     rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"family = {self.family!r}, must be one of {', '.join(FAMILIES)}")
+        if self.family not in (*FAMILIES, *HYBRIDS):
+            raise ValueError(f"family = {self.family!r}, must be one of {', '.join((*FAMILIES, *HYBRIDS))}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}, must be one of {', '.join(DTYPES)}")
         if self.vocab < NUM_BYTES + len(SPECIAL_TOKENS):
@@ -171,7 +173,7 @@ def _config(recipe: Recipe) -> Any:
     from transformers import AutoConfig
 
     more: dict[str, Any] = {"rope_scaling": recipe.rope_scaling} if recipe.rope_scaling else {}
-    if recipe.family == "qwen3_moe":
+    if recipe.family in ("qwen3_moe", "qwen3_next"):
         more |= {
             "num_experts": recipe.experts,
             "num_experts_per_tok": recipe.experts_chosen,
@@ -179,7 +181,16 @@ def _config(recipe: Recipe) -> Any:
             "norm_topk_prob": True,
             "mlp_only_layers": [1],
         }
-    kv_heads = recipe.kv_heads or (2 if recipe.family == "glm" else 4)
+    if recipe.family in HYBRIDS:
+        more |= {
+            "layer_types": [("linear_attention", "full_attention")[layer % 2] for layer in range(recipe.layers)],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": recipe.heads,
+            "linear_key_head_dim": recipe.head_dim,
+            "linear_value_head_dim": recipe.head_dim - 4,
+            "shared_expert_intermediate_size": recipe.expert_ffn,
+        }
+    kv_heads = recipe.kv_heads or (2 if recipe.family in ("glm", *HYBRIDS) else 4)
     head_dim = recipe.head_dim
     if recipe.family.startswith("deepseek"):
         third = recipe.family == "deepseek_v3"
@@ -255,7 +266,7 @@ def main() -> None:
     for item in fields(Recipe):
         flag, text = "--" + item.name.replace("_", "-"), said[item.name]
         if item.name == "family":
-            parser.add_argument(flag, choices=FAMILIES, required=True, help=text)
+            parser.add_argument(flag, choices=(*FAMILIES, *HYBRIDS), required=True, help=text)
         elif item.name == "tied":
             parser.add_argument(flag, action="store_true", help=text)
         elif item.name == "dtype":

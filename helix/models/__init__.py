@@ -3,8 +3,10 @@
 Importing this package loads no family, no transformers and no checkpoint library; `load_spec` does, when called.
 """
 
-from .spec import ModelSpec, RopeSpec, WeightNames, load_spec
-from .weights import Part, Piece, Weight, layer_weights, model_weights, tensor_shapes, whole
+from .parts import Part, Piece, Weight
+from .spec import ModelSpec, RopeSpec, load_spec
+from .weight_names import WeightNames
+from .weights import layer_weights, model_weights, tensor_shapes, whole
 
 __all__ = [
     "ModelSpec",

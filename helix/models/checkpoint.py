@@ -16,12 +16,13 @@ import torch
 
 from parallel.layout import Range
 
+from .parts import Piece, Weight
 from .quantization import BLOCK, SCALE_DTYPES, Quantization, num_blocks
 from .quantized import TILE, VALUES, Matrix, Quantized, widen_slice
 from .spec import ModelSpec
 from .tensor_names import is_unread
 from .weight_files import CheckpointError, few, open_files
-from .weights import Piece, Weight, tensor_shapes
+from .weights import tensor_shapes
 
 DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 DTYPE_8_BITS = "F8_E4M3"
@@ -87,6 +88,8 @@ class Checkpoint:
                 )
             _put(data, out, filled)
             filled = stop
+        if weight.plus and isinstance(out, torch.Tensor):
+            out += weight.plus
         if filled != out.shape[0]:
             names = ", ".join(piece.name for piece in weight.pieces)
             raise ValueError(f"the pieces of {names} fill {filled} rows, must be {out.shape[0]}")
@@ -114,6 +117,9 @@ class Checkpoint:
     def _slice(self, piece: Piece) -> torch.Tensor | _EightBits:
         handle = self._tensor(piece.name)
         rows, cols = (slice(*span) if span else slice(None) for span in (piece.rows, piece.cols))
+        if piece.index is not None:
+            stacked: torch.Tensor = handle[piece.index : piece.index + 1, rows, cols]
+            return stacked[0]
         data: torch.Tensor = handle[rows] if len(handle.get_shape()) == 1 else handle[rows, cols]
         if not self._spec.is_quantized(piece.name):
             return data

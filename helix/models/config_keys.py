@@ -39,7 +39,10 @@ class Limit:
 
 
 SPARSE = "it attends to some tokens only, which approximates the full attention of Helix"
-QWEN3 = ("qwen3", "qwen3_moe")
+QWEN3_NEXT = ("qwen3_next",)
+QWEN3 = ("qwen3", "qwen3_moe", *QWEN3_NEXT)
+PARTLY = "a part of each head would be rotated"
+PARTLY_ROTATED = ("glm", *QWEN3_NEXT)
 KEYS = (
     Key("is_causal", (True,), "tokens would see later ones"),
     Key("use_bidirectional_attention", (False,), "tokens would see later ones"),
@@ -65,9 +68,14 @@ KEYS = (
     Key("clip_qkv", (0, False), "queries, keys and values would be clipped"),
     Key("use_qk_norm", (False,), "queries and keys would be normalised", computed_by=QWEN3),
     Key("rope_ratio", (1,), "RoPE would have another base"),
-    Key("partial_rotary_factor", (1,), "a part of each head would be rotated", computed_by=("glm",)),
-    Key("rope_parameters.partial_rotary_factor", (1,), "a part of each head would be rotated", computed_by=("glm",)),
-    Key("rope_scaling.partial_rotary_factor", (1,), "a part of each head would be rotated", computed_by=("glm",)),
+    Key("partial_rotary_factor", (1,), PARTLY, computed_by=PARTLY_ROTATED),
+    Key(
+        "rope_parameters.partial_rotary_factor",
+        (1,),
+        PARTLY,
+        computed_by=PARTLY_ROTATED,
+    ),
+    Key("rope_scaling.partial_rotary_factor", (1,), PARTLY, computed_by=PARTLY_ROTATED),
     Key("index_topk", (), SPARSE),
     Key("scoring_func", ("softmax",), "experts would be weighted by another function", ("deepseek_v2", "qwen3_moe")),
     Key("scoring_func", ("sigmoid",), "experts would be weighted by another function", ("deepseek_v3",)),
@@ -76,6 +84,7 @@ KEYS = (
     Key("topk_method", ("greedy",), "experts would be chosen by another rule", ("qwen3_moe",)),
     Key("norm_topk_prob", (False,), "the weights of the experts chosen would sum to one", ("deepseek_v2",)),
     Key("routed_scaling_factor", (1,), "what experts add would be multiplied", ("qwen3_moe",)),
+    Key("attn_output_gate", (True,), "attention's output would not be gated", QWEN3_NEXT),
     Key("moe_layer_freq", (1,), "some layers would have no experts", ("deepseek_v2", "deepseek_v3")),
 )
 
@@ -122,6 +131,8 @@ def _value_of(raw: Any, name: str) -> Any:
 def _other_layers(config: Any) -> int | None:
     """Return 0 where a layer is of a kind that has no length up to which it equals full attention."""
     others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    if config.model_type in QWEN3_NEXT:
+        others -= {"linear_attention"}
     known = {"sliding_attention"} if getattr(config, "sliding_window", None) else set()
     return 0 if others - known else None
 
@@ -150,7 +161,11 @@ def _chunk(config: Any) -> int | None:
 
 
 LIMITS = (
-    Limit("layer_types", "of layers, full_attention and sliding_attention with a window are computed", _other_layers),
+    Limit(
+        "layer_types",
+        "of layers, full_attention, a family's own linear_attention and sliding_attention with a window are computed",
+        _other_layers,
+    ),
     Limit("sliding_window", "layers that have a window equal full attention up to its length only", _sliding_window),
     Limit("attention_chunk_size", "attention within chunks equals full attention up to one chunk only", _chunk),
     Limit("dual_chunk_attention_config", "positions are counted through here, as there up to one chunk", _dual_chunks),

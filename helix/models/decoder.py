@@ -13,7 +13,6 @@ by heads (``query_share``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,39 +32,25 @@ from parallel.all_reduce_norm import AllReduceNorm
 from parallel.collectives import all_gather
 from parallel.grid import HelixGrid
 from parallel.layout import split_evenly
+from parallel.norm import rms_norm
 from parallel.sharded_argmax import ShardedArgmax
 
+from ..states.cache import StateCache
+from ..states.layer import advance
 from .embed import embed
 from .experts import mixture
+from .gate import gate_heads
+from .kinds import STATE
 from .latent import MadeOfLatents, project, values_of
 from .linear import gated_linear, linear, split_linear
+from .parts import Weight
 from .quantized import Matrix, Quantized
 from .query_share import QueryGather, QueryShare
+from .row_share import RowShare
 from .spec import Experts, ModelSpec
-from .weights import Weight, layer_weights, model_weights, next_weights, part_of
+from .weights import layer_weights, model_weights, next_weights, part_of
 
 Parameters = dict[str, Any]  # tensors, and matrices that may be quantised
-
-
-@dataclass(frozen=True)
-class RowShare:
-    """Which rows this KVP rank projects, and how gathered rows return to their order.
-
-    Attributes:
-        mine: [M] int64, the rows whose positions this rank owns, then padding (row 0); M is equal on all KVP ranks.
-        num_mine: how many of them are real.
-        order: [R] int64, where each row stands in the gathered [KVP * M].
-    """
-
-    mine: torch.Tensor
-    num_mine: int
-    order: torch.Tensor
-
-    def own(self, slot: torch.Tensor) -> torch.Tensor:
-        """Return the slots [M] of the rows that this rank projects, of those of all rows [R]: padding has none."""
-        own = slot[self.mine]
-        own[self.num_mine :] = -1
-        return own
 
 
 class Decoder:
@@ -79,6 +64,7 @@ class Decoder:
             "cache_scales" [2] float32, of keys and values in 8 bits, where the checkpoint has them;
             next: those of the layer that predicts one token further, None without one.
         made: where keys and values are made of latents, or widened from 8 bits; None without ``workspace``.
+        states: what state layers keep of the sequences; None where the model has no such layer.
     """
 
     def __init__(
@@ -93,6 +79,7 @@ class Decoder:
         argmax: ShardedArgmax | None = None,
         query_gather: QueryGather | None = None,
         workspace: tuple[int, PageLayout] | None = None,
+        states: StateCache | None = None,
         pdl: bool = False,
     ) -> None:
         self.spec, self.grid, self.dtype, self.device = spec, grid, dtype, device
@@ -106,6 +93,7 @@ class Decoder:
         self._argmax = argmax or ShardedArgmax(
             grid.world_group, vocab=self.part.vocab, vocab_size=spec.vocab_size, device=device
         )
+        self.states = states
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
         self.top: Parameters = self._allocate(model_weights(spec, self.part))
         self.layers: list[Parameters] = [
@@ -155,18 +143,21 @@ class Decoder:
         fillings: Sequence[Filling] = (),
         chosen: torch.Tensor | None = None,
         chunk: bool = False,
+        longest: int = 1,
     ) -> torch.Tensor:
         """Run all layers over one step's rows and return their final hidden states, normalised: [R, h].
 
         Args:
             token_ids: [R] int64, equal on all ranks.
             rows: the step's rows.
-            pages: those of each layer; K and V of owned rows are appended to it (or latents).
+            pages: those of each full layer; K and V of owned rows are appended to it (or latents).
             exchange: the exchange over the KVP group.
             share: how the KVP ranks share the QKV projection; None where each projects every row.
             fillings: of ``made``, where the rows attend to what is made there; on all ranks or on none.
             chosen: [B] int64 on CUDA; a token id of -1 means the token there of the row's sequence.
             chunk: the rows are of prompts, and may be quantised to meet quantised weights; on all ranks or on none.
+            longest: rows of the longest run; of verified ones fewer may be said, for state layers know how many these
+                may be.
         """
         # before the step's first kernel: what appends reads slots without waiting for the kernel before it
         slot = rows.slot if share is None else share.own(rows.slot)
@@ -184,13 +175,29 @@ class Decoder:
         next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
         exchange.begin_step()
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            queries = self._query_share(share, cos, sin, layer)
-            q = self._project_qkv(
-                weights, normed, *own, slot, pages[layer], share, queries, plain=bool(fillings), chunk=chunk
-            )
-            merged = exchange(self._attend(q, pages[layer], rows, fillings, weights), layer=layer)
+            place = self.spec.places[layer]
+            if self.spec.kind_of(layer).name == STATE:
+                merged = self._advance(place, weights, normed, rows, chunk=chunk, longest=longest)
+            else:
+                queries = self._query_share(share, cos, sin, layer)
+                q = self._project_qkv(
+                    weights, normed, *own, slot, pages[place], share, queries, plain=bool(fillings), chunk=chunk
+                )
+                merged = exchange(self._attend(q, pages[place], rows, fillings, weights), layer=place)
+            if "output_gate" in weights:
+                scores = split_linear(normed, weights["output_gate"], pdl=self._pdl, chunk=chunk)
+                merged = gate_heads(merged, scores, pdl=self._pdl)
             normed = self._finish(layer, weights, merged, stream, next_norm, plain=bool(fillings), chunk=chunk)
         return normed
+
+    def _advance(
+        self, place: int, weights: Parameters, normed: torch.Tensor, rows: Rows, *, chunk: bool, longest: int
+    ) -> torch.Tensor:
+        assert self.states is not None and self.spec.states is not None
+        return advance(
+            normed, rows, self.states, place, weights, eps=self.spec.states.eps, longest=longest, pdl=self._pdl,
+            chunk=chunk,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def predict_next(
@@ -315,6 +322,7 @@ class Decoder:
             first=first,
             bias=weights.get("router_bias"),
             shared=(weights["shared_gate_up"], weights["shared_down"]) if experts.shared_size else None,
+            shared_router=weights.get("shared_router"),
             pdl=self._pdl,
             chunk=chunk,
         )
@@ -325,7 +333,7 @@ class Decoder:
         return self._reduce_norm(projected, stream, weight, self.spec.rms_eps, index=index)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.spec.rms_eps)
+        return rms_norm(x, weight, self.spec.rms_eps)
 
     def _project_qkv(
         self,

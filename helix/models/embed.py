@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from parallel.norm import rms_norm
+
 from .spec import RopeSpec
 
 
@@ -58,7 +60,7 @@ def embed(
     if not token_ids.is_cuda:
         stream = F.embedding(token_ids, embedding)
         angle = positions.unsqueeze(1).to(torch.float32) * inv_freq
-        normed = F.rms_norm(stream, weight.shape, weight, eps)
+        normed = rms_norm(stream, weight, eps)
         return stream, normed, angle.cos() * rope.attention_scaling, angle.sin() * rope.attention_scaling
     rows, hidden, half = token_ids.shape[0], embedding.shape[1], inv_freq.shape[0]
     stream, normed = embedding.new_empty((2, rows, hidden)).unbind(0)

@@ -7,7 +7,8 @@ The output projection has no bias even where `attention_bias` is set.
 from typing import Any
 
 from .hf_config import spec_from
-from .spec import ModelSpec, WeightNames
+from .spec import ModelSpec
+from .weight_names import WeightNames
 
 NAMES = WeightNames(gate="model.layers.{layer}.mlp.gate_up_proj.weight", up=None)
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .kinds import FULL, STATE, WINDOW, Kind
-from .spec import Experts, Latent, ModelSpec, RopeSpec, WeightNames, as_token_ids, one_line
+from .spec import Experts, Latent, ModelSpec, RopeSpec, as_token_ids, one_line
+from .weight_names import WeightNames
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 UNUSED = {"bos_token_id": None, "pad_token_id": None}  # whatever they hold, nothing here reads them
@@ -44,8 +45,11 @@ def spec_from(
     names: WeightNames | None = None,
     experts: Experts | None = None,
     latent: Latent | None = None,
+    **more: Any,
 ) -> ModelSpec:
     """Return the spec of `config`, given what distinguishes its family; `rotary` is the family's rotary embedding.
+
+    ``more`` are other fields of the spec.
 
     Raises ValueError for a setting that Helix does not compute.
     """
@@ -61,7 +65,7 @@ def spec_from(
         num_heads=config.num_attention_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        ffn_size=config.intermediate_size,
+        ffn_size=getattr(config, "intermediate_size", None) or config.moe_intermediate_size,
         vocab_size=config.vocab_size,
         rms_eps=config.rms_norm_eps,
         qkv_bias=qkv_bias,
@@ -73,6 +77,7 @@ def spec_from(
         names=names or WeightNames(),
         experts=experts,
         latent=latent,
+        **more,
     )
 
 

@@ -12,9 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .kinds import FULL, FULL_KIND, Kind
+from .kinds import FULL, FULL_KIND, STATE, Kind
 from .quantization import Quantization, read_quantization
+from .states import States
 from .weight_files import OTHER_KINDS, is_lfs_pointer, what_else
+from .weight_names import WeightNames, module_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,7 @@ FAMILIES = {
     "qwen2": ".qwen2",
     "qwen3": ".qwen3",
     "qwen3_moe": ".qwen3_moe",
+    "qwen3_next": ".qwen3_next",
 }
 SAME_AS = {"kimi_k2": "deepseek_v3"}  # model types that are another one under a name that transformers does not know
 
@@ -98,6 +101,8 @@ class Experts:
         as its best expert, with sigmoid as its best two.
     scale: what the weights are multiplied by in the end.
     shared_size: units of experts that every token goes through, taken as one; 0 for none.
+    gates_shared: what these add is multiplied by the sigmoid of a score of the token.
+    stacked: the checkpoint holds the experts' matrices of a layer as two tensors.
     """
 
     num_experts: int
@@ -110,6 +115,8 @@ class Experts:
     groups_chosen: int = 1
     scale: float = 1.0
     shared_size: int = 0
+    gates_shared: bool = False
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_chosen", "ffn_size", "groups", "groups_chosen"):
@@ -130,59 +137,6 @@ class Experts:
             )
 
 
-@dataclass(frozen=True)
-class WeightNames:
-    """Checkpoint tensor names of the weight roles; "{layer}" and "{expert}" stand for their numbers.
-
-    up = None means that `gate` holds both matrices, [2 * ffn_size, hidden_size] with the gate's rows first.
-    """
-
-    embedding: str = "model.embed_tokens.weight"
-    final_norm: str = "model.norm.weight"
-    lm_head: str = "lm_head.weight"
-    input_norm: str = "model.layers.{layer}.input_layernorm.weight"
-    q: str = "model.layers.{layer}.self_attn.q_proj.weight"
-    k: str = "model.layers.{layer}.self_attn.k_proj.weight"
-    v: str = "model.layers.{layer}.self_attn.v_proj.weight"
-    q_bias: str = "model.layers.{layer}.self_attn.q_proj.bias"
-    k_bias: str = "model.layers.{layer}.self_attn.k_proj.bias"
-    v_bias: str = "model.layers.{layer}.self_attn.v_proj.bias"
-    q_norm: str = "model.layers.{layer}.self_attn.q_norm.weight"
-    k_norm: str = "model.layers.{layer}.self_attn.k_norm.weight"
-    o: str = "model.layers.{layer}.self_attn.o_proj.weight"
-    q_a: str = "model.layers.{layer}.self_attn.q_a_proj.weight"
-    q_a_norm: str = "model.layers.{layer}.self_attn.q_a_layernorm.weight"
-    q_b: str = "model.layers.{layer}.self_attn.q_b_proj.weight"
-    kv_a: str = "model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"
-    kv_a_norm: str = "model.layers.{layer}.self_attn.kv_a_layernorm.weight"
-    kv_b: str = "model.layers.{layer}.self_attn.kv_b_proj.weight"
-    post_norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
-    gate: str = "model.layers.{layer}.mlp.gate_proj.weight"
-    up: str | None = "model.layers.{layer}.mlp.up_proj.weight"
-    down: str = "model.layers.{layer}.mlp.down_proj.weight"
-    router: str = "model.layers.{layer}.mlp.gate.weight"
-    router_bias: str = "model.layers.{layer}.mlp.gate.e_score_correction_bias"
-    shared_gate: str = "model.layers.{layer}.mlp.shared_experts.gate_proj.weight"
-    shared_up: str = "model.layers.{layer}.mlp.shared_experts.up_proj.weight"
-    shared_down: str = "model.layers.{layer}.mlp.shared_experts.down_proj.weight"
-    expert_gate: str = "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
-    expert_up: str = "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
-    expert_down: str = "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
-    next_embedding_norm: str = "model.layers.{layer}.enorm.weight"
-    next_hidden_norm: str = "model.layers.{layer}.hnorm.weight"
-    next_input: str = "model.layers.{layer}.eh_proj.weight"
-    next_norm: str = "model.layers.{layer}.shared_head.norm.weight"
-
-    @cached_property
-    def linear_modules(self) -> frozenset[str]:
-        """How the layers' linear modules are called, which a quantised checkpoint holds in few bits."""
-        latents = (self.q_a, self.q_b, self.kv_a, self.kv_b)
-        shared = (self.shared_gate, self.shared_up, self.shared_down)
-        expert = (self.expert_gate, self.expert_up, self.expert_down)
-        plain = (self.q, self.k, self.v, self.o, self.gate, self.up or self.gate, self.down)
-        return frozenset(_module(name) for name in (*plain, *latents, *shared, *expert))
-
-
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
     """One decoder-only model: sizes, switches, RoPE and the names of its checkpoint tensors.
@@ -199,6 +153,9 @@ class ModelSpec:
     quantization: how the weights of its linear modules are quantised; None where they are not.
     predicts_next: the checkpoint's layer after the last, which predicts one token further, is loaded beside the model.
     kinds: the kind of each layer; empty where all are full. Layers with a window all have the same one.
+    states: what state layers are made of; None for a model without.
+    output_gate: attention's output is multiplied by a sigmoid; a head's gate stands behind its query in q's matrix.
+    norms_exceed_one: the files hold what the weights of norms exceed one by (not of those of state layers).
     """
 
     family: str
@@ -222,6 +179,9 @@ class ModelSpec:
     quantization: Quantization | None = None
     predicts_next: bool = False
     kinds: tuple[Kind, ...] = ()
+    states: States | None = None
+    output_gate: bool = False
+    norms_exceed_one: bool = False
 
     def __post_init__(self) -> None:
         for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():
@@ -244,6 +204,10 @@ class ModelSpec:
             raise ValueError(
                 f"windows of {', '.join(map(str, windows))} tokens; Helix computes one size of window a model"
             )
+        if self.layers_of(STATE) and self.states is None:
+            raise ValueError(
+                f"layer {self.layers_of(STATE)[0]} is a state layer, and what these are made of is missing"
+            )
 
     def kind_of(self, layer: int) -> Kind:
         """Return the kind of a layer; that which predicts one token further is full."""
@@ -252,6 +216,11 @@ class ModelSpec:
     def layers_of(self, name: str) -> tuple[int, ...]:
         """Return the numbers of the model's layers of a kind, FULL, WINDOW or STATE."""
         return tuple(layer for layer in range(self.num_layers) if self.kind_of(layer).name == name)
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """The place of each layer among the layers of its kind."""
+        return tuple(self.layers_of(self.kind_of(layer).name).index(layer) for layer in range(self.num_layers))
 
     @property
     def window(self) -> int:
@@ -292,15 +261,11 @@ class ModelSpec:
         """Return whether the checkpoint tensor `name` is a matrix of 8 bits, whose scale is another tensor."""
         if self.quantization is None or not name.endswith(".weight"):
             return False
-        return _module(name) in self.names.linear_modules and self.quantization.covers(name)
+        return module_of(name) in self.names.linear_modules and self.quantization.covers(name)
 
     def experts_of(self, layer: int) -> Experts | None:
         """Return the experts of a layer; None where its feed-forward is a plain one."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts
-
-
-def _module(name: str) -> str:
-    return name.split(".")[-2]
 
 
 def load_spec(path: str | Path, *, max_position: int | None = None) -> ModelSpec:

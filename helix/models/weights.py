@@ -8,82 +8,18 @@ be empty.
 Shape letters: h hidden size, D head size, V vocabulary.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 from parallel.layout import Layout, Range, split_evenly, split_units
 
-from .kinds import WINDOW, Kind
+from .kinds import STATE
+from .parts import Part, Piece, Weight
 from .spec import Latent, ModelSpec
+from .state_weights import state_shapes, state_weights
 
 IN_8_BITS = frozenset(
     "qkv q_b o gate_up down shared_gate_up shared_down experts_gate_up experts_down".split()
 )  # roles whose products take quantised matrices
-
-
-@dataclass(frozen=True)
-class Part:
-    """One rank's share of a model, as half-open ranges (start, stop).
-
-    q_heads, kv_heads: the heads whose queries, keys and values this rank computes; equal on ranks of one KVP group.
-    out_heads: the query heads whose merged attention output this rank projects; these tile all heads over all ranks.
-    ffn: the feed-forward units of this rank. vocab: the rows of the output head of this rank.
-    experts: the experts of this rank, and expert_ffn: the units of each of them. shared_ffn: its units of shared ones.
-    window_q_heads, window_kv_heads: its query and KV heads in layers with a window, whose output it projects as well;
-        empty where the model has none.
-    """
-
-    q_heads: Range
-    kv_heads: Range
-    out_heads: Range
-    ffn: Range
-    vocab: Range
-    experts: Range = (0, 0)
-    expert_ffn: Range = (0, 0)
-    shared_ffn: Range = (0, 0)
-    window_q_heads: Range = (0, 0)
-    window_kv_heads: Range = (0, 0)
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            start, stop = getattr(self, each.name)
-            if not 0 <= start <= stop:
-                given = f"part.{each.name} = ({start}, {stop})"
-                raise ValueError(f"{given}, must be a half-open range with 0 <= start <= stop")
-
-    def for_kind(self, kind: Kind) -> "Part":
-        """Return the part with the heads that the rank has in layers of a kind."""
-        if kind.name != WINDOW:
-            return self
-        heads = self.window_q_heads
-        return replace(self, q_heads=heads, kv_heads=self.window_kv_heads, out_heads=heads)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A slice of the checkpoint tensor `name`: half-open ranges along dim 0 (rows) and dim 1 (cols), None for all."""
-
-    name: str
-    rows: Range | None = None
-    cols: Range | None = None
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A parameter of one rank: its shape, and the pieces that fill it from top to bottom (along dim 0).
-
-    exact: kept in float32, whatever the model's dtype. quantized: kept in 8 bits with the scales of its blocks.
-    """
-
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    exact: bool = False
-    quantized: bool = False
-
-    @property
-    def columns(self) -> Range:
-        """The columns of the whole matrices that its pieces have, the same for all of them."""
-        cols = self.pieces[0].cols if self.pieces else None
-        return cols or (0, self.shape[-1])
 
 
 def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
@@ -120,7 +56,20 @@ def part_of(spec: ModelSpec, layout: Layout, rank: int) -> Part:
         shared_ffn=split_units(spec.shared_size, world, rank),
         window_q_heads=window_q,
         window_kv_heads=window_kv,
+        value_heads=_value_heads(spec, world, rank),
     )
+
+
+def _value_heads(spec: ModelSpec, world: int, rank: int) -> Range:
+    """Return the value heads of a rank in state layers."""
+    if spec.states is None:
+        return 0, 0
+    if world > spec.states.num_value_heads:
+        raise ValueError(
+            f"{world} ranks exceed the {spec.states.num_value_heads} value heads of {spec.family}'s state layers; "
+            "use fewer ranks"
+        )
+    return split_evenly(spec.states.num_value_heads, world, rank)
 
 
 def _window_heads(spec: ModelSpec, world: int, rank: int) -> tuple[Range, Range]:
@@ -153,6 +102,7 @@ def whole(spec: ModelSpec) -> Part:
         shared_ffn=(0, spec.shared_size),
         window_q_heads=window_q,
         window_kv_heads=window_kv,
+        value_heads=_value_heads(spec, 1, 0),
     )
 
 
@@ -165,7 +115,7 @@ def model_weights(spec: ModelSpec, part: Part) -> dict[str, Weight]:
     head = names.embedding if spec.tied_embeddings else names.lm_head
     return {
         "embedding": Weight((spec.vocab_size, h), (Piece(names.embedding),)),
-        "final_norm": Weight((h,), (Piece(names.final_norm),)),
+        "final_norm": _norm(spec, names.final_norm, h),
         "lm_head": Weight((_len(part.vocab), h), (Piece(head, rows=part.vocab),)),
     }
 
@@ -177,6 +127,7 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     qkv [(q heads + 2 * KV heads) * D, h]: rows of the q heads, then of the k heads, then of the v heads
     qkv_bias [(q heads + 2 * KV heads) * D] when the model has it, in the same order
     q_norm, k_norm [D] when the model has them
+    output_gate [out heads * D, h]: rows of part.out_heads, when the model has it
     o [h, out heads * D]: columns of part.out_heads
     gate_up [2 * ffn, h]: gate rows, then up rows, of part.ffn
     down [h, ffn]: columns of part.ffn
@@ -184,20 +135,22 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     qkv [(q_rank or q heads * (P + T)) + rank + T, h]: of queries or their latents, then of what is cached
     q_a_norm [q_rank], q_b [q heads * (P + T), q_rank] where queries have a latent too; latent_norm [rank]
     k_up [q heads * P, rank], v_up [q heads * W, rank], o [h, out heads * W]
+    in a state layer, instead of the first four: see ``state_weights``
     where the layer has experts, instead of gate_up and down:
     router [all experts, h] whole on every rank, router_bias [all experts] where they are chosen by sigmoid
     shared_gate_up [2 * shared, h], shared_down [h, shared] of part.shared_ffn, where there are shared ones
+    shared_router [1, h] whole on every rank, where what they add is gated
     experts_gate_up [experts * 2 * units, h]: of each of part.experts gate rows, then up rows, of part.expert_ffn
     experts_down [experts * h, units]: of each of part.experts columns of part.expert_ffn
 
     A quantised checkpoint's matrices stay quantised in the roles of IN_8_BITS, where all of a role's pieces are: k_up
     and v_up multiply other dims of what the checkpoint has as one matrix, head by head, and are widened when read.
     """
-    h, names, heads = spec.hidden_size, spec.names, part.for_kind(spec.kind_of(layer))
+    h, names = spec.hidden_size, spec.names
     weights = {
-        "input_norm": Weight((h,), (Piece(names.input_norm.format(layer=layer)),)),
-        "post_norm": Weight((h,), (Piece(names.post_norm.format(layer=layer)),)),
-        **(_attention(spec, layer, heads) if spec.latent is None else _latent(spec, spec.latent, layer, heads)),
+        "input_norm": _norm(spec, names.input_norm.format(layer=layer), h),
+        "post_norm": _norm(spec, names.post_norm.format(layer=layer), h),
+        **_mixing(spec, layer, part.for_kind(spec.kind_of(layer))),
         **(_dense_ffn(spec, layer, part) if spec.experts_of(layer) is None else _experts_ffn(spec, layer, part)),
     }
     if spec.quantization is not None:
@@ -227,6 +180,18 @@ def next_weights(spec: ModelSpec, part: Part) -> dict[str, Weight]:
     }
 
 
+def _norm(spec: ModelSpec, name: str, size: int) -> Weight:
+    """Return the weight of a norm; where the files hold what exceeds one, it is kept in float32."""
+    return Weight((size,), (Piece(name),), exact=spec.norms_exceed_one, plus=1.0 if spec.norms_exceed_one else 0.0)
+
+
+def _mixing(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
+    """Return the weights of what mixes tokens in a layer."""
+    if spec.kind_of(layer).name == STATE:
+        return state_weights(spec, layer, part)
+    return _attention(spec, layer, part) if spec.latent is None else _latent(spec, spec.latent, layer, part)
+
+
 def _attention(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     h, D, names = spec.hidden_size, spec.head_dim, spec.names
 
@@ -234,22 +199,25 @@ def _attention(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
         return template.format(layer=layer)
 
     q_rows, kv_rows, o_cols = _times(part.q_heads, D), _times(part.kv_heads, D), _times(part.out_heads, D)
+    q: tuple[Piece, ...] = (Piece(name(names.q), q_rows),)
+    if spec.output_gate:  # of each head the rows of its query, then of its gate
+        q = tuple(Piece(name(names.q), (2 * head * D, (2 * head + 1) * D)) for head in range(*part.q_heads))
     qkv_len = _len(q_rows) + 2 * _len(kv_rows)
     weights = {
-        "qkv": Weight(
-            (qkv_len, h),
-            (Piece(name(names.q), q_rows), Piece(name(names.k), kv_rows), Piece(name(names.v), kv_rows)),
-        ),
+        "qkv": Weight((qkv_len, h), (*q, Piece(name(names.k), kv_rows), Piece(name(names.v), kv_rows))),
         "o": Weight((h, _len(o_cols)), (Piece(name(names.o), cols=o_cols),)),
     }
+    if spec.output_gate:
+        gate = [Piece(name(names.q), ((2 * head + 1) * D, (2 * head + 2) * D)) for head in range(*part.out_heads)]
+        weights["output_gate"] = Weight((_len(o_cols), h), tuple(gate))
     if spec.qkv_bias:
         weights["qkv_bias"] = Weight(
             (qkv_len,),
             (Piece(name(names.q_bias), q_rows), Piece(name(names.k_bias), kv_rows), Piece(name(names.v_bias), kv_rows)),
         )
     if spec.qk_norm:
-        weights["q_norm"] = Weight((D,), (Piece(name(names.q_norm)),))
-        weights["k_norm"] = Weight((D,), (Piece(name(names.k_norm)),))
+        weights["q_norm"] = _norm(spec, name(names.q_norm), D)
+        weights["k_norm"] = _norm(spec, name(names.k_norm), D)
     return weights
 
 
@@ -299,6 +267,12 @@ def _experts_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
 
     both = [Piece(name(each, expert), units) for expert in mine for each in (names.expert_gate, names.expert_up)]
     down = [Piece(name(names.expert_down, expert), cols=units) for expert in mine]
+    if spec.experts is not None and spec.experts.stacked:
+        size, (start, stop) = spec.experts.ffn_size, units
+        of_both, of_down = (each.format(layer=layer) for each in (names.experts_gate_up, names.experts_down))
+        spans = (units, (size + start, size + stop))
+        both = [Piece(of_both, rows, index=expert) for expert in mine for rows in spans]
+        down = [Piece(of_down, cols=units, index=expert) for expert in mine]
     weights = {
         "router": Weight((spec.expert_sizes[0], h), (Piece(names.router.format(layer=layer)),)),
         "experts_gate_up": Weight((len(both) * _len(units), h), tuple(both)),
@@ -312,6 +286,8 @@ def _experts_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
         shared = part.shared_ffn
         weights["shared_gate_up"] = Weight((2 * _len(shared), h), (Piece(gate, shared), Piece(up, shared)))
         weights["shared_down"] = Weight((h, _len(shared)), (Piece(back, cols=shared),))
+        if spec.experts is not None and spec.experts.gates_shared:
+            weights["shared_router"] = Weight((1, h), (Piece(names.shared_router.format(layer=layer)),))
     return weights
 
 
@@ -323,9 +299,15 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, h), names.final_norm: (h,)}
     if not spec.tied_embeddings:
         shapes[names.lm_head] = (spec.vocab_size, h)
-    layer: dict[str, tuple[int, ...]] = {names.input_norm: (h,), names.post_norm: (h,)}
+    norms: dict[str, tuple[int, ...]] = {names.input_norm: (h,), names.post_norm: (h,)}
+    layer: dict[str, tuple[int, ...]] = {}
     if latent is None:
-        layer |= {names.q: (q_len, h), names.k: (kv_len, h), names.v: (kv_len, h), names.o: (h, q_len)}
+        layer |= {
+            names.q: (q_len * (2 if spec.output_gate else 1), h),
+            names.k: (kv_len, h),
+            names.v: (kv_len, h),
+            names.o: (h, q_len),
+        }
     else:
         made = spec.num_heads * latent.q_dim
         layer |= {
@@ -346,12 +328,18 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if names.up is not None:
         dense[names.up] = (spec.ffn_size, h)
     num_experts, units = spec.expert_sizes
+    one_expert: dict[str, tuple[int, ...]]
     one_expert = {names.expert_gate: (units, h), names.expert_up: (units, h), names.expert_down: (h, units)}
     router: dict[str, tuple[int, ...]] = {names.router: (num_experts, h)}
     if spec.experts is not None and spec.experts.sigmoid:
         router[names.router_bias] = (num_experts,)
     if shared := spec.shared_size:
         router |= {names.shared_gate: (shared, h), names.shared_up: (shared, h), names.shared_down: (h, shared)}
+    if spec.experts is not None and spec.experts.gates_shared:
+        router[names.shared_router] = (1, h)
+    if spec.experts is not None and spec.experts.stacked:
+        one_expert = {}
+        router |= {names.experts_gate_up: (num_experts, 2 * units, h), names.experts_down: (num_experts, h, units)}
     if spec.qkv_bias:
         layer |= {names.q_bias: (q_len,), names.k_bias: (kv_len,), names.v_bias: (kv_len,)}
     if spec.qk_norm:
@@ -361,7 +349,8 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         if number == spec.num_layers:
             layer |= further | {names.next_input: (h, 2 * h)}
         has_experts = spec.experts_of(number) is not None
-        own = layer | (router if has_experts else dense)
+        mixing = state_shapes(spec) if spec.kind_of(number).name == STATE else layer
+        own = norms | mixing | (router if has_experts else dense)
         shapes |= {template.format(layer=number): shape for template, shape in own.items()}
         for expert in range(num_experts if has_experts else 0):
             shapes |= {each.format(layer=number, expert=expert): shape for each, shape in one_expert.items()}

@@ -14,9 +14,10 @@ from attention.work import WORKSPACE_TOKENS
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
+from ..models.parts import Part, Weight
 from ..models.quantization import num_blocks
 from ..models.spec import ModelSpec
-from ..models.weights import Part, Weight, layer_weights, model_weights, next_weights, part_of
+from ..models.weights import layer_weights, model_weights, next_weights, part_of
 
 FP4_GROUP = 16
 PLANE_ALIGNMENT = 16  # bytes; of the planes of a page in 8 bits

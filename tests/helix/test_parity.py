@@ -20,12 +20,12 @@ from helix.config import (
 )
 from helix.llm import LLM
 from helix.sampling import SamplingParams
-from scripts.make_checkpoint import FAMILIES, make_checkpoint
+from scripts.make_checkpoint import FAMILIES, HYBRIDS, make_checkpoint
 
 TIE = 2e-3  # where the reference's own two best logits are this close, rounding may choose
 BLOCK_SIZES = (1, 16, 64)
 WHOLE = 2048  # a prefill chunk that holds every prompt
-KV_HEADS = {"glm": 2}
+KV_HEADS = {"glm": 2, "qwen3_next": 2}
 
 
 def layouts(family: str) -> list[tuple[int, int]]:
@@ -54,7 +54,8 @@ def checkpoint(tmp_path_factory):
         if family == "short":
             make_checkpoint(path, family="llama", layers=1)
         else:
-            make_checkpoint(path, family=family, kv_heads=KV_HEADS.get(family, 4))
+            layers = 4 if family in HYBRIDS else 2
+            make_checkpoint(path, family=family, kv_heads=KV_HEADS.get(family, 4), layers=layers)
         return str(path)
 
     return make
@@ -150,13 +151,18 @@ def test_greedy_tokens_equal_transformers_in_every_layout(ranks, checkpoint, ref
         *(("qwen3_moe", *layout) for layout in ((1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 4), (1, 4, 2))),
         *(("deepseek_v3", *layout) for layout in ((1, 1, 1), (2, 1, 2), (1, 2, 1), (4, 1, 1), (1, 4, 2), (8, 1, 2))),
         *(("deepseek_v2", *layout) for layout in ((1, 1, 1), (2, 1, 1), (4, 1, 2))),
+        *(("qwen3_next", *layout) for layout in ((3, 1, 1), (2, 2, 2), (1, 8, 1))),
     ],
 )
-def test_experts_and_latents_split_every_way_equal_transformers(ranks, checkpoint, reference, family, kvp, tpa, ep):
+def test_experts_latents_and_states_split_every_way_equal_transformers(
+    ranks, checkpoint, reference, family, kvp, tpa, ep
+):
     runs, split = [(16, prompts_for(16), 16, 33, 0)], None
     if family == "deepseek_v3":
         # ranks share the heads of all steps' queries, in the second run the rows of all steps
         runs, split = [*runs, (1, prompts_for(1), 16, 33, 1)], 100
+    if family in HYBRIDS:  # chunks that cut convolutions, and prompts in between
+        runs = [*runs, (1, prompts_for(16), 16, 5, 1)]
     results = ranks(kvp * tpa).run(generate_body, checkpoint(family), kvp, tpa, runs, ep=ep, split_query_rows=split)
     check(results, reference, family, runs)
 

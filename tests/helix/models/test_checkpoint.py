@@ -16,8 +16,9 @@ import helix.models.checkpoint as checkpoint_module
 from helix.models.checkpoint import Checkpoint, fill_dummy
 from helix.models.decoder import Decoder
 from helix.models.loading import fill
+from helix.models.parts import Part, Piece, Weight
 from helix.models.spec import ModelSpec, load_spec
-from helix.models.weights import Part, Piece, Weight, layer_weights, model_weights, tensor_shapes, whole
+from helix.models.weights import layer_weights, model_weights, tensor_shapes, whole
 from scripts.make_checkpoint import FAMILIES, make_checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -157,7 +158,8 @@ PEAK_PROGRAM = """
 import sys, threading, torch
 from helix.models.checkpoint import Checkpoint
 from helix.models.spec import load_spec
-from helix.models.weights import Part, layer_weights, model_weights, tensor_shapes
+from helix.models.parts import Part
+from helix.models.weights import layer_weights, model_weights, tensor_shapes
 
 def private_bytes():
     for line in open("/proc/self/status"):

@@ -11,8 +11,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from attention.append import append
 from attention.pages import PageLayout, pages_to_wide
 from attention.ranges import PAGE
-from helix.models.experts import experts_in_use, mix_queued, mix_reference, route
+from helix.models.experts import mix_queued, mix_reference
 from helix.models.latent import MadeOfLatents
+from helix.models.routing import experts_in_use, route
 from helix.models.spec import Experts, Latent, load_spec
 from helix.models.tokenizer import load_tokenizer
 

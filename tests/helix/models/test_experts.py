@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from helix.models import grouped
-from helix.models.experts import experts_in_use, mix_queued, mix_reference, mixture, route
+from helix.models.experts import mix_queued, mix_reference, mixture
 from helix.models.linear import can_stream
+from helix.models.routing import experts_in_use, route
 from helix.models.spec import Experts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

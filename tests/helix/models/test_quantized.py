@@ -7,7 +7,7 @@ import torch
 
 from helix.models.chunk_product import quantize_rows
 from helix.models.decoder import Decoder
-from helix.models.experts import mix_queued, mix_reference, mixture, route
+from helix.models.experts import mix_queued, mix_reference, mixture
 from helix.models.linear import can_stream, gated_linear, linear, multiplies_in_8_bits, split_linear
 from helix.models.quantization import Quantization, num_blocks
 from helix.models.quantized import (
@@ -20,6 +20,7 @@ from helix.models.quantized import (
     widen_blocks,
     widen_slice,
 )
+from helix.models.routing import route
 from helix.models.spec import Experts, ModelSpec, RopeSpec
 from parallel.grid import HelixGrid
 from parallel.layout import Layout

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helix.models.checkpoint import Checkpoint, CheckpointError
+from helix.models.parts import Part
 from helix.models.quantized import Quantized, widen_blocks
 from helix.models.spec import load_spec
-from helix.models.weights import Part, layer_weights, whole
+from helix.models.weights import layer_weights, whole
 from scripts.make_checkpoint import FAMILIES, make_checkpoint
 from scripts.quantize import quantize_checkpoint
 

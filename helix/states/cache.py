@@ -1,0 +1,140 @@
+"""What state layers keep of a sequence: a matrix a head, and the inputs of a few tokens (arXiv 2412.06464).
+
+It does not grow with the context. Heads are split over all ranks, so every rank keeps its own heads of every running
+sequence, in the slot of its batch slot; a sequence that begins at position 0 finds whatever is there overwritten.
+
+Nothing is ever undone. A matrix holds the tokens before ``position``; inputs of tokens from there on stand in a ring,
+each at its position modulo the ring's length, and are worked in when a later step has shown that they stay. So a draft
+that is rejected was never in the matrix, and what comes at its position overwrites its input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from parallel.layout import Range
+
+from ..models.kinds import STATE
+from ..models.spec import ModelSpec
+from ..models.states import States
+
+
+@dataclass(frozen=True)
+class StateHeads:
+    """The heads of a rank: V value heads of W elements each, which read K key heads of D elements.
+
+    offset: of the first key head's value heads, how many belong to ranks before. group: value heads of a key head.
+    taps: tokens that the convolution sees, the row's own included.
+    """
+
+    num_value: int
+    num_key: int
+    offset: int
+    group: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @classmethod
+    def of(cls, states: States, value_heads: Range) -> StateHeads:
+        """Return the heads that read and write these value heads' matrices."""
+        first, stop = states.key_heads(value_heads)
+        group = states.group
+        return cls(
+            num_value=value_heads[1] - value_heads[0],
+            num_key=stop - first,
+            offset=value_heads[0] - first * group,
+            group=group,
+            key_dim=states.key_dim,
+            value_dim=states.value_dim,
+            taps=states.taps,
+        )
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: queries, keys, values."""
+        return 2 * self.num_key * self.key_dim + self.num_value * self.value_dim
+
+    @property
+    def input_size(self) -> int:
+        """Elements of a token's input that are kept: the channels, then beta's and the decay's score of each head."""
+        return self.conv_size + 2 * self.num_value
+
+    @property
+    def width(self) -> int:
+        """Columns of the input projection: a token's input, then the output's gate."""
+        return self.input_size + self.num_value * self.value_dim
+
+    def slot_bytes(self, ring: int, element_bytes: int) -> int:
+        """Return what one layer keeps of one sequence, in bytes."""
+        matrices = 4 * self.num_value * self.key_dim * self.value_dim
+        return matrices + ring * self.input_size * element_bytes + 4 * self.num_value
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """What one layer keeps of all sequences.
+
+    Attributes:
+        matrix: [slots, V, D, W] float32, of the tokens before ``position``.
+        position: [slots, V] int32, the first token that is not in the matrix; alike for all heads between steps.
+        inputs: [slots, ring, input_size], of the token at position p at p % ring.
+    """
+
+    heads: StateHeads
+    matrix: torch.Tensor
+    position: torch.Tensor
+    inputs: torch.Tensor
+
+
+class StateCache:
+    """What the state layers of a rank keep: room for ``num_slots`` sequences, and one slot more for rows of nobody.
+
+    Args:
+        heads: this rank's.
+        num_layers: state layers.
+        num_slots: sequences.
+        max_run: rows of a run that may be undone, the first excepted: with drafts 1 + their number.
+
+    Attributes:
+        layers: of each state layer, in their order.
+        num_bytes: of all of them.
+    """
+
+    def __init__(
+        self, heads: StateHeads, *, num_layers: int, num_slots: int, max_run: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        slots, num_value = num_slots + 1, heads.num_value
+        ring = ring_of(heads.taps, max_run)
+        self.heads, self.max_run = heads, max_run
+        matrices = torch.zeros(
+            (num_layers, slots, num_value, heads.key_dim, heads.value_dim), dtype=torch.float32, device=device
+        )
+        inputs = torch.zeros((num_layers, slots, ring, heads.input_size), dtype=dtype, device=device)
+        positions = torch.zeros((num_layers, slots, num_value), dtype=torch.int32, device=device)
+        self.layers = [LayerStates(heads, *layer) for layer in zip(matrices, positions, inputs, strict=True)]
+        self.num_bytes = matrices.nbytes + inputs.nbytes + positions.nbytes
+
+    @classmethod
+    def for_model(
+        cls, spec: ModelSpec, value_heads: Range, *, num_slots: int, max_run: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> StateCache | None:  # fmt: skip
+        """Return the cache of a rank that has these value heads; None where the model has no state layers."""
+        if spec.states is None:
+            return None
+        heads, num_layers = StateHeads.of(spec.states, value_heads), len(spec.layers_of(STATE))
+        return cls(heads, num_layers=num_layers, num_slots=num_slots, max_run=max_run, dtype=dtype, device=device)
+
+
+def ring_of(taps: int, max_run: int) -> int:
+    """Return the length of the ring of inputs: a power of two that holds what a step reads and writes.
+
+    It reads the ``taps`` - 1 tokens before the first that is not in the matrix, of which at most ``max_run`` - 1 are
+    worked in, and writes ``max_run``.
+    """
+    least = taps - 1 + max_run - 1 + max_run
+    return 1 << (least - 1).bit_length()

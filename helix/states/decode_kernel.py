@@ -1,0 +1,171 @@
+"""State layers for few rows a run: decode and verification in one launch, which reads and writes each state once.
+
+A program has one value head of one run. It works in what earlier steps left out, then the run's rows: convolution,
+rule, norm and gate. The state after the first row is what it writes; the rows behind that may be rejected, so they are
+computed in registers and only their inputs are kept (``cache.py``). How many tokens are worked in follows from
+positions on the device, so one captured graph is right for every outcome of a verification.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from attention.append import load_sum
+
+from .cache import LayerStates
+from .reference import NORM_EPS
+
+MAX_NUM = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def silu_rounded(x, DTYPE: tl.constexpr):
+    """Return silu(x) in float32, rounded to DTYPE before and after, as torch rounds."""
+    x = x.to(DTYPE).to(tl.float32)
+    return (x / (1.0 + tl.exp(-x))).to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def softplus(x):
+    """Return log(1 + exp(x))."""
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _convolve(flat, split_stride, row_at, ring, conv, column, real, first, position, WIDTH: tl.constexpr,
+              INPUT: tl.constexpr, RING: tl.constexpr, TAPS: tl.constexpr, SUMMANDS: tl.constexpr,
+              DTYPE: tl.constexpr):  # fmt: skip
+    """Return the convolution of some columns at a position; tokens from ``first`` on are rows, from ``row_at`` on."""
+    total = tl.zeros(column.shape, tl.float32)
+    for tap in tl.static_range(TAPS):
+        at = position - TAPS + 1 + tap
+        new = real & (at >= first)
+        x = load_sum(flat, split_stride, (row_at + at - first) * WIDTH + column, new, SUMMANDS, DTYPE).to(tl.float32)
+        old = tl.load(ring + (at & (RING - 1)) * INPUT + column, mask=real & (at < first) & (at >= 0), other=0.0)
+        x += old.to(tl.float32)
+        total += x * tl.load(conv + column * TAPS + tap, mask=real, other=0.0).to(tl.float32)
+    return silu_rounded(total, DTYPE)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _advance_kernel(
+    flat, positions, row_seq, query_start, matrix, known, inputs, conv, rates, norm, out, num_rows, eps, norm_eps,
+    SUMMANDS: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr,
+    MAX_RUN: tl.constexpr, RUN_PAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    run, head = tl.program_id(0), tl.program_id(1)
+    INPUT: tl.constexpr = 2 * K * D + V * W + 2 * V
+    WIDTH: tl.constexpr = INPUT + V * W
+    dtype: tl.constexpr = out.dtype.element_ty
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    # uploaded, or written by earlier steps: all of this is there before the kernel before this one has ended
+    start, stop = tl.load(query_start + run), tl.load(query_start + run + 1)
+    r = tl.arange(0, RUN_PAD)
+    is_long = stop - start > MAX_RUN
+    at = tl.load(positions + start + r, mask=r < stop - start, other=-1).to(tl.int32)
+    num_real = tl.sum((at >= 0).to(tl.int32), 0)
+    first = tl.where(num_real > 0, tl.min(tl.where(at >= 0, at, MAX_NUM), 0), 0)
+    end = tl.where(is_long, first, first + num_real)
+    slot = tl.load(row_seq + start).to(tl.int64)
+    key_head = (OFFSET + head) // GROUP
+    d, w = tl.arange(0, D_PAD), tl.arange(0, W_PAD)
+    q_column, k_column = key_head * D + d, (K + key_head) * D + d
+    v_column = 2 * K * D + head * W + w
+    b_column, a_column = 2 * K * D + V * W + head, 2 * K * D + V * W + V + head
+    position = tl.load(known + slot * V + head, mask=(num_real > 0) & (first > 0), other=0)
+    ring = inputs + slot * (RING * INPUT)
+    here = matrix + (slot * V + head) * (D * W) + d[:, None] * W + w[None, :]
+    there = (d < D)[:, None] & (w < W)[None, :]
+    state = tl.load(here, mask=there & (num_real > 0) & (first > 0), other=0.0)
+    log_rate, bias = tl.load(rates + head), tl.load(rates + V + head)
+    weight = tl.load(norm + w, mask=w < W, other=0.0).to(tl.float32)
+    row_at = tl.where(is_long, start, stop - num_real).to(tl.int64)  # padding stands at the head of a run
+    split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for i in range(0, tl.where(is_long, 0, stop - start - num_real)):
+        tl.store(out + ((start.to(tl.int64) + i) * V + head) * W + w, tl.zeros([W_PAD], dtype), mask=w < W)
+    while position < end:
+        k = _convolve(flat, split_stride, row_at, ring, conv, k_column, d < D, first, position, WIDTH, INPUT, RING,
+                      TAPS, SUMMANDS, dtype)  # fmt: skip
+        v = _convolve(flat, split_stride, row_at, ring, conv, v_column, w < W, first, position, WIDTH, INPUT, RING,
+                      TAPS, SUMMANDS, dtype)  # fmt: skip
+        row = row_at + position - first
+        is_row = position >= first
+        old = ring + (position & (RING - 1)) * INPUT
+        b = load_sum(flat, split_stride, row * WIDTH + b_column, is_row, SUMMANDS, dtype).to(tl.float32)
+        a = load_sum(flat, split_stride, row * WIDTH + a_column, is_row, SUMMANDS, dtype).to(tl.float32)
+        b += tl.load(old + b_column, mask=position < first, other=0.0).to(tl.float32)
+        a += tl.load(old + a_column, mask=position < first, other=0.0).to(tl.float32)
+        k *= tl.rsqrt(tl.sum(k * k, 0) + norm_eps)
+        state *= tl.exp(-tl.exp(log_rate) * softplus(a + bias))
+        error = v - tl.sum(state * k[:, None], 0)
+        state += k[:, None] * (error / (1.0 + tl.exp(-b)))[None, :]
+        if position >= first:
+            q = _convolve(flat, split_stride, row_at, ring, conv, q_column, d < D, first, position, WIDTH, INPUT,
+                          RING, TAPS, SUMMANDS, dtype)  # fmt: skip
+            q *= tl.rsqrt(tl.sum(q * q, 0) + norm_eps) * (D**-0.5)
+            made = tl.sum(state * q[:, None], 0).to(dtype).to(tl.float32)
+            made = (made * tl.rsqrt(tl.sum(made * made, 0) / W + eps)).to(dtype).to(tl.float32) * weight
+            made = made.to(dtype).to(tl.float32)
+            gate = load_sum(flat, split_stride, row * WIDTH + INPUT + head * W + w, w < W, SUMMANDS, dtype)
+            gate = gate.to(tl.float32)
+            gated = made * (gate / (1.0 + tl.exp(-gate)))
+            tl.store(out + (row * V + head) * W + w, gated.to(dtype), mask=w < W)
+        if position == first:
+            tl.store(here, state, mask=there)
+            tl.store(known + slot * V + head, first + 1)
+        position += 1
+    if is_long:
+        tl.store(here, state, mask=there)
+        tl.store(known + slot * V + head, first)
+    # inputs of the rows, each column by one program; none is read by others, which need those of earlier positions
+    owns_key = (head == 0) | ((OFFSET + head) % GROUP == 0)
+    for i in range(0, tl.where(is_long, 0, num_real)):
+        source, to = (row_at + i) * WIDTH, ring + ((first + i) & (RING - 1)) * INPUT
+        x = load_sum(flat, split_stride, source + v_column, w < W, SUMMANDS, dtype)
+        tl.store(to + v_column, x, mask=w < W)
+        tl.store(to + b_column, load_sum(flat, split_stride, source + b_column, True, SUMMANDS, dtype))
+        tl.store(to + a_column, load_sum(flat, split_stride, source + a_column, True, SUMMANDS, dtype))
+        x = load_sum(flat, split_stride, source + q_column, (d < D) & owns_key, SUMMANDS, dtype)
+        tl.store(to + q_column, x, mask=(d < D) & owns_key)
+        x = load_sum(flat, split_stride, source + k_column, (d < D) & owns_key, SUMMANDS, dtype)
+        tl.store(to + k_column, x, mask=(d < D) & owns_key)
+
+
+def advance_few(
+    flat: torch.Tensor,
+    positions: torch.Tensor,
+    row_seq: torch.Tensor,
+    query_start: torch.Tensor,
+    states: LayerStates,
+    weights: dict[str, torch.Tensor],
+    out: torch.Tensor,
+    *,
+    eps: float,
+    max_run: int,
+    pdl: bool = False,
+) -> None:
+    """Run a state layer's heads over the rows of runs of at most ``max_run`` rows, in one Triton launch.
+
+    Of longer runs nothing is computed; the tokens before them enter the matrix.
+
+    Args:
+        flat: [S, R, width], packed: the rows' projected inputs, as their sum over S.
+        positions, row_seq, query_start, states, weights, eps, max_run: as for ``advance_reference``, on the device.
+        out: [R, V, W], packed; rows of longer runs are left as they are.
+        pdl: launch programmatically dependent.
+    """
+    heads, (summands, rows, _) = states.heads, flat.shape
+    _advance_kernel[(query_start.shape[0] - 1, heads.num_value)](
+        flat, positions, row_seq, query_start, states.matrix, states.position, states.inputs, weights["state_conv"],
+        weights["state_rates"], weights["state_norm"], out, rows, eps, NORM_EPS,
+        SUMMANDS=summands, V=heads.num_value, K=heads.num_key, OFFSET=heads.offset, GROUP=heads.group,
+        D=heads.key_dim, D_PAD=triton.next_power_of_2(heads.key_dim), W=heads.value_dim,
+        W_PAD=triton.next_power_of_2(heads.value_dim), TAPS=heads.taps, RING=states.inputs.shape[1], MAX_RUN=max_run,
+        RUN_PAD=triton.next_power_of_2(max_run), PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

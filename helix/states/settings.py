@@ -1,0 +1,37 @@
+"""What settings become for a model with state layers, of which only the last state of a sequence is kept."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from ..config import HelixConfig
+from ..models.kinds import STATE
+from ..models.spec import ModelSpec
+
+_log = logging.getLogger(__name__)
+
+
+def with_states(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
+    """Return the settings, with reuse off where a model has state layers, which is said.
+
+    Raises:
+        ValueError: in one line, for settings that need states of earlier tokens, or states elsewhere.
+    """
+    if not spec.layers_of(STATE):
+        return config
+    if not spec.num_cached_layers:
+        raise ValueError(f"config layer_types names no layer of {spec.family} full_attention; Helix needs one at least")
+    if config.transfer.enabled:
+        raise ValueError(
+            f"transfer.* brings keys and values, and {spec.family} models have state layers, whose states it does not "
+            "bring; leave transfer.* out"
+        )
+    if config.cache.host_pages:
+        raise ValueError(
+            f"cache.host_pages = {config.cache.host_pages} keeps what later prompts reuse, and prompts of "
+            f"{spec.family} models, which have state layers, reuse nothing yet; use cache.host_pages=0"
+        )
+    if config.cache.reuse:
+        _log.info("cache.reuse: off, states of earlier tokens are not kept for the state layers of %s", spec.family)
+    return replace(config, cache=replace(config.cache, reuse=False, partial_reuse=False))

@@ -1,0 +1,73 @@
+"""The kernels of state layers equal their plain PyTorch reference: outputs, and what they keep."""
+
+import pytest
+import torch
+
+from helix.models.states import States
+from helix.states.cache import StateCache, StateHeads
+from helix.states.decode_kernel import advance_few
+from helix.states.reference import advance_reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STATES = States(num_key_heads=2, num_value_heads=6, key_dim=16, value_dim=20, taps=4, eps=1e-6, by_key_head=False)
+MAX_RUN = 4
+
+
+def random(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def make_cache(heads, dtype):
+    """A cache of 3 sequences that have seen 2, 40 and no tokens; the last slot holds what a sequence left."""
+    cache = StateCache(heads, num_layers=1, num_slots=3, max_run=MAX_RUN, dtype=dtype, device=DEVICE)
+    layer = cache.layers[0]
+    layer.matrix.copy_(random(*layer.matrix.shape, seed=1))
+    layer.inputs.copy_(random(*layer.inputs.shape, seed=2))
+    layer.position.copy_(torch.tensor([2, 40, 7, 0]).unsqueeze(1).expand_as(layer.position))
+    return layer
+
+
+def weights_of(heads, dtype):
+    rates = random(2 * heads.num_value, seed=4)
+    return {
+        "state_conv": random(heads.conv_size, 1, heads.taps, seed=3).to(dtype),
+        "state_rates": rates,
+        "state_norm": random(heads.value_dim, seed=5).to(dtype),
+    }
+
+
+# Runs of a step: (slot, first position, rows, padding before them).
+STEPS = [
+    [(0, 2, 1, 0), (1, 40, 3, 1), (2, 0, 2, 0), (3, 0, 0, 4)],  # the second's last token is worked in, two rows wait
+    [(1, 42, 4, 0), (0, 3, 1, 3), (2, 1, 1, 3)],  # of two drafts one was kept
+    [(2, 2, 1, 0), (1, 46, 1, 0), (0, 4, 1, 0)],
+]
+
+
+def check(out, expected):
+    """Equal to rounding, which in 16 bits may end an element in the unit beside."""
+    if expected.dtype == torch.float32:
+        torch.testing.assert_close(out, expected, rtol=2e-4, atol=2e-5)
+    assert (out - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize(("dtype", "summands"), [(torch.float32, 2), (torch.bfloat16, 1)], ids=str)
+def test_few_rows_equal_the_reference(dtype, summands):
+    heads = StateHeads.of(STATES, (2, 5))
+    mine, theirs, weights = make_cache(heads, dtype), make_cache(heads, dtype), weights_of(heads, dtype)
+    for turn, step in enumerate(STEPS):
+        positions = [p for _, first, rows, padding in step for p in (*[-1] * padding, *range(first, first + rows))]
+        row_seq = [slot for slot, _, rows, padding in step for _ in range(rows + padding)]
+        starts = torch.tensor([0, *(rows + padding for _, _, rows, padding in step)]).cumsum(0)
+        flat = random(summands, len(positions), heads.width, seed=turn + 9).to(dtype)
+        given = (
+            torch.tensor(positions, device=DEVICE), torch.tensor(row_seq, dtype=torch.int32, device=DEVICE),
+            starts.to(DEVICE, torch.int32),
+        )  # fmt: skip
+        expected = advance_reference(flat.sum(0), *given, theirs, weights, eps=1e-6, max_run=MAX_RUN)
+        out = torch.full_like(expected, torch.nan)
+        advance_few(flat, *given, mine, weights, out, eps=1e-6, max_run=MAX_RUN)
+        check(out, expected)
+        assert torch.equal(mine.position, theirs.position)
+        check(mine.matrix, theirs.matrix)
+        torch.testing.assert_close(mine.inputs, theirs.inputs)
