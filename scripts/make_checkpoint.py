@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helix.models.spec import TEXT_PARTS
 from scripts.key_help import meanings
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
-HYBRIDS = ("qwen3_next",)  # of state layers and attention, in turn
+HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 NUM_BYTES = 256
@@ -173,7 +174,7 @@ def _config(recipe: Recipe) -> Any:
     from transformers import AutoConfig
 
     more: dict[str, Any] = {"rope_scaling": recipe.rope_scaling} if recipe.rope_scaling else {}
-    if recipe.family in ("qwen3_moe", "qwen3_next"):
+    if recipe.family in ("qwen3_moe", "qwen3_next", "qwen3_5_moe"):
         more |= {
             "num_experts": recipe.experts,
             "num_experts_per_tok": recipe.experts_chosen,
@@ -213,7 +214,7 @@ def _config(recipe: Recipe) -> Any:
             "first_k_dense_replace": 1 if recipe.experts else recipe.layers,
         }
     return AutoConfig.for_model(
-        recipe.family,
+        TEXT_PARTS.get(recipe.family, recipe.family),
         num_hidden_layers=recipe.layers,
         hidden_size=recipe.hidden,
         num_attention_heads=recipe.heads,

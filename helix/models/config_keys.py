@@ -39,7 +39,7 @@ class Limit:
 
 
 SPARSE = "it attends to some tokens only, which approximates the full attention of Helix"
-QWEN3_NEXT = ("qwen3_next",)
+QWEN3_NEXT = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 QWEN3 = ("qwen3", "qwen3_moe", *QWEN3_NEXT)
 PARTLY = "a part of each head would be rotated"
 PARTLY_ROTATED = ("glm", *QWEN3_NEXT)
@@ -131,7 +131,7 @@ def _value_of(raw: Any, name: str) -> Any:
 def _other_layers(config: Any) -> int | None:
     """Return 0 where a layer is of a kind that has no length up to which it equals full attention."""
     others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    if config.model_type in QWEN3_NEXT:
+    if hasattr(config, "linear_num_value_heads"):
         others -= {"linear_attention"}
     known = {"sliding_attention"} if getattr(config, "sliding_window", None) else set()
     return 0 if others - known else None

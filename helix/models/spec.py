@@ -29,10 +29,14 @@ FAMILIES = {
     "llama": ".llama",
     "qwen2": ".qwen2",
     "qwen3": ".qwen3",
+    "qwen3_5": ".qwen3_5",
+    "qwen3_5_moe": ".qwen3_5",
     "qwen3_moe": ".qwen3_moe",
     "qwen3_next": ".qwen3_next",
 }
 SAME_AS = {"kimi_k2": "deepseek_v3"}  # model types that are another one under a name that transformers does not know
+# families whose config.json has the text model's config in "text_config", and what model_type that has
+TEXT_PARTS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +292,7 @@ def load_spec(path: str | Path, *, max_position: int | None = None) -> ModelSpec
 
 def spec_of(raw: dict[str, Any], source: str, *, max_position: int | None = None) -> ModelSpec:
     """Return the spec of the config.json whose content is `raw`; see `load_spec`. Errors begin with `source`."""
+    raw = _text_part(raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{source} has model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
@@ -298,12 +303,24 @@ def spec_of(raw: dict[str, Any], source: str, *, max_position: int | None = None
 
     family = importlib.import_module(FAMILIES[model_type], __package__)
     try:
-        config = read_config(raw)
+        config = read_config(raw | {"model_type": TEXT_PARTS.get(model_type, model_type)})
         check_keys(raw, config, model_type, max_position or config.max_position_embeddings)
         spec: ModelSpec = replace(family.make_spec(config), quantization=read_quantization(raw))
         return spec if max_position is None else replace(spec, max_position=max_position)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{source}: {one_line(error)}") from error
+
+
+def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the text model alone, its model_type the family's, where there are others beside it."""
+    family = {part: family for family, part in TEXT_PARTS.items()}.get(str(raw.get("model_type")))
+    if family is not None:
+        return raw | {"model_type": family}
+    text = raw.get("text_config")
+    if raw.get("model_type") not in TEXT_PARTS or not isinstance(text, dict):
+        return raw
+    shared = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings", "eos_token_id") if key in raw}
+    return shared | text | {"model_type": raw["model_type"]}
 
 
 def find_config(path: str | Path) -> Path:

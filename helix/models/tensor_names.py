@@ -16,6 +16,7 @@ FIRST_NORM = "layers.0.input_layernorm.weight"
 UNREAD = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias|causal_mask)|\.causal_mask)$"
 )
+PREDICTS_NEXT = "mtp."  # before the names of a layer beside the model, which has numbers of its own
 OF_OTHER_MODULES = re.compile(r"\.(eh_proj|enorm|hnorm)\.")  # a layer that has them predicts several tokens
 
 
@@ -33,6 +34,10 @@ def named_as_stored(spec: ModelSpec, stored: Set[str]) -> ModelSpec:
     """
     spec = _with_prefix(spec, stored)
     names = spec.names
+    if spec.experts is not None and any(
+        names.experts_gate_up.format(layer=n) in stored for n in range(spec.num_layers)
+    ):
+        spec = replace(spec, experts=replace(spec.experts, stacked=True))
     if spec.tied_embeddings and names.lm_head in stored:
         if names.embedding in stored:
             spec = replace(spec, tied_embeddings=False)
@@ -50,6 +55,7 @@ def _with_prefix(spec: ModelSpec, stored: Set[str]) -> ModelSpec:
     if names.input_norm.format(layer=0) in stored:
         return spec
     found = [name for name in stored if name == FIRST_NORM or name.endswith("." + FIRST_NORM)]
+    found = [name for name in found if not name.startswith(PREDICTS_NEXT)]
     if len(found) != 1:
         return spec  # what is missing is said of the family's own names
     prefix = found[0].removesuffix(FIRST_NORM)

@@ -25,7 +25,7 @@ from scripts.make_checkpoint import FAMILIES, HYBRIDS, make_checkpoint
 TIE = 2e-3  # where the reference's own two best logits are this close, rounding may choose
 BLOCK_SIZES = (1, 16, 64)
 WHOLE = 2048  # a prefill chunk that holds every prompt
-KV_HEADS = {"glm": 2, "qwen3_next": 2}
+KV_HEADS = {"glm": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "qwen3_next": 2}
 
 
 def layouts(family: str) -> list[tuple[int, int]]:
@@ -151,7 +151,9 @@ def test_greedy_tokens_equal_transformers_in_every_layout(ranks, checkpoint, ref
         *(("qwen3_moe", *layout) for layout in ((1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 4), (1, 4, 2))),
         *(("deepseek_v3", *layout) for layout in ((1, 1, 1), (2, 1, 2), (1, 2, 1), (4, 1, 1), (1, 4, 2), (8, 1, 2))),
         *(("deepseek_v2", *layout) for layout in ((1, 1, 1), (2, 1, 1), (4, 1, 2))),
-        *(("qwen3_next", *layout) for layout in ((3, 1, 1), (2, 2, 2), (1, 8, 1))),
+        ("qwen3_next", 3, 1, 1),
+        ("qwen3_5_moe", 2, 2, 2),
+        ("qwen3_5", 1, 8, 1),
     ],
 )
 def test_experts_latents_and_states_split_every_way_equal_transformers(

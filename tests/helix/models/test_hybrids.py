@@ -1,0 +1,71 @@
+"""Checkpoints of state layers as people have them: the text model beside others, experts as stacks."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helix.config import ModelConfig
+from helix.models.checkpoint import Checkpoint
+from helix.models.loading import read_spec
+from helix.models.weights import layer_weights, model_weights, part_of
+from parallel.layout import Layout
+from scripts.make_checkpoint import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint as transformers writes its text model, and the same as the models' files are."""
+    plain = make_checkpoint(tmp_path_factory.mktemp("plain") / "model", family="qwen3_5_moe")
+    whole = tmp_path_factory.mktemp("whole")
+    config = json.loads((plain / "config.json").read_text())
+    outer = {"model_type": "qwen3_5_moe", "tie_word_embeddings": False, "text_config": config, "vision_config": {}}
+    (whole / "config.json").write_text(json.dumps(outer))
+    tensors, stacks = {"model.visual.merger.norm.weight": torch.ones(4), "mtp.fc.weight": torch.ones(4, 8)}, {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        if match := re.match(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj", name):
+            stacks.setdefault((match[1], match[3]), []).append((int(match[2]), tensor))
+        else:
+            tensors[name.replace("model.", "model.language_model.")] = tensor
+        if ".layers.1." in name:  # the layer that predicts one token further
+            tensors[name.replace("model.layers.1.", "mtp.layers.0.")] = tensor.clone()
+    for module in {module for module, _ in stacks}:
+        gate, up, down = (
+            torch.stack([tensor for _, tensor in sorted(stacks[module, part])]) for part in ("gate", "up", "down")
+        )
+        module = module.replace("model.", "model.language_model.")
+        tensors |= {f"{module}.gate_up_proj": torch.cat((gate, up), 1), f"{module}.down_proj": down}
+    save_file(tensors, whole / "model.safetensors")
+    return plain, whole
+
+
+def weights_in(folder, layout, rank):
+    """All of a rank's weights, by layer and role."""
+    spec = read_spec(ModelConfig(path=str(folder)))
+    part = part_of(spec, layout, rank)
+    groups = [model_weights(spec, part), *(layer_weights(spec, layer, part) for layer in range(spec.num_layers))]
+    read = {}
+    with Checkpoint(folder, spec) as checkpoint:
+        for number, weights in enumerate(groups):
+            for role, weight in weights.items():
+                read[number, role] = torch.empty(weight.shape)
+                checkpoint.read(weight, read[number, role])
+    return read
+
+
+@pytest.mark.parametrize(("layout", "rank"), [(Layout(kvp=3), 1), (Layout(kvp=2, tpa=2, ep=2), 3)])
+def test_files_of_all_parts_give_the_weights_of_the_text_model_alone(folders, layout, rank):
+    ours, expected = weights_in(folders[1], layout, rank), weights_in(folders[0], layout, rank)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in ours)
+    assert expected[0, "final_norm"].min() > 1.5  # what the file holds exceeds one by 0.6 at least
+
+
+def test_more_ranks_than_value_heads_are_refused(folders):
+    spec = read_spec(ModelConfig(path=str(folders[0])))
+    few = replace(spec, states=replace(spec.states, num_value_heads=2, num_key_heads=2))
+    with pytest.raises(ValueError, match="4 ranks exceed the 2 value heads of qwen3_5_moe's state layers; use fewer"):
+        part_of(few, Layout(kvp=4), 0)
