@@ -119,6 +119,11 @@ class Engine:
         return self.scheduler.has_work
 
     @property
+    def trouble(self) -> str:
+        """Nothing: an engine is alone."""
+        return ""
+
+    @property
     def num_live(self) -> int:
         """Sequences that have arrived and not ended."""
         return len(self._live)

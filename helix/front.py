@@ -23,6 +23,10 @@ class Front(Protocol):
     def has_work(self) -> bool:
         """True while any sequence waits, is on its way, or runs."""
 
+    @property
+    def trouble(self) -> str:
+        """What is wrong with others that take part, and what becomes of requests by it; empty where nothing is."""
+
     def reset_metrics(self) -> RunMetrics:
         """Start a new set of counters and return it."""
 

@@ -249,6 +249,11 @@ class LLM:
                 return
             yield events
 
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the other group of a transfer, and what becomes of requests; empty where nothing is."""
+        return self._front.trouble
+
     def find(self, index: int) -> RunningSequence | None:
         """Return the sequence of an index while it waits or runs; the same on every rank."""
         return self._front.find(index)

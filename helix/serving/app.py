@@ -22,7 +22,6 @@ from .protocol import ABORT_EXTENSION
 from .sending import ClientGone, Receive, Scope, Send, read_body, send_bytes, send_error, send_json
 from .service import Service
 
-MAX_SILENCE_S = 60.0
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -125,12 +124,15 @@ class Paths:
         await send_json(send, {"prompt": await settler.beside(lambda: service.tokenizer.decode(ids))})
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 200 only when a step can run."""
-        link = self._service.link
+        """Answer 200 only when a step can run, and name what is wrong all the same."""
         self._service.ready(0)
-        if link.silent_s > MAX_SILENCE_S:
-            raise ApiError(503, f"no step has ended for {link.silent_s:.0f} s", code="stalled")
-        await send_json(send, {"status": "ok"})
+        stats = self._service.link.stats
+        if stats is None or not stats.trouble:
+            await send_json(send, {"status": "ok"})
+        elif stats.can_run:
+            await send_json(send, {"status": "degraded", "trouble": stats.trouble})
+        else:
+            raise ApiError(503, stats.trouble, code="group_lost")
 
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the counters."""

@@ -34,6 +34,7 @@ class ServingConfig:
         template_timeout_s: how long a chat template may run.
         keepalive_s: a stream that has nothing to say for so long gets a comment line.
         drain_timeout_s: how long answers may go on after SIGTERM.
+        stall_timeout_s: how long the ranks may say nothing, a step included, before requests end with an error.
         response_template: a file with the response template of the model, where its tokenizer has none: how tool calls
             and reasoning are told apart.
     """
@@ -55,6 +56,7 @@ class ServingConfig:
     template_timeout_s: float = 5.0
     keepalive_s: float = 10.0
     drain_timeout_s: float = 25.0
+    stall_timeout_s: float = 120.0
     response_template: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +67,7 @@ class ServingConfig:
         for name in ("receive_timeout_s", "send_timeout_s", "template_timeout_s", "keepalive_s"):
             check_at_least(f"serve.{name}", getattr(self, name), 0.01)
         check_at_least("serve.drain_timeout_s", self.drain_timeout_s, 0)
+        check_at_least("serve.stall_timeout_s", self.stall_timeout_s, 2)  # idle ranks say something every second
         check_at_least("serve.max_retention_s", self.max_retention_s, 0)
         if self.max_priority is not None and not abs(self.max_priority) <= MAX_URGENCY:
             raise ValueError(f"serve.max_priority = {self.max_priority} must lie in {-MAX_URGENCY}..{MAX_URGENCY}")

@@ -49,6 +49,11 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+def stalled(seconds: float) -> ApiError:
+    """Return the error of requests whose world has said nothing for so long."""
+    return ApiError(503, f"no step has ended for {seconds:.0f} s", code="stalled", retry_after_s=30)
+
+
 def gone() -> ApiError:
     """Return the error of requests whose world has ended."""
     return ApiError(503, "the model's ranks have ended; the server is going down", code="world_lost")

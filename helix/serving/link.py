@@ -18,7 +18,7 @@ from ..commands import Abort, Add, Close
 from ..commands import encode as encode_command
 from ..request import LENGTH
 from . import wire
-from .errors import ApiError, gone
+from .errors import ApiError, gone, stalled
 from .framing import next_frame, pack
 
 _log = logging.getLogger(__name__)
@@ -151,6 +151,11 @@ class Link:
         """Seconds since the world was last heard of; an idle one says something every second."""
         return time.monotonic() - self._heard_s
 
+    @property
+    def is_stalled(self) -> bool:
+        """True while the world has been silent for too long."""
+        return self.setup is not None and self.ready is not None and self.silent_s > self.setup.serving.stall_timeout_s
+
     def new_indices(self, number: int) -> list[int]:
         """Return names for so many requests."""
         return [next(self._numbers) for _ in range(number)]
@@ -177,6 +182,8 @@ class Link:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=30)
         if self.setup is None or self.ready is None:
             raise ApiError(503, "the model is being loaded", code="loading", retry_after_s=5)
+        if self.is_stalled:
+            raise stalled(self.silent_s)
         serving, live_tokens = self.setup.serving, sum(self._num_tokens.values())
         if self.num_live + num_requests > serving.max_live:
             what = f"{self.num_live} answers are being made or wait, and serve.max_live = {serving.max_live}"
@@ -203,9 +210,11 @@ class Link:
 
     async def run(self) -> None:
         """Hear what rank 0 says until it hangs up; then every call that is open ends with an error."""
+        watching = asyncio.create_task(self._watch())
         while (frame := await next_frame(self._reader)) is not None:
             self._heard_s = time.monotonic()
             self._take(wire.decode(frame))
+        watching.cancel()
         self.has_gone = True
         self._fail_all(gone())
         for event in (self.set_up, self._is_ready, self._gone):
@@ -213,6 +222,14 @@ class Link:
         if self._drained is not None:
             self._drained.cancel()
         self._writer.close()
+
+    async def _watch(self) -> None:
+        """End the calls that are open with an error while the world is silent for too long."""
+        while True:
+            was_stalled = self.is_stalled
+            await asyncio.sleep(0.5)
+            if was_stalled and self.is_stalled:  # twice: what this process has not read yet breaks a silence too
+                self._fail_all(stalled(self.silent_s))
 
     def _take(self, message: wire.Down) -> None:
         if isinstance(message, wire.News):

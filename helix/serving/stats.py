@@ -28,6 +28,8 @@ def stats_of(llm: LLM) -> Stats:
         inter_token=_histogram(metrics.ttl_s),
         latency=_histogram(metrics.latency_s),
         queue=_histogram(metrics.queue_s),
+        trouble=llm.trouble,
+        can_run=not llm.trouble or llm.config.transfer.retry,
     )
 
 

@@ -95,7 +95,12 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """The world's counters since its start, and its state now."""
+    """The world's counters since its start, and its state now.
+
+    Attributes:
+        trouble: what is wrong with another group that takes part.
+        can_run: requests run all the same.
+    """
 
     num_running: int
     num_waiting: int
@@ -111,6 +116,8 @@ class Stats(msgspec.Struct, frozen=True):
     inter_token: Histogram
     latency: Histogram
     queue: Histogram
+    trouble: str = ""
+    can_run: bool = True
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):

@@ -25,6 +25,8 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from ..request import Sequence
+
 VERSION = 1
 MAX_MESSAGE_BYTES = 256 << 20
 """The longest message that is read: token ids and pages of 16 million tokens."""
@@ -158,6 +160,23 @@ class Ask:
         _require(self.first_owner >= 0 and self.id >= 0, f"first_owner = {self.first_owner}, id = {self.id}")
         _require(0 <= self.seed < 2**63, f"seed = {self.seed}")
         _require(bool((self.pages >= 0).all()), "pages must not be negative")
+
+    @classmethod
+    def of(cls, number: int, seq: Sequence) -> Ask:
+        """Return what asks for the prompt of a sequence that has its pages."""
+        sampling = asdict(seq.sampling)
+        sampling["logit_bias"] = {str(token): value for token, value in seq.sampling.logit_bias.items()}  # keys: texts
+        return cls(
+            id=number,
+            token_ids=np.array(seq.token_ids, np.int32),
+            start=seq.blocks.num_reused,
+            first_owner=seq.blocks.first_owner,
+            pages=np.array(seq.blocks.pages, np.int64),
+            sampling=sampling,
+            seed=seq.seed,
+            salt=seq.cache_salt,
+            retention=[asdict(each) for each in seq.retention],
+        )
 
     def check_pages(self, block_size: int, kvp: int, num_pages: int) -> None:
         """Raise MessageError unless the pages fit the prompt and the receiver's pools."""

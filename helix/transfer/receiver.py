@@ -22,9 +22,7 @@ import logging
 import time
 from bisect import insort
 from collections import deque
-from dataclasses import asdict, dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from parallel.launch import from_rank0, minimum
 
@@ -112,6 +110,12 @@ class Receiver:
     def has_work(self) -> bool:
         """True while any sequence waits, is on its way, or runs."""
         return bool(self._waiting or self._held or self._inbound or self._engine.has_work)
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the prefill group, and what becomes of requests by it; empty where nothing is."""
+        fate = "is computed by the decode group" if self._config.retry else "fails"
+        return "" if self._link == OPEN else f"the prefill group is {self._link}: every further request {fate}"
 
     def reset_metrics(self) -> RunMetrics:
         """Start a new set of counters and return it."""
@@ -230,7 +234,7 @@ class Receiver:
         if not self._inbound:
             self._hearing.begin_to_wait()
         self._inbound[self._next_id] = Inbound(seq, set(self._all_writers))
-        self._hearing.tell(_ask_of(self._next_id, seq))
+        self._hearing.tell(Ask.of(self._next_id, seq))
         self._next_id += 1
 
     def _let_go(self, seq: Sequence) -> None:
@@ -242,8 +246,8 @@ class Receiver:
     # --- listening ----------------------------------------------------------------------------------------------------
 
     def _listen(self) -> list[News]:
-        if not (self._inbound or self._quarantined):
-            return []
+        if not (self._inbound or self._quarantined):  # of a group that is lost meanwhile, those who watch are told
+            return [] if self.has_work else self._hearing.listen({}, waits=False, stands=False, idle=False)
         scheduler = self._engine.scheduler
         stands = bool(scheduler.waiting or self._waiting) and not (scheduler.running or self._held or self._inbound)
         return self._hearing.listen(
@@ -295,8 +299,7 @@ class Receiver:
         """Ask for nothing more, and say once what becomes of the requests that come from now on."""
         if self._link not in (link, GONE):
             self._link = link
-            fate = "is computed by the decode group" if self._config.retry else "fails"
-            self._warn("the prefill group is %s: every further request %s", link, fate)
+            self._warn("%s", self.trouble)
 
     def _end(self, writer: int, end: End) -> list[StreamEvent]:
         """Note a writer's end state; the last one decides."""
@@ -393,19 +396,3 @@ class Receiver:
     def _fail(self, seq: Sequence, reason: str) -> StreamEvent:
         self.counters.failed += 1
         return self._engine.fail(seq, reason)
-
-
-def _ask_of(number: int, seq: Sequence) -> Ask:
-    sampling = asdict(seq.sampling)
-    sampling["logit_bias"] = {str(token): value for token, value in seq.sampling.logit_bias.items()}  # keys are texts
-    return Ask(
-        id=number,
-        token_ids=np.array(seq.token_ids, np.int32),
-        start=seq.blocks.num_reused,
-        first_owner=seq.blocks.first_owner,
-        pages=np.array(seq.blocks.pages, np.int64),
-        sampling=sampling,
-        seed=seq.seed,
-        salt=seq.cache_salt,
-        retention=[asdict(each) for each in seq.retention],
-    )

@@ -71,7 +71,7 @@ class Served:
             time.sleep(0.1)
 
 
-def start(model: Path, folder: Path, *arguments: str, num_ranks: int = 2) -> Served:
+def launch(model: Path, folder: Path, *arguments: str, num_ranks: int) -> Served:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,16 +87,27 @@ def start(model: Path, folder: Path, *arguments: str, num_ranks: int = 2) -> Ser
             stdout=out,
             stderr=subprocess.STDOUT,
         )
-    served = Served(port, process, log)
+    return Served(port, process, log)
+
+
+def start(model: Path, folder: Path, *arguments: str, num_ranks: int = 2) -> Served:
+    served = launch(model, folder, *arguments, num_ranks=num_ranks)
     deadline = time.monotonic() + 120
     while True:
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        assert served.process.poll() is None and time.monotonic() < deadline, served.log.read_text()
         try:
             if served.ask("/health")[0] == 200:
                 return served
         except OSError:
             pass
         time.sleep(0.2)
+
+
+def pid_of(served: Served, rank: int) -> int:
+    """Return the process of a rank, a child of torchrun."""
+    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
+    [found] = [int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
+    return found
 
 
 def end(served: Served) -> None:
@@ -486,19 +497,55 @@ def test_a_signal_under_load_drains(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_world_and_every_client_hears_of_it(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_world_and_every_client_hears_of_it(model: Path, tmp_path: Path, rank: int) -> None:
     served = start(model, tmp_path)
     clients = long_streams(served, 3, 3000)
-    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
-    [victim] = [int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     began = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
+    os.kill(pid_of(served, rank), signal.SIGKILL)
     for client in clients:
         assert b"world_lost" in rest_of(client)
     assert time.monotonic() - began < 10
     assert served.process.wait(60) != 0
     require_free(served.port)
-    assert "error: another rank has ended" in served.log.read_text()
+    assert rank == 0 or "error: another rank has ended" in served.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_streams_with_an_error_until_it_goes_on(model: Path, tmp_path: Path) -> None:
+    served = start(model, tmp_path, "serve.stall_timeout_s=3")
+    [client] = long_streams(served, 1, 3000)
+    os.kill(pid_of(served, 1), signal.SIGSTOP)
+    began = time.monotonic()
+    assert b'"code":"stalled"' in rest_of(client) and time.monotonic() - began < 10
+    assert served.ask("/health")[0] == 503
+    os.kill(pid_of(served, 1), signal.SIGCONT)
+    served.settle("num_requests_running", 0)
+    assert served.ask("/v1/completions", {"prompt": "again", "max_tokens": 2})[0] == 200
+    end(served)
+
+
+@pytest.mark.slow
+def test_a_killed_prefill_group_is_named_and_answers_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELIX_TRANSFER_SECRET", "s" * 40)
+    (tmp_path / "prefill").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"transfer.address=127.0.0.1:{probe.getsockname()[1]}"
+    prefill = launch(model, tmp_path / "prefill", address, "transfer.role=prefill", num_ranks=1)
+    served = start(model, tmp_path, address, "transfer.role=decode", num_ranks=1)
+    assert served.ask("/health")[1] == {"status": "ok"}
+    clients = long_streams(served, 2, 400)
+    os.kill(pid_of(prefill, 0), signal.SIGKILL)
+    assert served.ask("/v1/completions", {"prompt": "on and on" * 20, "max_tokens": 3})[0] == 200
+    assert all(b'"finish_reason":"length"' in rest_of(client) for client in clients)
+    time.sleep(1.5)
+    status, health, _ = served.ask("/health")
+    assert (status, health["status"]) == (200, "degraded") and "prefill group is gone" in health["trouble"]
+    end(served)
+    assert prefill.process.wait(60) != 0
 
 
 @pytest.mark.slow
@@ -530,14 +577,9 @@ def _is_http_of(folder: Path, agent: int) -> bool:
 def test_a_second_signal_ends_it_at_once(model: Path, tmp_path: Path) -> None:
     served = start(model, tmp_path)
     [client] = long_streams(served, 1, 3000)
-    [rank0] = [
-        int(pid)
-        for pid in Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
-        if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes()
-    ]
     began = time.monotonic()
     for _ in range(2):
-        os.kill(rank0, signal.SIGTERM)
+        os.kill(pid_of(served, 0), signal.SIGTERM)
         time.sleep(0.5)
     assert b"world_lost" in rest_of(client) and time.monotonic() - began < 10
     served.process.wait(60)

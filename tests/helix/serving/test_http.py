@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from helix.commands import Add, Close
@@ -261,6 +262,32 @@ def test_what_does_not_end_in_time_is_aborted_with_an_error(model: Path) -> None
         world.send(wire.Drain())
         world.wait_for(lambda: world.closes == [Close(), Close(abort=True)])
         read_until(client, b'"code":"draining"')
+
+
+def test_a_world_that_hangs_ends_its_streams_until_it_is_heard_again(model: Path) -> None:
+    with serving(model, never, stall_timeout_s=2) as world, world.connect() as client:
+        client.sendall(request_of({"prompt": "a", "stream": True}))
+        world.wait_for(lambda: len(world.adds) == 1)
+        world.delta(world.adds[0], "begun")
+        assert b"data: [DONE]" in read_until(client, b'"code":"stalled"') + client.recv(4096)
+        for path, body in (("/health", None), (COMPLETE, {"prompt": "b"})):
+            status, answer, _ = world.ask(path, body)
+            assert (status, answer["error"]["code"]) == (503, "stalled")
+        world.wait_for(lambda: world.aborted == [world.adds[0].index])
+        world.send(wire.News())
+        world.wait_for(lambda: world.ask("/health")[:2] == (200, {"status": "ok"}))
+
+
+def test_a_lost_group_is_named_and_the_rest_goes_on(model: Path) -> None:
+    none = wire.Histogram([], 0, 0.0)
+    stats = wire.Stats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, {}, none, none, none, none, trouble="the prefill group is gone")
+    with serving(model) as world:
+        world.send(wire.News(stats=stats))
+        degraded = {"status": "degraded", "trouble": "the prefill group is gone"}
+        world.wait_for(lambda: world.ask("/health")[:2] == (200, degraded))
+        assert world.ask(COMPLETE, {"prompt": "a"})[0] == 200
+        world.send(wire.News(stats=msgspec.structs.replace(stats, can_run=False)))
+        world.wait_for(lambda: world.ask("/health")[0] == 503)
 
 
 @pytest.mark.parametrize("stream", [True, False])
