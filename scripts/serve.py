@@ -28,6 +28,7 @@ from helix.models.generation_config import with_models_sampling
 from helix.serving import wire
 from helix.serving.clients import Clients
 from helix.serving.config import KEY_VARIABLE, ServingConfig
+from helix.serving.kv_events import Publisher
 from helix.serving.parsing import response_template
 from parallel.launch import from_rank0, set_up_logging
 from scripts import cli, ending
@@ -83,7 +84,7 @@ def run(config: ServeConfig) -> None:
 
 def lead(config: ServeConfig) -> None:
     """Serve on rank 0, with the HTTP process beside it."""
-    listener, key = prepared(config)
+    listener, key, publisher = prepared(config)
     assert listener is not None
     warn_of_torchrun(config.serve.drain_timeout_s)
     with http_process(listener) as (process, clients):
@@ -92,7 +93,7 @@ def lead(config: ServeConfig) -> None:
         with ending.taking_signals(SignalTaker(clients).take):
             limits, turn_ends = llm.preparer.limits, llm.preparer.end_of_turn_ids
             clients.tell(wire.Ready(llm.spec.vocab_size, limits, list(turn_ends)))
-            with cache_events(llm, config.cache.events):
+            with cache_events(llm, config.cache.events), kv_events(llm, publisher):
                 for events in llm.turns(clients.inbox):
                     clients.publish(llm, events)
             lost = from_rank0(lambda: clients.has_gone)
@@ -123,27 +124,48 @@ def finish(lost: bool) -> None:
         raise ending.RunFailed("the HTTP process has ended; what it said is above")
 
 
-def prepared(config: ServeConfig) -> tuple[socket.socket | None, str | None]:
-    """Return rank 0's bound socket and the key that clients must send, None elsewhere. Collective over the world.
+@contextmanager
+def kv_events(llm: LLM, publisher: Publisher | None) -> Iterator[None]:
+    """Publish what is cached as it changes, where that is asked for."""
+    if publisher is None:
+        yield
+        return
+    llm.listen(publisher.note)
+    try:
+        yield
+    finally:
+        llm.unlisten(publisher.note)
+        publisher.close()
+
+
+def prepared(config: ServeConfig) -> tuple[socket.socket | None, str | None, Publisher | None]:
+    """Return rank 0's bound socket, the key that clients must send, and who publishes what is cached; None elsewhere.
+
+    Collective over the world.
 
     Raises:
         ValueError: where the server cannot be as it is asked for: before anything is loaded.
     """
-    found: list[tuple[socket.socket, str | None]] = []
+    found: list[tuple[socket.socket, str | None, Publisher | None]] = []
+    serving = config.serve
 
     def find() -> None:
-        for name in ("starlette", "uvicorn", "prometheus_client"):
+        for name in ("starlette", "uvicorn", "prometheus_client", *(["zmq"] if serving.kv_events is not None else [])):
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"scripts.serve needs {name}: pip install -c constraints.txt -e '.[serve]'")
-        key = config.serve.key(os.environ.get(KEY_VARIABLE))
-        config.serve.require_key(config.host, key)
+        key = serving.key(os.environ.get(KEY_VARIABLE))
+        serving.require_key(config.host, key)
         check_writable(config.cache.events)
-        if config.serve.response_template is not None:
-            response_template(config.serve.response_template)
-        found.append((bound(config.host, config.port), key))
+        if serving.response_template is not None:
+            response_template(serving.response_template)
+        publisher = None
+        if serving.kv_events is not None:
+            names = serving.kv_events, serving.kv_events_replay, serving.kv_events_topic
+            publisher = Publisher(*names, block_size=config.cache.block_size)
+        found.append((bound(config.host, config.port), key, publisher))
 
     from_rank0(find)
-    return found[0] if found else (None, None)
+    return found[0] if found else (None, None, None)
 
 
 def bound(host: str, port: int) -> socket.socket:

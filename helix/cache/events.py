@@ -41,6 +41,8 @@ class CacheEvent:
         tier: device or host, after the change; for removed, before it.
         rank: the KVP rank that holds it.
         num_tokens: its tokens; fewer than a block's for the end of a sequence.
+        tokens: as little-endian int32.
+        salt: of a sequence's first block, UTF-8; None for the others.
     """
 
     event: str
@@ -49,10 +51,12 @@ class CacheEvent:
     tier: str
     rank: int
     num_tokens: int
+    tokens: bytes = b""
+    salt: bytes | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the event in the form of a JSON line."""
-        return asdict(self)
+        """Return the event in the form of a JSON line, which names tokens by their hash alone."""
+        return {name: value for name, value in asdict(self).items() if name not in ("tokens", "salt")}
 
 
 Listener = Callable[[CacheEvent], None]

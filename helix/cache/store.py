@@ -307,7 +307,9 @@ class BlockStore:
 def _event(event: str, block: Block) -> CacheEvent:
     assert block.parent is not None
     tier = DEVICE if block.on_device else HOST
-    return CacheEvent(event, hash_of(block).hex(), hash_of(block.parent).hex(), tier, block.rank, block.num_tokens)
+    salt = None if block.depth else block.parent.key
+    names = hash_of(block).hex(), hash_of(block.parent).hex()
+    return CacheEvent(event, *names, tier, block.rank, block.num_tokens, block.key, salt)
 
 
 def _is_unpinned(block: Block) -> bool:

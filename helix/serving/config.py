@@ -35,6 +35,9 @@ class ServingConfig:
         keepalive_s: a stream that has nothing to say for so long gets a comment line.
         drain_timeout_s: how long answers may go on after SIGTERM.
         stall_timeout_s: how long the ranks may say nothing, a step included, before requests end with an error.
+        kv_events: where what is cached is told over ZMQ as vLLM tells it, tcp://HOST:PORT or ipc://PATH; null: nowhere.
+        kv_events_replay: where those ask who missed some of it.
+        kv_events_topic: of these messages.
         response_template: a file with the response template of the model, where its tokenizer has none: how tool calls
             and reasoning are told apart.
     """
@@ -57,6 +60,9 @@ class ServingConfig:
     keepalive_s: float = 10.0
     drain_timeout_s: float = 25.0
     stall_timeout_s: float = 120.0
+    kv_events: str | None = None
+    kv_events_replay: str | None = None
+    kv_events_topic: str = ""
     response_template: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,8 +75,25 @@ class ServingConfig:
         check_at_least("serve.drain_timeout_s", self.drain_timeout_s, 0)
         check_at_least("serve.stall_timeout_s", self.stall_timeout_s, 2)  # idle ranks say something every second
         check_at_least("serve.max_retention_s", self.max_retention_s, 0)
+        if self.kv_events is None and self.kv_events_replay is not None:
+            raise ValueError(f"serve.kv_events_replay = {self.kv_events_replay} needs serve.kv_events")
+        for name in ("kv_events", "kv_events_replay"):
+            self._check_endpoint(f"serve.{name}", getattr(self, name))
         if self.max_priority is not None and not abs(self.max_priority) <= MAX_URGENCY:
             raise ValueError(f"serve.max_priority = {self.max_priority} must lie in {-MAX_URGENCY}..{MAX_URGENCY}")
+
+    def _check_endpoint(self, name: str, endpoint: str | None) -> None:
+        if endpoint is None or endpoint.startswith("ipc://"):
+            return
+        kind, _, address = endpoint.partition("://")
+        host, _, port = address.rpartition(":")
+        if kind != "tcp" or not (host and (port.isdecimal() or port == "*")):
+            raise ValueError(f"{name} = {endpoint} must be tcp://HOST:PORT or ipc://PATH")
+        if host.strip("[]") not in LOOPBACK and not self.allow_anonymous:
+            raise ValueError(
+                f"{name} = {endpoint} tells other machines the tokens of prompts without a key; set "
+                "serve.allow_anonymous=true, or use 127.0.0.1"
+            )
 
     def key(self, variable: str | None) -> str | None:
         """Return the key that clients must send: the file's, or what HELIX_API_KEY holds; None asks for none.
