@@ -20,7 +20,7 @@ from .shared_memory import fit_turn, shared_bytes
 from .work import PIECE_FIELDS, Cutting
 
 LOG2_E = 1.4426950408889634
-UNIT = 64  # tokens
+UNIT = 128  # tokens: the longest turn, so that one which begins a piece begins a page or stands in one
 FEW_COLUMNS = 32  # rows x heads up to which a step reads more than it multiplies
 COLUMNS = 128  # rows x heads of a tile where rows are many
 PIECE = tl.constexpr(len(PIECE_FIELDS))

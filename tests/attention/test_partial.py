@@ -106,6 +106,20 @@ def test_kernel_result_does_not_depend_on_how_work_is_cut():
         torch.testing.assert_close(lse, results[0][1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("block_size", [128, 256])
+def test_pieces_of_pages_longer_than_a_turn_read_the_right_pages(block_size):
+    case = make_case(1, lengths=[700], num_rows=[1], heads=4, kv_heads=2, head_dim=32, block_size=block_size, kvp=1,
+                     dtype=torch.float16)  # fmt: skip
+    pages, rows = shard(case, 0, DEVICE)
+    kernel, q = select_backend("triton", torch.device(DEVICE)), case.q.to(DEVICE)
+    out, lse = merge_parts(
+        kernel(q, pages, rows.cut_for(replace(kernel.cutting(pages, 4, 1), programs=4)), 0.2), q.dtype
+    )
+    exact, exact_lse = attend(REFERENCE, q, pages, rows, 0.2)
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-3)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)
+
+
 def test_strided_queries_are_read_by_their_strides():
     case = make_case(9, lengths=[30], num_rows=[4], heads=4, kv_heads=2, head_dim=16, block_size=4, kvp=1)
     pages, rows = shard(case, 0, DEVICE)
