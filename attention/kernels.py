@@ -10,7 +10,8 @@
 | stream_latent     | Hopper | any; all read one latent    | 512 + 64     | 16 to 256, 2 bytes | persistent, few rows |
 | latent_kv         | any    | any; all read one latent    | any          | any                | persistent, few rows |
 
-The choice is made once a step, when its work is cut, and travels with the list.
+The choice is made once a step, when its work is cut, and travels with the list. Windows are masked by stream_kv,
+many_rows and split_kv.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _KERNELS: dict[str, Callable[..., None]] = {
     "latent_kv": latent_kv.attend,
     "stream_latent": stream_latent.attend,
 }
+_WINDOWS = ("stream_kv", "many_rows", "split_kv")
 _INTERPRETED_PROCESSORS = 8
 
 
@@ -61,7 +63,13 @@ class TritonAttention:
         )
 
     def cutting(
-        self, pages: Pages | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None
+        self,
+        pages: Pages | Workspace,
+        num_heads: int,
+        max_rows: int,
+        *,
+        value_dim: int | None = None,
+        window: bool = False,
     ) -> Cutting:
         """Choose the kernel for steps whose longest run has so many rows, and say how it wants them cut."""
         num_kv_heads = pages.k.shape[1] if isinstance(pages, Workspace) else pages.shape[2]
@@ -76,7 +84,7 @@ class TritonAttention:
                 return stream_latent.cutting(num_heads, max_rows, self._processors)
             return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.dtype.itemsize > 2)
         if isinstance(pages, QuantizedPages):
-            if stream_eight_bits.supports(pages, max_rows * group):
+            if not window and stream_eight_bits.supports(pages, max_rows * group):
                 return Cutting("stream_eight_bits", max_rows, stream_eight_bits.UNIT, programs)
             return split_kv.cutting(pages, group, max_rows, programs)
         if stream_kv.supports(pages, max_rows * group):
@@ -98,6 +106,8 @@ class TritonAttention:
         work = rows.work
         if work is None:
             raise ValueError("rows.work = None: the Triton back end needs the work list of a step")
+        if rows.visible_from is not None and work.cutting.kernel not in _WINDOWS:
+            raise ValueError(f"the work of rows with a window was cut for {work.cutting.kernel}, which masks none")
         num_rows, num_heads, head_dim = q_RQD.shape
         split = work.part_start is not None
         shape = (work.num_parts if split else num_rows, num_heads)

@@ -4,8 +4,8 @@ A program takes one piece of the step's work list (``work``): a tile of 128 rows
 is packed into the tile) and a range of tokens, which it streams through shared memory. Its warps have roles: one asks
 for tiles of K and V, and two groups of four attend, each with half of the rows. Within a group the products of a turn
 overlap the softmax of the next, and as no barrier holds the two groups together, one's products overlap the other's
-softmax (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2). The mask is each row's own ``visible_len``; only
-tiles of tokens that some row does not see whole are masked.
+softmax (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2). The mask is each row's own ``visible_len``, and
+``visible_from`` where there is a window; only tiles of tokens that some row does not see whole are masked.
 """
 
 from __future__ import annotations
@@ -132,11 +132,19 @@ def _store_queries(to, q, row, head, stop, row_stride, WIDTH: gl.constexpr, FIRS
 
 
 @gluon.jit
-def _softmax(scores, top, total, token, limit, scale_log2, masked):
-    """Return the weights of a tile of scores, the new maxima and sums, and by what earlier sums decay."""
+def _softmax(scores, top, total, token, limit, least, whole, scale_log2, WINDOW: gl.constexpr):
+    """Return the weights of a tile of scores, the new maxima and sums, and by what earlier sums decay.
+
+    Rows see tokens from ``least`` to ``limit``, all of them those of ``whole``, two numbers alike.
+    """
+    masked = token + scores.shape[1] > whole[1]
+    if WINDOW:
+        masked = masked | (token < whole[0])
     if masked:
         t = token + gl.arange(0, scores.shape[1], layout=gl.SliceLayout(0, scores.type.layout))
         scores = gl.where(t[None, :] < limit[:, None], scores, float("-inf"))
+        if WINDOW:
+            scores = gl.where(t[None, :] >= least[:, None], scores, float("-inf"))
     new_top = gl.maximum(top, gl.max(scores, 1))
     shift = gl.where(new_top == float("-inf"), 0.0, new_top) * scale_log2
     decay = exp2(top * scale_log2 - shift)
@@ -146,9 +154,10 @@ def _softmax(scores, top, total, token, limit, scale_log2, masked):
 
 @gluon.jit
 def _attend(
-    q, q_s, qt_s, k_s, t_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, part_start, out, lse,
+    q, q_s, qt_s, k_s, t_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, visible_from, part_start, out, lse,
     q_row_stride, scale_log2, num_heads, kv_head, part, first, stop, begin, end, count,
-    PART: gl.constexpr, GROUP: gl.constexpr, T: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
+    PART: gl.constexpr, GROUP: gl.constexpr, T: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps that attend with one half of a program's rows x heads."""
     if PDL:
@@ -177,8 +186,13 @@ def _attend(
     row = first + m // GROUP
     real = row < stop
     limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
-    # rows ascend: every token before what the first one sees is seen by all
-    whole = gl.minimum(gl.load(visible_len + gl.minimum(first + PART * HALF // GROUP, stop - 1)), end)
+    # rows ascend: all see the tokens before what the first one sees, and from the first one on that the last one does
+    whole = (begin, gl.minimum(gl.load(visible_len + gl.minimum(first + PART * HALF // GROUP, stop - 1)), end))
+    least = limit
+    if WINDOW:
+        least = gl.load(visible_from + row, mask=real, other=0)
+        last_row = gl.minimum(first + (PART * HALF + HALF - 1) // GROUP, stop - 1)
+        whole = (gl.load(visible_from + last_row), whole[1])
     top = gl.full([HALF], float("-inf"), gl.float32, layout=of_qk)
     total = gl.zeros([HALF], gl.float32, layout=of_qk)
     acc = gl.zeros([HALF, W], gl.float32, layout=pv)
@@ -188,7 +202,7 @@ def _attend(
         scores = _scores(own_q, own_qt, k_s.index(0), t_s.index(0), nothing, T)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=[scores])
         mbarrier.arrive(k_free.index(0), count=1)
-        weights, top, total, decay = _softmax(scores, top, total, begin, limit, scale_log2, begin + TILE > whole)
+        weights, top, total, decay = _softmax(scores, top, total, begin, limit, least, whole, scale_log2, WINDOW)
         for i in range(count - 1):
             # scores of the next tile and products of this one, at once
             stage, next_stage = i % STAGES, (i + 1) % STAGES
@@ -200,7 +214,7 @@ def _attend(
             acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
             scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
             mbarrier.arrive(k_free.index(next_stage), count=1)
-            weights, top, total, decay = _softmax(scores, top, total, at, limit, scale_log2, at + TILE > whole)
+            weights, top, total, decay = _softmax(scores, top, total, at, limit, least, whole, scale_log2, WINDOW)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
             mbarrier.arrive(v_free.index(stage), count=1)
             acc = acc * gl.convert_layout(decay, of_pv)[:, None]
@@ -242,10 +256,10 @@ def _cell(part_start, row, part, stop, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _many_rows_kernel(
-    k, v, turned, q, page_table, visible_len, pieces, span_start, part_start, out, lse,
+    k, v, turned, q, page_table, visible_len, visible_from, pieces, span_start, part_start, out, lse,
     q_row_stride, table_stride, scale_log2, num_heads, num_kv_heads,
     GROUP: gl.constexpr, D: gl.constexpr, W: gl.constexpr, T: gl.constexpr, BLOCK_SIZE: gl.constexpr, M: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
     FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -288,14 +302,14 @@ def _many_rows_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    q, q_s, qt_s, k_s, t_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, part_start, out,
-                    lse, q_row_stride, scale_log2, num_heads, kv_head, part, first, stop, begin, end, count,
-                    0, GROUP, T, SPLIT, PDL,
+                    q, q_s, qt_s, k_s, t_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, visible_from,
+                    part_start, out, lse, q_row_stride, scale_log2, num_heads, kv_head, part, first, stop, begin, end,
+                    count, 0, GROUP, T, WINDOW, SPLIT, PDL,
                 )),
                 (_attend, (
-                    q, q_s, qt_s, k_s, t_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, part_start, out,
-                    lse, q_row_stride, scale_log2, num_heads, kv_head, part, first, stop, begin, end, count,
-                    1, GROUP, T, SPLIT, PDL,
+                    q, q_s, qt_s, k_s, t_s, v_s, k_full, v_full, k_free, v_free, seen, visible_len, visible_from,
+                    part_start, out, lse, q_row_stride, scale_log2, num_heads, kv_head, part, first, stop, begin, end,
+                    count, 1, GROUP, T, WINDOW, SPLIT, PDL,
                 )),
                 (_fetch, (
                     k, v, turned, k_s, t_s, v_s, k_full, v_full, k_free, v_free, table, begin, end, count, settled,
@@ -353,12 +367,13 @@ def attend(
         tile = _tile(head_dim)
         k = v = turned = boxes_of(pages, tile)
     _many_rows_kernel[(work.programs, num_kv_heads)](
-        k, v, turned, q_RQD, rows.page_table, rows.visible_len, work.pieces,
+        k, v, turned, q_RQD, rows.page_table, rows.visible_len, rows.seen_from, work.pieces,
         work.span_start, work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
         q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_heads, num_kv_heads,
         GROUP=num_heads // num_kv_heads, D=head_dim, W=partials.out.shape[-1], T=turned_dim,
         BLOCK_SIZE=pages.block_size if isinstance(pages, Workspace) else pages.shape[3], M=M, TILE=tile, STAGES=STAGES,
-        SPLIT=work.part_start is not None, REGISTERS=REGISTERS, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4,
+        WINDOW=rows.visible_from is not None, SPLIT=work.part_start is not None, REGISTERS=REGISTERS,
+        FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

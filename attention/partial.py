@@ -62,7 +62,13 @@ class PartialAttention(Protocol):
     """Attends R rows to the local shard of a paged cache. No communication."""
 
     def cutting(
-        self, pages: Pages | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None
+        self,
+        pages: Pages | Workspace,
+        num_heads: int,
+        max_rows: int,
+        *,
+        value_dim: int | None = None,
+        window: bool = False,
     ) -> Cutting | None:
         """Return how steps whose longest run has so many rows are to be cut; None where no work list is read.
 
@@ -71,6 +77,7 @@ class PartialAttention(Protocol):
             num_heads: Q.
             max_rows: rows of the longest run.
             value_dim: as in a call.
+            window: rows have a ``visible_from``.
         """
         ...
 

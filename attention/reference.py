@@ -16,7 +16,15 @@ SCORES_AT_ONCE = 1 << 20
 class ReferenceAttention:
     """The reference back end; see ``PartialAttention``. It makes one partial of every row and needs no work list."""
 
-    def cutting(self, pages: Pages | Workspace, num_heads: int, max_rows: int, *, value_dim: int | None = None) -> None:
+    def cutting(
+        self,
+        pages: Pages | Workspace,
+        num_heads: int,
+        max_rows: int,
+        *,
+        value_dim: int | None = None,
+        window: bool = False,
+    ) -> None:
         """Return None: nothing is cut."""
 
     def __call__(
@@ -46,36 +54,41 @@ def partial_attention(
     dtype = torch.float64 if q_RQD.dtype == torch.float64 else torch.float32
     out = torch.zeros((num_rows, num_heads, value_dim), dtype=dtype, device=q_RQD.device)
     lse = torch.full((num_rows, num_heads), -torch.inf, dtype=dtype, device=q_RQD.device)
+    begins = torch.zeros_like(rows.visible_len) if rows.visible_from is None else rows.visible_from
     starts = rows.query_start.tolist()
     for start, stop in pairwise(starts):
-        visible = rows.visible_len[start:stop]
-        length = int(visible.max()) if stop > start else 0
-        if length == 0:
+        length, skipped = (
+            (int(rows.visible_len[start:stop].max()), int(begins[start:stop].min())) if stop > start else (0, 0)
+        )
+        if length <= skipped:
             continue  # rows that see nothing keep out = 0 and lse = -inf
         table = rows.page_table[rows.row_seq[start]]
-        k_KSD, v_KSD = (
-            _made(pages, table, length) if isinstance(pages, Workspace) else gather_tokens(pages, table, length, dtype)
-        )
+        if isinstance(pages, Workspace):
+            skipped, (k_KSD, v_KSD) = 0, _made(pages, table, length)
+        else:  # pages before the first one that is seen may hold anything
+            first_page = skipped // pages.shape[3]
+            skipped = first_page * pages.shape[3]
+            k_KSD, v_KSD = gather_tokens(pages, table[first_page:], length - skipped, dtype)
         kv = k_KSD, v_KSD[..., :value_dim]
-        step = max(1, SCORES_AT_ONCE // (length * num_heads))
+        step = max(1, SCORES_AT_ONCE // ((length - skipped) * num_heads))
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            seen = rows.visible_len[first:last] > 0
-            visible = rows.visible_len[first:last][seen]
-            out[first:last][seen], lse[first:last][seen] = _attend(
-                q_RQD[first:last][seen].to(dtype) * scale, kv, visible
-            )
+            visible, begin = rows.visible_len[first:last] - skipped, begins[first:last] - skipped
+            seen = visible > begin.clamp(min=0)
+            q = q_RQD[first:last][seen].to(dtype) * scale
+            out[first:last][seen], lse[first:last][seen] = _attend(q, kv, visible[seen], begin[seen])
     return out.to(q_RQD.dtype), lse
 
 
 def _attend(
-    q_RQD: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], visible: torch.Tensor
+    q_RQD: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], visible: torch.Tensor, begin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend rows that each see at least one token to K [K, S, D] and V [K, S, W] of one sequence."""
+    """Attend rows that each see at least one token, [begin, visible), to K [K, S, D] and V [K, S, W] of a sequence."""
     k_KSD, v_KSD = (each.to(q_RQD.dtype) for each in kv)
     q_KGRD = q_RQD.unflatten(1, (k_KSD.shape[0], -1)).permute(1, 2, 0, 3)
     scores = q_KGRD @ k_KSD.unsqueeze(1).mT
-    scores.masked_fill_(torch.arange(k_KSD.shape[1], device=visible.device) >= visible.unsqueeze(1), -torch.inf)
+    token = torch.arange(k_KSD.shape[1], device=visible.device)
+    scores.masked_fill_((token >= visible.unsqueeze(1)) | (token < begin.unsqueeze(1)), -torch.inf)
     lse_KGR = torch.logsumexp(scores, -1)
     out_KGRD = scores.sub_(lse_KGR.unsqueeze(-1)).exp_() @ v_KSD.unsqueeze(1)
     return out_KGRD.permute(2, 0, 1, 3).flatten(1, 2), lse_KGR.permute(2, 0, 1).flatten(1)

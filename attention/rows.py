@@ -2,7 +2,8 @@
 
 A step is R query rows of up to B sequences. Each row has a global position, and on each rank one integer,
 ``visible_len = local_len(position + 1, rank)``: the number of local tokens that it may attend to. That integer is the
-whole causal mask on a sharded cache. Ranks differ in this data only, never in control flow.
+whole causal mask on a sharded cache; a row of a layer with a window has a second one, the first token that it sees.
+Ranks differ in this data only, never in control flow.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Rows:
         page_table: [B, P] int32, local pages of each sequence in ascending position; unused entries are never read.
         query_start: [C + 1] int32, first row of each of the C runs of rows that share a sequence, then R.
         work: who attends to what; None for a back end that asks for no work list.
+        visible_from: [R] int32, the first local token that the row sees; None where every row sees all before it. Rows
+            of a run ascend. Pages that no row sees are not read, whatever the page table says of them.
     """
 
     positions: torch.Tensor
@@ -62,18 +65,25 @@ class Rows:
     page_table: torch.Tensor
     query_start: torch.Tensor
     work: Work | None = None
+    visible_from: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
         """R."""
         return self.positions.shape[0]
 
-    def cut_for(self, cutting: Cutting | None) -> Rows:
+    @property
+    def seen_from(self) -> torch.Tensor:
+        """``visible_from``, or an argument in its place for kernels that are told not to read it."""
+        return self.visible_len if self.visible_from is None else self.visible_from
+
+    def cut_for(self, cutting: Cutting | None, block_size: int) -> Rows:
         """Return these rows with the work list that a kernel asks for, made from lengths that are read back first."""
         if cutting is None:
             return replace(self, work=None)
         lengths, starts, seqs = (each.cpu().numpy() for each in (self.visible_len, self.query_start, self.row_seq))
-        work = cut(lengths, starts, seqs, cutting)
+        seen_from = None if self.visible_from is None else self.visible_from.cpu().numpy()
+        work = cut(lengths, starts, seqs, cutting, seen_from, block_size)
         pieces, span_start, part_start = (
             torch.from_numpy(each).to(self.positions.device) for each in (work.pieces, work.span_start, work.part_start)
         )

@@ -37,12 +37,12 @@ def _page_of(table, first, token, end, BLOCK_SIZE: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def _split_kernel(
-    q, k, v, turned, scales, page_table, visible_len, pieces, span_start, part_start, out, lse,
+    q, k, v, turned, scales, page_table, visible_len, visible_from, pieces, span_start, part_start, out, lse,
     q_row_stride, k_page_stride, k_head_stride, k_stride, v_page_stride, v_head_stride, v_stride, turned_stride,
     scale_stride, table_stride, scale_log2, num_heads,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, T: tl.constexpr, T_PAD: tl.constexpr,
-    IN_8_BITS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    IN_8_BITS: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -58,6 +58,8 @@ def _split_kernel(
         head = kv_head * GROUP + m % GROUP
         real = row < stop
         visible = tl.load(visible_len + row, mask=real, other=0)
+        if WINDOW:
+            least = tl.load(visible_from + row, mask=real, other=0)
         at_q = q + row[:, None] * q_row_stride + head[:, None] * (D + T)
         q_md = tl.load(at_q + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
         if T:
@@ -89,6 +91,8 @@ def _split_kernel(
                 k_nt = tl.load(from_t[:, None] + t[None, :], mask=there & (t < T)[None, :], other=0.0)
                 scores = tl.dot(q_mt, tl.trans(k_nt), acc=scores, input_precision="ieee")
             scores = tl.where((n[None, :] < visible[:, None]) & (n < end)[None, :], scores * scale_log2, float("-inf"))
+            if WINDOW:
+                scores = tl.where(n[None, :] >= least[:, None], scores, float("-inf"))
             weight, decay, top, total = fold(scores, top, total)
             from_v = v + this_page * v_page_stride + kv_head * v_head_stride + offset * v_stride
             v_nw = tl.load(from_v[:, None] + w[None, :], mask=there & (w < W)[None, :], other=0.0)
@@ -169,13 +173,14 @@ def attend(
     columns = work.cutting.tile_rows * group
     m, n, warps, stages = _turn(columns, pages, least=columns, limit=shared_bytes(q_RQD.device))
     _split_kernel[(work.programs, num_kv_heads)](
-        q_RQD, k, v, turned, scales, rows.page_table, rows.visible_len, work.pieces, work.span_start,
+        q_RQD, k, v, turned, scales, rows.page_table, rows.visible_len, rows.seen_from, work.pieces, work.span_start,
         work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
         q_RQD.stride(0), *k_strides, *v_strides, turned.stride(0), scales.stride(0), rows.page_table.stride(0),
         scale * LOG2_E, num_heads,
         GROUP=group, BLOCK_SIZE=block_size, M=m, N=n, D=head_dim, D_PAD=triton.next_power_of_2(max(head_dim, 16)),
         W=value_dim, W_PAD=triton.next_power_of_2(max(value_dim, 16)), T=turned_dim,
         T_PAD=triton.next_power_of_2(max(turned_dim, 16)),
-        IN_8_BITS=in_8_bits, SPLIT=work.part_start is not None, PDL=pdl, num_warps=warps, num_stages=stages,
+        IN_8_BITS=in_8_bits, WINDOW=rows.visible_from is not None, SPLIT=work.part_start is not None, PDL=pdl,
+        num_warps=warps, num_stages=stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -75,9 +75,9 @@ def fetch_turns(
 
 @gluon.jit
 def _attend(
-    q, tiles_s, q_s, p_s, full, free, pieces, first_piece, last_piece, visible_len, part_start, out, lse,
+    q, tiles_s, q_s, p_s, full, free, pieces, first_piece, last_piece, visible_len, visible_from, part_start, out, lse,
     q_row_stride, scale_log2, num_heads, kv_head,
-    GROUP: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
+    GROUP: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps that attend, turn by turn, and store the partial of each piece."""
     if PDL:
@@ -110,6 +110,8 @@ def _attend(
         row = (first + m // GROUP).to(gl.int64)
         real = row < stop
         limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
+        if WINDOW:
+            least = gl.load(visible_from + row, mask=real, other=0)
         cell = row
         if SPLIT:  # asked for here, so that what is stored in the end does not wait for it
             cell = (gl.load(part_start + row, mask=real, other=0) + gl.load(its + 4)).to(gl.int64)
@@ -126,6 +128,9 @@ def _attend(
             s0, s1 = warpgroup_mma_wait(num_outstanding=0, deps=[s0, s1])
             s0 = gl.where((at + token)[:, None] < limit[None, :], s0 * scale_log2, float("-inf"))
             s1 = gl.where((at + TILE + token)[:, None] < limit[None, :], s1 * scale_log2, float("-inf"))
+            if WINDOW:
+                s0 = gl.where((at + token)[:, None] >= least[None, :], s0, float("-inf"))
+                s1 = gl.where((at + TILE + token)[:, None] >= least[None, :], s1, float("-inf"))
             new_top = gl.maximum(top, gl.max(gl.maximum(s0, s1), 0))
             shift = gl.where(new_top == float("-inf"), 0.0, new_top)
             decay = exp2(top - shift)
@@ -157,10 +162,11 @@ def _attend(
 
 @gluon.jit
 def _stream_kv_kernel(
-    kv, q, page_table, visible_len, pieces, span_start, part_start, out, lse,
+    kv, q, page_table, visible_len, visible_from, pieces, span_start, part_start, out, lse,
     q_row_stride, table_stride, scale_log2, num_heads, num_kv_heads,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr,
-    SPLIT: gl.constexpr, STAGES: gl.constexpr, FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    WINDOW: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -184,8 +190,8 @@ def _stream_kv_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    q, tiles_s, q_s, p_s, full, free, pieces, first_piece, last_piece, visible_len, part_start,
-                    out, lse, q_row_stride, scale_log2, num_heads, kv_head, GROUP, SPLIT, PDL,
+                    q, tiles_s, q_s, p_s, full, free, pieces, first_piece, last_piece, visible_len, visible_from,
+                    part_start, out, lse, q_row_stride, scale_log2, num_heads, kv_head, GROUP, WINDOW, SPLIT, PDL,
                 )),
                 (fetch_turns, (
                     kv, tiles_s, full, free, page_table, pieces, first_piece, last_piece, table_stride, k_row, v_row,
@@ -213,10 +219,11 @@ def attend(
     group = num_heads // num_kv_heads
     columns = max(8, triton.next_power_of_2(work.cutting.tile_rows * group))
     _stream_kv_kernel[(work.programs, num_kv_heads)](
-        boxes_of(pages, TILE), q_RQD, rows.page_table, rows.visible_len, work.pieces, work.span_start,
+        boxes_of(pages, TILE), q_RQD, rows.page_table, rows.visible_len, rows.seen_from, work.pieces, work.span_start,
         work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
         q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_heads, num_kv_heads,
-        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE, SPLIT=work.part_start is not None,
+        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE,
+        WINDOW=rows.visible_from is not None, SPLIT=work.part_start is not None,
         STAGES=STAGE_BYTES // (4 * TILE * head_dim * pages.element_size()), FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl,
         num_warps=4, maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS,
         **({"launch_pdl": True} if pdl else {}),

@@ -35,7 +35,7 @@ class Cutting:
     Attributes:
         kernel: its name.
         tile_rows: rows of a piece at most.
-        unit: tokens; pieces begin at multiples of it.
+        unit: tokens; pieces begin at multiples of it from a tile's first one on.
         programs: how many run at once for each KV head.
         persistent: a program takes a span of pieces, and there are always ``programs``; else it takes one.
     """
@@ -77,6 +77,8 @@ def cut(
     query_start: npt.NDArray[np.integer],
     row_seq: npt.NDArray[np.integer],
     cutting: Cutting,
+    visible_from: npt.NDArray[np.integer] | None = None,
+    block_size: int = 1,
 ) -> WorkList:
     """Return the work list of a step.
 
@@ -85,6 +87,9 @@ def cut(
         query_start: [C + 1], the first row of each run, then R.
         row_seq: [R], the page-table row of each row's sequence.
         cutting: what the kernel asks for.
+        visible_from: [R], the first local token that each row sees; rows of a run ascend. None: all see the first. The
+            tokens before the page of a tile's first one are in no piece.
+        block_size: tokens of a page; read only with ``visible_from``.
     """
     first, stop = query_start[:-1], query_start[1:]
     tiles_of_run = -(-(stop - first) // cutting.tile_rows)
@@ -93,7 +98,11 @@ def cut(
     tile_stop = np.minimum(tile_first + cutting.tile_rows, stop[run])
     seen = visible_len[tile_stop - 1]
     settled = np.maximum(visible_len[stop[run] - 1] - (stop - first)[run], 0)  # a row appends one token at most
-    units = -(-seen // cutting.unit)
+    base = np.zeros_like(seen)
+    if visible_from is not None:
+        step = min(cutting.unit, block_size)  # of a page that is no longer than a turn the whole one is read
+        base = np.minimum(visible_from[tile_first], seen) // step * step
+    units = -(-(seen - base) // cutting.unit)
     share = max(1, -(-int(units.sum()) // cutting.programs))
     if cutting.persistent:
         tile, part, begin, end, program = _spans(units, share, cutting.programs)
@@ -107,8 +116,8 @@ def cut(
         (
             tile_first[tile],
             tile_stop[tile],
-            begin * cutting.unit,
-            np.minimum(end * cutting.unit, seen[tile]),
+            base[tile] + begin * cutting.unit,
+            np.minimum(base[tile] + end * cutting.unit, seen[tile]),
             part,
             settled[tile],
             row_seq[tile_first[tile]],

@@ -148,7 +148,8 @@ class Bench:
     def cut(self, case: Case) -> Case:
         """Return a case with the work list that our kernel wants for its pages."""
         shape = case.shape
-        return replace(case, rows=case.rows.cut_for(self.attention.cutting(case.held(0), shape.heads, shape.rows)))
+        cutting = self.attention.cutting(case.held(0), shape.heads, shape.rows)
+        return replace(case, rows=case.rows.cut_for(cutting, shape.block_size))
 
     def us(self, case: Case, call_of: Callable[[int, int], Attend]) -> tuple[float, float]:
         """Time ``call_of(copy, slot)`` over all copies in turn: median and spread, in microseconds."""
@@ -184,7 +185,7 @@ def measure_mixed(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
         case = replace(case, rows=mixed_rows(each, config.block_size, bench.device))
         cutting = bench.attention.cutting(case.held(0), whole.heads, 1)
         q = torch.randn(len(each), whole.heads, whole.head_dim, dtype=bench.dtype, device=bench.device)
-        case = replace(case, q=q, rows=case.rows.cut_for(cutting))
+        case = replace(case, q=q, rows=case.rows.cut_for(cutting, whole.block_size))
 
         def merged(copy: int, case: Case = case) -> torch.Tensor:
             return merge_parts(bench.ours(case, copy)(), bench.dtype, pdl=bench.pdl)[0]

@@ -108,7 +108,7 @@ def measure(config: BenchLatentsConfig, shape: list[int], bytes_per_us: float) -
     q = torch.randn(sequences * config.rows, heads, WIDTH, dtype=torch.bfloat16, device=device)
     times, results = [], []
     for each in (backend, AnyGpu(backend, processors)):
-        its_rows = rows.cut_for(each.cutting(pages[0], heads, config.rows, value_dim=RANK))
+        its_rows = rows.cut_for(each.cutting(pages[0], heads, config.rows, value_dim=RANK), pages[0].shape[3])
 
         def alone(copy: int, attend: Any = each, its_rows: Rows = its_rows) -> Partials:
             return attend(q, pages[copy], its_rows, SCALE, value_dim=RANK)  # type: ignore[no-any-return]

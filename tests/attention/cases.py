@@ -25,11 +25,13 @@ class Case:
     place: BlockCyclic
     first_owners: list[int]
     value_dim: int | None = None
+    window: int | None = None  # tokens that a row sees, its own included
 
 
 def make_case(
-    seed, *, lengths, num_rows, heads, kv_heads, head_dim, block_size, kvp, dtype=torch.float32, value_dim=None
-) -> Case:
+    seed, *, lengths, num_rows, heads, kv_heads, head_dim, block_size, kvp, dtype=torch.float32, value_dim=None,
+    window=None,
+) -> Case:  # fmt: skip
     """Sequences of those lengths whose last ``num_rows[i]`` positions are rows."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -44,6 +46,7 @@ def make_case(
         q=randn(sum(num_rows), heads, head_dim),
         kv=[keys_and_values(n) for n in lengths],
         value_dim=value_dim,
+        window=window,
         positions=[list(range(n - rows, n)) for n, rows in zip(lengths, num_rows, strict=True)],
         place=BlockCyclic(block_size, kvp),
         first_owners=[int(torch.randint(0, kvp, (), generator=generator)) for _ in lengths],
@@ -51,7 +54,10 @@ def make_case(
 
 
 def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
-    """Pages and rows of one rank; pages that nothing was written to hold NaN, as uninitialised memory may."""
+    """Pages and rows of one rank; pages that nothing was written to hold NaN, as uninitialised memory may.
+
+    With a window the page table names such a page for all pages that no row sees.
+    """
     place = case.place
     kv_heads, _, head_dim = case.kv[0][0].shape
     counts = [
@@ -62,7 +68,7 @@ def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
     planes = 2 if case.value_dim is None else 1
     pages = torch.full((len(order), planes, kv_heads, place.block_size, head_dim), torch.nan, dtype=case.q.dtype)
     table = torch.full((len(counts), max(*counts, 1) + 1), 2**30, dtype=torch.int32)
-    visible, slots, row_seq = [], [], []
+    visible, seen_from, slots, row_seq = [], [], [], []
     for index, ((k, v), first) in enumerate(zip(case.kv, case.first_owners, strict=True)):
         mine = [order.pop() for _ in range(counts[index])]
         table[index, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
@@ -74,10 +80,15 @@ def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
                 pages[page, 1, :, offset] = v[:, position]
         for position in case.positions[index]:
             visible.append(place.local_len(position + 1, rank, first))
+            least = max(position + 1 - (case.window or position + 1), 0)
+            seen_from.append(place.local_len(least, rank, first))
             local = place.local_position(position)
             owned = place.owner(position, first) == rank
             slots.append(mine[local // place.block_size] * place.block_size + local % place.block_size if owned else -1)
             row_seq.append(index)
+    for index, positions in enumerate(case.positions if case.window else ()):
+        least = place.local_len(max(positions[0] + 1 - case.window, 0), rank, case.first_owners[index])
+        table[index, : least // place.block_size] = order[0]
     counts_of_rows = [len(each) for each in case.positions]
     rows = Rows(
         positions=torch.tensor([p for each in case.positions for p in each], device=device),
@@ -86,6 +97,7 @@ def shard(case: Case, rank: int, device: str) -> tuple[torch.Tensor, Rows]:
         slot=torch.tensor(slots, device=device),
         page_table=table.to(device),
         query_start=torch.tensor(np.cumsum([0, *counts_of_rows]), dtype=torch.int32, device=device),
+        visible_from=torch.tensor(seen_from, dtype=torch.int32, device=device) if case.window else None,
     )
     return pages.to(device), rows
 
@@ -111,8 +123,9 @@ def widened(pages: QuantizedPages, dtype: torch.dtype = torch.float64) -> torch.
 def partials_of(backend, q, pages, rows, scale, value_dim=None) -> Partials:
     """What a back end makes of rows, cut as it asks for."""
     max_rows = int(rows.query_start.diff().max())
-    cutting = backend.cutting(pages, q.shape[1], max_rows, value_dim=value_dim)
-    return backend(q, pages, rows.cut_for(cutting), scale, value_dim=value_dim)
+    window = rows.visible_from is not None
+    cutting = backend.cutting(pages, q.shape[1], max_rows, value_dim=value_dim, window=window)
+    return backend(q, pages, rows.cut_for(cutting, pages.shape[3]), scale, value_dim=value_dim)
 
 
 def attend(backend, q, pages, rows, scale, value_dim=None, *, pdl=False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,8 +149,9 @@ def full_attention(case: Case, dtype: torch.dtype = torch.float64) -> tuple[torc
     for (k, v), positions in zip(case.kv, case.positions, strict=True):
         group = case.q.shape[1] // k.shape[0]
         for position in positions:
-            keys = k[:, : position + 1].to(dtype).repeat_interleave(group, 0)
-            values = v[:, : position + 1].to(dtype).repeat_interleave(group, 0)
+            least = max(position + 1 - (case.window or position + 1), 0)
+            keys = k[:, least : position + 1].to(dtype).repeat_interleave(group, 0)
+            values = v[:, least : position + 1].to(dtype).repeat_interleave(group, 0)
             scores = torch.einsum("qd,qsd->qs", case.q[row].to(dtype), keys) * case.q.shape[-1] ** -0.5
             outs.append(torch.einsum("qs,qsd->qd", scores.softmax(-1), values))
             lses.append(scores.logsumexp(-1))

@@ -46,6 +46,23 @@ def test_it_equals_the_reference(dtype, head_dim, heads, kv_heads, block_size):
         torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("block_size", [16, 64, 256])
+@pytest.mark.parametrize(("window", "head_dim", "kv_heads"), [(1, 128, 2), (128, 64, 1), (1000, 128, 1), (130, 256, 8)])
+def test_windows_hide_what_is_before_them(window, head_dim, kv_heads, block_size):
+    case = make_case(
+        window, lengths=[70, 300, 5000, 1291], num_rows=[70, 128, 513, 80], heads=8, kv_heads=kv_heads,
+        head_dim=head_dim, block_size=block_size, kvp=1, dtype=torch.bfloat16, window=window,
+    )  # fmt: skip
+    pages, rows = shard(case, 0, "cuda")
+    q, scale = case.q.cuda(), head_dim**-0.5
+    out, lse = attend(select_backend("triton", q.device), q, pages, rows, scale)
+    plain, _ = partial_attention(q, pages, rows, scale)
+    exact, exact_lse = partial_attention(q.float(), pages.float(), rows, scale)
+    ours, theirs = (out.float() - exact).abs().max(), (plain.float() - exact).abs().max()
+    assert ours <= 2 * theirs + 4e-3
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("length", [127, 128, 129, 2048, 5000])
 def test_chunks_of_every_length_see_what_is_theirs(length, block_size):

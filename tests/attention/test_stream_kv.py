@@ -58,6 +58,17 @@ def test_every_length_and_page_size(block_size, length):
     compare(case, 0, 4.0)  # scores far apart
 
 
+@pytest.mark.parametrize("block_size", [16, 64, 256])
+@pytest.mark.parametrize(("window", "num_rows", "head_dim"), [(1, 1, 128), (128, 1, 64), (130, 5, 64), (1024, 3, 256)])
+def test_windows_hide_what_is_before_them(window, num_rows, head_dim, block_size):
+    lengths = [num_rows, 127, 128, 129, 700, 1291, 9000]
+    case = make_case(
+        window, lengths=lengths, num_rows=[num_rows] * 7, heads=8, kv_heads=2, head_dim=head_dim,
+        block_size=block_size, kvp=1, dtype=torch.bfloat16, window=window,
+    )  # fmt: skip
+    compare(case, 0, head_dim**-0.5)
+
+
 def test_many_sequences_share_few_programs():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 900, (48,), generator=generator).tolist()

@@ -51,6 +51,22 @@ def test_each_row_sees_each_of_its_tokens_once(runs, cutting):
     assert len(work.pieces) <= cutting.most_pieces(1, 0) + sum(-(-rows // cutting.tile_rows) for rows, _ in runs)
 
 
+@given(RUNS, CUTTINGS, st.sampled_from([1, 50, 130]), st.sampled_from([1, 16, 64, 256]))
+def test_what_is_before_every_window_of_a_tile_is_in_no_piece(runs, cutting, window, block_size):
+    visible, query_start = rows_of(runs)
+    run_of_row = np.repeat(np.arange(len(runs)), np.diff(query_start))
+    seen_from = np.maximum(visible - window, 0)
+    work = cut(visible, query_start, run_of_row, cutting, seen_from, block_size)
+    step, tokens = min(cutting.unit, block_size), [set() for _ in visible]
+    for first, stop, begin, end, *_ in work.pieces.tolist():
+        assert begin % step == 0 and begin + step > seen_from[first]
+        for row in range(first, stop):
+            assert not tokens[row] & set(range(begin, end))
+            tokens[row] |= set(range(begin, end))
+    for row, its in enumerate(tokens):
+        assert its >= set(range(seen_from[row], visible[row]))
+
+
 @given(st.lists(st.integers(1, 200_000), min_size=1, max_size=80), st.integers(1, 132))
 def test_persistent_programs_have_about_equally_much(lengths, programs):
     cutting = Cutting("any", 1, 64, programs)
