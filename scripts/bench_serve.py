@@ -4,7 +4,7 @@
 
 Prompts are random tokens, as many on their way at once as a batch holds. Alone, times are rank 0's when it has read a
 step; over HTTP they are those of a client, a process of its own (``scripts/http_load.py``), when a chunk has come.
-The first round pays for whatever is done once.
+CPU time is that of rank 0's process, prefill included. The first round pays for whatever is done once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,11 +117,13 @@ def measure(llm: LLM, clients: Clients | None, port: int, config: BenchServeConf
             for way in ("alone", "served"):
                 shape = (batch * config.requests, config.prompt_len)
                 prompts = rng.integers(0, llm.spec.vocab_size, shape).tolist()
+                began = time.process_time()
                 if way == "alone":
                     figures = alone(llm, prompts, config, batch)
                 else:
                     figures = served(llm, clients, port, prompts, config, batch)
-                rows.append({"batch": batch, "round": number, "way": way, **figures})
+                cpu_us = (time.process_time() - began) * 1e6 / (len(prompts) * config.outputs)
+                rows.append({"batch": batch, "round": number, "way": way, **figures, "CPU us a token": cpu_us})
                 cli.say(f"batch {batch}, round {number}, {way}: {figures.get('tokens/s', 0.0):.0f} tokens/s")
     return rows
 

@@ -13,7 +13,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..fields import CHAT, COMPLETIONS
+from ..fields import CHAT, COMPLETIONS, is_ids
+from ..request import Request
 from .asking import asked_of, read_json, require_model
 from .errors import ApiError
 from .exposition import CONTENT_TYPE, Exposition
@@ -48,6 +49,7 @@ def make_app(service: Service) -> App:
         Route("/v1/completions", Endpoint(paths.completions), methods=["POST"]),
         Route("/v1/chat/completions", Endpoint(paths.chat), methods=["POST"]),
         Route("/v1/models", Endpoint(paths.models), methods=["GET"]),
+        Route("/v1/models/", Endpoint(paths.models), methods=["GET"]),
         Route("/v1/models/{name:path}", Endpoint(paths.model), methods=["GET"]),
         Route("/tokenize", Endpoint(paths.tokenize), methods=["POST"]),
         Route("/detokenize", Endpoint(paths.detokenize), methods=["POST"]),
@@ -92,8 +94,9 @@ class Paths:
         given = read_json(await read_body(scope, receive, setup.serving.max_body_bytes))
         with_names = given.pop("return_token_strs", False)
         adds_special = given.pop("add_special_tokens", True)
-        asked = asked_of(
-            given, CHAT if "messages" in given else COMPLETIONS, setup.served_name, setup.sampling, setup.serving
+        endpoint = CHAT if "messages" in given else COMPLETIONS
+        asked = await settler.beside(
+            lambda: asked_of(given, endpoint, setup.served_name, setup.sampling, setup.serving)
         )
         [request, *others] = asked.requests
         if others:
@@ -112,15 +115,13 @@ class Paths:
         service, settler = self._service, self._service.ready(0)
         given = read_json(await read_body(scope, receive, service.setup.serving.max_body_bytes))
         require_model(given.pop("model", None), service.setup.served_name)
-        asked = asked_of(
-            {"prompt": given.get("tokens")}, COMPLETIONS, "", service.setup.sampling, service.setup.serving
-        )
-        ids = asked.requests[0].prompt_token_ids
-        if ids is None:
+        ids = given.get("tokens")
+        if not is_ids(ids):
             raise ApiError(400, "tokens must be a list of token ids", param="tokens")
         if service.tokenizer is None:
             raise ApiError(400, "the model folder has no tokenizer")
-        await settler.beside(lambda: settler.token_ids(asked.requests[0]))
+        if ids:
+            await settler.beside(lambda: settler.token_ids(Request(prompt_token_ids=ids)))
         await send_json(send, {"prompt": await settler.beside(lambda: service.tokenizer.decode(ids))})
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +74,7 @@ class Asked:
 def read_json(body: bytes) -> dict[str, Any]:
     """Return the object that a body holds; ApiError where it holds none."""
     try:
-        value = msgspec.json.decode(body)
+        value = msgspec.json.decode(body.removeprefix(BOM_UTF8))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -142,6 +143,8 @@ def _take_calls(given: dict[str, Any]) -> dict[str, Any]:
     for name, kind in (("n", int), ("stream", bool), ("echo", bool), ("return_token_ids", bool), ("request_id", str)):
         if name in given:
             value = given.pop(name)
+            if kind is int and isinstance(value, float) and value.is_integer():
+                value = int(value)
             if not conforms(value, kind):
                 raise ValueError(f"{name} is a {type(value).__name__}, must be of type {kind.__name__}")
             calls[name] = value

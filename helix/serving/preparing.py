@@ -73,6 +73,9 @@ class Settler:
             raise ApiError(
                 400, f"the chat template took more than {wait_s:g} s for messages", param="messages"
             ) from error
+        except ApiError as problem:
+            problem.param = "messages"
+            raise
         return replace(request, prompt=text, messages=None, template={}, is_rendered=True)
 
     def token_ids(self, request: Request) -> list[int]:
@@ -89,7 +92,10 @@ class Settler:
     def _prepare(self, index: int, request: Request, asked: Asked) -> Add:
         sampling, limit = request.sampling, self._ready.max_position
         assert sampling is not None
-        token_ids = self._reader.token_ids(request)
+        try:
+            token_ids = self._reader.token_ids(request)
+        except ValueError as problem:
+            raise ApiError(400, str(problem), param="messages" if asked.is_chat else "prompt") from problem
         request = replace(request, prompt=None, prompt_token_ids=token_ids)
         if asked.is_chat and not asked.says_length:
             sampling = replace(sampling, max_tokens=None)

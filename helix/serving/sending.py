@@ -26,11 +26,14 @@ async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
     """Return a request's body.
 
     Raises:
-        ApiError: 413 where it is longer than ``most`` bytes.
+        ApiError: 413 where it is longer than ``most`` bytes, 415 where it is compressed.
         ClientGone: where the client left before its end.
     """
     too_long = ApiError(413, f"the body exceeds serve.max_body_bytes = {most}", code="body_too_large")
-    said = dict(scope["headers"]).get(b"content-length", b"0")
+    headers = dict(scope["headers"])
+    if (coding := headers.get(b"content-encoding", b"identity")) != b"identity":
+        raise ApiError(415, f"a body of content-encoding {coding.decode('latin-1')} is not read; send it as it is")
+    said = headers.get(b"content-length", b"0")
     if said.isdigit() and int(said) > most:
         raise too_long
     parts, total = [], 0
@@ -88,7 +91,7 @@ async def send_error(send: Send, error: ApiError) -> None:
         headers.append((b"retry-after", str(error.retry_after_s).encode()))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if error.status in (401, 413):
+    if error.status in (401, 413, 415):
         headers.append((b"connection", b"close"))
     await send_json(send, error.body(), error.status, tuple(headers))
 

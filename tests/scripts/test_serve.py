@@ -71,12 +71,12 @@ class Served:
             time.sleep(0.1)
 
 
-def launch(model: Path, folder: Path, *arguments: str, num_ranks: int) -> Served:
+def launch(model: Path, folder: Path, *arguments: str, num_ranks: int, num_pages: int = NUM_PAGES) -> Served:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    settings = ["runtime.device=cpu", "cache.block_size=16", f"cache.num_pages={NUM_PAGES}", "parallel.tpa=1"]
+    settings = ["runtime.device=cpu", "cache.block_size=16", f"cache.num_pages={num_pages}", "parallel.tpa=1"]
     log = folder / "log"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HELIX_API_KEY": KEY}
     with log.open("wb") as out:
@@ -90,8 +90,8 @@ def launch(model: Path, folder: Path, *arguments: str, num_ranks: int) -> Served
     return Served(port, process, log)
 
 
-def start(model: Path, folder: Path, *arguments: str, num_ranks: int = 2) -> Served:
-    served = launch(model, folder, *arguments, num_ranks=num_ranks)
+def start(model: Path, folder: Path, *arguments: str, num_ranks: int = 2, num_pages: int = NUM_PAGES) -> Served:
+    served = launch(model, folder, *arguments, num_ranks=num_ranks, num_pages=num_pages)
     deadline = time.monotonic() + 120
     while True:
         assert served.process.poll() is None and time.monotonic() < deadline, served.log.read_text()
@@ -436,12 +436,40 @@ def test_a_long_prefill_is_told_in_comments_that_clients_pass_over(served: Serve
 # --- many clients at once, and the end --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "num_operations", [60, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
-)
-def test_a_walk_of_clients_loses_nothing_and_changes_no_answer(served: Served, llm: LLM, num_operations: int) -> None:
+def test_a_walk_of_clients_loses_nothing_and_changes_no_answer(served: Served, llm: LLM) -> None:
+    walk(served, llm, 60, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", range(4))
+def test_ten_thousand_operations_with_drafts_few_pages_and_a_host_tier(
+    model: Path, llm: LLM, tmp_path: Path, seed: int
+) -> None:
+    settings = ["speculative=ngram", "cache.host_pages=40", "scheduler.prefill_chunk=64"]
+    served = start(model, tmp_path, *settings, num_pages=24)
+    try:
+        walk(served, llm, 2500, seed)
+        print(served.counter("num_preemptions_total"), "preemptions,", served.counter("num_steps_total"), "steps")
+    finally:
+        end(served)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_walk_before_two_groups(model: Path, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill, served = two_groups(model, tmp_path, monkeypatch)
+    try:
+        walk(served, llm, 1000, seed=9)
+    finally:
+        end(served)
+    assert prefill.process.wait(60) == 0
+
+
+def walk(served: Served, llm: LLM, num_operations: int, seed: int) -> None:
+    """Let clients do so much at random; every answer is that of a run alone, and nothing is left."""
     walk = Walk(head_of, served.port)
-    walk.run(num_operations, 6, seed=1)
+    walk.run(num_operations, 6, seed)
     assert walk.wrong == [] and len(walk.answers) > num_operations / 3
     requests = [
         Request(prompt=asked["prompt"], sampling=SamplingParams(
@@ -520,22 +548,30 @@ def test_a_rank_that_hangs_ends_streams_with_an_error_until_it_goes_on(model: Pa
     assert b'"code":"stalled"' in rest_of(client) and time.monotonic() - began < 10
     assert served.ask("/health")[0] == 503
     os.kill(pid_of(served, 1), signal.SIGCONT)
+    deadline = time.monotonic() + 30
+    while served.ask("/health")[0] != 200:
+        assert time.monotonic() < deadline
     served.settle("num_requests_running", 0)
     assert served.ask("/v1/completions", {"prompt": "again", "max_tokens": 2})[0] == 200
     end(served)
+
+
+def two_groups(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Served, Served]:
+    """Return a world that prefills, and the server that decodes."""
+    monkeypatch.setenv("HELIX_TRANSFER_SECRET", "s" * 40)
+    (folder / "prefill").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"transfer.address=127.0.0.1:{probe.getsockname()[1]}"
+    prefill = launch(model, folder / "prefill", address, "transfer.role=prefill", num_ranks=1)
+    return prefill, start(model, folder, address, "transfer.role=decode", num_ranks=1)
 
 
 @pytest.mark.slow
 def test_a_killed_prefill_group_is_named_and_answers_go_on(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HELIX_TRANSFER_SECRET", "s" * 40)
-    (tmp_path / "prefill").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"transfer.address=127.0.0.1:{probe.getsockname()[1]}"
-    prefill = launch(model, tmp_path / "prefill", address, "transfer.role=prefill", num_ranks=1)
-    served = start(model, tmp_path, address, "transfer.role=decode", num_ranks=1)
+    prefill, served = two_groups(model, tmp_path, monkeypatch)
     assert served.ask("/health")[1] == {"status": "ok"}
     clients = long_streams(served, 2, 400)
     os.kill(pid_of(prefill, 0), signal.SIGKILL)

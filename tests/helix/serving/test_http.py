@@ -237,6 +237,29 @@ def test_what_is_no_request_gets_400_and_does_no_harm(model: Path) -> None:
         assert world.ask(COMPLETE, {"prompt": "a"})[0] == 200
 
 
+def test_what_people_send_is_read_or_its_fault_is_named(model: Path) -> None:
+    with serving(model) as world:
+        assert world.ask(COMPLETE, b"\xef\xbb\xbf" + b'{"prompt": "a", "n": 2.0}')[0] == 200
+        assert [each.prompt_len for each in world.adds] == [1, 1]
+        assert world.ask("/v1/models/")[1]["object"] == "list"
+        assert world.ask("/detokenize", {"tokens": []})[1] == {"prompt": ""}
+        for path, body, param in (
+            ("/tokenize", {}, "prompt"),
+            ("/tokenize", {"messages": "hi"}, "messages"),
+            ("/detokenize", {"tokens": ["1"]}, "tokens"),
+            (COMPLETE, {"prompt": ""}, "prompt"),
+            (COMPLETE, {"prompt": "a", "n": 1.5}, "n"),
+            ("/v1/chat/completions", {"messages": []}, "messages"),
+        ):
+            status, answer, _ = world.ask(path, body)
+            assert (status, answer["error"]["param"]) == (400, param), answer
+        with world.connect() as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 9\r\n\r\n"
+            )
+            assert b"content-encoding gzip" in read_until(client, b"}}")
+
+
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
