@@ -36,10 +36,12 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
     table = batch * -(-footprint.placement.num_blocks(max_position) // footprint.layout.kvp) * _TABLE_ENTRY_BYTES
     rows = f"scheduler.max_batch = {batch} sequences of up to {max_position} tokens"
     lower = "lower it, or model.max_position"
+    drafts = 0 if config.speculative.method == "none" else config.speculative.max_draft_len
     on_device = [
         Need(footprint.weights_bytes, "the model", "spread it over more ranks"),
         Need(num_pages * footprint.page_bytes, f"cache.num_pages = {cache.num_pages}"),
         Need(table, rows, lower),
+        Need(footprint.states_bytes(batch, 1 + drafts), f"scheduler.max_batch = {batch} sequences' states"),
         Need(
             footprint.workspace_bytes(attention.workspace_tokens if attention.expand_rows else 0),
             f"attention.workspace_tokens = {attention.workspace_tokens}",

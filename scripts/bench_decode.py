@@ -72,6 +72,7 @@ PARTS = {
         "nvjet",
         "splitK",
     ),
+    "states": ("_advance_kernel",),
     "append": ("_append_kernel", "_queries_kernel", "_values_kernel"),
 }
 EXPERT_ROLES = ("experts_gate_up", "experts_down")
@@ -140,9 +141,14 @@ def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
 
 
 def floor_bytes(llm: LLM, context: int, batch: int) -> tuple[int, int]:
-    """Return the bytes of this rank's KV, and of the weights that a step reads: all layers', and the output head's."""
+    """Return the bytes of this rank's KV and states, and of the weights that a step reads: all layers', and the head's.
+
+    States are read and written.
+    """
     spec, decoder = llm.spec, llm.runner.decoder
     kv = llm.footprint.token_bytes * llm.placement.local_len(context, 0) * batch
+    if decoder.states is not None:
+        kv += 2 * decoder.states.matrix_bytes * batch
     weights = decoder.layer_bytes + decoder.top["lm_head"].nbytes
     first, stop = decoder.part.out_heads
     others = 1 - (stop - first) / decoder.num_heads
@@ -207,6 +213,8 @@ def measure(llm: LLM, context: int, batch: int, meter: Meter) -> dict[str, Any]:
     """Return TTL and parts of one case, in milliseconds, and the time between two steps."""
     sequences = filled_sequences(llm, context, batch)
     runner = llm.runner
+    if runner.decoder.states is not None:
+        runner.decoder.states.pretend(context - 1)
     pending = runner.launch([Chunk(seq, context - 1, context) for seq in sequences])
     pending.wait()
 

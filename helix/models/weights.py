@@ -18,7 +18,7 @@ from .spec import Latent, ModelSpec
 from .state_weights import state_shapes, state_weights
 
 IN_8_BITS = frozenset(
-    "qkv q_b o gate_up down shared_gate_up shared_down experts_gate_up experts_down".split()
+    "qkv q_b o output_gate state_in gate_up down shared_gate_up shared_down experts_gate_up experts_down".split()
 )  # roles whose products take quantised matrices
 
 

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
+from ..models.kinds import FULL, STATE
 from ..models.spec import Experts
 from .footprint import EXPERT_ROLES, Footprint, LayerKind
 from .hardware import Hardware
@@ -65,6 +66,8 @@ class CostModel:
         for kind in foot.layers:
             layer = self._waits(kind, batch)
             self.add_products(layer, kind, batch, shared=False)
+            if kind.kind == STATE:
+                layer["cache"] += 2 * batch * foot.matrices_bytes / hw.read_bytes_per_us
             _add(terms, layer, kind.count)
         head = foot.top["lm_head"]
         terms["weights"] += head.num_bytes / hw.read_bytes_per_us
@@ -103,6 +106,8 @@ class CostModel:
         terms: Terms = defaultdict(float)
         terms["launches"] = self.launch_us(kind, rows)
         terms["all-reduce"] = 2 * self.all_reduce_us(rows, world)
+        if kind.kind != FULL:
+            return terms
         if kvp == 1:
             terms["launches"] += hw.merge_us
             return terms
@@ -121,6 +126,8 @@ class CostModel:
         if latent is not None:
             count += 4 if latent.q_rank is not None else 3  # queries into the latent space, values out of it
         us = hw.attention_us
+        if kind.kind == STATE:
+            us, count = hw.launch_us, 4  # the states themselves; input, output, gate and up, down
         if kind.has_experts:
             us += hw.experts_us + hw.experts_row_us * min(rows, STREAMED_ROWS)
             count += 0 if "shared_down" in kind.matrices else -2
@@ -170,12 +177,12 @@ class CostModel:
         Chunks make keys and values of the latents that they read, and multiply with these.
         """
         foot, spec, hw = self.footprint, self.footprint.spec, self.hardware
-        products, latent = spec.head_dim + spec.value_dim, spec.latent
+        products, latent, num_layers = spec.head_dim + spec.value_dim, spec.latent, len(spec.layers_of(FULL))
         if chunks and latent is not None:
             products = latent.q_dim + latent.value_dim
             made = 2 * foot.num_heads * latent.rank * (latent.plain_dim + latent.value_dim) * read_tokens
-            terms["products"] += spec.num_layers * made / hw.matmul_rate("bf16")
-        flops = 2 * spec.num_layers * foot.num_heads * products * rows_times_tokens
+            terms["products"] += num_layers * made / hw.matmul_rate("bf16")
+        flops = 2 * num_layers * foot.num_heads * products * rows_times_tokens
         us = flops / hw.attention_flops_per_us
         self._add_larger(terms, "cache", read_tokens * foot.token_bytes, "attention", us)
 

@@ -14,16 +14,18 @@ from attention.work import WORKSPACE_TOKENS
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
+from ..models.kinds import FULL, STATE
 from ..models.parts import Part, Weight
 from ..models.quantization import num_blocks
 from ..models.spec import ModelSpec
 from ..models.weights import layer_weights, model_weights, next_weights, part_of
+from ..states.heads import StateHeads
 
 FP4_GROUP = 16
 PLANE_ALIGNMENT = 16  # bytes; of the planes of a page in 8 bits
 EXPERT_ROLES = ("experts_gate_up", "experts_down")
 QUANTISED = (
-    *("qkv", "q_b", "o", "gate_up", "down", "shared_gate_up", "shared_down"),
+    *("qkv", "q_b", "o", "output_gate", "state_in", "gate_up", "down", "shared_gate_up", "shared_down"),
     *EXPERT_ROLES,
 )
 FORMATS = ("fp32", "bf16", "fp8", "fp4")
@@ -82,11 +84,15 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Layers that are alike: how many there are, whether they have experts, and the parameters of one, by role."""
+    """Layers that are alike: how many there are, whether they have experts, and the parameters of one, by role.
+
+    kind: how much they keep of the tokens before, FULL, WINDOW or STATE.
+    """
 
     count: int
     has_experts: bool
     matrices: Mapping[str, Matrix]
+    kind: str = FULL
 
 
 @dataclass(frozen=True)
@@ -120,14 +126,14 @@ class Footprint:
     @cached_property
     def layers(self) -> tuple[LayerKind, ...]:
         """The layers, those that are alike together."""
-        alike: dict[tuple[bool, tuple[bool, ...]], list[int]] = {}
+        alike: dict[tuple[str, bool, tuple[bool, ...]], list[int]] = {}
         for layer in range(self.spec.num_layers):
-            has_experts = self.spec.experts_of(layer) is not None
-            alike.setdefault((has_experts, self._kept_in_8_bits(layer)), []).append(layer)
+            kind, has_experts = self.spec.kind_of(layer).name, self.spec.experts_of(layer) is not None
+            alike.setdefault((kind, has_experts, self._kept_in_8_bits(layer)), []).append(layer)
         kinds = []
-        for (has_experts, _), numbers in sorted(alike.items()):
+        for (kind, has_experts, _), numbers in sorted(alike.items()):
             weights = self._matrices(layer_weights(self.spec, numbers[0], self.part))
-            kinds.append(LayerKind(len(numbers), has_experts, weights))
+            kinds.append(LayerKind(len(numbers), has_experts, weights, kind))
         return tuple(kinds)
 
     def _kept_in_8_bits(self, layer: int) -> tuple[bool, ...]:
@@ -173,6 +179,21 @@ class Footprint:
         vectors = self.block_size * self.spec.cache_planes * self.num_kv_heads
         planes = (vectors * (self.spec.head_dim - kept), vectors * 2 * kept, vectors * 4)
         return self.spec.num_cached_layers * sum(-(-plane // PLANE_ALIGNMENT) * PLANE_ALIGNMENT for plane in planes)
+
+    def states_bytes(self, num_sequences: int, max_run: int) -> int:
+        """Return what state layers keep of so many sequences and a slot of nobody's, whose runs may be so long."""
+        if self.spec.states is None:
+            return 0
+        heads = StateHeads.of(self.spec.states, self.part.value_heads)
+        slot = heads.slot_bytes(max_run, _ELEMENT_BYTES[self.storage.weights])
+        return (num_sequences + 1) * len(self.spec.layers_of(STATE)) * slot
+
+    @cached_property
+    def matrices_bytes(self) -> int:
+        """The matrices of one state layer and one sequence, in bytes: what a step reads and writes; 0 without any."""
+        if self.spec.states is None:
+            return 0
+        return StateHeads.of(self.spec.states, self.part.value_heads).matrices_bytes
 
     def cache_bytes_per_token(self, context: int) -> float:
         """Return the cache of one sequence of ``context`` tokens on the fullest rank, in bytes a token of it."""

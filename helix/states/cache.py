@@ -18,59 +18,7 @@ from parallel.layout import Range
 
 from ..models.kinds import STATE
 from ..models.spec import ModelSpec
-from ..models.states import States
-
-
-@dataclass(frozen=True)
-class StateHeads:
-    """The heads of a rank: V value heads of W elements each, which read K key heads of D elements.
-
-    offset: of the first key head's value heads, how many belong to ranks before. group: value heads of a key head.
-    taps: tokens that the convolution sees, the row's own included.
-    """
-
-    num_value: int
-    num_key: int
-    offset: int
-    group: int
-    key_dim: int
-    value_dim: int
-    taps: int
-
-    @classmethod
-    def of(cls, states: States, value_heads: Range) -> StateHeads:
-        """Return the heads that read and write these value heads' matrices."""
-        first, stop = states.key_heads(value_heads)
-        group = states.group
-        return cls(
-            num_value=value_heads[1] - value_heads[0],
-            num_key=stop - first,
-            offset=value_heads[0] - first * group,
-            group=group,
-            key_dim=states.key_dim,
-            value_dim=states.value_dim,
-            taps=states.taps,
-        )
-
-    @property
-    def conv_size(self) -> int:
-        """Channels of the convolution: queries, keys, values."""
-        return 2 * self.num_key * self.key_dim + self.num_value * self.value_dim
-
-    @property
-    def input_size(self) -> int:
-        """Elements of a token's input that are kept: the channels, then beta's and the decay's score of each head."""
-        return self.conv_size + 2 * self.num_value
-
-    @property
-    def width(self) -> int:
-        """Columns of the input projection: a token's input, then the output's gate."""
-        return self.input_size + self.num_value * self.value_dim
-
-    def slot_bytes(self, ring: int, element_bytes: int) -> int:
-        """Return what one layer keeps of one sequence, in bytes."""
-        matrices = 4 * self.num_value * self.key_dim * self.value_dim
-        return matrices + ring * self.input_size * element_bytes + 4 * self.num_value
+from .heads import StateHeads, ring_of
 
 
 @dataclass(frozen=True)
@@ -118,6 +66,18 @@ class StateCache:
         self.layers = [LayerStates(heads, *layer) for layer in zip(matrices, positions, inputs, strict=True)]
         self.num_bytes = matrices.nbytes + inputs.nbytes + positions.nbytes
 
+    @property
+    def matrix_bytes(self) -> int:
+        """The matrices of one sequence, in bytes."""
+        return sum(layer.matrix[0].nbytes for layer in self.layers)
+
+    def pretend(self, position: int) -> None:
+        """Let every sequence have seen ``position`` random tokens, for benchmarks."""
+        for layer in self.layers:
+            layer.matrix.normal_(0.0, 0.1)
+            layer.inputs.normal_()
+            layer.position.fill_(position)
+
     @classmethod
     def for_model(
         cls, spec: ModelSpec, value_heads: Range, *, num_slots: int, max_run: int, dtype: torch.dtype,
@@ -128,13 +88,3 @@ class StateCache:
             return None
         heads, num_layers = StateHeads.of(spec.states, value_heads), len(spec.layers_of(STATE))
         return cls(heads, num_layers=num_layers, num_slots=num_slots, max_run=max_run, dtype=dtype, device=device)
-
-
-def ring_of(taps: int, max_run: int) -> int:
-    """Return the length of the ring of inputs: a power of two that holds what a step reads and writes.
-
-    It reads the ``taps`` - 1 tokens before the first that is not in the matrix, of which at most ``max_run`` - 1 are
-    worked in, and writes ``max_run``.
-    """
-    least = taps - 1 + max_run - 1 + max_run
-    return 1 << (least - 1).bit_length()

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .cache import LayerStates, StateHeads
+from .cache import LayerStates
+from .heads import StateHeads
 
 CHUNK = 64
 NORM_EPS = 1e-6  # of the length of queries and keys

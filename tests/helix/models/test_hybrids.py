@@ -12,6 +12,8 @@ from helix.config import ModelConfig
 from helix.models.checkpoint import Checkpoint
 from helix.models.loading import read_spec
 from helix.models.weights import layer_weights, model_weights, part_of
+from helix.plan.footprint import Footprint, Storage
+from helix.states.cache import StateCache
 from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint
 
@@ -69,3 +71,13 @@ def test_more_ranks_than_value_heads_are_refused(folders):
     few = replace(spec, states=replace(spec.states, num_value_heads=2, num_key_heads=2))
     with pytest.raises(ValueError, match="4 ranks exceed the 2 value heads of qwen3_5_moe's state layers; use fewer"):
         part_of(few, Layout(kvp=4), 0)
+
+
+def test_what_states_take_is_what_is_planned(folders):
+    spec, layout = read_spec(ModelConfig(path=str(folders[0]))), Layout(kvp=3)
+    value_heads, device = part_of(spec, layout, 0).value_heads, torch.device("cpu")
+    cache = StateCache.for_model(spec, value_heads, num_slots=3, max_run=4, dtype=torch.float32, device=device)
+    footprint = Footprint(spec, layout, Storage("fp32", "fp32"))
+    assert cache.num_bytes == footprint.states_bytes(3, max_run=4)
+    assert [(kind.kind, kind.count) for kind in footprint.layers] == [("full", 1), ("state", 1)]
+    assert footprint.token_bytes == 2 * spec.num_kv_heads * spec.head_dim * 4  # of the one layer that is full

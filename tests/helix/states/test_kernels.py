@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from helix.models.states import States
-from helix.states.cache import StateCache, StateHeads
+from helix.states.cache import StateCache
 from helix.states.decode_kernel import advance_few
+from helix.states.heads import StateHeads
 from helix.states.reference import advance_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

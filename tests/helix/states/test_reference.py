@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from helix.models.states import States
-from helix.states.cache import StateCache, StateHeads
+from helix.states.cache import StateCache
+from helix.states.heads import StateHeads
 from helix.states.reference import Tokens, advance_reference, chunked, recurrent
 
 STATES = States(num_key_heads=2, num_value_heads=6, key_dim=8, value_dim=5, taps=4, eps=1e-6, by_key_head=False)
