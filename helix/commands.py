@@ -41,6 +41,7 @@ class Add(_Named, frozen=True, tag=True):
         seed: of its random numbers.
         max_len: tokens, prompt included, at which it ends.
         bad_word_ids: the tokens of each of its bad words.
+        grammar: of a structured request, on its way to rank 0, which keeps it: compiled, see helix/grammar.
     """
 
     token_ids: bytes
@@ -51,6 +52,7 @@ class Add(_Named, frozen=True, tag=True):
     retention: tuple[Retention, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
+    grammar: bytes = b""
 
     @property
     def prompt_len(self) -> int:

@@ -17,6 +17,8 @@ what they would be without it:
     the step in flight is read first. That a sequence stopped is known when the next step is already launched: one that
     waits for its place starts a step later than it would, and a page for the dropped row may have cost a cached block.
     No token depends on either.
+ 6. What a structured sequence may choose is found on rank 0 behind its known tokens, and brought to all ranks before a
+    step that it has a row in. Such a row is launched no sooner; others are.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import torch
 
 from .cache.mover import PageMover
 from .check import compare_ranks
+from .grammar.masks import Masks
 from .graphs import PendingTokens
 from .logprobs import SampledTokens, on_host
 from .metrics import RunMetrics
@@ -70,6 +73,7 @@ class Engine:
         runner: how to compute it on this rank.
         mover: how to move this rank's pages.
         speculator: what drafts; None decodes one token a sequence and step.
+        masks: which tokens structured sequences may choose.
         eos_token_ids: ids that end a sequence, unless it ignores them.
         look_ahead: launch decode steps before the tokens of the step before are read; not with check_ranks.
         check_ranks: compare the decision state over ranks at every step.
@@ -87,6 +91,7 @@ class Engine:
         mover: PageMover,
         *,
         speculator: Speculator | None = None,
+        masks: Masks,
         eos_token_ids: tuple[int, ...],
         look_ahead: bool = True,
         check_ranks: bool = False,
@@ -94,6 +99,7 @@ class Engine:
     ) -> None:
         self.scheduler, self.runner, self.mover, self.speculator = scheduler, runner, mover, speculator
         scheduler.on_leave = self._forget
+        self._masks = masks
         self._eos = frozenset(eos_token_ids)
         self._looks_ahead = look_ahead and not check_ranks
         self._flight: Flight | None = None  # launched, not read yet
@@ -148,18 +154,23 @@ class Engine:
         self.metrics.prefill_total += seq.prompt_len
         self.scheduler.add(seq)
 
-    def go_on(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> StreamEvent:
-        """Continue a held sequence whose prompt and first token another group computed; return what is new of it."""
+    def go_on(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> list[StreamEvent]:
+        """Continue a held sequence whose prompt and first token another group computed; return what is new of it.
+
+        A structured one chooses its first token here, where its grammar is: its prompt's last row is computed again.
+        """
         seq.was_admitted = True
         seq.output.cached_tokens = seq.blocks.num_reused
-        self.scheduler.run_held(seq)
+        self.scheduler.run_held(seq, len(seq.token_ids) - seq.is_structured)
+        if seq.is_structured:
+            return []
         if seq.output.logprobs is not None and logprobs is not None:
             seq.output.logprobs.append(logprobs)
         event = take_token(seq, token, self._eos)
         self.metrics.note_tokens(seq, self._clock(), 1)
         if event.output is not None:
             self.end(seq, seq.output.finish_reason)
-        return event
+        return [event]
 
     def abort(self, index: int) -> list[StreamEvent]:
         """End a request at once, wherever it is; one that has ended meanwhile is left alone. Return its last event."""
@@ -178,6 +189,7 @@ class Engine:
         """
         seq.output.finish_reason = reason
         del self._live[seq.index]
+        self._masks.drop(seq)
         place = self.runner.placement
         held = [place.local_len(seq.num_computed, rank, seq.blocks.first_owner) for rank in range(place.kvp)]
         self.metrics.note_end(seq, self._clock(), held)
@@ -212,6 +224,8 @@ class Engine:
         for seq in list(self.scheduler.running):
             self.scheduler.remove(seq, keep=not self.in_step)
         self.scheduler.clear_waiting()
+        for seq in self._live.values():
+            self._masks.drop(seq)
         self._live.clear()
         if self.in_step:  # pages that it should have written or moved may hold anything
             self.scheduler.cache.clear()
@@ -263,6 +277,7 @@ class Engine:
             self.speculator.propose(step, self.scheduler, self.mover.execute)
         if self._check_ranks:  # before any collective whose shape the step decides
             compare_ranks(self.metrics.num_steps, step)
+        step.chunks = self._masks.masked(step.chunks)
         self.mover.execute(step.movements)
         if self.runner.can_launch(step.chunks) and not self._has_logprobs(step):
             return self._launched(step)
@@ -301,6 +316,7 @@ class Engine:
         step = self.scheduler.look_ahead(flight.step)
         if step is None:
             return None
+        step.chunks = self._masks.masked(step.chunks)
         self.mover.execute(step.movements)
         if self.speculator is not None and not self.speculator.skip(step):
             return None
@@ -367,12 +383,17 @@ class Engine:
             is_decode, first = chunk.is_decode, len(events)
             accepted = num_accepted(drafts, ids[first_row : first_row + len(drafts)])
             for at in range(first_row, first_row + 1 + accepted):
+                if chunk.masks is not None and not chunk.masks[at - first_row].any():
+                    events.append(self.fail(seq, self._masks.problem(seq)))
+                    break
                 if seq.output.logprobs is not None and logprobs is not None:
                     seq.output.logprobs.append(logprobs[at])
                 events.append(take_token(seq, ids[at], self._eos))
                 if events[-1].output is not None:
                     break
-            made = len(events) - first
+            made = sum(len(event.token_ids) for event in events[first:])
+            if seq.output.error is not None:
+                continue
             if drafts:
                 self.scheduler.commit_accepted(seq)
             if is_decode and self.metrics.speculative is not None:

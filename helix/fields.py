@@ -13,6 +13,7 @@ from typing import Any
 
 from .cache.retention import Retention
 from .sampling import SamplingParams
+from .structured import from_response_format
 
 COMPLETIONS, CHAT = "completions", "chat"
 BOTH = (COMPLETIONS, CHAT)
@@ -74,6 +75,8 @@ FIELDS = (
     Field("min_tokens", "before, nothing ends the answer"),
     Field("logit_bias", "token id -> what is added, in [-100, 100]"),
     Field("bad_words", "texts that the answer must not hold"),
+    Field("structured_outputs", "what the answer must be: one of json, json_object, regex, choice, grammar"),
+    Field("response_format", "json_schema and json_object, as structured_outputs; text", to="structured_outputs"),
     Field("include_stop_str_in_output", "a stop is part of the answer"),
     Field("skip_special_tokens", "false shows them"),
     Field("logprobs", "completions: how many likely tokens; chat: true or false"),
@@ -90,7 +93,7 @@ FIELDS = (
     Field("continue_final_message", "goes on with the last turn", "request", (CHAT,)),
     Field("documents", "for the template", "request", (CHAT,)),
     Field("tools", "for the template; its response template finds calls", "request", (CHAT,)),
-    Field("tool_choice", "none or auto", "request", (CHAT,), neutral=("none", "auto")),
+    Field("tool_choice", "none, auto, required, or a function", "request", (CHAT,), neutral=("none", "auto")),
     Field("user", "", "ignored"),
     Field("metadata", "", "ignored"),
     Field("store", "", "ignored"),
@@ -106,17 +109,15 @@ FIELDS = (
     Field("length_penalty", "belongs to beam search", "refused", neutral=(1,)),
     Field("functions", "use tools", "refused", (CHAT,), neutral=([],)),
     Field("function_call", "use tool_choice", "refused", (CHAT,), neutral=("none", "auto")),
-    Field("response_format", "only text", "refused", neutral=({"type": "text"},)),
     Field("modalities", "only text", "refused", (CHAT,), neutral=(["text"],)),
     Field("audio", "only text", "refused", (CHAT,)),
     Field("prediction", "drafts are the server's to choose", "refused", (CHAT,)),
     Field("reasoning_effort", "use chat_template_kwargs", "refused", (CHAT,)),
     Field("web_search_options", "not done", "refused", (CHAT,)),
-    Field("structured_outputs", "not done", "refused"),
-    Field("guided_json", "not done", "refused"),
-    Field("guided_regex", "not done", "refused"),
-    Field("guided_choice", "not done", "refused"),
-    Field("guided_grammar", "not done", "refused"),
+    Field("guided_json", "use structured_outputs", "refused"),
+    Field("guided_regex", "use structured_outputs", "refused"),
+    Field("guided_choice", "use structured_outputs", "refused"),
+    Field("guided_grammar", "use structured_outputs", "refused"),
 )  # fmt: skip
 BY_NAME = {each.name: each for each in FIELDS}
 _TEMPLATE: dict[str, type[Any]] = {
@@ -141,6 +142,8 @@ def one_name(given: Mapping[str, Any], also: Mapping[str, str] | None = None) ->
         if value is None:
             continue
         name = names.get(key, key)
+        if key == "response_format":
+            value = from_response_format(value)
         if name in plain and plain[name] != value:
             raise ValueError(f"{name} is given twice, once as {key}; give it once")
         plain[name] = value

@@ -29,11 +29,16 @@ from .cache.events import Listener
 from .cache.mover import PageMover
 from .cache.pages import PagedCache, free_bytes, page_layout
 from .callbacks import Callback
+from .commands import Add
 from .config import HelixConfig
 from .door import Door, Source
 from .engine import Engine
 from .feed import PromptFeed
 from .front import Front
+from .grammar.compiling import GrammarCompiler
+from .grammar.masks import Masks
+from .grammar.matching import Matchers
+from .grammar.vocabulary import Vocabulary
 from .graphs import buckets_up_to
 from .inbox import Inbox
 from .loop import StepLoop
@@ -134,19 +139,28 @@ class LLM:
             partial_reuse=config.cache.partial_reuse,
             offload_min_priority=config.cache.offload_min_priority,
         )
+        self.vocabulary = Vocabulary(self.tokenizer, self.spec.vocab_size, prepared.eos_token_ids)
+        masks = Masks(Matchers(self.vocabulary) if self.launch.speaks else None, self.spec.vocab_size)
         self.engine = Engine(
             Scheduler(config.scheduler, cache),
             self.runner,
             agree(lambda: PageMover(self.runner.cache, config.cache.host_pages, self.grid.kvp_rank)),
             speculator=speculator,
+            masks=masks,
             eos_token_ids=prepared.eos_token_ids,
             look_ahead=config.runtime.look_ahead,
             check_ranks=config.runtime.check_ranks,
         )
         limits = Limits(self.spec.max_position, self.placement, self.num_pages, config.scheduler.max_logprobs)
         turn_ends = [each for each in end_of_turn_ids(self.tokenizer) if each not in prepared.eos_token_ids]
+        self._grammars = GrammarCompiler(self.vocabulary)
         self.preparer = Preparer(
-            prepared.prompts, limits, has_tokenizer=self.tokenizer is not None, end_of_turn_ids=turn_ends
+            prepared.prompts,
+            limits,
+            has_tokenizer=self.tokenizer is not None,
+            end_of_turn_ids=turn_ends,
+            grammars=self._grammars,
+            admit=masks.admit,
         )
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
@@ -254,6 +268,10 @@ class LLM:
         """What is wrong with the other group of a transfer, and what becomes of requests; empty where nothing is."""
         return self._front.trouble
 
+    def admit(self, add: Add) -> Add:
+        """Take what rank 0 alone keeps of a request out of a command that is to enter. On rank 0, from any thread."""
+        return self.preparer.admit(add)
+
     def find(self, index: int) -> RunningSequence | None:
         """Return the sequence of an index while it waits or runs; the same on every rank."""
         return self._front.find(index)
@@ -272,6 +290,7 @@ class LLM:
 
     def close(self) -> None:
         """Leave the other group, where there is one, and the world. Collective."""
+        self._grammars.close()
         self._front.close()
         self.runner.release_graphs()
         stop()

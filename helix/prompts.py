@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 from parallel.placement import BlockCyclic
 
 from .commands import Add, Refuse, encode
+from .grammar.compiling import GrammarCompiler
 from .messages import plain_messages
 from .request import Request
 from .sampling import SEED_LIMIT, SamplingParams
@@ -197,20 +198,39 @@ class Preparer:
         limits: what it may take.
         has_tokenizer: whether text can be made, and a stop string be found in it.
         end_of_turn_ids: tokens that end the answer to messages, beside those that end every output.
+        grammars: compiles what answers must be.
+        admit: takes out of a command what rank 0 alone keeps.
     """
 
     def __init__(
-        self, prompts: PromptReader, limits: Limits, *, has_tokenizer: bool, end_of_turn_ids: Sequence[int] = ()
+        self,
+        prompts: PromptReader,
+        limits: Limits,
+        *,
+        has_tokenizer: bool,
+        end_of_turn_ids: Sequence[int] = (),
+        grammars: GrammarCompiler,
+        admit: Callable[[Add], Add] = lambda add: add,
     ) -> None:
         self.limits, self.end_of_turn_ids = limits, list(end_of_turn_ids)
         self._prompts, self._has_tokenizer = prompts, has_tokenizer
+        self.grammars, self.admit = grammars, admit
         self._entropy, self._num_seeded = secrets.randbelow(SEED_LIMIT), count()
+
+    def is_quick(self, prompt: Prompt, sampling: SamplingParams) -> bool:
+        """Return whether ``settle`` would not wait for a compiler, which is begun where it would."""
+        own = prompt.sampling if isinstance(prompt, Request) else None
+        asked = (own or sampling).structured_outputs
+        try:
+            return not asked or self.grammars.begin(asked).done()
+        except ValueError:  # settle says what
+            return True
 
     def settle(self, index: int, prompt: Prompt, sampling: SamplingParams) -> Settled:
         """Return the command that adds a prompt's request, or refuses it; ``sampling`` where it has none."""
         request = as_request(prompt)
         try:
-            add = self.prepare(index, request, request.sampling or sampling)
+            add = self.admit(self.prepare(index, request, request.sampling or sampling))
             return Settled(encode(add), add.prompt_len)
         except ValueError as problem:
             error = str(problem).encode("utf-8", "backslashreplace").decode()
@@ -239,6 +259,7 @@ class Preparer:
             )
         if sampling.stop and not self._has_tokenizer:
             raise ValueError(f"sampling.stop = {sampling.stop} needs a tokenizer, but the model folder has none")
+        asked = sampling.structured_outputs
         return Add(
             index,
             _name(request),
@@ -250,6 +271,7 @@ class Preparer:
             retention=request.retention,
             bad_word_ids=self._prompts.bad_word_ids(sampling.bad_words),
             priority=request.priority,
+            grammar=self.grammars.compile(asked) if asked else b"",
         )
 
     def new_seed(self) -> int:

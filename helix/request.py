@@ -21,6 +21,7 @@ STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 """Why a request ended: its own end or a stop of its settings, its length, its caller, a failure."""
 
 MAX_SALT_CHARS = 1_000
+MASK_BITS = 32  # tokens that a word of a mask tells of
 MAX_URGENCY = 100
 
 
@@ -215,6 +216,11 @@ class Sequence:
         return self.batch_slot < 0 and not (self.was_admitted or self.has_ended)
 
     @property
+    def is_structured(self) -> bool:
+        """True where rank 0 says which tokens may come next, once it knows those before."""
+        return bool(self.sampling.structured_outputs)
+
+    @property
     def has_ended(self) -> bool:
         """True once a token was its last."""
         return bool(self.output.finish_reason)
@@ -229,12 +235,15 @@ class Chunk:
 
     Attributes:
         drafts: tokens that may come next, at positions [stop, stop + len(drafts)); only of a chunk that samples.
+        masks: of a structured sequence's rows that choose, which tokens each may choose: int32 [num_choices, W], bit t
+            of a row is token t.
     """
 
     seq: Sequence
     start: int
     stop: int
     drafts: tuple[int, ...] = ()
+    masks: npt.NDArray[np.int32] | None = field(default=None, compare=False)
 
     @property
     def samples(self) -> bool:

@@ -3,8 +3,8 @@
 1. ``prepare``, before the forward: the settings of the rows that choose go to the device in one copy, and the counts of
    their sequences are brought up to date.
 2. The forward.
-3. ``choose``: biases, then penalties, on the slice; rows without filters choose by the largest score of all slices, so
-   that one key a row travels; where any row has filters the slices are gathered, and every rank chooses alike.
+3. ``choose``: biases, penalties and masks on the slice; rows without filters choose by the largest score of all
+   slices, so that one key a row travels; where any row has filters the slices are gathered, and all ranks choose alike.
 
 Nothing of it needs the tokens of the step before on the host: a penalty's counts and the last token stay on the device.
 """
@@ -28,7 +28,7 @@ from .choose_kernels import best_keys
 from .logprobs import SampledTokens, with_logprobs
 from .models.decoder import Decoder
 from .prompt_logprobs import PromptScorer
-from .request import Chunk, RequestOutput, Sequence
+from .request import MASK_BITS, Chunk, RequestOutput, Sequence
 from .sampling import SamplingParams
 from .token_counts import TokenCounts
 from .upload import upload
@@ -51,12 +51,15 @@ class Choices:
     Attributes:
         added: rows, local ids and values that are added to logits; None where there are none.
         banned: rows and local ids that are ruled out where ``values`` are -inf (else inf), pairs may repeat.
+        allowed: rows [M] that may choose some tokens alone, and the words [M, W'] of their masks that this rank's
+            slice of the vocabulary begins and ends in.
         num_logprobs: the most alternatives that any row asks for; None where no row wants log-probabilities.
     """
 
     settings: RowSettings
     added: tuple[Tensor, Tensor, Tensor] | None
     banned: tuple[Tensor, Tensor, Tensor] | None
+    allowed: tuple[Tensor, Tensor] | None
     penalised: Penalised | None
     num_logprobs: int | None
 
@@ -82,6 +85,10 @@ class Sampler:
         self._rules = Rules([])
         self._counts = TokenCounts(max_batch, self._vocab, decoder.device)
         self.scorer = PromptScorer(decoder)
+        start, stop = self._vocab
+        self._words = slice(start // MASK_BITS, -(-stop // MASK_BITS))
+        bits = torch.arange(start, stop, dtype=torch.int32, device=decoder.device)
+        self._word_of, self._bit_of = bits // MASK_BITS - start // MASK_BITS, bits % MASK_BITS
 
     def prepare(self, chunks: Many[Chunk], last_tokens: Tensor) -> Choices:
         """Return how the rows of a step choose. Before the forward; ``last_tokens`` [max_batch] are those it reads."""
@@ -97,7 +104,8 @@ class Sampler:
         )
         added, ruled_out = self._biases(rows, last_tokens)
         wanted = [each.logprobs for each in params if each.logprobs is not None]
-        return Choices(settings, added, ruled_out, self._penalties(rows), max(wanted, default=None))
+        allowed = self._allowed(rows)
+        return Choices(settings, added, ruled_out, allowed, self._penalties(rows), max(wanted, default=None))
 
     @torch.inference_mode()
     def choose(self, local: Tensor, choices: Choices) -> SampledTokens:
@@ -145,7 +153,7 @@ class Sampler:
 
     def _adjusted(self, local: Tensor, choices: Choices) -> Tensor:
         logits = local
-        if choices.added is not None or choices.banned is not None:
+        if choices.added is not None or choices.banned is not None or choices.allowed is not None:
             logits = local.float() if local.dtype != torch.float32 else local.clone()
         if choices.added is not None:
             rows, ids, values = choices.added
@@ -156,7 +164,21 @@ class Sampler:
         if choices.penalised is not None:
             each = choices.penalised
             logits = self._counts.penalised(logits, each.slots, each.amounts, each.drafts)
+        if choices.allowed is not None:
+            places, words = choices.allowed
+            may = words[:, self._word_of] >> self._bit_of & 1
+            logits[places] = logits[places].masked_fill(may == 0, -math.inf)
         return logits
+
+    def _allowed(self, rows: Many[tuple[Chunk, int]]) -> tuple[Tensor, Tensor] | None:
+        """Return the rows that have a mask, and this rank's words of it; None where none has."""
+        masks = [(row, chunk.masks[ahead]) for row, (chunk, ahead) in enumerate(rows) if chunk.masks is not None]
+        if not masks:
+            return None
+        places = np.array([row for row, _ in masks], np.int64)
+        words = np.stack([mask[self._words] for _, mask in masks])
+        sent = upload({"places": places, "words": words}, self._decoder.device)
+        return sent["places"], sent["words"]
 
     def _biases(
         self, rows: Many[tuple[Chunk, int]], last_tokens: Tensor

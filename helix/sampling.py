@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from .checks import INT64_LIMIT, check_text, conforms
+from .structured import structured
 
 SEED_LIMIT = INT64_LIMIT
 TOKEN_LIMIT = 2**31
@@ -34,6 +35,8 @@ class SamplingParams:
         frequency_penalty: subtracted from them once for each time that the answer has them.
         logit_bias: token id -> what is added to its logit, from -100 to 100.
         bad_words: texts that the answer must not hold, each of some tokens: the last of them is ruled out.
+        structured_outputs: what the answer's text must be, one of json (a JSON schema), json_object (true), regex,
+            choice (a list of texts) and grammar (EBNF as llama.cpp's); kept as ``structured`` returns it.
         seed: an integer that makes sampling repeatable; None takes another one for each request.
         stop: texts that end the answer; they are not part of it.
         include_stop_str_in_output: they are part of it, as is the text of a token that ends it.
@@ -58,6 +61,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     bad_words: list[str] = field(default_factory=list)
+    structured_outputs: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
     include_stop_str_in_output: bool = False
@@ -68,6 +72,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if self.structured_outputs is not None:
+            self.structured_outputs = structured(self.structured_outputs)
         for item in fields(SamplingParams):
             value = _plain(getattr(self, item.name), item.type)
             if value is None and not conforms(None, item.type):
@@ -110,6 +116,10 @@ class SamplingParams:
             all(len(word) <= MAX_STOP_CHARS for word in self.bad_words),
             f"must hold strings of at most {MAX_STOP_CHARS} characters",
         )
+        free = not self.structured_outputs
+        yield "min_tokens", free or not self.min_tokens, "must be 0 with structured_outputs, which says where it ends"
+        yield "ignore_eos", free or not self.ignore_eos, "must be false with structured_outputs: nothing may follow"
+        yield "bad_words", free or not self.bad_words, "must be empty with structured_outputs: no token might be left"
         yield "seed", self.seed is None or 0 <= self.seed < SEED_LIMIT, "must lie in [0, 2**63) or be null"
         yield "stop", len(self.stop) <= MAX_STOPS, f"must hold at most {MAX_STOPS} strings"
         yield "stop", all(self.stop), "must not contain an empty string"
@@ -135,7 +145,8 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Say whether each token is the argmax of the logits as they are, and nothing else is asked for."""
-        return self.is_greedy and not (self.has_penalties or self.has_biases) and self.logprobs is None
+        is_free = not (self.has_penalties or self.has_biases or self.structured_outputs)
+        return self.is_greedy and is_free and self.logprobs is None
 
     @property
     def has_biases(self) -> bool:

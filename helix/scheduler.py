@@ -128,17 +128,24 @@ class Scheduler:
         known later. None where the launched step has to be committed first, since ``schedule`` may do something else
         then: a chunk is due, one waits that may begin now or soon, or a page is missing. Waiting sequences that did not
         fit hold nothing up before something is freed, and nobody does before a chunk is due.
+
+        Structured sequences whose tokens are not known sit this step out: what may follow is found on rank 0. Beside
+        others, which lose nothing by it, they have a row in every other step.
         """
-        if not self._quiet and len(launched.chunks) < len(self.running):
+        in_step = {chunk.seq for chunk in launched.chunks}
+        known = [seq for seq in self.running if seq.is_structured and seq.num_todo == 1 and seq not in in_step]
+        if not self._quiet and len(launched.chunks) + len(known) < len(self.running):
             return None
+        ahead = [chunk for chunk in launched.chunks if not chunk.seq.is_structured]
         chunks = [
             Chunk(chunk.seq, chunk.stop, chunk.stop + 1)
-            for chunk in launched.chunks
+            for chunk in ahead
             if chunk.stop + 1 < chunk.seq.max_len and not chunk.seq.has_ended
         ]
-        something_ends = len(chunks) < len(launched.chunks)
+        something_ends = len(chunks) < len(ahead)
         if not chunks or (not self._quiet and self.waiting and (something_ends or self._may_admit([]))):
             return None
+        chunks += [Chunk(seq, seq.num_computed, seq.num_computed + 1) for seq in known if not seq.has_ended]
         if not all(self.cache.extend(chunk.seq.blocks, chunk.stop) for chunk in chunks):
             return None
         self._num_steps += 1
@@ -199,9 +206,9 @@ class Scheduler:
         """Give a sequence its pages and a batch slot; it does not run before ``run_held``."""
         seq.blocks, seq.batch_slot, seq.num_computed = table, heapq.heappop(self._free_slots), table.num_reused
 
-    def run_held(self, seq: Sequence) -> None:
-        """Let a sequence run whose tokens are all computed, and cache its blocks."""
-        seq.num_computed = len(seq.token_ids)
+    def run_held(self, seq: Sequence, num_computed: int) -> None:
+        """Let a sequence run of which so many tokens are computed, and cache its blocks."""
+        seq.num_computed = num_computed
         self.cache.commit(seq.blocks, seq.num_computed)
         insort(self.running, seq, key=order_of)
 

@@ -92,7 +92,7 @@ def lead(config: ServeConfig) -> None:
         llm = LLM(config)
         with ending.taking_signals(SignalTaker(clients).take):
             limits, turn_ends = llm.preparer.limits, llm.preparer.end_of_turn_ids
-            clients.tell(wire.Ready(llm.spec.vocab_size, limits, list(turn_ends)))
+            clients.open(llm, wire.Ready(llm.spec.vocab_size, limits, list(turn_ends), llm.vocabulary.end_ids))
             with cache_events(llm, config.cache.events), kv_events(llm, publisher):
                 for events in llm.turns(clients.inbox):
                     clients.publish(llm, events)

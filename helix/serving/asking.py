@@ -28,6 +28,7 @@ from ..request import Request
 from ..sampling import SamplingParams
 from .config import ServingConfig
 from .errors import ApiError
+from .forced_calls import names_of
 
 _log = logging.getLogger(__name__)
 _MAX_NAMED = 100
@@ -50,6 +51,7 @@ class Asked:
         return_token_ids: tell the ids.
         says_length: the length of the answer was asked for; else it is a default's.
         tools: that the answer may call.
+        called: functions of which it has to call one; none where it need not.
     """
 
     endpoint: str
@@ -64,6 +66,7 @@ class Asked:
     return_token_ids: bool = False
     says_length: bool = False
     tools: tuple[dict[str, Any], ...] = ()
+    called: tuple[str, ...] = ()
 
     @property
     def is_chat(self) -> bool:
@@ -95,7 +98,11 @@ def asked_of(
     require_model(given.pop("model", None), model_name)
     calls = _take_calls(given)
     n = calls.pop("n", 1)
+    choice = given.get("tool_choice", "auto") if endpoint == CHAT else "auto"
+    if choice != "none":
+        given.pop("tool_choice", None)
     template = take_template(given) if endpoint == CHAT else {}
+    called = tuple(names_of(choice, template.get("tools", ())))
     echoes = endpoint == COMPLETIONS and calls.get("echo", False)
     if echoes and given.get("max_tokens") == 0:
         given["max_tokens"], calls["only_prompt"] = 1, True
@@ -124,8 +131,11 @@ def asked_of(
     requests = [Request(**prompt, **shared) for prompt in prompts]
     for request in requests:
         request.check()
+    if called and settings.structured_outputs:
+        raise ValueError('tool_choice = "required" or a function together with structured_outputs is not supported')
     says_length = any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "max_new_tokens"))
-    return Asked(endpoint, requests, n, says_length=says_length, tools=tuple(template.get("tools", ())), **calls)
+    tools = tuple(template.get("tools", ()))
+    return Asked(endpoint, requests, n, says_length=says_length, tools=tools, called=called, **calls)
 
 
 def require_model(given: Any, model_name: str) -> None:

@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from ..commands import Close
+from ..commands import Add, Close
+from ..commands import decode as decode_command
 from ..commands import encode as encode_command
 from ..inbox import Inbox
 from ..llm import LLM
@@ -29,6 +30,8 @@ class Clients:
     Args:
         sock: a stream socket; the HTTP process has the other end.
 
+    ``open`` is called once the model is loaded: until then no request comes.
+
     Attributes:
         inbox: where the commands wait for the next step.
         has_gone: True once the HTTP process has ended, or closed its end.
@@ -40,8 +43,14 @@ class Clients:
         self._sock, self._outbox = sock, Outbox(sock)
         self._num_sent: dict[int, int] = {}  # log-probabilities that were sent, of those that asked for any
         self._published_s = 0.0
+        self._llm: LLM | None = None
         self._thread = threading.Thread(target=self._read, name="clients", daemon=True)
         self._thread.start()
+
+    def open(self, llm: LLM, ready: wire.Ready) -> None:
+        """Say that requests are taken."""
+        self._llm = llm
+        self.tell(ready)
 
     def tell(self, message: wire.Down) -> None:
         """Send a message."""
@@ -88,9 +97,16 @@ class Clients:
         if output.logprobs is not None:
             delta.logprobs = [_chance(each) for each in output.logprobs[start:stop]]
 
+    def _admitted(self, frame: bytes) -> bytes:
+        """Return a command as all ranks get it: what rank 0 alone keeps of it stays here, in this thread's time."""
+        command = decode_command(frame)
+        if self._llm is None or not isinstance(command, Add) or not command.grammar:
+            return frame
+        return encode_command(self._llm.admit(command))
+
     def _read(self) -> None:
         while (frame := read_frame(self._sock)) is not None:
-            self.inbox.put(frame, always=True)
+            self.inbox.put(self._admitted(frame), always=True)
         self.has_gone = True
         self.inbox.put(encode_command(Close(abort=True)), always=True)
 

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..commands import Add
+from ..grammar.compiling import GrammarCompiler
+from ..grammar.vocabulary import Vocabulary
 from ..prompts import Preparer, PromptReader
 from ..request import Request
 from ..sampling import SEED_LIMIT
@@ -34,8 +36,13 @@ class Settler:
     def __init__(self, setup: Setup, ready: Ready, tokenizer: Any) -> None:
         self._setup, self._ready = setup, ready
         self._reader = PromptReader(ready, tokenizer)
+        self._grammars = GrammarCompiler(Vocabulary(tokenizer, ready.vocab_size, ready.end_ids))
         self._preparer = Preparer(
-            self._reader, ready.limits, has_tokenizer=tokenizer is not None, end_of_turn_ids=ready.end_of_turn_ids
+            self._reader,
+            ready.limits,
+            has_tokenizer=tokenizer is not None,
+            end_of_turn_ids=ready.end_of_turn_ids,
+            grammars=self._grammars,
         )
         self._threads = ThreadPoolExecutor(NUM_THREADS, "settle")
         self._template_threads = ThreadPoolExecutor(NUM_THREADS, "template")  # one that hangs holds up its like alone
@@ -47,6 +54,7 @@ class Settler:
             ApiError: why one of them cannot run.
         """
         adds: list[Add] = []
+        await self._compile(asked)
         texts: list[str | None] = []
         for request in asked.requests:
             request = await self.rendered(request)
@@ -60,6 +68,17 @@ class Settler:
                 else:
                     adds.append(msgspec.structs.replace(add, index=other, seed=self._preparer.new_seed()))
         return adds, texts
+
+    async def _compile(self, asked: Asked) -> None:
+        """Have the answer's grammar compiled, where there is one: it holds up its like alone."""
+        sampling = asked.requests[0].sampling
+        if sampling is not None and sampling.structured_outputs:
+            structure = sampling.structured_outputs
+            compiling = await self.beside(lambda: self._grammars.begin(structure))
+            try:
+                await asyncio.shield(asyncio.wrap_future(compiling))  # another request may wait for the same
+            except ValueError as problem:
+                raise ApiError.of(problem) from problem
 
     async def rendered(self, request: Request) -> Request:
         """Return a request whose messages are the text that the chat template makes of them, in its time."""

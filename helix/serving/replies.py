@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..request import ABORT, ERROR, STOP
+from ..token_texts import TokenTexts
 from .asking import Asked
 from .errors import ApiError
 from .link import Piece
 from .parsing import CONTENT, TOOL_CALL, AnswerParser
-from .token_texts import TokenTexts
 from .wire import TokenChance
 
 

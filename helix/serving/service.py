@@ -8,14 +8,16 @@ from typing import Any
 
 from ..commands import Add
 from ..fields import CHAT
+from ..sampling import SamplingParams
+from ..token_texts import TokenTexts
 from .asking import Asked, asked_of, read_json
 from .errors import ApiError
+from .forced_calls import forced_call
 from .link import Call, Link, Piece
 from .parsing import AnswerParser, response_template
 from .preparing import Settler
 from .replies import ChatReply, CompletionReply, Reply, chances_by_id, head, require_answer, usage_of
 from .sending import EventStream, Receive, Scope, Send, read_body, send_json, while_connected
-from .token_texts import TokenTexts
 from .wire import Setup
 
 NO_TEMPLATE = (
@@ -79,6 +81,8 @@ class Service:
             asked = await settler.beside(read)
             if asked.tools and self.template is None:
                 raise ApiError(400, NO_TEMPLATE, param="tools")
+            if asked.called:
+                asked = await self._with_call(settler, asked)
             adds, texts = await settler.settle(asked, self.link.new_indices)
             answering = Answering(self, asked, adds, texts, request_id)
             call = self.link.submit(adds)
@@ -91,6 +95,17 @@ class Service:
                 call.close()
 
         await while_connected(receive, work())
+
+    async def _with_call(self, settler: Settler, asked: Asked) -> Asked:
+        """Return what is asked for with the form of the tool call that the answer has to be."""
+        request = await settler.rendered(asked.requests[0])
+        prompt, sampling = request.prompt or "", request.sampling
+        assert sampling is not None
+
+        def structure() -> SamplingParams:
+            return replace(sampling, structured_outputs=forced_call(self.template, prompt, asked.tools, asked.called))
+
+        return replace(asked, requests=[replace(request, sampling=await settler.beside(structure))])
 
 
 class Answering:

@@ -45,11 +45,13 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
         vocab_size: ids below it are tokens.
         limits: what one sequence can take.
         end_of_turn_ids: tokens that end the answer to messages.
+        end_ids: tokens that end every answer.
     """
 
     vocab_size: int
     limits: Limits
     end_of_turn_ids: list[int]
+    end_ids: list[int]
 
     @property
     def max_position(self) -> int:

@@ -164,7 +164,7 @@ class Ask:
     @classmethod
     def of(cls, number: int, seq: Sequence) -> Ask:
         """Return what asks for the prompt of a sequence that has its pages."""
-        sampling = asdict(seq.sampling)
+        sampling = asdict(seq.sampling) | {"structured_outputs": {}}  # the group that asks chooses by it
         sampling["logit_bias"] = {str(token): value for token, value in seq.sampling.logit_bias.items()}  # keys: texts
         return cls(
             id=number,

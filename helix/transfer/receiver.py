@@ -325,7 +325,7 @@ class Receiver:
         if inbound.problems or self._aborting or inbound.seq.has_ended:
             return self._end_early(end.id, inbound, inbound.unknown, (inbound.problems or [FAILED])[0])
         del self._inbound[end.id]
-        return [self._publish(inbound)]
+        return self._publish(inbound)
 
     def _end_all(self, reason: str) -> list[StreamEvent]:
         """Wait for no writer any more: what has not ended is unknown."""
@@ -371,7 +371,7 @@ class Receiver:
             self.counters.pages_released += len(quarantine.pages)
             self._warn("request %d: its %d quarantined pages are free again", number, len(quarantine.pages))
 
-    def _publish(self, inbound: Inbound) -> StreamEvent:
+    def _publish(self, inbound: Inbound) -> list[StreamEvent]:
         """Go on with a prompt that has arrived whole."""
         seq, first = inbound.seq, inbound.first
         assert first is not None

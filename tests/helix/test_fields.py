@@ -14,6 +14,7 @@ def test_every_setting_has_a_row_and_every_row_a_name_of_its_own() -> None:
     assert {each.name for each in FIELDS if each.kind == "setting"} - set(SETTINGS) == {
         "max_completion_tokens",
         "max_new_tokens",
+        "response_format",
     }
 
 

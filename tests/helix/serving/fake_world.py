@@ -113,7 +113,7 @@ def serving(model: Path, answer: Answer = at_once, *, key: str | None = None, **
     thread.start()
     config = ServingConfig(**settings)
     world.send(wire.Setup(str(model), "fake", key, "1.2", config, SamplingParams()))
-    world.send(wire.Ready(320, Limits(MAX_POSITION, BlockCyclic(16, 2), 64, 20), [257]))
+    world.send(wire.Ready(320, Limits(MAX_POSITION, BlockCyclic(16, 2), 64, 20), [257], [257]))
     try:
         world.wait_for(lambda: _is_healthy(world), 30)
         yield world

@@ -70,6 +70,8 @@ HONOURED: dict[str, Case] = {
     "bad_words": Case(["x"], add={"bad_word_ids": None}),
     "include_stop_str_in_output": Case(True, {"include_stop_str_in_output": True}),
     "skip_special_tokens": Case(False, {"skip_special_tokens": False}),
+    "structured_outputs": Case({"regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
+    "response_format": Case({"type": "json_object"}, {"structured_outputs": {"json": '{"type": "object"}'}}),
     "return_token_ids": Case(True, answer=lambda each: each["choices"][0]["token_ids"] == [1]),
     "request_id": Case("mine", add={}),
     "chat_template_kwargs": Case({"enable_thinking": False}, add={}),
@@ -81,7 +83,6 @@ HONOURED: dict[str, Case] = {
 }
 REFUSED_VALUE: dict[str, Any] = {
     "best_of": 2, "functions": [TOOL],
-    "response_format": {"type": "json_object"},
 }  # fmt: skip
 ROWS = [(each.name, place) for each in FIELDS for place in each.at]
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from helix.commands import Add, Close
 from helix.serving import wire
+from helix.serving.forced_calls import forced_call
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.serving.fake_world import FakeWorld, at_once, never, serving
 
@@ -82,6 +84,40 @@ def test_reasoning_content_and_calls_come_apart_whole_and_streamed(parsing: Fake
 
     [choice] = parsing.ask(CHAT, asked)[1]["choices"]  # what is no call stays content
     assert "{broken" in choice["message"]["content"] and choice["finish_reason"] == "stop"
+
+
+def test_a_forced_call_is_the_form_of_the_answer(parsing: FakeWorld) -> None:
+    named = {"type": "function", "function": {"name": "add"}}
+    for choice in ("required", named):
+        assert parsing.ask(CHAT, {"messages": HI, "tools": TOOLS, "tool_choice": choice})[0] == 200
+        form = json.loads(parsing.adds[-1].sampling.structured_outputs["call"])
+        assert (form["begin"], form["end"]) == ("<call>", "</call>")
+        [call] = form["schema"]["anyOf"]
+        assert call["properties"] == {"name": {"const": "add"}, "arguments": TOOLS[0]["function"]["parameters"]}
+        assert parsing.adds[-1].grammar
+    other = {"type": "function", "function": {"name": "other"}}
+    for asked in (
+        {"tools": TOOLS, "tool_choice": other},
+        {"tools": TOOLS, "tool_choice": "always"},
+        {"tool_choice": "required"},
+        {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+    ):
+        status, answer, _ = parsing.ask(CHAT, {"messages": HI} | asked)
+        assert (status, answer["error"]["param"]) == (400, "tool_choice"), answer
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"open_pattern": "<(?P<name>\\w+)>", "transform": {"function": {"name": "{name}", "arguments": "{content}"}}},
+        {"open": "<call>", "content": "kv-lines", "transform": {"function": "{content}"}},
+        {"open": "<call>", "transform": {"function": {"name": "fixed", "arguments": "{content.a}"}}},
+    ],
+)
+def test_calls_that_are_not_json_between_two_texts_cannot_be_forced(field: dict[str, Any]) -> None:
+    spec = {"start_anchor": "x", "fields": {"tool_calls": {"content": "json", "close": "</call>"} | field}}
+    with pytest.raises(ValueError, match="^tool_choice is not supported here"):
+        forced_call(load_response_template(spec), "x", TOOLS, ["add"])
 
 
 def test_tools_without_a_template_for_answers_are_refused(model: Path) -> None:

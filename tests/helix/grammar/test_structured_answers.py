@@ -1,0 +1,196 @@
+"""Structured answers are what was asked for, in every layout, with speculation and without, and disturb nobody.
+
+Random schemas, a model of random weights, temperature 1: whatever the masks let through is tried. A whole answer
+parses and is as its schema says; one that its length ended is the beginning of such a one.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import Any
+
+import pytest
+
+from helix.grammar import matching
+from helix.llm import LLM
+from helix.request import LENGTH, STOP, Chunk, Request, RequestOutput
+from helix.sampling import SamplingParams
+from scripts.make_checkpoint import make_checkpoint
+from tests.helix.grammar.schemas import is_valid, random_schema
+from tests.helix.speculative.world import Recorded, make_llm, run, told, use
+
+xgrammar = pytest.importorskip("xgrammar")
+NGRAM = {"method": "ngram", "ngram_min": 1, "max_draft_len": 3}
+PLAIN = Request(prompt_token_ids=[3] * 20, sampling=SamplingParams(max_tokens=50, ignore_eos=True))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("structured") / "model", layers=1))
+
+
+@pytest.fixture(scope="module")
+def llm(model: str) -> Iterator[LLM]:
+    made = make_llm(model, look_ahead=True)
+    yield made
+    made.preparer.grammars.close()
+
+
+def asking(structure: dict[str, Any], seed: int = 0, max_tokens: int = 60, **settings: Any) -> Request:
+    sampling = SamplingParams(
+        max_tokens=max_tokens, temperature=1.0, seed=seed, structured_outputs=structure, **settings
+    )
+    prompt = Random(seed).choices(range(256), k=1 + seed % 23)
+    return Request(prompt_token_ids=prompt, sampling=sampling)
+
+
+def check(schema: dict[str, Any], output: RequestOutput, llm: LLM) -> None:
+    """A whole answer is as its schema says; any other begins so."""
+    assert output.error is None and output.finish_reason in (STOP, LENGTH)
+    if output.finish_reason == STOP:
+        assert is_valid(json.loads(output.text), schema, schema), (schema, output.text)
+        return
+    compiler = xgrammar.GrammarCompiler(llm.vocabulary.info, max_threads=1)
+    matcher = xgrammar.GrammarMatcher(compiler.compile_json_schema(json.dumps(schema)))
+    assert matcher.accept_string(bytes(output.token_ids)), (schema, output.text)
+
+
+def layout_body(path: str, kvp: int, tpa: int, num_schemas: int, is_often_wrong: bool) -> list[Any]:
+    """Outputs launched ahead beside another, and drafted for: from their own tokens, or by one who is often wrong."""
+    schemas = [random_schema(Random(seed)) for seed in range(num_schemas)]
+    asked = [asking({"json": schema}, seed, 40) for seed, schema in enumerate(schemas)]
+    llm = make_llm(path, kvp=kvp, tpa=tpa, look_ahead=True)
+    outputs = run(llm, [*asked, PLAIN])
+    for schema, output in zip(schemas, outputs, strict=False):
+        if llm.launch.speaks:
+            check(schema, output, llm)
+    drafting = sharing(llm, make_llm(path, kvp=kvp, tpa=tpa, graphs=is_often_wrong, speculative=NGRAM))
+    if is_often_wrong:
+        use(drafting, Recorded(outputs, 0.7))
+    assert told(run(drafting, [*asked, PLAIN])) == told(outputs)
+    counters = drafting.metrics.speculative
+    assert counters is not None and 0 < counters.accepted < counters.drafted
+    llm.preparer.grammars.close()
+    return [output.token_ids for output in outputs]
+
+
+def sharing(llm: LLM, other: LLM) -> LLM:
+    """Let another compile its grammars in the same process, whose start takes seconds."""
+    other.preparer.grammars = llm.preparer.grammars
+    return other
+
+
+def test_random_schemas_are_kept_alike_in_every_layout(ranks: Callable[..., Any], model: str) -> None:
+    tokens, *_ = ranks(1).run(layout_body, model, 1, 1, 20, True)
+    for others in ranks(4).run(layout_body, model, 2, 2, 4, False):
+        assert others == [*tokens[:4], tokens[-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3_000)
+def test_ten_thousand_random_schemas_are_kept(model: str) -> None:
+    """Run by: bash scripts/test.sh -m slow -k ten_thousand_random_schemas."""
+    llm = make_llm(model, look_ahead=True, max_batch=64, num_pages=4096)
+    schemas = [random_schema(Random(seed)) for seed in range(10_000)]
+    outputs = run(llm, [asking({"json": schema}, seed, 80) for seed, schema in enumerate(schemas)])
+    for schema, output in zip(schemas, outputs, strict=True):
+        check(schema, output, llm)
+    whole = sum(output.finish_reason == STOP for output in outputs)
+    assert 5_000 < whole < 10_000
+
+
+@pytest.mark.parametrize(
+    ("structure", "is_one"),
+    [
+        ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
+        ({"regex": "[a-c]{3}[0-9]+"}, lambda text: text[:3].isalpha() and text[3:].isdecimal()),
+        ({"choice": ["yes", 'no, "é\n"']}, lambda text: text in ("yes", 'no, "é\n"')),
+        ({"grammar": 'root ::= "x" root | "y"'}, lambda text: text.strip("x") == "y"),
+        (
+            {"call": '{"begin": "<c>", "schema": {"const": [1]}, "end": "</c>"}'},
+            lambda text: text[:4] + text[-5:] == "<c>[]</c>",
+        ),
+    ],
+)
+def test_other_forms_are_kept(llm: LLM, structure: dict[str, Any], is_one: Callable[[str], bool]) -> None:
+    outputs = run(llm, [asking(structure, seed) for seed in range(6)])
+    whole = [output.text for output in outputs if output.finish_reason == STOP]
+    assert whole and all(map(is_one, whole))
+
+
+def test_a_preempted_answer_goes_on_as_it_would_have(model: str, llm: LLM) -> None:
+    asked = [asking({"regex": "([a-z]|[0-9]{2}){50}"}, seed, 80) for seed in range(6)]
+    tight = sharing(llm, make_llm(model, block_size=4, num_pages=40))
+    assert told(run(tight, asked)) == told(run(llm, asked))
+    assert tight.engine.scheduler.cache.counters.preemptions > 0
+
+
+def test_stops_that_are_text_end_an_answer_early_and_special_ones_only_a_whole_one(llm: LLM) -> None:
+    schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 3}
+    early, late = run(
+        llm,
+        [asking({"json": schema}, 1, stop=[","]), asking({"json": schema}, 2, 300, stop_token_ids=[260])],
+    )
+    assert (early.finish_reason, early.stop_reason) == (STOP, ",") and early.text.startswith("[")
+    assert late.finish_reason == STOP and len(json.loads(late.text)) >= 3
+
+
+def test_a_row_with_a_mask_waits_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside another a structured sequence has a row in every other step, and the other one in each."""
+    launched: list[tuple[int, ...]] = []
+    launch = llm.runner.launch
+    monkeypatch.setattr(llm.runner, "launch", lambda chunks: launched.append(_who(chunks)) or launch(chunks))
+    asked = [asking({"regex": "a{30}"}), asking({"regex": "[a-z]{30}"}, 1)]
+    for each in asked:  # one that waits for its compiler would come later
+        llm.preparer.grammars.compile(each.sampling.structured_outputs)  # type: ignore[union-attr]
+    run(llm, [PLAIN, *asked])
+    together, alone = launched.count((0, 1, 2)), launched.count((0,))
+    assert together + alone > 40 and abs(together - min(alone, 30)) <= 2
+
+
+def _who(chunks: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(sorted(chunk.seq.index for chunk in chunks))
+
+
+def test_an_ambiguous_grammar_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with ever more readings takes ever longer to match, while all ranks wait."""
+    [plain] = run(llm, [PLAIN])
+    monkeypatch.setattr(matching, "SLOW_S", 0.002)
+    ambiguous = asking({"grammar": 'root ::= "a" | root root'}, max_tokens=1_500, logit_bias={97: 100.0})
+    slow, beside = run(llm, [ambiguous, PLAIN])
+    assert slow.finish_reason == "error" and "ambiguous" in str(slow.error)
+    assert told([beside]) == told([plain])
+
+
+def test_one_that_no_token_can_go_on_with_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a vocabulary spells the beginning of a text, and not its end."""
+    [plain] = run(llm, [PLAIN])
+    fill = matching.Matchers.fill
+
+    def fill_until(self: matching.Matchers, chunks: Sequence[Chunk], masks: Any) -> list[int]:
+        counts = fill(self, chunks, masks)
+        masks[[len(chunk.seq.output_ids) == 3 for chunk in chunks]] = 0
+        return counts
+
+    monkeypatch.setattr(matching.Matchers, "fill", fill_until)
+    stuck, beside = run(llm, [asking({"regex": "b{9}"}), PLAIN])
+    assert (stuck.finish_reason, stuck.text) == ("error", "bbb") and "no token" in str(stuck.error)
+    assert told([beside]) == told([plain])
+
+
+def test_a_defect_of_matching_ends_every_rank(ranks: Callable[..., Any], model: str) -> None:
+    assert ranks(2).run(defect_body, model) == ["RuntimeError: not here", "DoorClosed: rank 0 failed"]
+
+
+def defect_body(path: str) -> str:
+    llm = make_llm(path, kvp=2)
+
+    def fail(*_: Any) -> list[int]:
+        raise RuntimeError("not here")
+
+    if llm.launch.speaks:
+        llm.engine._masks._matchers.fill = fail  # type: ignore[union-attr, method-assign]
+    with pytest.raises(RuntimeError) as caught:
+        llm.generate([asking({"regex": "b{9}"})])
+    llm.preparer.grammars.close()
+    return f"{type(caught.value).__name__}: {str(caught.value)[:13]}"
