@@ -27,6 +27,7 @@ class StepRows:
         positions: [R], global.
         row_seq: [R], the batch slot of each row's sequence.
         first_owner: [R], where the sequence's first block lives.
+        reused: [R], leading tokens of the sequence that were cached: rows of them are computed, and not written.
         query_start: [C + 1], the first row of each chunk, then R.
     """
 
@@ -34,6 +35,7 @@ class StepRows:
     positions: IntArray
     row_seq: IntArray
     first_owner: IntArray
+    reused: IntArray
     query_start: IntArray
 
     @classmethod
@@ -56,6 +58,7 @@ class StepRows:
             positions=np.arange(len(token_ids)) + np.repeat(starts - query_start[:-1], counts),
             row_seq=np.repeat(np.array([chunk.seq.batch_slot for chunk in chunks]), counts),
             first_owner=np.repeat(np.array([chunk.seq.blocks.first_owner for chunk in chunks]), counts),
+            reused=np.repeat(np.array([chunk.seq.blocks.num_reused for chunk in chunks]), counts),
             query_start=query_start,
         )
 
@@ -63,7 +66,7 @@ class StepRows:
     def for_nobody(cls, num_rows: int) -> StepRows:
         """Return one run of rows of token 0."""
         zeros = np.zeros(num_rows, np.int64)
-        return cls(zeros, zeros, zeros, zeros, np.array([0, num_rows]))
+        return cls(zeros, zeros, zeros, zeros, zeros, np.array([0, num_rows]))
 
     @property
     def num_rows(self) -> int:
@@ -87,7 +90,7 @@ class LocalRows:
     def of(cls, rows: StepRows, placement: BlockCyclic, kvp_rank: int, page_table: npt.NDArray[np.int32]) -> LocalRows:
         """Return what a KVP rank sees, whose page table is [B, P]."""
         at = placement.local_position(rows.positions)
-        mine = placement.owner(rows.positions, rows.first_owner) == kvp_rank
+        mine = (placement.owner(rows.positions, rows.first_owner) == kvp_rank) & (rows.positions >= rows.reused)
         page = page_table[rows.row_seq, np.where(mine, at // placement.block_size, 0)].astype(np.int64)
         return cls(
             visible=placement.local_len(rows.positions + 1, kvp_rank, rows.first_owner),

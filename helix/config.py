@@ -28,6 +28,7 @@ METHODS = ("none", "ngram", "draft_model", "mtp")
 USED_BY = {
     "max_draft_len": ("ngram", "draft_model", "mtp"),
     "draft_len_schedule": ("ngram", "draft_model", "mtp"),
+    "draft_len_by_context": ("ngram", "draft_model", "mtp"),
     "ngram_max": ("ngram",),
     "ngram_min": ("ngram",),
     "model": ("draft_model",),
@@ -215,6 +216,8 @@ class SpeculativeConfig:
             the layer of a DeepSeek-V3 checkpoint that predicts one token further.
         max_draft_len: the most tokens that a sequence drafts in a step.
         draft_len_schedule: "up to this batch size" -> draft length, above the last 0; None is always max_draft_len.
+        draft_len_by_context: "up to so many tokens of all sequences that decode" -> the most that each drafts, above
+            the last 0; None is no limit.
         ngram_max: the longest run of last tokens that is looked up.
         ngram_min: the shortest one.
         model: the draft model.
@@ -223,6 +226,7 @@ class SpeculativeConfig:
     method: str = "none"
     max_draft_len: int = 4
     draft_len_schedule: Any = None  # dict[int, int] | None: of that type OmegaConf 2.3 takes no override of a dict
+    draft_len_by_context: Any = None
     ngram_max: int = 4
     ngram_min: int = 2
     model: DraftModelConfig = field(default_factory=DraftModelConfig)
@@ -236,7 +240,8 @@ class SpeculativeConfig:
             raise ValueError(
                 f"speculative.ngram_max = {self.ngram_max} must be at least speculative.ngram_min = {self.ngram_min}"
             )
-        self.draft_len_schedule = self.schedule.lengths
+        schedule = self.schedule
+        self.draft_len_schedule, self.draft_len_by_context = schedule.lengths, schedule.by_context
 
     def check_used(self) -> None:
         """Raise ValueError when a setting that the method does not use differs from its default.
@@ -253,8 +258,8 @@ class SpeculativeConfig:
 
     @property
     def schedule(self) -> DraftLenSchedule:
-        """The draft length by batch size."""
-        return DraftLenSchedule(self.max_draft_len, self.draft_len_schedule)
+        """The draft length by batch size and context."""
+        return DraftLenSchedule(self.max_draft_len, self.draft_len_schedule, self.draft_len_by_context)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,12 +31,14 @@ class DeviceRows:
         rows: their positions, lengths, slots and work.
         share: what each KVP rank projects of them; None where every rank projects all.
         fillings: what they attend to instead of the pages; none where they attend to the pages.
+        beside: what was sent beside them.
     """
 
     token_ids: torch.Tensor
     rows: Rows
     share: RowShare | None
     fillings: list[Filling]
+    beside: dict[str, torch.Tensor]
 
 
 class RowSender:
@@ -58,8 +61,16 @@ class RowSender:
         self._share_rows = share_rows if decoder.grid.layout.kvp > 1 else 0
         self._expand_rows = expand_rows if decoder.made is not None else 0
 
-    def send(self, step: StepRows, local: LocalRows, cache: PagedCache, *, repeat: int = 1) -> DeviceRows:
-        """Send rows that attend to a cache.
+    def send(
+        self,
+        step: StepRows,
+        local: LocalRows,
+        cache: PagedCache,
+        *,
+        repeat: int = 1,
+        beside: Mapping[str, npt.NDArray[np.generic]] | None = None,
+    ) -> DeviceRows:
+        """Send rows that attend to a cache, and what else there is to send ``beside`` them.
 
         ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.
         """
@@ -70,6 +81,7 @@ class RowSender:
             "row_seq": step.row_seq.astype(np.int32),
             "visible_len": local.visible.astype(np.int32),
             "query_start": step.query_start.astype(np.int32),
+            **(beside or {}),
         }
         longest = int(step.counts.max())
         planned = self._plan(step, local, longest) if 0 < self._expand_rows <= longest else None
@@ -100,7 +112,7 @@ class RowSender:
         )  # fmt: skip
         share = None if shared is None else RowShare(sent["mine"], shared.num_mine, sent["order"])
         fillings = [] if planned is None else planned.on_device(sent, rows) * repeat
-        return DeviceRows(sent["token_ids"], rows, share, fillings)
+        return DeviceRows(sent["token_ids"], rows, share, fillings, {name: sent[name] for name in beside or {}})
 
     def _plan(self, step: StepRows, local: LocalRows, longest: int) -> PlannedFillings:
         """Deal out what a step's rows see here into fillings of the decoder's workspace."""

@@ -311,7 +311,7 @@ class Engine:
         """Give the device the step after one that is not read yet, where that is known already."""
         if not (self._looks_ahead and isinstance(flight.choice, PendingTokens)):
             return None
-        if self.speculator is not None and self.speculator.is_due(len(flight.step.chunks)):
+        if self.speculator is not None and self.speculator.is_due(flight.step):
             return None  # drafts follow known tokens
         step = self.scheduler.look_ahead(flight.step)
         if step is None:
@@ -324,7 +324,10 @@ class Engine:
 
     def _land(self, flight: Flight) -> list[StreamEvent]:
         """Wait for a step and return what is new; what it computed for sequences that ended before is dropped."""
-        tokens, chunks = self._read(flight), flight.step.chunks
+        tokens = self._read(flight)
+        if self.speculator is not None:
+            self.speculator.settle(flight.step)
+        chunks = flight.step.chunks
         self.num_landed += 1
         self._note_scores()
         going_on = []

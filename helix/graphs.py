@@ -16,8 +16,10 @@ it is written, on the same inputs and outputs, so that all but the capture itsel
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,7 @@ from parallel.symmetric import Faults
 from .cache.pages import PagedCache
 from .compile_ahead import compile_ahead
 from .models.decoder import Decoder
+from .next_states import NextStates
 from .upload import Packing, Shapes, fill_work, upload, work_shapes
 
 _log = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ _ROW_INPUTS: dict[str, tuple[type[np.generic], int]] = {  # of each row, and wha
     "positions": (np.int64, -1),  # by which state layers know it
     "slot": (np.int64, -1),
     "visible_len": (np.int32, 0),
+    "before": (np.int64, 0),
+    "keep": (np.int64, 0),
 }
 _STAGES = 4  # steps whose inputs or outputs may be in flight
 
@@ -53,10 +58,11 @@ def buckets_up_to(max_batch: int) -> list[int]:
 class DecodeRows:
     """A decode step's rows on the host, int64 [R] each; rows of one sequence are neighbours and ascend in position.
 
-    A token id of -1 means: the token that the device chose last for this batch slot.
+    A token id of -1 means: the token that the device chose last for this batch slot; -2 its first draft, and so on.
 
     Attributes:
         counts: int64 [B], the rows of each sequence.
+        before, keep: what ``NextStates`` gives; None where there is no layer that asks for it.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -65,6 +71,8 @@ class DecodeRows:
     row_seq: npt.NDArray[np.int64]
     visible_len: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
+    before: npt.NDArray[np.int64] | None = None
+    keep: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def none(cls) -> DecodeRows:
@@ -79,7 +87,9 @@ class DecodeRows:
         places = np.arange(len(self.token_ids)) + np.repeat(run_stops - stops, self.counts)
         for name, (_, padding) in _ROW_INPUTS.items():
             inputs[name][...] = padding
-            inputs[name][places] = getattr(self, name)
+            given = getattr(self, name)
+            if given is not None:
+                inputs[name][places] = given
         inputs["row_seq"][...] = padding_slot
         inputs["row_seq"][: len(self.counts) * run_len] = np.repeat(self.row_seq[stops - 1], run_len)  # one page table
 
@@ -118,10 +128,15 @@ class PendingTokens:
         return [tokens[row] for row in self.rows], int(tokens[-1])
 
 
-class DecodeGraph:
-    """A graph of ``num_runs`` runs of ``run_len`` rows, its inputs and outputs."""
+class StepGraph:
+    """A graph of ``num_runs`` runs of ``run_len`` rows, its inputs and outputs.
 
-    def __init__(self, num_runs: int, run_len: int, device: torch.device, cutting: Cutting | None) -> None:
+    Up to ``stages`` steps of it may be in flight. Without ``captured`` it runs as it is written.
+    """
+
+    def __init__(
+        self, num_runs: int, run_len: int, device: torch.device, cutting: Cutting | None, *, stages: int, captured: bool
+    ) -> None:
         self.num_runs, self.run_len, self.num_rows, self.cutting = num_runs, run_len, num_runs * run_len, cutting
         on_gpu = device.type == "cuda"
         shapes: Shapes = {name: (kind, (self.num_rows,)) for name, (kind, _) in _ROW_INPUTS.items()}
@@ -132,13 +147,12 @@ class DecodeGraph:
         self.buffer = packing.buffer(device)
         self.inputs = packing.tensors(self.buffer)
         cpu = torch.device("cpu")
-        self.staging = [packing.buffer(cpu, pinned=on_gpu) for _ in range(_STAGES)]
+        self.staging = [packing.buffer(cpu, pinned=on_gpu) for _ in range(stages)]
         self.staged = [packing.arrays(buffer) for buffer in self.staging]
-        self.results = [torch.zeros(self.num_rows + 1, dtype=torch.int64, pin_memory=on_gpu) for _ in range(_STAGES)]
+        self.results = [torch.zeros(self.num_rows + 1, dtype=torch.int64, pin_memory=on_gpu) for _ in range(stages)]
         self._query_start = np.arange(0, self.num_rows + 1, run_len)
         self.query_start = torch.arange(0, self.num_rows + 1, run_len, dtype=torch.int32, device=device)
-        self.graph = torch.cuda.CUDAGraph() if on_gpu else None
-        self.hidden: torch.Tensor
+        self.graph = torch.cuda.CUDAGraph() if on_gpu and captured else None
         self.local_logits: torch.Tensor
         self.output: torch.Tensor
 
@@ -166,17 +180,127 @@ class DecodeGraph:
         return Work(self.cutting, inputs["pieces"], inputs["span_start"], inputs["part_start"], most_parts)
 
 
-class DecodeGraphs:
-    """The captured decode steps of one rank.
+class StepGraphs(ABC):
+    """Steps of given sizes, captured once and launched again and again.
 
-    Collective over the world: every rank captures and replays in the same order.
+    Collective over the world: every rank captures and launches in the same order.
 
     Args:
         decoder, exchange, cache: what a step runs on; captured by address, so none may be replaced afterwards.
         page_table: [max_batch, P] int32, the runner's own; of padding rows, which see nothing, nothing is read.
-        faults: where kernels note waits that they gave up.
-        max_batch: the largest bucket.
+        faults: where kernels note waits that they gave up; None where none waits.
+        stages: launches in flight, one more than may be waited for at a time.
+        captured: on CUDA, capture graphs; else steps run as they are written.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        exchange: Exchange,
+        cache: PagedCache,
+        page_table: torch.Tensor,
+        *,
+        faults: Faults | None,
+        stages: int = _STAGES,
+        captured: bool = True,
+    ) -> None:
+        self._decoder, self._exchange, self._cache, self._page_table = decoder, exchange, cache, page_table
+        self._faults, self._stages, self._captured = faults, stages, captured
+        self._padding_slot = page_table.shape[0]
+        self._launches = 0
+        self.graphs: list[StepGraph] = []
+
+    def _make(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Make the graphs of runs and rows of each, ascending, and capture them."""
+        device = self._decoder.device
+        self.graphs = [
+            StepGraph(
+                *size,
+                device,
+                self._decoder.cutting(self._cache.layers[0], max_rows=size[1]),
+                stages=self._stages,
+                captured=self._captured,
+            )
+            for size in sorted(sizes)
+        ]
+        with compile_ahead(device) as ahead:
+            for graph in self.graphs if ahead else ():
+                self._fill_with_nothing(graph)
+                self._step(graph)
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        for graph in sorted(self.graphs, key=lambda graph: -graph.num_rows):  # the smaller ones find its memory
+            if graph.graph is not None:
+                self._capture(graph, graph.graph, pool)
+
+    def launch(self, graph: StepGraph, rows: DecodeRows, wanted: list[int]) -> PendingTokens:
+        """Launch a step on the current stream; its greedy tokens stay on the device for the next one.
+
+        ``wanted`` are the graph's rows whose tokens the host asks for. Fewer launched steps than there are stages may
+        be waited for at a time.
+        """
+        stage = self._launches % self._stages
+        self._launches += 1
+        graph.buffer.copy_(graph.fill(stage, rows, self._padding_slot), non_blocking=True)
+        done = None
+        if graph.graph is None:
+            self._step(graph)
+            graph.results[stage].copy_(graph.output)
+        else:
+            graph.graph.replay()
+            graph.results[stage].copy_(graph.output, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        return PendingTokens(graph.results[stage], done, wanted)
+
+    def release(self) -> None:
+        """Free the captured graphs: before NCCL ends a group it waits for all that hold its operations, for ever."""
+        for graph in self.graphs:
+            if graph.graph is not None:
+                torch.cuda.synchronize()
+                graph.graph.reset()
+
+    def _capture(self, graph: StepGraph, captured: torch.cuda.CUDAGraph, pool: Any) -> None:
+        self._fill_with_nothing(graph)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step(graph)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(captured, pool=pool):
+            self._step(graph)
+
+    def _fill_with_nothing(self, graph: StepGraph) -> None:
+        graph.buffer.copy_(graph.fill(0, DecodeRows.none(), self._padding_slot))
+
+    def _rows(self, graph: StepGraph) -> Rows:
+        return Rows(
+            positions=graph.inputs["positions"],
+            row_seq=graph.inputs["row_seq"],
+            visible_len=graph.inputs["visible_len"],
+            slot=graph.inputs["slot"],
+            page_table=self._page_table,
+            query_start=graph.query_start,
+            work=graph.work,
+        )
+
+    def _output(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return a step's tokens, and behind them the word in which kernels noted a fault."""
+        word = tokens.new_zeros(1) if self._faults is None else self._faults.word.to(torch.int64)
+        return torch.cat((tokens, word))
+
+    @abstractmethod
+    def _step(self, graph: StepGraph) -> None:
+        """Compute a step of a graph's inputs, and set its ``output``."""
+
+
+class DecodeGraphs(StepGraphs):
+    """The captured decode steps of one rank; see ``StepGraphs``.
+
+    Args:
+        decoder, exchange, cache, page_table, faults: as there.
         drafts: the pairs (batch bucket, draft length) to capture beside the steps without drafts.
+        states: what the layer that predicts one token further needs of every step; None without one.
 
     Attributes:
         last_tokens: int64 [max_batch + 1], the token that was chosen last for each batch slot; a launch writes the
@@ -191,54 +315,29 @@ class DecodeGraphs:
         page_table: torch.Tensor,
         *,
         faults: Faults,
-        max_batch: int,
         drafts: Iterable[tuple[int, int]] = (),
+        states: NextStates | None = None,
     ) -> None:
-        self._decoder, self._exchange, self._cache, self._page_table = decoder, exchange, cache, page_table
-        self._faults = faults
-        device = decoder.device
-        self.last_tokens = torch.zeros(max_batch + 1, dtype=torch.int64, device=device)  # the last is padding's
-        self._padding_slot = max_batch
-        self._launches = 0
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        sizes = [(size, 1) for size in buckets_up_to(max_batch)] + [(size, 1 + length) for size, length in drafts]
-        self.graphs = [
-            DecodeGraph(*size, device, decoder.cutting(cache.layers[0], max_rows=size[1])) for size in sorted(sizes)
-        ]
-        with compile_ahead(device) as ahead:
-            for graph in self.graphs if ahead else ():
-                self._fill_with_nothing(graph)
-                self._step(graph)
-        for graph in sorted(self.graphs, key=lambda graph: -graph.num_rows):  # the smaller ones find its memory
-            self._capture(graph)
+        super().__init__(decoder, exchange, cache, page_table, faults=faults)
+        max_batch = page_table.shape[0]
+        self._states = states
+        self._chosen = torch.zeros((1, max_batch + 1), dtype=torch.int64, device=decoder.device)
+        if states is not None:
+            self._chosen = states.chosen
+        self.last_tokens = self._chosen[0]  # the last is padding's
+        self._make([(size, 1) for size in buckets_up_to(max_batch)] + [(size, 1 + length) for size, length in drafts])
         names = [f"{graph.num_runs} x {graph.run_len}" for graph in self.graphs]
         _log.info("captured decode graphs of sequences x rows %s", ", ".join(names))
 
-    def find(self, num_runs: int, longest: int) -> DecodeGraph | None:
+    def find(self, num_runs: int, longest: int) -> StepGraph | None:
         """Return the graph for so many sequences of at most ``longest`` rows: the bucket's shortest runs that do."""
         bucket = next(graph.num_runs for graph in self.graphs if graph.num_runs >= num_runs)
         return next((each for each in self.graphs if each.num_runs == bucket and each.run_len >= longest), None)
 
-    def launch(self, graph: DecodeGraph, rows: DecodeRows, wanted: list[int]) -> PendingTokens:
-        """Launch a step on the current stream; its greedy tokens stay on the device for the next one.
-
-        ``wanted`` are the graph's rows whose tokens the host asks for. At most 3 launched steps may be waited for at a
-        time.
-        """
-        stage = self._launches % _STAGES
-        self._launches += 1
-        graph.buffer.copy_(graph.fill(stage, rows, self._padding_slot), non_blocking=True)
-        done = None
-        if graph.graph is None:
-            self._step(graph)
-            graph.results[stage].copy_(graph.output)
-        else:
-            graph.graph.replay()
-            graph.results[stage].copy_(graph.output, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
+    def launch(self, graph: StepGraph, rows: DecodeRows, wanted: list[int]) -> PendingTokens:
+        """Launch a step; see ``StepGraphs``."""
         self._last = graph
-        return PendingTokens(graph.results[stage], done, wanted)
+        return super().launch(graph, rows, wanted)
 
     def local_logits(self, rows: list[int]) -> torch.Tensor:
         """Return this rank's slice of the logits of rows of the step launched last, [len(rows), V_local].
@@ -250,48 +349,20 @@ class DecodeGraphs:
         index = slice(len(rows)) if whole else upload({"rows": np.array(rows, np.int64)}, local.device)["rows"]
         return local[index]
 
-    def release(self) -> None:
-        """Free the captured graphs: before NCCL ends a group it waits for all that hold its operations, for ever."""
-        for graph in self.graphs:
-            if graph.graph is not None:
-                torch.cuda.synchronize()
-                graph.graph.reset()
-
-    def _capture(self, graph: DecodeGraph) -> None:
-        if graph.graph is None:
-            return
-        self._fill_with_nothing(graph)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._step(graph)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph.graph, pool=self._pool):
-            self._step(graph)
-
-    def _fill_with_nothing(self, graph: DecodeGraph) -> None:
-        graph.buffer.copy_(graph.fill(0, DecodeRows.none(), self._padding_slot))
-
     @torch.inference_mode()
-    def _step(self, graph: DecodeGraph) -> None:
+    def _step(self, graph: StepGraph) -> None:
         token_ids, row_seq = graph.inputs["token_ids"], graph.inputs["row_seq"]
-        rows = Rows(
-            positions=graph.inputs["positions"],
-            row_seq=row_seq,
-            visible_len=graph.inputs["visible_len"],
-            slot=graph.inputs["slot"],
-            page_table=self._page_table,
-            query_start=graph.query_start,
-            work=graph.work,
-        )
-        chosen: torch.Tensor | None = self.last_tokens
+        rows = self._rows(graph)
+        chosen: torch.Tensor | None = self._chosen
         if not token_ids.is_cuda:
-            token_ids, chosen = torch.where(token_ids < 0, self.last_tokens[row_seq.long()], token_ids), None
+            on_device = self._chosen[(-1 - token_ids).clamp(0), row_seq.long()]
+            token_ids, chosen = torch.where(token_ids < 0, on_device, token_ids), None
         hidden = self._decoder.forward(token_ids, rows, self._cache.layers, self._exchange, chosen=chosen)
-        graph.hidden = hidden
+        if self._states is not None:
+            before, keep = graph.inputs["before"], graph.inputs["keep"]
+            self._states.follow(token_ids, hidden, rows, before, keep, self._cache, chosen=chosen)
         graph.local_logits = self._decoder.local_logits(hidden)
         tokens = self._decoder.greedy(graph.local_logits)
         last = slice(graph.run_len - 1, None, graph.run_len)
         self.last_tokens[row_seq[last].long()] = tokens[last]
-        graph.output = torch.cat((tokens, self._faults.word.to(torch.int64)))
+        graph.output = self._output(tokens)

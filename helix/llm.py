@@ -47,6 +47,7 @@ from .models.decoder import Decoder
 from .models.generation_config import with_models_sampling
 from .models.kinds import FULL
 from .models.loading import fill
+from .models.next_decoder import NextDecoder
 from .models.query_share import QueryGather, make_query_gather
 from .models.tokenizer import end_of_turn_ids
 from .models.weights import part_of
@@ -142,7 +143,7 @@ class LLM:
         self.vocabulary = Vocabulary(self.tokenizer, self.spec.vocab_size, prepared.eos_token_ids)
         masks = Masks(Matchers(self.vocabulary) if self.launch.speaks else None, self.spec.vocab_size)
         self.engine = Engine(
-            Scheduler(config.scheduler, cache),
+            Scheduler(config.scheduler, cache, recomputed=int(self.spec.predicts_next)),
             self.runner,
             agree(lambda: PageMover(self.runner.cache, config.cache.host_pages, self.grid.kvp_rank)),
             speculator=speculator,
@@ -361,7 +362,8 @@ class LLM:
         workspace = None
         if attention_config.expand_rows:
             workspace = attention_config.workspace_tokens, self._page_layout(part.kv_heads[1] - part.kv_heads[0])
-        return Decoder(
+        make = NextDecoder if self.spec.predicts_next else Decoder
+        return make(
             self.spec,
             self.grid,
             dtype=self.dtype,
@@ -407,6 +409,7 @@ class LLM:
             expand_rows=self.config.attention.expand_rows,
             faults=self.faults,
             sampler=Sampler(decoder, max_batch=scheduler.max_batch, eos_token_ids=eos_token_ids),
+            max_draft_len=self._drafting.max_draft_len,
         )
         num_choices = scheduler.max_batch * (1 + self._drafting.max_draft_len)
         runner.compile_steps(scheduler.prefill_chunk + num_choices)
@@ -427,6 +430,4 @@ class LLM:
             tokens = self.footprint.max_tokens(num_pages)
             _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, tokens)
         runner.cache = agree(lambda: paged_cache(num_pages))
-        if self.spec.predicts_next:  # rows of rejected guesses at a sequence's end may be read before they are written
-            runner.cache.pages[self.spec.num_layers].zero_()
         return runner, num_pages

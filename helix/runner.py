@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from attention.exchange import Exchange
 from attention.fused_exchange import OPERATION as EXCHANGE
-from attention.rows import Rows
 from parallel.all_reduce_norm import OPERATION as ALL_REDUCE
 from parallel.grid import HelixGrid
 from parallel.head_gather import OPERATION as HEAD_GATHER
-from parallel.placement import BlockCyclic
+from parallel.placement import BlockCyclic, IntArray
 from parallel.sharded_argmax import OPERATION as ARGMAX
 from parallel.symmetric import Faults
 
@@ -23,12 +21,15 @@ from .batch import LocalRows, StepRows
 from .cache.pages import PagedCache
 from .compile_ahead import compile_ahead
 from .device_rows import RowSender
+from .draft_graphs import DraftGraphs
 from .graphs import DecodeGraphs, DecodeRows, PendingTokens
 from .logprobs import SampledTokens
 from .models.decoder import Decoder
 from .models.linear import MAX_ROWS
+from .models.next_decoder import NextDecoder
+from .next_states import NextStates
 from .page_tables import PageTables
-from .request import Chunk, Sequence
+from .request import Chunk
 from .sampler import Choices, Sampler
 from .upload import upload
 
@@ -54,11 +55,12 @@ class Runner:
             latents, or widened, where the decoder has a workspace for them; 0 is never.
         faults: where this rank's kernels note waits that they gave up; None where no kernel waits.
         sampler: chooses tokens that are not simply the most likely ones; None where there are no others.
+        max_draft_len: the most drafts of a sequence.
 
     Attributes:
         num_padding: rows that the last step computed for nobody, to fill its graph.
-        hidden: where the model has a layer that predicts one token further: of each sequence the first position that
-            the last step computed, and the final hidden states of its rows, [rows, h].
+        next_states: what the model's layer that predicts one token further needs of every step; None without one.
+        drafts: the steps of that layer; None before ``prepare_drafts``.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Runner:
         expand_rows: int = 0,
         faults: Faults | None = None,
         sampler: Sampler | None = None,
+        max_draft_len: int = 0,
     ) -> None:
         self.decoder, self.exchange, self.cache, self.placement = decoder, exchange, cache, placement
         self.grid: HelixGrid = decoder.grid
@@ -85,7 +88,10 @@ class Runner:
         self._last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=decoder.device)
         self.faults, self.sampler = faults, sampler
         self.num_padding = 0
-        self.hidden: dict[Sequence, tuple[int, torch.Tensor]] = {}
+        self.next_states: NextStates | None = None
+        self.drafts: DraftGraphs | None = None
+        if isinstance(decoder, NextDecoder) and decoder.next is not None:
+            self.next_states = NextStates(decoder, max_batch=max_batch, most_rows=1 + max_draft_len)
 
     @property
     def max_batch(self) -> int:
@@ -105,15 +111,34 @@ class Runner:
             self.cache,
             self.tables.device,
             faults=self.faults,
-            max_batch=self.max_batch,
             drafts=drafts,
+            states=self.next_states,
+        )
+
+    def prepare_drafts(self, max_draft_len: int, *, captured: bool) -> None:
+        """Make the steps of the layer that predicts one token further; ``cache`` must not be replaced afterwards.
+
+        Collective over the world. ``captured``: as graphs, on CUDA, which needs faults.
+        """
+        assert self.next_states is not None
+        self.drafts = DraftGraphs(
+            self.next_states.decoder,
+            self.exchange,
+            self.cache,
+            self.tables.device,
+            faults=self.faults,
+            states=self.next_states,
+            max_batch=self.max_batch,
+            max_draft_len=max_draft_len,
+            captured=captured,
         )
 
     def release_graphs(self) -> None:
-        """Free what ``capture`` captured; to be called before the world ends."""
-        if self._graphs is not None:
-            self._graphs.release()
-            self._graphs = None
+        """Free what was captured; to be called before the world ends."""
+        for graphs in (self._graphs, self.drafts):
+            if graphs is not None:
+                graphs.release()
+        self._graphs = self.drafts = None
 
     def run(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute a step and return the logits of the rows that choose tokens: float32 [sum of num_choices, V].
@@ -170,9 +195,8 @@ class Runner:
         self.num_padding = 0
         step = StepRows.of(chunks)
         self.tables.update(chunks)
-        hidden, _ = self._forward(step, self.tables.local_rows(step))
+        hidden = self._forward(step, self.tables.local_rows(step), chunks)
         stops = step.query_start[1:].tolist()
-        self._keep(chunks, hidden, stops)
         if self.sampler is not None:
             self.sampler.scorer.score(chunks, hidden, stops)
         choosing = _choosing_rows(chunks, stops)
@@ -205,37 +229,47 @@ class Runner:
             return self._launch_eagerly(chunks, step, local, choices)
         graph = self._graphs.find(len(chunks), max(chunk.num_rows for chunk in chunks))
         assert graph is not None
-        rows = DecodeRows(step.token_ids, step.positions, local.slot, step.row_seq, local.visible, step.counts)
+        rows = DecodeRows(
+            step.token_ids, step.positions, local.slot, step.row_seq, local.visible, step.counts, *self._taken(chunks)
+        )
         self.num_padding = graph.num_rows - step.num_rows
         stops = range(graph.run_len, graph.num_rows + 1, graph.run_len)
-        pending = self._graphs.launch(graph, rows, _choosing_rows(chunks, stops))
-        if self.decoder.next is not None:
-            self._keep(chunks, graph.hidden.clone(), list(stops))
-        return pending
+        return self._graphs.launch(graph, rows, _choosing_rows(chunks, stops))
 
-    def predict_next(
-        self, chunks: list[Chunk], token_ids: npt.NDArray[np.int64] | torch.Tensor, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """Run the layer that predicts one token further over chunks and return its hidden states: [R, h].
+    def draft(self, chunks: list[Chunk], number: int) -> PendingTokens:
+        """Launch the ``number``-th step of the layer that predicts one token further; return what it drafts.
 
-        Collective over the world. Chunks have pages for all their positions, known tokens or not.
+        Collective over the world; what drafts in a step is a leading part of what drafted in the one before. The first
+        takes the sequences' last tokens, those that follow what was drafted before them, which nobody has read.
 
         Args:
-            token_ids: [R], of their rows.
-            hidden: [R, h], of the position before each row.
+            chunks: one position each, which has a page.
+            number: counted from 0.
         """
-        known = token_ids if isinstance(token_ids, np.ndarray) else np.zeros(len(hidden), np.int64)
-        step = StepRows.at(chunks, known)
+        assert self.drafts is not None and self.next_states is not None
+        ids = [-1 if number else chunk.seq.token_ids[chunk.start] for chunk in chunks]
+        step = StepRows.at(chunks, np.array(ids))
         self.tables.update(chunks)
-        given = self._sender.send(step, self.tables.local_rows(step), self.cache)
-        ids = given.token_ids if isinstance(token_ids, np.ndarray) else token_ids
-        pages = self.cache.layers[self.decoder.spec.num_layers]
-        return self.decoder.predict_next(ids, hidden, given.rows, pages, self.exchange, fillings=given.fillings)
+        local = self.tables.local_rows(step)
+        rows = DecodeRows(
+            step.token_ids, step.positions, local.slot, step.row_seq, local.visible, step.counts,
+            before=None if number else self.next_states.before(chunks),
+            keep=np.full(len(chunks), 1 + number),
+        )  # fmt: skip
+        return self.drafts.launch(self.drafts.find(len(chunks)), rows, list(range(len(chunks))))
 
-    def _keep(self, chunks: list[Chunk], hidden: torch.Tensor, stops: list[int]) -> None:
-        if self.decoder.next is not None:
-            for chunk, stop in zip(chunks, stops, strict=False):
-                self.hidden[chunk.seq] = chunk.start, hidden[stop - chunk.num_rows : stop]
+    def finds_drafts(self, chunks: list[Chunk]) -> bool:
+        """Return whether ``launch`` runs a step of these chunks whose drafts are the device's, which nobody has read.
+
+        Its tokens for them are -2 and below, see ``DecodeRows``.
+        """
+        if self._graphs is None or not all(chunk.seq.sampling.is_plain for chunk in chunks):
+            return False
+        return self.can_launch(chunks)
+
+    def _taken(self, chunks: list[Chunk]) -> tuple[IntArray, IntArray] | tuple[None, None]:
+        """Return what ``NextStates.take`` does for the chunks of a step; None without the layer that asks for it."""
+        return (None, None) if self.next_states is None else self.next_states.take(chunks)
 
     def greedy(self, chunks: list[Chunk]) -> PendingTokens:
         """Launch a step whose chunks all choose a token, or compute it where no graph holds it.
@@ -262,8 +296,7 @@ class Runner:
         self, chunks: list[Chunk], step: StepRows, local: LocalRows, choices: Choices | None
     ) -> PendingTokens:
         self.num_padding = 0
-        hidden, _ = self._forward(step, local)
-        self._keep(chunks, hidden, step.query_start[1:].tolist())
+        hidden = self._forward(step, local, chunks)
         logits = self.decoder.local_logits(hidden)
         if choices is None or self.sampler is None:
             return self._sent(chunks, self.decoder.greedy(logits))
@@ -301,7 +334,7 @@ class Runner:
 
         Collective over the world.
         """
-        hidden, _ = self._forward(StepRows.for_nobody(num_rows), LocalRows.that_see_nothing(num_rows), repeat=2)
+        hidden = self._forward(StepRows.for_nobody(num_rows), LocalRows.that_see_nothing(num_rows), repeat=2)
         self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(num_choices, -1)))
         if self.sampler is not None:
             self.sampler.scorer.warm_up(hidden[:1])
@@ -318,15 +351,23 @@ class Runner:
             for num_rows in sizes if ahead else ():
                 for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
                     seen = LocalRows(np.full(num_rows, visible), np.full(num_rows, -1))
-                    hidden, _ = self._forward(StepRows.for_nobody(num_rows), seen)
+                    hidden = self._forward(StepRows.for_nobody(num_rows), seen)
                 self.decoder.local_logits(hidden[: self.max_batch])
 
-    def _forward(self, step: StepRows, local: LocalRows, *, repeat: int = 1) -> tuple[torch.Tensor, Rows]:
-        """Run the layers over a step's rows as they are, without a graph.
+    def _forward(
+        self, step: StepRows, local: LocalRows, chunks: list[Chunk] | None = None, *, repeat: int = 1
+    ) -> torch.Tensor:
+        """Run the layers over a step's rows as they are, without a graph, and return their hidden states.
 
+        ``chunks``: whose they are; None where they are nobody's.
         ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.
         """
-        given = self._sender.send(step, local, self.cache, repeat=repeat)
+        beside: dict[str, IntArray] = {}
+        if self.next_states is not None:
+            nothing = np.zeros(step.num_rows, np.int64)
+            before, keep = (nothing, nothing) if chunks is None else self.next_states.take(chunks)
+            beside = {"before": before, "keep": keep}
+        given = self._sender.send(step, local, self.cache, repeat=repeat, beside=beside)
         token_ids, rows = given.token_ids, given.rows
         if (step.token_ids < 0).any():
             token_ids = torch.where(token_ids < 0, self._last_tokens[rows.row_seq.long()], token_ids)
@@ -335,7 +376,9 @@ class Runner:
             token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings,
             chunk=longest > MAX_ROWS, longest=longest,
         )  # fmt: skip
-        return hidden, rows
+        if self.next_states is not None:
+            self.next_states.follow(token_ids, hidden, rows, **given.beside, cache=self.cache, chunk=longest > MAX_ROWS)
+        return hidden
 
 
 def _choosing_rows(chunks: list[Chunk], stops: Iterable[int]) -> list[int]:

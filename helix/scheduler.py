@@ -55,13 +55,19 @@ class Scheduler:
     as short meanwhile as who waits for it. Decode takes pages as it grows; where none is left the last in order is
     preempted, its blocks stay cached as long as they can, and it is resumed later.
 
+    Args:
+        config: its settings.
+        cache: the cache's control plane.
+        recomputed: so many of the last tokens of a reused prefix are computed again, for their hidden states.
+
     Attributes:
         waiting: who has no batch slot.
         running: who has one, but for those that are held for another group.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: CacheControl) -> None:
+    def __init__(self, config: SchedulerConfig, cache: CacheControl, *, recomputed: int = 0) -> None:
         self.cache = cache
+        self._recomputed = recomputed
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._prefill_chunk = config.prefill_chunk
@@ -204,7 +210,8 @@ class Scheduler:
 
     def hold(self, seq: Sequence, table: BlockTable) -> None:
         """Give a sequence its pages and a batch slot; it does not run before ``run_held``."""
-        seq.blocks, seq.batch_slot, seq.num_computed = table, heapq.heappop(self._free_slots), table.num_reused
+        seq.blocks, seq.batch_slot = table, heapq.heappop(self._free_slots)
+        seq.num_computed = self._skipped(table.num_reused)
 
     def run_held(self, seq: Sequence, num_computed: int) -> None:
         """Let a sequence run of which so many tokens are computed, and cache its blocks."""
@@ -268,7 +275,7 @@ class Scheduler:
                     continue
                 looks -= 1
             claim = self._claim(seq)
-            missing = len(seq.token_ids) - claim.num_tokens
+            missing = len(seq.token_ids) - self._skipped(claim.num_tokens)
             seq.num_missing = missing
             if not seq.scores_prompt and self._followers.add(seq, claim, leaders):
                 self.cache.drop(claim)
@@ -280,6 +287,10 @@ class Scheduler:
                 dues.append(Due(order_of(seq), missing, missing))
                 leaders.setdefault(next_block(claim), seq)
         return claims
+
+    def _skipped(self, num_reused: int) -> int:
+        """Return how many tokens of a reused prefix are not computed."""
+        return max(num_reused - self._recomputed, 0)
 
     def _gets_some(self, dues: list[Due], seq: Sequence, missing: int) -> bool:
         """Return whether a waiting sequence gets tokens of the chunk beside the prompts that are due."""

@@ -1,12 +1,17 @@
 """TTL per output token with speculation against none, for fixed draft lengths and for a schedule, by batch size.
 
     torchrun --standalone --nproc-per-node 1 -m scripts.bench_speculative model=glm4_9b_1m
+    torchrun --standalone --nproc-per-node 1 -m scripts.bench_speculative model=deepseek_v3_4_layers drafter=mtp
 
 What speculation gains depends on how often drafts are right, so the drafter is given: it is right with probability p,
 each position by itself, and costs nothing. The model counts (its output head is made from its embedding, so that the
 token after t is t + 1 by a wide margin whatever the context), which makes the right draft known and the tokens
 independent of rounding; its work is that of any weights. Steps run through the engine, host work included, over prompts
 that were computed; every figure is the median of ``repeats`` runs, which take turns.
+
+With ``drafter=mtp`` the model's layer that predicts one token further drafts, on the device and on the host, and what
+it drafted is replaced by what is right with probability p: the work is its own, the acceptance is given. Lines named
+"k given" have drafts that cost nothing beside it, and "none" is the model without that layer.
 
 Without a ``schedule`` the best fixed length of each batch size makes one, which is then measured as such.
 """
@@ -17,11 +22,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence as Many
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import product
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 
 from helix.config import (
@@ -36,14 +43,18 @@ from helix.config import (
 from helix.graphs import buckets_up_to
 from helix.llm import LLM
 from helix.request import Sequence
+from helix.runner import Runner
 from helix.sampling import SamplingParams
+from helix.speculative.next_layer import Launched, NextLayerSpeculator
 from helix.speculative.schedule import DraftLenSchedule
 from helix.speculative.speculator import Speculator
+from helix.upload import upload
 from parallel.launch import gather_values, set_up_logging, start
 from scripts import cli
 from scripts.timing import report
 
 NONE, SCHEDULE = "none", "schedule"
+GIVEN, MTP = "given", "mtp"
 WARM_UP = 8  # tokens of each sequence before the clock starts
 
 
@@ -52,6 +63,7 @@ class BenchSpeculativeConfig:
     """What to measure.
 
     Attributes:
+        drafter: given, which costs nothing, or mtp, whose work is done and whose drafts are replaced by given ones.
         context: prompt tokens of each sequence.
         batches: sequences that decode together.
         lengths: fixed draft lengths.
@@ -65,6 +77,7 @@ class BenchSpeculativeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    drafter: str = GIVEN
     context: int = 8192
     batches: list[int] = field(default_factory=lambda: [1, 4, 8, 32, 64])
     lengths: list[int] = field(default_factory=lambda: [1, 2, 4])
@@ -73,6 +86,33 @@ class BenchSpeculativeConfig:
     tokens: int = 512
     repeats: int = 3
     block_size: int = 64
+
+
+class RecordedNextLayer(NextLayerSpeculator):
+    """Drafts by the layer that predicts one token further, and then proposes what another drafter does."""
+
+    def __init__(self, schedule: DraftLenSchedule, runner: Runner, drafter: CountingDrafter) -> None:
+        super().__init__(schedule, runner)
+        self._drafter = drafter
+        self._recorded: dict[Sequence, list[int]] = {}
+
+    def _launch(self, rooms: dict[Sequence, int]) -> list[Launched]:
+        launched, states = super()._launch(rooms), self._runner.next_states
+        assert states is not None
+        seqs = [seq for seq, room in rooms.items() if room]
+        self._recorded = dict(zip(seqs, self._drafter.draft(seqs, [rooms[seq] for seq in seqs]), strict=True))
+        places = [
+            (1 + ahead, seq.batch_slot, token)
+            for seq, drafts in self._recorded.items()
+            for ahead, token in enumerate(drafts)
+        ]
+        sent = upload({"places": np.array(places, np.int64).reshape(-1, 3)}, states.chosen.device)["places"]
+        states.chosen[sent[:, 0], sent[:, 1]] = sent[:, 2]
+        return launched
+
+    def _read(self) -> dict[Sequence, list[int]]:
+        super()._read()
+        return self._recorded
 
 
 class CountingDrafter:
@@ -105,6 +145,14 @@ class CountingDrafter:
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way to decode: what drafts, if anything does, and what runs the steps."""
+
+    runner: Runner
+    speculator: Speculator | None
+
+
+@dataclass(frozen=True)
 class Timing:
     """What one run took, per output token of a sequence, and what its steps held."""
 
@@ -124,7 +172,9 @@ def make_llm(config: BenchSpeculativeConfig) -> LLM:
             parallel=config.parallel,
             cache=CacheConfig(block_size=config.block_size, num_pages=batch * blocks + 64),
             scheduler=SchedulerConfig(max_batch=batch, prefill_chunk=8192),
-            speculative=SpeculativeConfig(method="ngram", max_draft_len=max(config.lengths)),
+            speculative=SpeculativeConfig(
+                method="ngram" if config.drafter == GIVEN else MTP, max_draft_len=max(config.lengths)
+            ),
             runtime=replace(config.runtime, graphs=False),
         )
     )
@@ -135,7 +185,23 @@ def make_llm(config: BenchSpeculativeConfig) -> LLM:
         buckets = buckets_up_to(batch)
         used = {next(bucket for bucket in buckets if bucket >= size) for size in config.batches}
         llm.runner.capture(product(sorted(used), config.lengths))
+        if config.drafter == MTP:
+            llm.runner.prepare_drafts(max(config.lengths), captured=True)
     return llm
+
+
+def without_next_layer(llm: LLM) -> Runner:
+    """Return a runner of the same model and pages that knows nothing of the layer that predicts one token further."""
+    runner, decoder = llm.runner, copy(llm.runner.decoder)
+    decoder.next = None
+    plain = Runner(
+        decoder, llm.exchange, runner.cache, llm.placement, max_batch=runner.max_batch, max_len=llm.spec.max_position,
+        share_qkv_rows=llm.config.attention.share_qkv_rows, expand_rows=llm.config.attention.expand_rows,
+        faults=runner.faults, sampler=runner.sampler,
+    )  # fmt: skip
+    if runner.faults is not None:
+        plain.capture()
+    return plain
 
 
 def max_len(config: BenchSpeculativeConfig) -> int:
@@ -148,14 +214,14 @@ def prompts(config: BenchSpeculativeConfig, batch: int, vocab_size: int) -> list
     return [Random(index).choices(range(vocab_size), k=config.context) for index in range(batch)]
 
 
-def measure(llm: LLM, asked: list[list[int]], tokens: int, speculator: Speculator | None) -> Timing:
+def measure(llm: LLM, asked: list[list[int]], tokens: int, way: Way) -> Timing:
     """Time so many output tokens of each sequence, on average, while all of them decode. Collective over the world.
 
     Raises:
         ValueError: when the model did not count.
     """
     engine = llm.engine
-    engine.speculator = speculator
+    engine.speculator, engine.runner = way.speculator, way.runner
     stream = llm.stream(asked, SamplingParams(max_tokens=2 * (tokens + WARM_UP), ignore_eos=True))
     made = [0] * len(asked)
     while min(made) < WARM_UP:
@@ -181,28 +247,51 @@ def measure(llm: LLM, asked: list[list[int]], tokens: int, speculator: Speculato
     )
 
 
-def run_all(llm: LLM, config: BenchSpeculativeConfig, p: float) -> list[dict[str, Any]]:
-    """Return the table of one acceptance rate. A first round warms up, and makes the schedule where none is given."""
+def run_all(llm: LLM, plain: Runner, config: BenchSpeculativeConfig, p: float) -> list[dict[str, Any]]:
+    """Return the table of one acceptance rate; ``plain`` runs what does not draft.
+
+    A first round warms up, and makes the schedule where none is given.
+    """
     vocab, longest = llm.spec.vocab_size, max_len(config)
     drafter = CountingDrafter(p, vocab, batch=max(config.batches), max_len=longest)
     asked = prompts(config, max(config.batches), vocab)
-    fixed = {NONE: None} | {str(k): Speculator(DraftLenSchedule(k), drafter) for k in config.lengths}
+    fixed = ways(llm, plain, config, drafter)
     timings: dict[tuple[int, str], list[Timing]] = defaultdict(list)
 
-    def round_of(ways: dict[str, Speculator | None]) -> None:
-        for batch, (name, speculator) in product(config.batches, ways.items()):
-            timing = measure(llm, asked[:batch], config.tokens, speculator)
+    def round_of(ways: dict[str, Way]) -> None:
+        for batch, (name, way) in product(config.batches, ways.items()):
+            timing = measure(llm, asked[:batch], config.tokens, way)
             timings[batch, name].append(timing)
             cli.say(f"p {p}, batch {batch}, draft length {name}: {timing.ttl_us / 1e3:.3f} ms a token")
 
     round_of(fixed)
-    best = {batch: min(fixed, key=lambda name: timings[batch, name][0].ttl_us) for batch in config.batches}
+    real = [NONE, *map(str, config.lengths)]
+    best = {batch: min(real, key=lambda name: timings[batch, name][0].ttl_us) for batch in config.batches}
     lengths = config.schedule or {batch: 0 if best[batch] == NONE else int(best[batch]) for batch in config.batches}
     timings.clear()
     schedule = DraftLenSchedule(max(config.lengths), lengths)
     for _ in range(config.repeats):
-        round_of({**fixed, SCHEDULE: Speculator(schedule, drafter)})
+        round_of({**fixed, SCHEDULE: Way(llm.runner, speculator_of(llm, config, schedule, drafter))})
     return [row_of(p, batch, name, schedule, timings) for batch, name in timings]
+
+
+def speculator_of(
+    llm: LLM, config: BenchSpeculativeConfig, schedule: DraftLenSchedule, drafter: CountingDrafter
+) -> Speculator:
+    """Return what drafts by a schedule."""
+    return (
+        Speculator(schedule, drafter) if config.drafter == GIVEN else RecordedNextLayer(schedule, llm.runner, drafter)
+    )
+
+
+def ways(llm: LLM, plain: Runner, config: BenchSpeculativeConfig, drafter: CountingDrafter) -> dict[str, Way]:
+    """Return the ways of fixed draft lengths, by name."""
+    schedules = {str(k): DraftLenSchedule(k) for k in config.lengths}
+    found = {NONE: Way(plain, None)}
+    found |= {name: Way(llm.runner, speculator_of(llm, config, each, drafter)) for name, each in schedules.items()}
+    if config.drafter == MTP:
+        found |= {f"{name} {GIVEN}": Way(llm.runner, Speculator(each, drafter)) for name, each in schedules.items()}
+    return found
 
 
 def row_of(
@@ -226,6 +315,7 @@ def row_of(
 
 def targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures that a run is judged by: each of the worst case."""
+    rows = [row for row in rows if GIVEN not in row["draft length"]]
     by_schedule = [row for row in rows if "schedule" in row["draft length"]]
     best = {
         (row["p"], row["batch"]): min(
@@ -235,8 +325,12 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for row in by_schedule
     }  # fmt: skip
     single = [row["x none"] for row in rows if (row["p"], row["batch"], row["draft length"]) == (0.8, 1, "4")]
+    mtp = [row["x none"] for row in by_schedule if (row["p"], row["batch"]) == (0.8, 1)]
     return {
-        "x none at p 0.8, batch 1, draft length 4 (target 2.6)": single[0] if single else None,
+        "x none at p 0.8, batch 1, draft length 4 (target 2.6 where drafts cost nothing)": single[0]
+        if single
+        else None,
+        "x none at p 0.8, batch 1, by schedule (target 1.5 with drafter=mtp)": mtp[0] if mtp else None,
         "schedule over best fixed, worst (target 1.03)": max(
             row["TTL ms"] / best[row["p"], row["batch"]] for row in by_schedule
         ),
@@ -251,17 +345,25 @@ def run(config: BenchSpeculativeConfig) -> None:
     set_up_logging(launch.rank)
     llm = make_llm(config)
     llm.generate(prompts(config, max(config.batches), llm.spec.vocab_size), SamplingParams(max_tokens=1))  # stay cached
-    rows = [row for p in config.acceptance for row in run_all(llm, config, p)]
+    plain = llm.runner if config.drafter == GIVEN else without_next_layer(llm)
+    rows = [row for p in config.acceptance for row in run_all(llm, plain, config, p)]
     columns = list(rows[0])
     layout = {"kvp": llm.layout.kvp, "tpa": llm.layout.tpa}
     report(
         "speculative decoding",
         columns,
         [[row[name] for name in columns] for row in rows],
-        **{"layout": layout, "context": config.context, "tokens": config.tokens, "repeats": config.repeats},
+        **{
+            "drafter": config.drafter,
+            "layout": layout,
+            "context": config.context,
+            "tokens": config.tokens,
+            "repeats": config.repeats,
+        },
         dtype=str(llm.dtype).removeprefix("torch."),
         targets=targets(rows),
     )
+    plain.release_graphs()
     llm.close()
 
 

@@ -154,7 +154,7 @@ class Decoder:
             exchange: the exchange over the KVP group.
             share: how the KVP ranks share the QKV projection; None where each projects every row.
             fillings: of ``made``, where the rows attend to what is made there; on all ranks or on none.
-            chosen: [B] int64 on CUDA; a token id of -1 means the token there of the row's sequence.
+            chosen: [N, B] int64 on CUDA; a token id of -1 means the first token there of the row's sequence, and so on.
             chunk: the rows are of prompts, and may be quantised to meet quantised weights; on all ranks or on none.
             longest: rows of the longest run; of verified ones fewer may be said, for state layers know how many these
                 may be.
@@ -198,50 +198,6 @@ class Decoder:
             normed, rows, self.states, place, weights, eps=self.spec.states.eps, longest=longest, pdl=self._pdl,
             chunk=chunk,
         )  # fmt: skip
-
-    @torch.inference_mode()
-    def predict_next(
-        self,
-        token_ids: torch.Tensor,
-        hidden: torch.Tensor,
-        rows: Rows,
-        pages: Pages,
-        exchange: Exchange,
-        *,
-        fillings: Sequence[Filling] = (),
-    ) -> torch.Tensor:
-        """Run the layer that predicts one token further and return its hidden states, normalised: [R, h].
-
-        Their logits, by the model's own head, are those of the token after ``token_ids``.
-
-        Args:
-            token_ids: [R] int64, equal on all ranks; at position 0 its embedding and hidden state count as zero.
-            hidden: [R, h], the hidden state of the position before each row: the model's, normalised, or this layer's.
-            rows: as in ``forward``; a row stands at its token's position.
-            pages: the layer's own.
-            exchange, fillings: as in ``forward``.
-        """
-        assert self.next is not None
-        layer, weights, eps = self.spec.num_layers, self.next, self.spec.rms_eps
-        _, normed, cos, sin = embed(
-            token_ids,
-            rows.positions,
-            embedding=self.top["embedding"],
-            weight=weights["embedding_norm"],
-            eps=eps,
-            rope=self.spec.rope,
-            inv_freq=self._inv_freq,
-        )
-        both = torch.cat((normed, self._norm(hidden, weights["hidden_norm"])), -1)
-        both.masked_fill_((rows.positions == 0).unsqueeze(1), 0)
-        stream = linear(both, weights["input"], pdl=self._pdl)
-        normed = self._norm(stream, weights["input_norm"])
-        exchange.begin_step()
-        plain = bool(fillings)
-        queries = self._query_share(None, cos, sin, 0)
-        q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, queries, plain=plain, chunk=False)
-        merged = exchange(self._attend(q, pages, rows, fillings, weights), layer=0)
-        return self._finish(layer, weights, merged, stream, weights["next_norm"], plain=plain, chunk=False, index=0)
 
     def _finish(
         self,

@@ -15,13 +15,14 @@ from .spec import RopeSpec
 
 @triton.jit
 def _embed_kernel(
-    token_ids, chosen, row_seq, positions, embedding, weight, inv_freq, stream, normed, cos, sin, eps, scaling,
+    token_ids, chosen, stride, row_seq, positions, embedding, weight, inv_freq, stream, normed, cos, sin, eps, scaling,
     H: tl.constexpr, H_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, HAS_CHOSEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids + row)
     if HAS_CHOSEN:
-        token = tl.where(token < 0, tl.load(chosen + tl.load(row_seq + row)), token)
+        last = tl.maximum(-1 - token, 0) * stride + tl.load(row_seq + row)
+        token = tl.where(token < 0, tl.load(chosen + last), token)
     i = tl.arange(0, H_PAD)
     x = tl.load(embedding + token * H + i, mask=i < H, other=0.0)
     tl.store(stream + row * H + i, x, mask=i < H)
@@ -52,7 +53,8 @@ def embed(
         token_ids, positions: [R] int64.
         embedding: [V, h]; weight: [h] of the norm, eps its.
         rope: how positions turn; inv_freq is its own, on the device.
-        chosen: tokens [B] int64 and the row of it [R] that stands for a token id of -1; CUDA alone.
+        chosen: tokens [N, B] int64 and the column of it [R] where a row's token is, of which an id of -1 means the
+            first, -2 the second; CUDA alone.
 
     Returns:
         stream and normed in the embedding's dtype; cos, sin [R, rotary_dim / 2] float32, scaled.
@@ -68,7 +70,7 @@ def embed(
     if rows:
         last, row_seq = chosen or (token_ids, token_ids)
         _embed_kernel[(rows,)](
-            token_ids, last, row_seq, positions, embedding, weight, inv_freq, stream, normed, cos, sin,
+            token_ids, last, last.stride(0), row_seq, positions, embedding, weight, inv_freq, stream, normed, cos, sin,
             eps, rope.attention_scaling,
             H=hidden, H_PAD=triton.next_power_of_2(hidden), HALF=half, HALF_PAD=triton.next_power_of_2(half),
             HAS_CHOSEN=chosen is not None, num_warps=8,

@@ -81,7 +81,7 @@ def project(
             interleaved=interleaved,
             pdl=pdl,
         )
-    first = _append(flat, cos, sin, pages, slot, weights, latent, interleaved=interleaved, pdl=pdl)
+    first = append_latents(flat, cos, sin, pages, slot, weights, latent, interleaved=interleaved, pdl=pdl)
     heads = (0, num_heads) if share is None else share.heads
     k_up = rows_of(weights["k_up"], heads, latent.plain_dim)
     absorbs = not plain and (share is None or share.absorbs)
@@ -106,7 +106,7 @@ def project(
     return _absorbed(parts, weights["k_up"], share.cos, share.sin, latent, interleaved=interleaved, pdl=pdl)
 
 
-def _append(
+def append_latents(
     flat: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,

@@ -130,6 +130,7 @@ class DrafterLoader:
         if config.method == "none":
             return None
         if config.method == "mtp":
+            target.prepare_drafts(config.max_draft_len, captured=self._config.runtime.graphs)
             return NextLayerSpeculator(config.schedule, target)
         if self._runner is None:
             return Speculator(config.schedule, NgramDrafter(config.ngram_min, config.ngram_max))

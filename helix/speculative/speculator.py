@@ -20,7 +20,7 @@ class Speculator:
     """Drafts for an engine's steps.
 
     Args:
-        schedule: draft lengths by batch size.
+        schedule: draft lengths by batch size and context.
         drafter: what drafts; None where a subclass does.
 
     Attributes:
@@ -41,12 +41,19 @@ class Speculator:
         decoding = [number for number, chunk in enumerate(step.chunks) if chunk.is_decode]
         if not decoding:
             return
-        length = self.schedule.draft_len(len(decoding))
+        length = self._draft_len([step.chunks[number] for number in decoding])
         if length:
-            self._draft(step, scheduler, decoding, length)
+            self._draft(step, scheduler, decoding, length, move)
         self.counters.steps[max(len(step.chunks[number].drafts) for number in decoding)] += 1
 
-    def _draft(self, step: Step, scheduler: Scheduler, decoding: list[int], length: int) -> None:
+    def _draft(
+        self,
+        step: Step,
+        scheduler: Scheduler,
+        decoding: list[int],
+        length: int,
+        move: Callable[[list[Movement]], None],
+    ) -> None:
         """Put at most ``length`` drafts into each of the chunks ``decoding``."""
         assert self.drafter is not None
         seqs = [step.chunks[number].seq for number in decoding]
@@ -58,13 +65,19 @@ class Speculator:
                 step.chunks[number] = Chunk(seq, chunk.start, chunk.stop, tuple(drafts[:room]))
         step.movements += scheduler.cache.take_movements()
 
-    def is_due(self, num_decoding: int) -> bool:
-        """Return whether a step of so many decoding sequences asks for drafts."""
-        return self.schedule.draft_len(num_decoding) > 0
+    def is_due(self, step: Step) -> bool:
+        """Return whether a step of decode rows alone, or one behind it, asks for drafts."""
+        return self._draft_len(step.chunks) > 0
+
+    def _draft_len(self, decoding: list[Chunk]) -> int:
+        return self.schedule.draft_len(len(decoding), sum(chunk.stop for chunk in decoding))
+
+    def settle(self, step: Step) -> None:
+        """Make a launched step's drafts known, where they are not, before its tokens are looked at."""
 
     def skip(self, step: Step) -> bool:
         """Count a step of decode rows alone as one without drafts; False, and uncounted, where it asks for some."""
-        if self.is_due(len(step.chunks)):
+        if self.is_due(step):
             return False
         self.counters.steps[0] += 1
         return True

@@ -9,10 +9,10 @@ from helix.request import Chunk
 from parallel.placement import BlockCyclic
 
 
-def chunk(start, stop, *, slot, first_owner=0, drafts=(), length=None):
+def chunk(start, stop, *, slot, first_owner=0, num_reused=0, drafts=(), length=None):
     seq = SimpleNamespace(
         token_ids=list(range(100, 100 + (stop if length is None else length))), batch_slot=slot,
-        blocks=SimpleNamespace(first_owner=first_owner),
+        blocks=SimpleNamespace(first_owner=first_owner, num_reused=num_reused),
     )  # fmt: skip
     return Chunk(seq, start, stop, drafts)
 
@@ -47,3 +47,10 @@ def test_shared_rows_return_to_their_order():
     gathered = np.concatenate([each.mine for each in ranks])
     assert gathered[ranks[0].order].tolist() == list(range(rows.num_rows))
     assert sum(each.num_mine for each in ranks) == rows.num_rows
+
+
+def test_rows_of_reused_tokens_see_what_is_cached_and_are_not_written():
+    rows = StepRows.of([chunk(5, 9, slot=0, num_reused=7)])
+    local = LocalRows.of(rows, BlockCyclic(4, 1), 0, np.array([[3, 5, 6]], np.int32))
+    assert local.slot.tolist() == [-1, -1, 5 * 4 + 3, 6 * 4]
+    assert local.visible.tolist() == [6, 7, 8, 9]

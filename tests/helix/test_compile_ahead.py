@@ -1,11 +1,13 @@
 """Kernels are compiled before the first request, several at once, and none afterwards."""
 
 from collections.abc import Iterator
+from itertools import product
 from random import Random
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 import yaml
 
 from helix.compile_ahead import compile_ahead
@@ -14,6 +16,11 @@ from helix.llm import LLM
 from helix.request import Request
 from helix.sampling import SamplingParams
 from scripts.cli import CONF
+
+
+@triton.jit
+def _count_to(x, BOUND: tl.constexpr):
+    tl.store(x, BOUND)
 
 
 @pytest.fixture
@@ -47,20 +54,29 @@ def draw(rng: Random, vocab: int) -> Request:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["none", "ngram"])
-@pytest.mark.parametrize("preset", ["glm4_9b_1m", "qwen3_30b_a3b", "deepseek_v2_lite"])
+@pytest.mark.parametrize(
+    ("preset", "method"),
+    [
+        *product(("glm4_9b_1m", "qwen3_30b_a3b", "deepseek_v2_lite"), ("none", "ngram")),
+        ("deepseek_r1", "none"),
+        ("deepseek_r1", "mtp"),
+    ],
+)
 def test_nothing_is_compiled_while_requests_run(preset: str, method: str, compiled: list[str]) -> None:
-    shape = yaml.safe_load((CONF / "model" / f"{preset}.yaml").read_text("utf-8"))
+    shape = yaml.safe_load((CONF / "model" / f"{preset}.yaml").read_text("utf-8"))["config"] | {"num_hidden_layers": 2}
+    if preset == "deepseek_r1":
+        shape |= {"first_k_dense_replace": 1, "n_routed_experts": 32}  # all kinds of layers, and less memory
     llm = LLM(
         HelixConfig(
-            model=ModelConfig(load="dummy", config=shape["config"] | {"num_hidden_layers": 2}, max_position=8192),
+            model=ModelConfig(load="dummy", config=shape, max_position=8192),
             cache=CacheConfig(num_pages=1024),
             scheduler=SchedulerConfig(max_batch=32, prefill_chunk=512),
             speculative=SpeculativeConfig(method=method),
         )
     )
-    assert compiled, "the hook heard of nothing"
     compiled.clear()
     rng = Random(method)
-    llm.generate([draw(rng, llm.spec.vocab_size) for _ in range(250)])
+    llm.generate([draw(rng, llm.spec.vocab_size) for _ in range(500)])
     assert compiled == []
+    _count_to[(1,)](torch.zeros(1, device="cuda"), BOUND=rng.randrange(1 << 30))
+    assert len(compiled) == 1, "the hook hears of compilations"

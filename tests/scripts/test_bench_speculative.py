@@ -25,6 +25,25 @@ TINY = {
 }
 
 
+TINY_WITH_LAYER = TINY | {
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """A tiny model's threads only get in each other's way."""
@@ -35,10 +54,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_every_case_is_measured_and_drafts_are_right_as_often_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("drafter", ["given", "mtp"])
+def test_every_case_is_measured_and_drafts_are_right_as_often_as_asked(
+    drafter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(
         BenchSpeculativeConfig(
-            model=ModelConfig(load="dummy", config=TINY),
+            model=ModelConfig(load="dummy", config=TINY if drafter == "given" else TINY_WITH_LAYER),
+            drafter=drafter,
             runtime=RuntimeConfig(device="cpu"),
             context=40,
             batches=[1, 2],
@@ -51,7 +74,7 @@ def test_every_case_is_measured_and_drafts_are_right_as_often_as_asked(capsys: p
     )
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows: dict[Any, dict[str, Any]] = {(row["p"], row["batch"], row["draft length"]): row for row in figures["rows"]}
-    assert len(rows) == 2 * 4
+    assert len(rows) == 2 * (4 if drafter == "given" else 6)
     for (p, _, length), row in rows.items():
         k = 0 if length == "none" else int(length.split()[0])
         assert row["tokens a step"] == pytest.approx((1 - p ** (k + 1)) / (1 - p), rel=0.2)

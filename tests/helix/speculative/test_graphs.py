@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helix.config import DraftModelConfig
-from helix.graphs import DecodeGraph, DecodeRows
+from helix.graphs import DecodeRows, StepGraph
 from helix.llm import LLM
 from helix.request import Request
 from helix.sampling import SamplingParams
@@ -30,7 +30,7 @@ def rows_of(counts: list[int]) -> DecodeRows:
     return DecodeRows(number, 100 + number, 200 + number, slots, 300 + number, np.array(counts))
 
 
-NAMES = ("token_ids", "positions", "slot", "row_seq", "visible_len")
+NAMES = ("token_ids", "positions", "slot", "row_seq", "visible_len", "before", "keep")
 
 
 @pytest.mark.parametrize("counts", [[3, 3], [1, 3], [3, 1], [2, 1], [1, 1], [2]])
@@ -38,7 +38,7 @@ def test_rows_stand_at_the_end_of_their_run_and_padding_sees_and_stores_nothing(
     rows, run_len = rows_of(counts), 3
     inputs = {name: np.full(3 * run_len, 7) for name in NAMES}
     rows.fill(inputs, run_len, padding_slot=99)
-    tokens, positions, slot, row_seq, visible = (inputs[name].reshape(3, run_len) for name in NAMES)
+    tokens, positions, slot, row_seq, visible = (inputs[name].reshape(3, run_len) for name in NAMES[:5])
     at = 0
     for sequence, count in enumerate(counts):
         assert (row_seq[sequence] == 10 + sequence).all(), "a run has one page table"
@@ -81,7 +81,7 @@ def launched(llm: LLM) -> list[tuple[int, int]]:
     sizes: list[tuple[int, int]] = []
     launch = llm.runner._graphs.launch
 
-    def spy(graph: DecodeGraph, rows: Any, wanted: Any) -> Any:
+    def spy(graph: StepGraph, rows: Any, wanted: Any) -> Any:
         sizes.append((graph.num_runs, graph.run_len))
         return launch(graph, rows, wanted)
 

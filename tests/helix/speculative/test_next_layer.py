@@ -20,6 +20,7 @@ from helix.llm import LLM
 from helix.models.spec import load_spec
 from helix.sampling import SamplingParams
 from helix.speculative.loading import with_next_layer
+from helix.speculative.next_layer import NextLayerSpeculator
 from tests.helix.speculative.world import make_llm, told
 
 LAYERS, HIDDEN, VOCAB, LENGTH = 2, 64, 64, 3
@@ -47,6 +48,7 @@ SIZES = {
 }
 MTP = {"method": "mtp", "max_draft_len": LENGTH}
 PROMPTS = [[(5 * i * i + 3 * i) % VOCAB for i in range(50)], [7], [9, 8, 7] * 4, [(11 * i) % VOCAB for i in range(33)]]
+AGAIN = [[*PROMPTS[0][:45], 3, 1], [*PROMPTS[0][:48], 9, 5, 6], [*PROMPTS[3][:32], 8]]
 
 
 class Checkpoint:
@@ -128,29 +130,35 @@ def greedy(count: int, **settings: Any) -> SamplingParams:
 def drafts_of(llm: LLM) -> list[tuple[list[int], list[int]]]:
     """What is drafted from now on: the known tokens, and what came after them."""
     speculator, made = llm.engine.speculator, list[tuple[list[int], list[int]]]()
-    assert speculator is not None
-    plain = speculator.propose
+    assert isinstance(speculator, NextLayerSpeculator)
+    plain = speculator._read
 
-    def propose(step: Any, *rest: Any) -> None:
-        plain(step, *rest)
-        made.extend((list(each.seq.token_ids), list(each.drafts)) for each in step.chunks if each.drafts)
+    def read() -> dict[Any, list[int]]:
+        drafts = plain()
+        made.extend((list(seq.token_ids), list(tokens)) for seq, tokens in drafts.items())
+        return drafts
 
-    speculator.propose = propose  # type: ignore[method-assign]
+    speculator._read = read  # type: ignore[method-assign]
     return made
 
 
 def run_body(path: str, kvp: int, tpa: int, graphs: bool) -> tuple[Any, list[tuple[list[int], list[int]]]]:
+    """Two rounds, of which the second begins in what the first left, in the middle of a block and at its end."""
     llm = make_llm(path, kvp=kvp, tpa=tpa, graphs=graphs, prefill_chunk=16, speculative=MTP, look_ahead=True)
     made = drafts_of(llm)
     outputs = llm.generate([list(ids) for ids in PROMPTS], greedy(9))
-    return [output.token_ids for output in outputs], made
+    again = llm.generate([list(ids) for ids in AGAIN], greedy(5))
+    assert [output.cached_tokens for output in again] == [44, 47, 31]
+    return [output.token_ids for output in (*outputs, *again)], made
 
 
 @pytest.mark.parametrize(("kvp", "tpa", "graphs"), [(1, 1, False), (1, 1, True), (2, 1, False)])
 def test_drafts_are_those_of_the_layer_in_plain_pytorch(
     random: Checkpoint, path: str, ranks: Callable[..., Any], kvp: int, tpa: int, graphs: bool
 ) -> None:
-    plain = [output.token_ids for output in make_llm(path).generate([list(ids) for ids in PROMPTS], greedy(9))]
+    llm = make_llm(path, cache={"reuse": False})
+    outputs = [*llm.generate([list(ids) for ids in PROMPTS], greedy(9)), *llm.generate(AGAIN, greedy(5))]
+    plain = [output.token_ids for output in outputs]
     for tokens, made in ranks(kvp * tpa).run(run_body, path, kvp, tpa, graphs):
         assert tokens == plain
         assert len(made) > 20 and any(len(drafts) == LENGTH for _, drafts in made)
@@ -190,7 +198,8 @@ def known(takes: str) -> Checkpoint:
                 if "o_proj" in name or "down_proj" in name:
                     weight.zero_()
         made.embedding.copy_(torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0])
-        made.model.model.norm.weight.copy_((torch.rand(HIDDEN) * 3 + 0.2) * torch.randn(HIDDEN).sign())
+        half = torch.rand(HIDDEN // 2) * 3 + 0.2
+        made.model.model.norm.weight.copy_(torch.cat((half, -half)))  # without it a state is like any other
         made.norm = made.model.model.norm.weight.data.clone()
         made.hnorm, made.enorm = torch.rand(HIDDEN) * 3 + 0.2, torch.rand(HIDDEN) * 3 + 0.2
         cycle = torch.randperm(VOCAB)
@@ -211,7 +220,7 @@ def known(takes: str) -> Checkpoint:
 
 
 def acceptance(path: str, change: Callable[[LLM], None] = lambda llm: None) -> float:
-    llm = make_llm(path, prefill_chunk=256, speculative=MTP, look_ahead=True)
+    llm = make_llm(path, graphs=True, prefill_chunk=256, speculative=MTP, look_ahead=True)
     change(llm)
     llm.generate([list(ids) for ids in PROMPTS], greedy(40))
     counters = llm.metrics.speculative
@@ -220,23 +229,24 @@ def acceptance(path: str, change: Callable[[LLM], None] = lambda llm: None) -> f
 
 
 def shift(llm: LLM) -> None:
-    """Give each row the state of one position further back."""
-    plain = llm.runner.predict_next
-
-    def predict_next(chunks: Any, token_ids: Any, hidden: torch.Tensor) -> torch.Tensor:
-        return plain(chunks, token_ids, hidden.roll(1, 0))
-
-    llm.runner.predict_next = predict_next  # type: ignore[method-assign]
+    """Keep for each row the state of one position further back."""
+    change_states(llm, lambda hidden: hidden.roll(1, 0))
 
 
 def before_the_norm(llm: LLM) -> None:
-    """Give each row a state without the weights of the norm."""
-    plain, weight = llm.runner.predict_next, llm.runner.decoder.top["final_norm"]
+    """Keep states without the weights of the norm."""
+    weight = llm.runner.decoder.top["final_norm"]
+    change_states(llm, lambda hidden: hidden / weight)
 
-    def predict_next(chunks: Any, token_ids: Any, hidden: torch.Tensor) -> torch.Tensor:
-        return plain(chunks, token_ids, hidden / weight)
 
-    llm.runner.predict_next = predict_next  # type: ignore[method-assign]
+def change_states(llm: LLM, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    assert llm.runner.next_states is not None
+    plain = llm.runner.next_states.follow
+
+    def follow(token_ids: torch.Tensor, hidden: torch.Tensor, *rest: Any, **named: Any) -> None:
+        plain(token_ids, change(hidden), *rest, **named)
+
+    llm.runner.next_states.follow = follow  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("takes", ["embedding", "hidden"])

@@ -51,6 +51,16 @@ def test_an_invalid_schedule_is_refused_by_name(max_draft_len: int, lengths: Any
     assert str(refused.value).startswith("speculative.draft_len_schedule") and str(refused.value).endswith(message)
 
 
+def test_the_longer_the_sequences_the_fewer_drafts_and_the_lower_limit_counts() -> None:
+    schedule = DraftLenSchedule(4, {2: 4, 8: 2}, {4096: 1, 1024: 3})
+    lengths = {(number, context): schedule.draft_len(number, context) for number in (2, 3) for context in (1024, 1025)}
+    assert lengths == {(2, 1024): 3, (2, 1025): 1, (3, 1024): 2, (3, 1025): 1}
+    assert schedule.draft_len(2, 4097) == 0 and DraftLenSchedule(4, None, {8: 1}).draft_len(99, 8) == 1
+    assert schedule.reachable([1, 2, 4, 8, 16]) == [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1), (4, 2), (8, 1), (8, 2)]
+    with pytest.raises(ValueError, match=r"speculative.draft_len_by_context\[8\] = 5 exceeds"):
+        DraftLenSchedule(4, None, {8: 5})
+
+
 def test_a_negative_length_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="speculative.max_draft_len = -1 must be at least 0"):
         DraftLenSchedule(-1)

@@ -1,0 +1,95 @@
+"""A model and its own layer that predicts one token further (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
+
+from __future__ import annotations
+
+import torch
+
+from attention.exchange import Exchange
+from attention.pages import Pages
+from attention.rows import Rows
+
+from .decoder import Decoder
+from .embed import embed
+from .latent import append_latents
+from .linear import linear, split_linear
+
+
+class NextDecoder(Decoder):
+    """A decoder whose spec ``predicts_next``; see ``Decoder``."""
+
+    @torch.inference_mode()
+    def predict_next(
+        self,
+        token_ids: torch.Tensor,
+        before: torch.Tensor,
+        rows: Rows,
+        pages: Pages,
+        exchange: Exchange,
+        *,
+        chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Run the layer that predicts one token further and return its hidden states, normalised: [R, h].
+
+        Their logits, by the model's own head, are those of the token after ``token_ids``.
+
+        Args:
+            token_ids: [R] int64, equal on all ranks; at position 0 its embedding and hidden state count as zero.
+            before: [R, h], the hidden state of the position before each row: the model's, normalised, or this layer's.
+            rows: as in ``forward``; a row stands at its token's position.
+            pages: the layer's own.
+            exchange: as in ``forward``.
+            chosen: see ``embed``.
+        """
+        assert self.next is not None
+        layer, weights = self.spec.num_layers, self.next
+        stream, normed, cos, sin = self._next_input(token_ids, before, rows, chosen)
+        exchange.begin_step()
+        queries = self._query_share(None, cos, sin, 0)
+        q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, queries, plain=False, chunk=False)
+        merged = exchange(self._attend(q, pages, rows, (), weights), layer=0)
+        return self._finish(layer, weights, merged, stream, weights["next_norm"], plain=False, chunk=False, index=0)
+
+    @torch.inference_mode()
+    def append_next(
+        self,
+        token_ids: torch.Tensor,
+        before: torch.Tensor,
+        rows: Rows,
+        pages: Pages,
+        *,
+        chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
+        chunk: bool = False,
+    ) -> None:
+        """Append what that layer's later rows read of rows, and compute nothing else of them; see ``predict_next``."""
+        assert self.next is not None and self.spec.latent is not None
+        _, normed, cos, sin = self._next_input(token_ids, before, rows, chosen)
+        flat = split_linear(normed, self.next["qkv"], pdl=self._pdl, chunk=chunk)
+        append_latents(
+            flat, cos, sin, pages, rows.slot, self.next, self.spec.latent,
+            interleaved=self.spec.rope.interleaved, pdl=self._pdl,
+        )  # fmt: skip
+
+    def _next_input(
+        self,
+        token_ids: torch.Tensor,
+        before: torch.Tensor,
+        rows: Rows,
+        chosen: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the stream that enters that layer, its norm, and cos and sin of the rows' angles."""
+        assert self.next is not None
+        weights = self.next
+        _, normed, cos, sin = embed(
+            token_ids,
+            rows.positions,
+            embedding=self.top["embedding"],
+            weight=weights["embedding_norm"],
+            eps=self.spec.rms_eps,
+            rope=self.spec.rope,
+            inv_freq=self._inv_freq,
+            chosen=chosen,
+        )
+        both = torch.cat((normed, self._norm(before, weights["hidden_norm"])), -1)
+        both.masked_fill_((rows.positions == 0).unsqueeze(1), 0)
+        stream = linear(both, weights["input"], pdl=self._pdl)
+        return stream, self._norm(stream, weights["input_norm"]), cos, sin
