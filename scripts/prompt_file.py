@@ -100,10 +100,14 @@ def parse_item(item: Any, where: str, sampling: SamplingParams) -> Request:
 def parse_line(line: str) -> Any:
     """Return the content of a line, or the ValueError that says why it has none."""
     try:
-        return json.loads(line)
+        return json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
         return ValueError(f"not JSON: {reason}")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number in JSON")
 
 
 def _items(path: str) -> list[tuple[str, Any]]:

@@ -245,7 +245,7 @@ def test_what_lm_eval_sums_up_of_an_echo_is_what_transformers_says(served: Serve
     prompts = [[*context, 5, 6, 7], [*context, 8], context[:40]]
     oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     body = {"model": "tiny", "prompt": prompts, "temperature": 0, "logprobs": 1, "seed": 1234, "echo": True}
-    for max_tokens, behind in ((1, -1), (0, None)):  # lm_eval asks for a token, and leaves it out
+    for max_tokens, behind in ((1, -1), (0, None)):  # lm_eval 0.4.13 asks for a token, and leaves it out
         status, answer, _ = served.ask("/v1/completions", body | {"max_tokens": max_tokens})
         assert status == 200 and answer["usage"]["completion_tokens"] == max_tokens * len(prompts)
         for prompt, choice, start in zip(prompts, answer["choices"], (150, 149, 20), strict=True):
