@@ -100,14 +100,10 @@ def parse_item(item: Any, where: str, sampling: SamplingParams) -> Request:
 def parse_line(line: str) -> Any:
     """Return the content of a line, or the ValueError that says why it has none."""
     try:
-        return json.loads(line, parse_constant=_refuse)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
         return ValueError(f"not JSON: {reason}")
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number in JSON")
 
 
 def _items(path: str) -> list[tuple[str, Any]]:
@@ -178,7 +174,7 @@ def _fill(request: Request, item: Mapping[str, Any], sampling: SamplingParams) -
     if not isinstance(overrides, dict):
         raise ValueError(f"sampling is a {type(overrides).__name__}, must be an object")
     for key, value in take_settings(given).items():
-        if overrides.get(key, value) != value:
+        if key in overrides and overrides[key] != value:
             raise ValueError(f"{key} is given twice, once in sampling; give it once")
         overrides = overrides | {key: value}
     request.sampling = sampling.with_overrides(overrides)

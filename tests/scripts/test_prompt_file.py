@@ -25,7 +25,7 @@ LINE_KEYS = "the keys are prompt, prompt_token_ids, messages, id, sampling"
     [
         ("{", "not JSON: Expecting property name enclosed in double quotes (column 2)"),
         ('{"prompt": "a"} x', "not JSON: Extra data (column 17)"),
-        ('{"prompt": "a", "temperature": NaN}', "not JSON: NaN is no number in JSON"),
+        ('{"prompt": "a", "temperature": NaN}', "sampling.temperature = nan must be 0 (greedy) or lie in "),
         ("[" * 100_000, "not JSON: maximum recursion depth exceeded"),
         ('"text"', "a str where an object is expected"),
         ("[1]", "a list where an object is expected"),
