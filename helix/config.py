@@ -24,14 +24,15 @@ from .speculative.schedule import DraftLenSchedule
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "fp8_e4m3")
 LOADS = ("checkpoint", "dummy")
-METHODS = ("none", "ngram", "draft_model", "mtp")
+METHODS = ("none", "ngram", "draft_model", "mtp", "eagle3")
 USED_BY = {
-    "max_draft_len": ("ngram", "draft_model", "mtp"),
-    "draft_len_schedule": ("ngram", "draft_model", "mtp"),
-    "draft_len_by_context": ("ngram", "draft_model", "mtp"),
+    "max_draft_len": METHODS[1:],
+    "draft_len_schedule": METHODS[1:],
+    "draft_len_by_context": METHODS[1:],
     "ngram_max": ("ngram",),
     "ngram_min": ("ngram",),
     "model": ("draft_model",),
+    "path": ("eagle3",),
 }
 ROLES = ("prefill", "decode")
 SAMPLING_DEFAULTS = ("none", "model")
@@ -213,7 +214,7 @@ class SpeculativeConfig:
 
     Attributes:
         method: ngram looks a sequence's last tokens up in the sequence itself; draft_model asks a smaller model; mtp
-            the layer of a DeepSeek-V3 checkpoint that predicts one token further.
+            the layer of a DeepSeek-V3 checkpoint that predicts one token further; eagle3 a head for that.
         max_draft_len: the most tokens that a sequence drafts in a step.
         draft_len_schedule: "up to this batch size" -> draft length, above the last 0; None is always max_draft_len.
         draft_len_by_context: "up to so many tokens of all sequences that decode" -> the most that each drafts, above
@@ -221,6 +222,7 @@ class SpeculativeConfig:
         ngram_max: the longest run of last tokens that is looked up.
         ngram_min: the shortest one.
         model: the draft model.
+        path: the folder of the EAGLE-3 head.
     """
 
     method: str = "none"
@@ -230,6 +232,7 @@ class SpeculativeConfig:
     ngram_max: int = 4
     ngram_min: int = 2
     model: DraftModelConfig = field(default_factory=DraftModelConfig)
+    path: str = ""
 
     def __post_init__(self) -> None:
         check_choice("speculative.method", self.method, METHODS)

@@ -64,9 +64,8 @@ class DraftGraphs(StepGraphs):
             token_ids = torch.where(token_ids < 0, self._drafted[0, :size], token_ids)
         states = torch.where((before > 0).unsqueeze(1), self._states.kept[before], self._own[:size])
         pages = self._cache.layers[-1]
-        hidden = decoder.predict_next(token_ids, states, self._rows(graph), pages, self._exchange, chosen=chosen)
-        tokens = decoder.greedy(decoder.local_logits(hidden))
-        self._own[:size] = hidden
+        own, tokens = decoder.predict_next(token_ids, states, self._rows(graph), pages, self._exchange, chosen=chosen)
+        self._own[:size] = own
         self._drafted[0, :size] = tokens
         self._states.chosen[inputs["keep"], inputs["row_seq"].long()] = tokens
         graph.output = self._output(tokens)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from attention.exchange import Exchange, Heads, make_exchange
@@ -44,6 +45,7 @@ from .inbox import Inbox
 from .loop import StepLoop
 from .metrics import RunMetrics
 from .models.decoder import Decoder
+from .models.eagle import EagleDecoder
 from .models.generation_config import with_models_sampling
 from .models.kinds import FULL
 from .models.loading import fill
@@ -143,7 +145,7 @@ class LLM:
         self.vocabulary = Vocabulary(self.tokenizer, self.spec.vocab_size, prepared.eos_token_ids)
         masks = Masks(Matchers(self.vocabulary) if self.launch.speaks else None, self.spec.vocab_size)
         self.engine = Engine(
-            Scheduler(config.scheduler, cache, recomputed=int(self.spec.predicts_next)),
+            Scheduler(config.scheduler, cache, recomputed=int(self.spec.looks_further)),
             self.runner,
             agree(lambda: PageMover(self.runner.cache, config.cache.host_pages, self.grid.kvp_rank)),
             speculator=speculator,
@@ -362,7 +364,9 @@ class LLM:
         workspace = None
         if attention_config.expand_rows:
             workspace = attention_config.workspace_tokens, self._page_layout(part.kv_heads[1] - part.kv_heads[0])
-        make = NextDecoder if self.spec.predicts_next else Decoder
+        make: Callable[..., Decoder] = NextDecoder if self.spec.predicts_next else Decoder
+        if self._drafting.head is not None:
+            make = partial(EagleDecoder, head=self._drafting.head)
         return make(
             self.spec,
             self.grid,

@@ -95,6 +95,7 @@ class NextStates:
             keep: [R] int64, where its own is kept.
             cache: the pages of all layers.
         """
+        hidden = self.decoder.state_of(hidden)
         states = torch.where((before > 0).unsqueeze(1), self.kept[before], hidden.roll(1, 0))
         pages = cache.layers[-1]
         at = None if chosen is None else (chosen, rows.row_seq)

@@ -9,9 +9,10 @@ token after t is t + 1 by a wide margin whatever the context), which makes the r
 independent of rounding; its work is that of any weights. Steps run through the engine, host work included, over prompts
 that were computed; every figure is the median of ``repeats`` runs, which take turns.
 
-With ``drafter=mtp`` the model's layer that predicts one token further drafts, on the device and on the host, and what
-it drafted is replaced by what is right with probability p: the work is its own, the acceptance is given. Lines named
-"k given" have drafts that cost nothing beside it, and "none" is the model without that layer.
+With ``drafter=mtp`` the model's layer that predicts one token further drafts (with ``eagle3`` that of the folder
+``head``), on the device and on the host, and what it drafted is replaced by what is right with probability p: the work
+is its own, the acceptance is given. Lines named "k given" have drafts that cost nothing beside it, and "none" is the
+model without that layer.
 
 Without a ``schedule`` the best fixed length of each batch size makes one, which is then measured as such.
 """
@@ -54,7 +55,7 @@ from scripts import cli
 from scripts.timing import report
 
 NONE, SCHEDULE = "none", "schedule"
-GIVEN, MTP = "given", "mtp"
+GIVEN = "given"
 WARM_UP = 8  # tokens of each sequence before the clock starts
 
 
@@ -63,7 +64,9 @@ class BenchSpeculativeConfig:
     """What to measure.
 
     Attributes:
-        drafter: given, which costs nothing, or mtp, whose work is done and whose drafts are replaced by given ones.
+        drafter: given, which costs nothing, or mtp or eagle3, whose work is done and whose drafts are replaced by given
+            ones.
+        head: the folder of the EAGLE-3 head.
         context: prompt tokens of each sequence.
         batches: sequences that decode together.
         lengths: fixed draft lengths.
@@ -78,6 +81,7 @@ class BenchSpeculativeConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     drafter: str = GIVEN
+    head: str = ""
     context: int = 8192
     batches: list[int] = field(default_factory=lambda: [1, 4, 8, 32, 64])
     lengths: list[int] = field(default_factory=lambda: [1, 2, 4])
@@ -173,7 +177,9 @@ def make_llm(config: BenchSpeculativeConfig) -> LLM:
             cache=CacheConfig(block_size=config.block_size, num_pages=batch * blocks + 64),
             scheduler=SchedulerConfig(max_batch=batch, prefill_chunk=8192),
             speculative=SpeculativeConfig(
-                method="ngram" if config.drafter == GIVEN else MTP, max_draft_len=max(config.lengths)
+                method="ngram" if config.drafter == GIVEN else config.drafter,
+                path=config.head,
+                max_draft_len=max(config.lengths),
             ),
             runtime=replace(config.runtime, graphs=False),
         )
@@ -185,7 +191,7 @@ def make_llm(config: BenchSpeculativeConfig) -> LLM:
         buckets = buckets_up_to(batch)
         used = {next(bucket for bucket in buckets if bucket >= size) for size in config.batches}
         llm.runner.capture(product(sorted(used), config.lengths))
-        if config.drafter == MTP:
+        if config.drafter != GIVEN:
             llm.runner.prepare_drafts(max(config.lengths), captured=True)
     return llm
 
@@ -193,7 +199,7 @@ def make_llm(config: BenchSpeculativeConfig) -> LLM:
 def without_next_layer(llm: LLM) -> Runner:
     """Return a runner of the same model and pages that knows nothing of the layer that predicts one token further."""
     runner, decoder = llm.runner, copy(llm.runner.decoder)
-    decoder.next = None
+    decoder.next, decoder.taps = None, ()
     plain = Runner(
         decoder, llm.exchange, runner.cache, llm.placement, max_batch=runner.max_batch, max_len=llm.spec.max_position,
         share_qkv_rows=llm.config.attention.share_qkv_rows, expand_rows=llm.config.attention.expand_rows,
@@ -289,7 +295,7 @@ def ways(llm: LLM, plain: Runner, config: BenchSpeculativeConfig, drafter: Count
     schedules = {str(k): DraftLenSchedule(k) for k in config.lengths}
     found = {NONE: Way(plain, None)}
     found |= {name: Way(llm.runner, speculator_of(llm, config, each, drafter)) for name, each in schedules.items()}
-    if config.drafter == MTP:
+    if config.drafter != GIVEN:
         found |= {f"{name} {GIVEN}": Way(llm.runner, Speculator(each, drafter)) for name, each in schedules.items()}
     return found
 
@@ -330,7 +336,7 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "x none at p 0.8, batch 1, draft length 4 (target 2.6 where drafts cost nothing)": single[0]
         if single
         else None,
-        "x none at p 0.8, batch 1, by schedule (target 1.5 with drafter=mtp)": mtp[0] if mtp else None,
+        "x none at p 0.8, batch 1, by schedule (target 1.5 with drafts of its own)": mtp[0] if mtp else None,
         "schedule over best fixed, worst (target 1.03)": max(
             row["TTL ms"] / best[row["p"], row["batch"]] for row in by_schedule
         ),

@@ -38,11 +38,12 @@ class Checkpoint:
     """The weights of one model on disk, checked against its spec.
 
     path: a folder with safetensors files, see ``open_files``. spec: named as they are, see ``named_as_stored``.
+    shapes: of the tensors that must be there, where they are not those of the spec's model.
     Raises CheckpointError for missing, truncated or pickle files, and for tensors that are missing or not as expected.
     Each rank opens the checkpoint for itself. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, path: str | Path, spec: ModelSpec) -> None:
+    def __init__(self, path: str | Path, spec: ModelSpec, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
         self.path = Path(path).expanduser()
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
@@ -50,7 +51,7 @@ class Checkpoint:
         for name, file in open_files(self.path).items():
             self._files[name] = file
             self._file_of |= dict.fromkeys(file.keys(), name)
-        self._check()
+        self._check(tensor_shapes(spec) if shapes is None else shapes)
 
     def __enter__(self) -> Self:
         return self
@@ -147,10 +148,22 @@ class Checkpoint:
     def _tensor(self, name: str) -> Any:
         return self._files[self._file_of[name]].get_slice(name)
 
-    def _check(self) -> None:
-        """Raise CheckpointError unless the tensors are those that the spec implies."""
+    def integers(self, name: str, length: int, *, up_to: int) -> torch.Tensor:
+        """Return a tensor of integers [length] that are distances of ids to others below ``up_to``; 0 without one.
+
+        Raises CheckpointError when it is none such.
+        """
+        if name not in self._file_of:
+            return torch.zeros(length, dtype=torch.int64)
+        values = self._files[self._file_of[name]].get_tensor(name).long()
+        ids = values + torch.arange(len(values))
+        if len(values) != length or int(ids.min()) < 0 or int(ids.max()) >= up_to:
+            raise CheckpointError(f"{self.path}: {name} must lead {length} ids to some of {up_to}")
+        return values
+
+    def _check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless the tensors are those that are expected."""
         spec = self._spec
-        expected = tensor_shapes(spec)
         missing = [name for name in expected if name not in self._file_of]
         if missing:
             raise CheckpointError(f"{self.path} lacks {len(missing)} tensors of a {spec.family} model: {few(missing)}")

@@ -94,6 +94,8 @@ class Decoder:
             grid.world_group, vocab=self.part.vocab, vocab_size=spec.vocab_size, device=device
         )
         self.states = states
+        self.taps: tuple[int, ...] = ()  # layers before which a step's stream is kept
+        self.tapped: list[torch.Tensor] = []
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
         self.top: Parameters = self._allocate(model_weights(spec, self.part))
         self.layers: list[Parameters] = [
@@ -174,7 +176,10 @@ class Decoder:
         own = (cos, sin) if share is None else (cos[share.mine], sin[share.mine])
         next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
         exchange.begin_step()
+        self.tapped = []
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            if layer in self.taps:
+                self.tapped.append(stream.clone())
             place = self.spec.places[layer]
             if self.spec.kind_of(layer).name == STATE:
                 merged = self._advance(place, weights, normed, rows, chunk=chunk, longest=longest)
@@ -320,14 +325,14 @@ class Decoder:
                 share=queries, plain=plain, pdl=self._pdl, chunk=chunk,
             )  # fmt: skip
         if flat.is_cuda:
-            norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if self.spec.qk_norm else None
+            norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if "q_norm" in weights else None
             q = rope_append(
                 flat, cos, sin, pages, slot, num_heads=num_q, norms=norms, interleaved=interleaved,
                 fixed=weights.get("cache_scales"), pdl=self._pdl,
             )  # fmt: skip
         else:
             q, k, v = flat[0].unflatten(-1, (-1, D)).split((num_q, num_kv, num_kv), 1)
-            if self.spec.qk_norm:
+            if "q_norm" in weights:
                 q, k = self._norm(q, weights["q_norm"]), self._norm(k, weights["k_norm"])
             q = rotate(q, cos, sin, interleaved=interleaved)
             append(rotate(k, cos, sin, interleaved=interleaved), v, pages, slot, weights.get("cache_scales"))

@@ -60,7 +60,7 @@ def fill(decoder: Decoder, checkpoint: Checkpoint | None) -> None:
     groups = [(model_weights(spec, decoder.part), decoder.top)]
     for layer, parameters in enumerate(decoder.layers):
         groups.append((layer_weights(spec, layer, decoder.part), parameters))
-    if decoder.next is not None:
+    if spec.predicts_next and decoder.next is not None:
         groups.append((next_weights(spec, decoder.part), decoder.next))
     generator, shapes = torch.Generator(decoder.device), tensor_shapes(spec)
     for weights, parameters in groups:

@@ -1,4 +1,4 @@
-"""A model and its own layer that predicts one token further (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
+"""A model and a layer that predicts one token further: its own (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from .linear import linear, split_linear
 class NextDecoder(Decoder):
     """A decoder whose spec ``predicts_next``; see ``Decoder``."""
 
+    def state_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what that layer is told of a step's rows, whose final hidden states are given: [R, h]."""
+        return hidden
+
     @torch.inference_mode()
     def predict_next(
         self,
@@ -27,14 +31,14 @@ class NextDecoder(Decoder):
         exchange: Exchange,
         *,
         chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Run the layer that predicts one token further and return its hidden states, normalised: [R, h].
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the layer that predicts one token further.
 
-        Their logits, by the model's own head, are those of the token after ``token_ids``.
+        Returns its states [R, h], for the rows behind, and the most likely tokens after ``token_ids``, [R] int64.
 
         Args:
             token_ids: [R] int64, equal on all ranks; at position 0 its embedding and hidden state count as zero.
-            before: [R, h], the hidden state of the position before each row: the model's, normalised, or this layer's.
+            before: [R, h], the state of the position before each row, see ``state_of``, or this layer's.
             rows: as in ``forward``; a row stands at its token's position.
             pages: the layer's own.
             exchange: as in ``forward``.
@@ -47,7 +51,8 @@ class NextDecoder(Decoder):
         queries = self._query_share(None, cos, sin, 0)
         q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, queries, plain=False, chunk=False)
         merged = exchange(self._attend(q, pages, rows, (), weights), layer=0)
-        return self._finish(layer, weights, merged, stream, weights["next_norm"], plain=False, chunk=False, index=0)
+        normed = self._finish(layer, weights, merged, stream, weights["next_norm"], plain=False, chunk=False, index=0)
+        return self._drafted(normed, stream)
 
     @torch.inference_mode()
     def append_next(
@@ -61,8 +66,11 @@ class NextDecoder(Decoder):
         chunk: bool = False,
     ) -> None:
         """Append what that layer's later rows read of rows, and compute nothing else of them; see ``predict_next``."""
-        assert self.next is not None and self.spec.latent is not None
+        assert self.next is not None
         _, normed, cos, sin = self._next_input(token_ids, before, rows, chosen)
+        if self.spec.latent is None:
+            self._project_qkv(self.next, normed, cos, sin, rows.slot, pages, None, None, plain=False, chunk=chunk)
+            return
         flat = split_linear(normed, self.next["qkv"], pdl=self._pdl, chunk=chunk)
         append_latents(
             flat, cos, sin, pages, rows.slot, self.next, self.spec.latent,
@@ -93,3 +101,7 @@ class NextDecoder(Decoder):
         both.masked_fill_((rows.positions == 0).unsqueeze(1), 0)
         stream = linear(both, weights["input"], pdl=self._pdl)
         return stream, self._norm(stream, weights["input_norm"]), cos, sin
+
+    def _drafted(self, normed: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return states and tokens of what the layer leaves: its stream [R, h], and the norm of that."""
+        return normed, self.greedy(self.local_logits(normed))

@@ -156,6 +156,7 @@ class ModelSpec:
     experts: None for a model without. latent: None where keys and values are cached.
     quantization: how the weights of its linear modules are quantised; None where they are not.
     predicts_next: the checkpoint's layer after the last, which predicts one token further, is loaded beside the model.
+    has_head: a head of another checkpoint predicts one token further (``eagle``), and caches what a layer does.
     kinds: the kind of each layer; empty where all are full. Layers with a window all have the same one.
     states: what state layers are made of; None for a model without.
     output_gate: attention's output is multiplied by a sigmoid; a head's gate stands behind its query in q's matrix.
@@ -182,6 +183,7 @@ class ModelSpec:
     latent: Latent | None = None
     quantization: Quantization | None = None
     predicts_next: bool = False
+    has_head: bool = False
     kinds: tuple[Kind, ...] = ()
     states: States | None = None
     output_gate: bool = False
@@ -234,7 +236,12 @@ class ModelSpec:
     @property
     def num_cached_layers(self) -> int:
         """Layers that a sharded page holds tokens of: full ones, and that which predicts one token further."""
-        return len(self.layers_of(FULL)) + self.predicts_next
+        return len(self.layers_of(FULL)) + self.looks_further
+
+    @property
+    def looks_further(self) -> bool:
+        """Say whether a layer beside the model's, in it or in a head, predicts one token further."""
+        return self.predicts_next or self.has_head
 
     @property
     def value_dim(self) -> int:

@@ -15,6 +15,7 @@ from parallel.symmetric import Faults
 from ..cache.pages import PagedCache, page_layout
 from ..config import HelixConfig
 from ..models.decoder import Decoder
+from ..models.eagle import EagleDecoder, EagleHead, read_head
 from ..models.loading import fill, open_checkpoint, read_spec
 from ..models.spec import ModelSpec
 from ..runner import Runner
@@ -32,19 +33,20 @@ def with_next_layer(spec: ModelSpec, config: HelixConfig) -> ModelSpec:
     Raises:
         ValueError: in one line, when such models have none, or another group computes the prompts.
     """
-    if config.speculative.method != "mtp":
+    method = config.speculative.method
+    if method not in ("mtp", "eagle3"):
         return spec
-    if spec.family != NEXT_LAYERS:
+    if method == "mtp" and spec.family != NEXT_LAYERS:
         raise ValueError(
             f"speculative.method = mtp drafts by a layer that {NEXT_LAYERS} checkpoints have, and the model is a "
             f"{spec.family}; use speculative=ngram or speculative=draft_model"
         )
     if config.transfer.enabled:
         raise ValueError(
-            "speculative.method = mtp needs the hidden states of prompts, which a transfer does not bring; "
+            f"speculative.method = {method} needs the hidden states of prompts, which a transfer does not bring; "
             "use speculative=ngram or speculative=draft_model, or leave transfer.* out"
         )
-    return replace(spec, predicts_next=True)
+    return replace(spec, predicts_next=True) if method == "mtp" else replace(spec, has_head=True)
 
 
 class DrafterLoader:
@@ -54,14 +56,24 @@ class DrafterLoader:
         config: the settings of the run.
         target: the model that is drafted for.
 
+    Attributes:
+        head: of the model, where it has one of another checkpoint.
+
     Raises:
-        ValueError: in one line, when the draft model cannot be read, or its vocabulary is not the target's.
+        ValueError: in one line, when the draft model or the head cannot be read, or its vocabulary is not the target's.
     """
 
     def __init__(self, config: HelixConfig, target: ModelSpec) -> None:
         self._config, self._target = config, target
         self._runner: Runner | None = None
         self._spec: ModelSpec | None = None
+        self.head: EagleHead | None = None
+        if config.speculative.method == "eagle3":
+            self.head = read_head(config.speculative.path, target)
+            try:
+                self._head_checkpoint = self.head.open()
+            except ValueError as error:
+                raise ValueError(f"speculative.path = {error}") from error
         if config.speculative.method == "draft_model":
             model = config.speculative.model.as_model()
             try:
@@ -96,6 +108,8 @@ class DrafterLoader:
         Raises:
             ValueError: on every rank, when a file cannot be read.
         """
+        if isinstance(target, EagleDecoder):
+            agree(lambda: target.fill_head(self._head_checkpoint))
         if self._spec is None:
             return
         self._in_8_bits = in_8_bits
@@ -129,7 +143,7 @@ class DrafterLoader:
         config = self._config.speculative
         if config.method == "none":
             return None
-        if config.method == "mtp":
+        if config.method in ("mtp", "eagle3"):
             target.prepare_drafts(config.max_draft_len, captured=self._config.runtime.graphs)
             return NextLayerSpeculator(config.schedule, target)
         if self._runner is None:

@@ -300,7 +300,10 @@ def test_a_draft_length_schedule_is_given_on_the_command_line_and_sorted(command
     ("arguments", "message"),
     [
         (["speculative=medusa"], "Could not find 'speculative/medusa' Available options in 'speculative': draft_model"),
-        (["speculative.method=medusa"], "speculative.method = 'medusa' must be one of none, ngram, draft_model, mtp"),
+        (
+            ["speculative.method=medusa"],
+            "speculative.method = 'medusa' must be one of none, ngram, draft_model, mtp, eagle3",
+        ),
         (
             ["speculative.draft_len_schedule={0:1}"],
             "speculative.draft_len_schedule has batch size 0, must be at least 1",
@@ -332,12 +335,12 @@ def test_speculation_that_cannot_be_is_refused_in_one_line(
         (
             ["speculative.max_draft_len=8"],
             "speculative.max_draft_len = 8 has no effect with speculative=none; "
-            "use speculative=ngram or speculative=draft_model or speculative=mtp",
+            "use speculative=ngram or speculative=draft_model or speculative=mtp or speculative=eagle3",
         ),
         (
             ["speculative.draft_len_schedule={4:2}"],
             "speculative.draft_len_schedule = {4: 2} has no effect with speculative=none; "
-            "use speculative=ngram or speculative=draft_model or speculative=mtp",
+            "use speculative=ngram or speculative=draft_model or speculative=mtp or speculative=eagle3",
         ),
         (
             ["speculative=ngram", "speculative.model.path=x"],

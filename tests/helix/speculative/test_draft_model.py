@@ -223,7 +223,7 @@ def test_a_draft_model_that_is_not_there_is_named(model: str, tmp_path: Any) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "medusa"}, "speculative.method = 'medusa' must be one of none, ngram, draft_model, mtp"),
+        ({"method": "medusa"}, "speculative.method = 'medusa' must be one of none, ngram, draft_model, mtp, eagle3"),
         ({"ngram_min": 0}, "speculative.ngram_min = 0 must be at least 1"),
         ({"ngram_min": 3, "ngram_max": 2}, "speculative.ngram_max = 2 must be at least speculative.ngram_min = 3"),
         ({"max_draft_len": 2, "draft_len_schedule": {4: 3}}, "exceeds speculative.max_draft_len = 2"),
