@@ -110,7 +110,7 @@ def _project(layer: Mapping[str, torch.Tensor], rows: int, pdl: bool) -> None:
 
 def _multiply(layer: Mapping[str, Matrix], rows: int) -> None:
     for w in layer.values():
-        linear(_rows(rows, w), w)
+        linear(_rows(rows, w), w, chunk=True)
 
 
 _kept: dict[tuple[int, int], torch.Tensor] = {}
