@@ -16,7 +16,7 @@ SLACK = 64  # stale entries that a queue may hold beyond twice its live ones bef
 
 
 class EvictionQueue:
-    """The blocks of one rank and tier that may go.
+    """The blocks of a tier that may go, of one rank or of all.
 
     Args:
         may_go: whether a block may go now; entries of others are dropped when they come up.
@@ -28,10 +28,15 @@ class EvictionQueue:
         self._num_pushed = 0  # tells entries of equal order apart
         self._limit = SLACK
 
-    def push(self, block: Block) -> None:
-        """Add a block under its present order; what it had in any queue is void."""
+    def push(self, block: Block) -> Entry:
+        """Add a block under its present order; what it had in any queue is void. Return the entry."""
         self._num_pushed += 1
         entry = block.entry = (block.order, self._num_pushed, block)
+        self.add(entry)
+        return entry
+
+    def add(self, entry: Entry) -> None:
+        """Add what was pushed to another queue, too."""
         heapq.heappush(self._heap, entry)
         if len(self._heap) > self._limit:
             self._heap = [entry for entry in self._heap if self._is_live(entry)]

@@ -21,7 +21,7 @@ from .eviction import EvictionQueue, Expiries
 from .movements import Handover, Movement, Offload, Onboard
 from .pool import PagePool
 from .retention import DEFAULT_PRIORITY, Retention, at
-from .tree import NOWHERE, Block, PrefixTree, hash_of
+from .tree import NOWHERE, Block, Order, PrefixTree, hash_of
 
 AHEAD_PAGES = 8  # free pages a rank below which blocks go to the host before their pages are needed
 
@@ -58,6 +58,7 @@ class BlockStore:
         self._offload_min_priority = offload_min_priority
         self._ahead = min(AHEAD_PAGES, num_pages // 8) if host_pages else 0
         self._evictable = [0] * kvp  # blocks with a device page that nothing pins
+        self._device_queue = EvictionQueue(_may_leave_device)  # of all ranks, and of each:
         self._device_queues = [EvictionQueue(_may_leave_device) for _ in range(kvp)]
         self._host_queues = [EvictionQueue(_may_leave_host) for _ in range(kvp)]
         self._offloaded: list[set[int]] = [set() for _ in range(kvp)]  # free pages that an offload may still read
@@ -199,9 +200,12 @@ class BlockStore:
         That is the lowest in order of the first blocks of the queues that lead to a page of this rank. Where none does,
         this rank's blocks lie below other ranks' first ones, and the lowest of these goes.
         """
+        lowest = self._device_queue.peek()
+        assert lowest is not None
+        if self._leads_to(lowest, rank):  # nearly always, which spares the look at every rank's queue
+            return lowest
         firsts = [first for queue in self._device_queues if (first := queue.peek()) is not None]
-        leading = [block for block in firsts if self._leads_to(block, rank)]
-        return min(leading or firsts, key=lambda block: block.order)
+        return next((block for block in sorted(firsts, key=_order) if self._leads_to(block, rank)), lowest)
 
     def _leads_to(self, block: Block, rank: int) -> bool:
         """Return whether a page of a rank is free once a leaf and those ancestors go that are leaves then."""
@@ -270,7 +274,7 @@ class BlockStore:
     def _queue(self, block: Block) -> None:
         """Put a block into the queue of what may go, if it may."""
         if _may_leave_device(block):
-            self._device_queues[block.rank].push(block)
+            self._device_queue.add(self._device_queues[block.rank].push(block))
         elif _may_leave_host(block):
             self._host_queues[block.rank].push(block)
 
@@ -310,6 +314,10 @@ def _event(event: str, block: Block) -> CacheEvent:
     salt = None if block.depth else block.parent.key
     names = hash_of(block).hex(), hash_of(block.parent).hex()
     return CacheEvent(event, *names, tier, block.rank, block.num_tokens, block.key, salt)
+
+
+def _order(block: Block) -> Order:
+    return block.order
 
 
 def _is_unpinned(block: Block) -> bool:

@@ -137,8 +137,8 @@ def test_unrelated_prompts_fill_few_ranks_evenly() -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shared", [0, 2048])
 def test_traffic_on_1024_ranks(shared: int, record_property) -> None:
-    """Requests of 64K to 1M tokens for forty minutes; a shared prefix begins on one rank for all."""
-    traffic = Traffic(2400, 0.05, 65536, 1 << 20, 16384, 10.0, shared)
+    """Requests of 64K to 1M tokens for two hours, most of which evict; a shared prefix begins on one rank for all."""
+    traffic = Traffic(7200, 0.05, 65536, 1 << 20, 16384, 10.0, shared)
     fill = Simulation(1024, 1024, traffic).run()
     figures = {
         "requests": fill.finished, "most running": fill.most_running, "pages a rank": statistics.mean(fill.mean),
