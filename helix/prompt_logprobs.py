@@ -21,7 +21,7 @@ from .models.decoder import Decoder
 from .request import Chunk, Sequence, TokenLogprobs
 from .upload import upload
 
-MAX_LOGITS = 1 << 22
+MAX_LOGITS = 1 << 23
 """Logits of a slice that are there at once."""
 
 
@@ -110,4 +110,6 @@ class PromptScorer:
         mine = (targets >= first) & (targets < stop)
         logit = logits.gather(1, (targets - first).clamp(0, stop - first - 1)[:, None])[:, 0]
         sums = torch.stack((logits.logsumexp(-1), logit.masked_fill(~mine, -math.inf)), -1)
+        if not num:
+            return sums, sums.new_empty((len(sums), 0), dtype=torch.int64)
         return sums, best(logits, num, first=first, vocab_size=self._vocab_size)

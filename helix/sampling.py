@@ -75,7 +75,10 @@ class SamplingParams:
         if self.structured_outputs is not None:
             self.structured_outputs = structured(self.structured_outputs)
         for item in fields(SamplingParams):
-            value = _plain(getattr(self, item.name), item.type)
+            given = getattr(self, item.name)
+            if given is item.default:  # most are, and servers make four of these a request
+                continue
+            value = _plain(given, item.type)
             if value is None and not conforms(None, item.type):
                 value = item.default_factory() if item.default_factory is not MISSING else item.default
             if not conforms(value, item.type):
