@@ -60,7 +60,7 @@ def reference(checkpoint):
 @pytest.mark.parametrize(
     ("family", "kvp", "tpa", "ep"),
     [
-        ("llama", 6, 1, 1),
+        ("llama", 8, 1, 1),
         ("qwen2", 3, 1, 1),
         ("qwen3", 1, 4, 1),
         ("glm", 2, 2, 1),
