@@ -85,7 +85,8 @@ class TritonAttention:
             return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.dtype.itemsize > 2)
         if isinstance(pages, QuantizedPages):
             if not window and stream_eight_bits.supports(pages, max_rows * group):
-                return Cutting("stream_eight_bits", max_rows, stream_eight_bits.UNIT, programs)
+                programs = max(1, stream_eight_bits.PROGRAMS * self._processors // num_kv_heads)
+                return Cutting("stream_eight_bits", max_rows, stream_eight_bits.TURN, programs)
             return split_kv.cutting(pages, group, max_rows, programs)
         if stream_kv.supports(pages, max_rows * group):
             return Cutting("stream_kv", max_rows, stream_kv.TILE, programs)

@@ -1,17 +1,24 @@
 """Partial attention of few rows over pages of 8 bits for Hopper: half the bytes of ``stream_kv``, widened on the way.
 
-As there, a program takes a span of the step's work list, one warp asks for tiles of K and V, and the queries keep their
-16 bits. What is different lies between shared memory and the tensor cores: eight warps attend, 128 tokens a turn, since
-widening is the most of their work. K becomes the left operand of S^T = K q^T in registers; V goes through a tile of 16
-bits in shared memory, as O^T = V^T P^T reads it across.
+As there, a program takes a span of the step's work list, one warp asks for tiles of K and V, and four attend:
+S^T = K q^T, O^T = V^T P^T. Both K and V are left operands, and those may come from registers, so a byte is read from
+shared memory once and widened there. All products are of float16, which holds every e4m3 exactly and which one
+instruction makes of two; queries are multiplied by a power of two that brings them into its range.
 
-A turn of a KV head of 128 elements is 32 KiB, for which memory takes 1,750 of a processor's cycles (4.3 TB/s over 132
-processors). Widening is 7 instructions for 4 elements, of 450 in all a warp and turn: 900 cycles to issue. Shared
-memory is busy in about 1,000 (32 KiB written, 32 read, 32 of V written wide, 32 read by the tensor cores; 128 bytes a
-cycle). The rest is what waits for each other. Widening words as they lie, and undoing the order where queries are read
-and results stored, halved the instructions of a first version and took a quarter of its time.
+How four bytes of a thread become operands without moving any, where 16 bits that are loaded are a pair of bytes:
 
-A token's scales come by plain loads a turn early: K's multiplies its scores, V's its weights.
+    K   a word is d0 d1 d2 d3 of one token: two operands, d0 d1 and d2 d3. The products of each are one with every
+        second pair of the query's elements, so queries are read in that order
+    V   loaded across, a word is d0 d1 of one token and of the next: after one permutation two operands again, of the
+        even elements of a head and of the odd ones, two results that are stored in turn
+
+A token's scales come with its tile. K's multiplies its scores. V's is part of the weight, as its logarithm is added to
+the score: weights are then at most a bound that float16 holds, whatever the scales are, and the sum that they are
+divided by takes them without. Weights are at most 2 ** 15: what is subtracted from scores follows their maximum when
+one exceeds that, which is seldom, and is otherwise left as it is.
+
+A turn of 64 tokens is some 260 instructions a warp. Two programs a processor, each waiting for itself, hide what a turn
+waits for: memory takes 1,750 cycles for the 128 tokens of both, their instructions 520 to issue.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -31,176 +39,268 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import capability
 
-from .page_tiles import BLOCK_SIZES, FETCH_REGISTERS, PIECE, exp2, keep_seen
-from .pages import QuantizedPages
+from .page_tiles import BLOCK_SIZES, FETCH_REGISTERS, PIECE, early_turns, exp2
+from .pages import SIXTEEN_BITS, QuantizedPages
 from .partial import Partials
 from .rows import Rows, Work
-from .stream_kv import LOG2_E, fetch_turns
+from .stream_kv import LOG2_E
 
-TILE = 64  # tokens of a copy; a turn takes two of K and two of V
-TURN = gl.constexpr(2 * TILE)
-UNIT = 2 * TILE
 HEAD_DIM = 128
 MAX_COLUMNS = 64
-WARPS = 8
-STAGES = 4
-REGISTERS, REGISTERS_OF_MOST_COLUMNS = 128, 160  # a thread's at the launch
+TURN = 64  # tokens
+WARPS = 4
+PROGRAMS = 2  # a processor
+STAGES, STAGES_OF_MANY_COLUMNS = 6, 5
+REGISTERS, REGISTERS_OF_MOST_COLUMNS = 96, 128  # a thread's at the launch
+LOWEST = gl.constexpr(-1e30)  # below every score, and finite
+MOST = gl.constexpr(15.0)  # log2 of the largest weight
 
 
 @gluon.jit
-def _widen(byte):
-    """Return in bfloat16 what bytes mean as e4m3, times 2 ** -120; of every four, the two in the middle change places.
-
-    Sign and magnitude move to where a bfloat16 has them: seven instructions for four elements. NaN becomes 480.
-    """
+def _neighbours(pairs):
+    """Return in float16 what every second pair of bytes means as e4m3, and what the others mean."""
     return gl.inline_asm_elementwise(
         """
-        { .reg .b32 a, b, c;
-          shl.b32 a, $2, 4;
-          shl.b32 b, $2, 8;
-          shr.u32 c, $2, 4;
-          and.b32 a, a, 0x07f007f0;
-          and.b32 c, c, 0x07f007f0;
-          lop3.b32 $0, b, 0x80008000, a, 0xEA;
-          lop3.b32 $1, $2, 0x80008000, c, 0xEA; }
+        { .reg .b16 a, b;
+          mov.b32 {a, b}, $2;
+          cvt.rn.f16x2.e4m3x2 $0, a;
+          cvt.rn.f16x2.e4m3x2 $1, b; }
         """,
-        "=&r,=&r,r", [byte], dtype=gl.bfloat16, is_pure=True, pack=4,
+        "=&r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
     )  # fmt: skip
 
 
 @gluon.jit
-def _pages_of(table, token, end, BLOCK_SIZE: gl.constexpr):
-    return gl.load(table + token // BLOCK_SIZE, mask=token < end, other=0)
+def _halves(pairs):
+    """Return in float16 what the first bytes of pairs mean as e4m3, and what the second bytes mean."""
+    return gl.inline_asm_elementwise(
+        """
+        { .reg .b16 a, b;
+          .reg .b32 c;
+          prmt.b32 c, $2, $2, 0x3120;
+          mov.b32 {a, b}, c;
+          cvt.rn.f16x2.e4m3x2 $0, a;
+          cvt.rn.f16x2.e4m3x2 $1, b; }
+        """,
+        "=&r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _scales_of(page, scales, token, end, scale_stride, v_scales, BLOCK_SIZE: gl.constexpr):
-    """Return the scales of tokens' keys and values, 0 past the end."""
-    its = scales + page.to(gl.int64) * scale_stride + token % BLOCK_SIZE
-    return gl.load(its, mask=token < end, other=0.0), gl.load(its + v_scales, mask=token < end, other=0.0)
+def _log2(x):
+    """Return log2 of normal float32 values by one instruction."""
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _inverse(x):
+    """Return 1 / x of normal float32 values by one instruction."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _power(largest):
+    """Return the power of two that brings a float32 value to [2 ** 14, 2 ** 15), and its inverse."""
+    exponent = gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 20)
+    return ((268 - exponent) << 23).to(gl.float32, bitcast=True), ((exponent - 14) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _scales_of(scales_s, tile, TURN: gl.constexpr, BLOCK_SIZE: gl.constexpr, layout: gl.constexpr):
+    """Return the scales of a tile's tokens."""
+    if BLOCK_SIZE >= 32:
+        tiles = scales_s._reinterpret(
+            gl.float32, [scales_s.shape[0] * scales_s.shape[2] // TURN, TURN], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
+        return tiles.index(tile).load(layout)
+    else:  # a box of 16 is followed by a gap as long
+        spread: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 8]], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[1, 0], [2, 0]], [], [TURN // 16, 16]
+        )
+        tiles = scales_s._reinterpret(
+            gl.float32, [scales_s.shape[0] * 16 // TURN, TURN // 16, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        )
+        return gl.convert_layout(tiles.index(tile).slice(0, 16, dim=1).load(spread).reshape([TURN]), layout)
+
+
+@gluon.jit
+def _sum_of_threads(x):
+    """Return the sums of a product's rows [R, M] that stand in one thread: [32, M]."""
+    M: gl.constexpr = x.shape[1]
+    x = gl.sum(x.reshape([x.shape[0] // 64, 4, 2, 8, M]), 2)
+    return gl.sum(x, 0).reshape([32, M])
+
+
+@gluon.jit
+def _fetch(
+    kv, scales, tiles, scales_s, full, free, page_table, pieces, first_piece, last_piece, table_stride, kv_head,
+    num_kv_heads, page_rows, BLOCK_SIZE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The warp that asks for the tiles of each turn and their scales, once their stage is free."""
+    STAGES: gl.constexpr = full.shape[0]
+    TURN: gl.constexpr = tiles.shape[1]
+    D: gl.constexpr = tiles.shape[2]
+    BOX: gl.constexpr = kv.block_shape[0]
+    BOXES: gl.constexpr = TURN // BOX
+    BYTES: gl.constexpr = 2 * TURN * (D + 4)
+    boxes = tiles._reinterpret(kv.dtype, [tiles.shape[0] * BOXES, BOX, D], kv.layout)
+    APART: gl.constexpr = scales_s.shape[2] // BOX
+    scale_boxes = scales_s._reinterpret(gl.float32, [scales_s.shape[0] * APART, 1, BOX], scales.layout)
+    its = pieces + first_piece * PIECE
+    begin, end, settled = gl.load(its + 2), gl.load(its + 3), gl.load(its + 5)
+    early = early_turns(begin, end, settled, gl.cdiv(end - begin, TURN), TURN, STAGES)
+    turn = first_piece * 0
+    for piece in range(first_piece, last_piece):
+        its = pieces + piece * PIECE
+        begin, end = gl.load(its + 2), gl.load(its + 3)
+        table = page_table + gl.load(its + 6).to(gl.int64) * table_stride
+        for at in range(begin, end, TURN):
+            stage = turn % STAGES
+            bar = full.index(stage)
+            if (turn == early) & PDL:
+                gdc_wait()
+            mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, BYTES)
+            for box in gl.static_range(BOXES):
+                token = gl.minimum(at + box * BOX, end - 1)
+                page = gl.load(table + token // BLOCK_SIZE)
+                column = kv_head * BLOCK_SIZE + token % BLOCK_SIZE // BOX * BOX
+                v_column = column + num_kv_heads * BLOCK_SIZE
+                row = page * page_rows
+                k_to, v_to = 2 * stage * BOXES + box, (2 * stage + 1) * BOXES + box
+                tma.async_copy_global_to_shared(scales, [page, column], bar, scale_boxes.index(k_to * APART))
+                tma.async_copy_global_to_shared(scales, [page, v_column], bar, scale_boxes.index(v_to * APART))
+                tma.async_copy_global_to_shared(kv, [row + column, 0], bar, boxes.index(k_to))
+                tma.async_copy_global_to_shared(kv, [row + v_column, 0], bar, boxes.index(v_to))
+            turn += 1
 
 
 @gluon.jit
 def _attend(
-    q, tiles_s, v_s, q_s, p_s, full, free, page_table, scales, pieces, first_piece, last_piece, visible_len,
-    part_start, out, lse, q_row_stride, table_stride, scale_stride, v_scales, scale_log2, num_heads, kv_head,
-    GROUP: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, WARPS: gl.constexpr,
-    PDL: gl.constexpr,
+    q, tiles_s, scales_s, q_s, p_s, full, free, pieces, first_piece, last_piece, visible_len,
+    part_start, out, lse, q_row_stride, scale_log2, num_heads, kv_head,
+    GROUP: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The warps that attend, turn by turn, and store the partial of each piece."""
+    """Four warps that attend, turn by turn, and store the partial of each piece."""
     if PDL:
         gdc_wait()
     STAGES: gl.constexpr = full.shape[0]
+    TURN: gl.constexpr = tiles_s.shape[1]
     D: gl.constexpr = tiles_s.shape[2]
-    M: gl.constexpr = q_s.shape[0]
-    dtype: gl.constexpr = v_s.dtype
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [WARPS, 1], [1, 0])
-    bytes_: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // D, D // 16], [WARPS, 1], [1, 0])
-    wgmma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, M, 16])
+    HALF: gl.constexpr = D // 2
+    M: gl.constexpr = q_s.shape[1]
+    lines: gl.constexpr = gl.BlockedLayout([1, 4], [32 * 4 // HALF, HALF // 4], [4, 1], [1, 0])
+    wgmma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, wgmma, 2)
-    of_bytes: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, M, 32]
-    )
-    byte_operand: gl.constexpr = gl.DotOperandLayout(0, of_bytes, 4)  # a thread's four bytes are one word
     columns: gl.constexpr = gl.SliceLayout(0, wgmma)
+    its_rows: gl.constexpr = gl.SliceLayout(1, wgmma)
+    pairs_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    pairs_s = tiles_s._reinterpret(gl.uint16, [2 * STAGES, TURN, HALF], pairs_layout)
     c = gl.arange(0, M, layout=gl.SliceLayout(1, lines))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, lines))
-    # the element of a head that stands at d where words are taken apart as the products want them
-    k_d = (d & -16) | (((d >> 1) & 3) << 2) | ((d & 1) << 1) | ((d >> 3) & 1)
+    d = gl.arange(0, HALF, layout=gl.SliceLayout(0, lines))
+    d0 = 2 * (d & -2) + (d & 1)  # of the first product; the second takes what is two elements further
     m = gl.arange(0, M, layout=columns)
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(1, wgmma))
-    o_d = (o_d & -4) | ((o_d & 1) << 1) | ((o_d >> 1) & 1)
-    token = gl.arange(0, TURN, layout=gl.SliceLayout(1, wgmma))
+    o_d = 2 * gl.arange(0, HALF, layout=its_rows)
+    token = gl.arange(0, TURN, layout=its_rows)
+    seen_token = gl.arange(0, TURN, layout=gl.SliceLayout(0, operand))
     nothing = gl.zeros([TURN, M], gl.float32, layout=wgmma)
-    # two tiles of one kind are neighbours: rows of a turn
-    turns_s = tiles_s._reinterpret(tiles_s.dtype, [2 * STAGES, TURN, D], tiles_s.layout)
-    q_t = q_s.permute((1, 0))
+    q0_t, q1_t = q_s.index(0).permute((1, 0)), q_s.index(1).permute((1, 0))
     turn = first_piece * 0
     for piece in range(first_piece, last_piece):
         # loaded here and not carried from one piece to the next: see ``stream_kv``
         its = pieces + piece * PIECE
         first, stop, begin, end = gl.load(its), gl.load(its + 1), gl.load(its + 2), gl.load(its + 3)
-        table = page_table + gl.load(its + 6).to(gl.int64) * table_stride
-        page = _pages_of(table, begin + token, end, BLOCK_SIZE)
-        k_scale, v_scale = _scales_of(page, scales, begin + token, end, scale_stride, v_scales, BLOCK_SIZE)
-        page = _pages_of(table, begin + TURN + token, end, BLOCK_SIZE)
         q_row = (first + c // GROUP).to(gl.int64)
-        from_q = q + (q_row * q_row_stride + (kv_head * GROUP + c % GROUP) * D)[:, None] + k_d[None, :]
-        queries = gl.load(from_q, mask=(q_row < stop)[:, None], other=0.0).to(gl.float32)
-        q_s.store((queries * 1.2676506002282294e30).to(dtype))  # 2 ** 100
+        from_q = q + (q_row * q_row_stride + (kv_head * GROUP + c % GROUP) * D)[:, None] + d0[None, :]
+        q0 = gl.load(from_q, mask=(q_row < stop)[:, None], other=0.0).to(gl.float32)
+        q1 = gl.load(from_q + 2, mask=(q_row < stop)[:, None], other=0.0).to(gl.float32)
+        up, down = _power(gl.max(gl.maximum(gl.abs(q0), gl.abs(q1))))
+        factor = down * scale_log2
+        q_s.index(0).store((q0 * up).to(q_s.dtype))
+        q_s.index(1).store((q1 * up).to(q_s.dtype))
         fence_async_shared()
         row = (first + m // GROUP).to(gl.int64)
         real = row < stop
         limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
+        whole = gl.minimum(gl.load(visible_len + first), end)
         cell = row
         if SPLIT:
             cell = (gl.load(part_start + row, mask=real, other=0) + gl.load(its + 4)).to(gl.int64)
-        top = gl.full([M], float("-inf"), gl.float32, layout=columns)
-        total = gl.zeros([TURN, M], gl.float32, layout=wgmma)
-        acc = gl.zeros([D, M], gl.float32, layout=wgmma)
+        shift = gl.full([M], LOWEST, gl.float32, layout=columns)
+        total = _sum_of_threads(nothing)
+        acc0 = gl.zeros([HALF, M], gl.float32, layout=wgmma)
+        acc1 = gl.zeros([HALF, M], gl.float32, layout=wgmma)
         for at in range(begin, end, TURN):
             stage = turn % STAGES
-            # asked for a turn early, and their pages two: an address that waits for a load would hold up the turn
-            next_k_scale, next_v_scale = _scales_of(
-                page, scales, at + TURN + token, end, scale_stride, v_scales, BLOCK_SIZE
-            )
-            page = _pages_of(table, at + 2 * TURN + token, end, BLOCK_SIZE)
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-            k = _widen(turns_s.index(2 * stage).load(byte_operand))
-            k = k.reshape([TURN, D // 16, 4, 2, 2]).permute((0, 1, 3, 2, 4)).reshape([TURN, D])
-            s = warpgroup_mma(gl.convert_layout(k, operand), q_t, nothing, use_acc=False, is_async=True)
-            v_s.store(_widen(turns_s.index(2 * stage + 1).load(bytes_)))
-            mbarrier.arrive(free.index(stage), count=1)  # behind a barrier: every warp has read its bytes
+            k = pairs_s.index(2 * stage).load(operand)
+            k0, k1 = _neighbours(k)
+            s = warpgroup_mma(k0, q0_t, nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma(k1, q1_t, s, is_async=True)
+            k_scale = _scales_of(scales_s, 2 * stage, TURN, BLOCK_SIZE, its_rows)
+            v_scale = _scales_of(scales_s, 2 * stage + 1, TURN, BLOCK_SIZE, its_rows)
+            v = pairs_s.index(2 * stage + 1).permute((1, 0)).load(operand)
             if at + TURN > end:
-                keep_seen(v_s, at, end, lines)
-            s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
-            s = s * (k_scale * scale_log2)[:, None]
-            s = gl.where((at + token)[:, None] < limit[None, :], s, float("-inf"))
-            new_top = gl.maximum(top, gl.max(s, 0))
-            shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-            decay = exp2(top - shift)
-            p = exp2(s - shift[None, :])
-            total = total * decay[None, :] + p
-            p_s.permute((1, 0)).store((p * (v_scale * 1.2676506002282294e30)[:, None]).to(dtype))
+                v_scale = gl.where(at + token < end, v_scale, 1.0)
+                v = gl.where((at + seen_token < end)[None, :], v, 0)
+            v_scale = gl.maximum(v_scale, 8.077935669463161e-28)  # 2 ** -90: sums of inverses are finite
+            v_log, v_inverse = _log2(v_scale), _inverse(v_scale)
+            v0, v1 = _halves(v)
+            s, k0, k1 = warpgroup_mma_wait(num_outstanding=0, deps=[s, k0, k1])
+            s = s * (k_scale * factor)[:, None] + v_log[:, None]
+            if at + TURN > whole:
+                s = gl.where((at + token)[:, None] < limit[None, :], s, float("-inf"))
+            x = s - shift[None, :]
+            if gl.max(x) > MOST:
+                new_shift = gl.maximum(shift, gl.max(s, 0) - MOST / 2)
+                decay = exp2(shift - new_shift)
+                acc0, acc1 = acc0 * decay[None, :], acc1 * decay[None, :]
+                total *= gl.convert_layout(decay, gl.SliceLayout(0, total.type.layout), assert_trivial=True)[None, :]
+                shift = new_shift
+                x = s - shift[None, :]
+            p = exp2(x)
+            p_s.permute((1, 0)).store(p.to(p_s.dtype))
             fence_async_shared()
-            acc = acc * decay[None, :]
-            acc = warpgroup_mma(v_s.permute((1, 0)), p_s.permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-            top, k_scale, v_scale = new_top, next_k_scale, next_v_scale
+            mbarrier.arrive(free.index(stage), count=1)
+            acc0 = warpgroup_mma(v0, p_s.permute((1, 0)), acc0, is_async=True)
+            acc1 = warpgroup_mma(v1, p_s.permute((1, 0)), acc1, is_async=True)
+            total += _sum_of_threads(p * v_inverse[:, None])
+            acc0, acc1, v0, v1 = warpgroup_mma_wait(num_outstanding=0, deps=[acc0, acc1, v0, v1])
             turn += 1
 
-        sums = gl.sum(total, 0)
+        sums = gl.convert_layout(gl.sum(total, 0), columns, assert_trivial=True)
         empty = sums == 0.0
         sums = gl.where(empty, 1.0, sums)
         cell = cell * num_heads + kv_head * GROUP + m % GROUP
-        natural = gl.where(empty, float("-inf"), (top + gl.log2(sums)) / 1.4426950408889634)
+        natural = gl.where(empty, float("-inf"), (shift + gl.log2(sums)) / 1.4426950408889634)
         gl.store(lse + cell, natural, mask=real)
-        value = acc * 1048576.0 / sums[None, :]
-        gl.store(out + cell[None, :] * D + o_d[:, None], value.to(out.dtype.element_ty), mask=real[None, :])
+        to = out + cell[None, :] * D + o_d[:, None]
+        gl.store(to, (acc0 / sums[None, :]).to(out.dtype.element_ty), mask=real[None, :])
+        gl.store(to + 1, (acc1 / sums[None, :]).to(out.dtype.element_ty), mask=real[None, :])
 
 
 @gluon.jit
 def _stream_eight_bits_kernel(
-    kv, q, scales, page_table, visible_len, pieces, span_start, part_start, out, lse,
-    q_row_stride, table_stride, scale_stride, page_rows, scale_log2, num_heads, num_kv_heads,
-    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr,
-    SPLIT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    kv, scales, q, page_table, visible_len, pieces, span_start, part_start, out, lse,
+    q_row_stride, table_stride, page_rows, scale_log2, num_heads, num_kv_heads,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr, M: gl.constexpr, TURN: gl.constexpr,
+    SPLIT: gl.constexpr, STAGES: gl.constexpr,
     FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-    dtype: gl.constexpr = q.dtype.element_ty
     program, kv_head = gl.program_id(0), gl.program_id(1)
     # the step's work was uploaded before its first layer
     first_piece, last_piece = gl.load(span_start + program), gl.load(span_start + program + 1)
-    k_row, v_row = kv_head * BLOCK_SIZE, (num_kv_heads + kv_head) * BLOCK_SIZE
-    bytes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], gl.uint8)
-    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * TILE, D], dtype)
-    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, 2 * TILE], dtype)
-    tiles_s = gl.allocate_shared_memory(gl.uint8, [STAGES * 4, TILE, D], bytes_layout)
-    v_s = gl.allocate_shared_memory(dtype, [2 * TILE, D], wide)
-    q_s = gl.allocate_shared_memory(dtype, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], dtype))
-    p_s = gl.allocate_shared_memory(dtype, [M, 2 * TILE], p_layout)
+    bytes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TURN, D], gl.uint8)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D // 2], gl.float16)
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TURN], gl.float16)
+    tiles_s = gl.allocate_shared_memory(gl.uint8, [STAGES * 2, TURN, D], bytes_layout)
+    BOX: gl.constexpr = kv.block_shape[0]
+    APART: gl.constexpr = max(BOX, 32)  # floats from one box to the next: a copy ends at a multiple of 128 bytes
+    scales_s = gl.allocate_shared_memory(gl.float32, [STAGES * 2 * (TURN // BOX), 1, APART], scales.layout)
+    q_s = gl.allocate_shared_memory(gl.float16, [2, M, D // 2], q_layout)
+    p_s = gl.allocate_shared_memory(gl.float16, [M, TURN], p_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -210,14 +310,12 @@ def _stream_eight_bits_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    q, tiles_s, v_s, q_s, p_s, full, free, page_table, scales + kv_head * BLOCK_SIZE, pieces,
-                    first_piece, last_piece, visible_len, part_start, out, lse, q_row_stride, table_stride,
-                    scale_stride, num_kv_heads * BLOCK_SIZE, scale_log2, num_heads, kv_head, GROUP, BLOCK_SIZE, SPLIT,
-                    WARPS, PDL,
+                    q, tiles_s, scales_s, q_s, p_s, full, free, pieces, first_piece, last_piece, visible_len,
+                    part_start, out, lse, q_row_stride, scale_log2, num_heads, kv_head, GROUP, BLOCK_SIZE, SPLIT, PDL,
                 )),
-                (fetch_turns, (
-                    kv, tiles_s, full, free, page_table, pieces, first_piece, last_piece, table_stride, k_row, v_row,
-                    page_rows, BLOCK_SIZE, PDL,
+                (_fetch, (
+                    kv, scales, tiles_s, scales_s, full, free, page_table, pieces, first_piece, last_piece,
+                    table_stride, kv_head, num_kv_heads, page_rows, BLOCK_SIZE, PDL,
                 )),
             ],
             [1],
@@ -231,7 +329,7 @@ def supports(pages: QuantizedPages, columns: int) -> bool:
     """Return whether the kernel can read these pages, for so many rows x heads that read one KV head together."""
     return (
         capability(pages.device)[0] == 9
-        and pages.dtype == torch.bfloat16
+        and pages.dtype in SIXTEEN_BITS
         and pages.turned is None
         and pages.shape[3] in BLOCK_SIZES
         and pages.shape[4] == HEAD_DIM
@@ -239,15 +337,19 @@ def supports(pages: QuantizedPages, columns: int) -> bool:
     )
 
 
-def boxes_of(pages: QuantizedPages) -> TensorDescriptor:
-    """Describe pages of bytes as rows of D, in boxes of one page: whole tiles, or parts of one."""
+def boxes_of(pages: QuantizedPages, turn: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Describe pages of bytes as rows of D, and their scales as a row a page, in boxes of one page."""
     num_pages, _, _, block_size, head_dim = pages.values.shape
     rows = num_pages * pages.values.stride(0) // head_dim
     flat = pages.bytes.as_strided((rows, head_dim), (head_dim, 1))
-    block = [min(TILE, block_size), head_dim]
-    return TensorDescriptor(
-        flat, list(flat.shape), list(flat.stride()), block, gl.NVMMASharedLayout.get_default_for(block, gl.uint8)
-    )
+    box = min(turn, block_size)
+    values = TensorDescriptor(
+        flat, list(flat.shape), list(flat.stride()), [box, head_dim],
+        gl.NVMMASharedLayout.get_default_for([box, head_dim], gl.uint8),
+    )  # fmt: skip
+    flat = pages.scales.flatten(1)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return values, TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, box], layout)
 
 
 def attend(
@@ -258,13 +360,14 @@ def attend(
     num_kv_heads, block_size = pages.shape[2], pages.shape[3]
     group = num_heads // num_kv_heads
     columns = max(8, triton.next_power_of_2(work.cutting.tile_rows * group))
+    values, scales = boxes_of(pages, TURN)
     _stream_eight_bits_kernel[(work.programs, num_kv_heads)](
-        boxes_of(pages), q_RQD, pages.scales, rows.page_table, rows.visible_len, work.pieces, work.span_start,
+        values, scales, q_RQD, rows.page_table, rows.visible_len, work.pieces, work.span_start,
         work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
-        q_RQD.stride(0), rows.page_table.stride(0), pages.scales.stride(0), pages.values.stride(0) // head_dim,
-        scale * LOG2_E * 2.0**20, num_heads, num_kv_heads,
-        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE, SPLIT=work.part_start is not None,
-        STAGES=STAGES, WARPS=WARPS, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl,
+        q_RQD.stride(0), rows.page_table.stride(0), pages.values.stride(0) // head_dim,
+        scale * LOG2_E, num_heads, num_kv_heads,
+        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TURN=TURN, SPLIT=work.part_start is not None,
+        STAGES=STAGES if columns <= 16 else STAGES_OF_MANY_COLUMNS, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl,
         num_warps=WARPS, maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
