@@ -13,7 +13,7 @@ anybody has read its drafts: its rows find them on the device, and the host read
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..cache.movements import Movement
 from ..graphs import PendingTokens
@@ -101,4 +101,4 @@ class NextLayerSpeculator(Speculator):
 
 
 def _with(chunk: Chunk, drafts: list[int]) -> Chunk:
-    return Chunk(chunk.seq, chunk.start, chunk.stop, tuple(drafts)) if drafts else chunk
+    return replace(chunk, drafts=tuple(drafts)) if drafts else chunk
