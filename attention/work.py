@@ -91,6 +91,36 @@ def cut(
             tokens before the page of a tile's first one are in no piece.
         block_size: tokens of a page; read only with ``visible_from``.
     """
+    if cutting.persistent and visible_from is None and len(query_start) == 2 and len(visible_len) <= cutting.tile_rows:
+        return _cut_one_tile(visible_len, row_seq, cutting)
+    return _cut_any(visible_len, query_start, row_seq, cutting, visible_from, block_size)
+
+
+def _cut_one_tile(visible_len: npt.NDArray[np.integer], row_seq: npt.NDArray[np.integer], cutting: Cutting) -> WorkList:
+    """Return what ``_cut_any`` does for persistent programs and one tile, in a fifth of its time: steps wait for it."""
+    rows = len(visible_len)
+    seen = int(visible_len[-1]) if rows else 0
+    units = -(-seen // cutting.unit)
+    size = max(-(-units // cutting.programs), 1)
+    parts = -(-units // size)
+    number = np.arange(max(rows, parts, cutting.programs) + 1, dtype=np.int32)
+    pieces = np.empty((parts, len(PIECE_FIELDS)), np.int32)
+    if parts:
+        pieces[:] = (0, rows, 0, 0, 0, max(seen - rows, 0), row_seq[0])
+    pieces[:, 2] = number[:parts] * (size * cutting.unit)
+    pieces[:, 3] = np.minimum(pieces[:, 2] + size * cutting.unit, seen)
+    pieces[:, 4] = number[:parts]
+    return WorkList(pieces, np.minimum(number[: cutting.programs + 1], parts), number[: rows + 1] * parts)
+
+
+def _cut_any(
+    visible_len: npt.NDArray[np.integer],
+    query_start: npt.NDArray[np.integer],
+    row_seq: npt.NDArray[np.integer],
+    cutting: Cutting,
+    visible_from: npt.NDArray[np.integer] | None,
+    block_size: int,
+) -> WorkList:
     first, stop = query_start[:-1], query_start[1:]
     tiles_of_run = -(-(stop - first) // cutting.tile_rows)
     run = np.repeat(np.arange(len(first)), tiles_of_run)

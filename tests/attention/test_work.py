@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.work import Cutting, cut
+from attention.work import Cutting, _cut_any, cut
 
 CUTTINGS = st.builds(
     Cutting,
@@ -89,3 +89,12 @@ def test_equal_lengths_are_cut_evenly(batch, pieces):
 def test_a_step_without_rows_that_see_anything_has_no_work():
     work = cut(np.zeros(3, np.int64), np.arange(4), np.arange(3), Cutting("any", 1, 64, 8))
     assert len(work.pieces) == 0 and work.part_start.tolist() == [0] * 4 and work.span_start.tolist() == [0] * 9
+
+
+@given(st.integers(0, 9), st.sampled_from([0, 1, 63, 64, 65, 500, 20_000, 1_000_000]), CUTTINGS)
+def test_one_tile_alone_is_cut_like_any(rows, tokens, cutting):
+    visible, query_start = rows_of([(rows, tokens)])
+    given_rows = visible, query_start, np.full(rows, 3), cutting
+    one, other = cut(*given_rows), _cut_any(*given_rows, None, 1)
+    for name in ("pieces", "span_start", "part_start"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)) and getattr(one, name).dtype == np.int32
