@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helix.config import HelixConfig, ModelConfig, SpeculativeConfig, TransferConfig
 from helix.llm import LLM
 from helix.models.spec import load_spec
+from helix.request import Request
 from helix.sampling import SamplingParams
 from helix.speculative.loading import with_next_layer
 from helix.speculative.next_layer import NextLayerSpeculator
@@ -142,22 +143,30 @@ def drafts_of(llm: LLM) -> list[tuple[list[int], list[int]]]:
     return made
 
 
+def asked(prompts: list[list[int]]) -> list[Request]:
+    return [Request(prompt_token_ids=list(ids), sampling=greedy(9 + 5 * at)) for at, ids in enumerate(prompts)]
+
+
 def run_body(path: str, kvp: int, tpa: int, graphs: bool) -> tuple[Any, list[tuple[list[int], list[int]]]]:
-    """Two rounds, of which the second begins in what the first left, in the middle of a block and at its end."""
-    llm = make_llm(path, kvp=kvp, tpa=tpa, graphs=graphs, prefill_chunk=16, speculative=MTP, look_ahead=True)
+    """Two rounds, of which the second begins in what the first left, in the middle of a block and at its end.
+
+    Sequences end one after the other, so that steps with drafts and those that are launched ahead take turns.
+    """
+    speculative = MTP | {"draft_len_schedule": {1: 2, 2: 0, 4: LENGTH}}
+    llm = make_llm(path, kvp=kvp, tpa=tpa, graphs=graphs, prefill_chunk=16, speculative=speculative, look_ahead=True)
     made = drafts_of(llm)
-    outputs = llm.generate([list(ids) for ids in PROMPTS], greedy(9))
-    again = llm.generate([list(ids) for ids in AGAIN], greedy(5))
+    outputs, again = llm.generate(asked(PROMPTS)), llm.generate(asked(AGAIN))
+    assert {0, 2, LENGTH} <= set(llm.engine.metrics.speculative.steps)
     assert [output.cached_tokens for output in again] == [44, 47, 31]
     return [output.token_ids for output in (*outputs, *again)], made
 
 
-@pytest.mark.parametrize(("kvp", "tpa", "graphs"), [(1, 1, False), (1, 1, True), (2, 1, False)])
+@pytest.mark.parametrize(("kvp", "tpa", "graphs"), [(1, 1, False), (1, 1, True), (2, 1, True)])
 def test_drafts_are_those_of_the_layer_in_plain_pytorch(
     random: Checkpoint, path: str, ranks: Callable[..., Any], kvp: int, tpa: int, graphs: bool
 ) -> None:
     llm = make_llm(path, cache={"reuse": False})
-    outputs = [*llm.generate([list(ids) for ids in PROMPTS], greedy(9)), *llm.generate(AGAIN, greedy(5))]
+    outputs = [*llm.generate(asked(PROMPTS)), *llm.generate(asked(AGAIN))]
     plain = [output.token_ids for output in outputs]
     for tokens, made in ranks(kvp * tpa).run(run_body, path, kvp, tpa, graphs):
         assert tokens == plain
@@ -175,12 +184,12 @@ def test_drafts_are_those_of_the_layer_in_plain_pytorch(
 def test_tokens_are_those_without_drafts_drawn_or_not_with_reuse_and_preemption(
     path: str, settings: dict[str, Any]
 ) -> None:
-    asked = [[*PROMPTS[0][:40], 3], *PROMPTS, [*PROMPTS[0][:37], 1, 2], PROMPTS[0]]
+    prompts = [[*PROMPTS[0][:40], 3], *PROMPTS, [*PROMPTS[0][:37], 1, 2], PROMPTS[0]]
     for sampling in (greedy(20), greedy(20, temperature=1.0, seed=5, frequency_penalty=0.5)):
         outputs = []
         for speculative in ({}, MTP):
             llm = make_llm(path, prefill_chunk=16, speculative=speculative, look_ahead=True, **settings)
-            outputs.append([told(llm.generate(asked, sampling)), told(llm.generate(asked, sampling))])
+            outputs.append([told(llm.generate(prompts, sampling)), told(llm.generate(prompts, sampling))])
         assert outputs[0] == outputs[1]
 
 
