@@ -34,6 +34,17 @@ def softplus(x):
 
 
 @triton.jit
+def _old(ring, conv, column, real, position, INPUT: tl.constexpr, RING: tl.constexpr, TAPS: tl.constexpr):
+    """Return what kept tokens before a position add to the convolution of some columns there."""
+    total = tl.zeros(column.shape, tl.float32)
+    for tap in tl.static_range(TAPS - 1):
+        at = position - TAPS + 1 + tap
+        x = tl.load(ring + (at & (RING - 1)) * INPUT + column, mask=real & (at >= 0), other=0.0)
+        total += x.to(tl.float32) * tl.load(conv + column * TAPS + tap, mask=real, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _convolve(flat, split_stride, row_at, ring, conv, column, real, first, position, WIDTH: tl.constexpr,
               INPUT: tl.constexpr, RING: tl.constexpr, TAPS: tl.constexpr, SUMMANDS: tl.constexpr,
               DTYPE: tl.constexpr):  # fmt: skip
@@ -49,6 +60,24 @@ def _convolve(flat, split_stride, row_at, ring, conv, column, real, first, posit
     return silu_rounded(total, DTYPE)
 
 
+@triton.jit
+def _work_in(state, k, v, b, a, log_rate, bias, norm_eps):
+    """Return the state with one more token in it; k is not normalised yet, b and a are scores."""
+    k *= tl.rsqrt(tl.sum(k * k, 0) + norm_eps)
+    state *= tl.exp(-tl.exp(log_rate) * softplus(a + bias))
+    error = v - tl.sum(state * k[:, None], 0)
+    return state + k[:, None] * (error / (1.0 + tl.exp(-b)))[None, :]
+
+
+@triton.jit
+def _ask(state, q, gate, weight, eps, norm_eps, D: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr):
+    """Return what a state answers to a query, normalised and gated."""
+    q *= tl.rsqrt(tl.sum(q * q, 0) + norm_eps) * (D**-0.5)
+    made = tl.sum(state * q[:, None], 0).to(DTYPE).to(tl.float32)
+    made = (made * tl.rsqrt(tl.sum(made * made, 0) / W + eps)).to(DTYPE).to(tl.float32) * weight
+    return (made.to(DTYPE).to(tl.float32) * (gate / (1.0 + tl.exp(-gate)))).to(DTYPE)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _advance_kernel(
     flat, positions, row_seq, query_start, matrix, known, inputs, conv, rates, norm, out, num_rows, eps, norm_eps,
@@ -62,79 +91,105 @@ def _advance_kernel(
     dtype: tl.constexpr = out.dtype.element_ty
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    # uploaded, or written by earlier steps: all of this is there before the kernel before this one has ended
+    # uploaded, or written by earlier steps: all up to the wait is there before the kernel before this one has ended
     start, stop = tl.load(query_start + run), tl.load(query_start + run + 1)
-    r = tl.arange(0, RUN_PAD)
+    r, d, w = tl.arange(0, RUN_PAD), tl.arange(0, D_PAD), tl.arange(0, W_PAD)
     is_long = stop - start > MAX_RUN
     at = tl.load(positions + start + r, mask=r < stop - start, other=-1).to(tl.int32)
-    num_real = tl.sum((at >= 0).to(tl.int32), 0)
-    first = tl.where(num_real > 0, tl.min(tl.where(at >= 0, at, MAX_NUM), 0), 0)
-    end = tl.where(is_long, first, first + num_real)
     slot = tl.load(row_seq + start).to(tl.int64)
+    num_real = tl.sum((at >= 0).to(tl.int32), 0)  # padding stands at the head of a run
+    first = tl.where(num_real > 0, tl.min(tl.where(at >= 0, at, MAX_NUM), 0), 0)
+    goes_on = (num_real > 0) & (first > 0)
     key_head = (OFFSET + head) // GROUP
-    d, w = tl.arange(0, D_PAD), tl.arange(0, W_PAD)
-    q_column, k_column = key_head * D + d, (K + key_head) * D + d
-    v_column = 2 * K * D + head * W + w
+    q_column, k_column, v_column = key_head * D + d, (K + key_head) * D + d, 2 * K * D + head * W + w
     b_column, a_column = 2 * K * D + V * W + head, 2 * K * D + V * W + V + head
-    position = tl.load(known + slot * V + head, mask=(num_real > 0) & (first > 0), other=0)
+    in_key, in_value = d < D, w < W
     ring = inputs + slot * (RING * INPUT)
     here = matrix + (slot * V + head) * (D * W) + d[:, None] * W + w[None, :]
-    there = (d < D)[:, None] & (w < W)[None, :]
-    state = tl.load(here, mask=there & (num_real > 0) & (first > 0), other=0.0)
+    there = in_key[:, None] & in_value[None, :]
+    state = tl.load(here, mask=there & goes_on, other=0.0)
     log_rate, bias = tl.load(rates + head), tl.load(rates + V + head)
-    weight = tl.load(norm + w, mask=w < W, other=0.0).to(tl.float32)
-    row_at = tl.where(is_long, start, stop - num_real).to(tl.int64)  # padding stands at the head of a run
-    split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    for i in range(0, tl.where(is_long, 0, stop - start - num_real)):
-        tl.store(out + ((start.to(tl.int64) + i) * V + head) * W + w, tl.zeros([W_PAD], dtype), mask=w < W)
-    while position < end:
-        k = _convolve(flat, split_stride, row_at, ring, conv, k_column, d < D, first, position, WIDTH, INPUT, RING,
-                      TAPS, SUMMANDS, dtype)  # fmt: skip
-        v = _convolve(flat, split_stride, row_at, ring, conv, v_column, w < W, first, position, WIDTH, INPUT, RING,
-                      TAPS, SUMMANDS, dtype)  # fmt: skip
-        row = row_at + position - first
-        is_row = position >= first
-        old = ring + (position & (RING - 1)) * INPUT
-        b = load_sum(flat, split_stride, row * WIDTH + b_column, is_row, SUMMANDS, dtype).to(tl.float32)
-        a = load_sum(flat, split_stride, row * WIDTH + a_column, is_row, SUMMANDS, dtype).to(tl.float32)
-        b += tl.load(old + b_column, mask=position < first, other=0.0).to(tl.float32)
-        a += tl.load(old + a_column, mask=position < first, other=0.0).to(tl.float32)
-        k *= tl.rsqrt(tl.sum(k * k, 0) + norm_eps)
-        state *= tl.exp(-tl.exp(log_rate) * softplus(a + bias))
-        error = v - tl.sum(state * k[:, None], 0)
-        state += k[:, None] * (error / (1.0 + tl.exp(-b)))[None, :]
-        if position >= first:
-            q = _convolve(flat, split_stride, row_at, ring, conv, q_column, d < D, first, position, WIDTH, INPUT,
-                          RING, TAPS, SUMMANDS, dtype)  # fmt: skip
-            q *= tl.rsqrt(tl.sum(q * q, 0) + norm_eps) * (D**-0.5)
-            made = tl.sum(state * q[:, None], 0).to(dtype).to(tl.float32)
-            made = (made * tl.rsqrt(tl.sum(made * made, 0) / W + eps)).to(dtype).to(tl.float32) * weight
-            made = made.to(dtype).to(tl.float32)
-            gate = load_sum(flat, split_stride, row * WIDTH + INPUT + head * W + w, w < W, SUMMANDS, dtype)
-            gate = gate.to(tl.float32)
-            gated = made * (gate / (1.0 + tl.exp(-gate)))
-            tl.store(out + (row * V + head) * W + w, gated.to(dtype), mask=w < W)
-        if position == first:
+    weight = tl.load(norm + w, mask=in_value, other=0.0).to(tl.float32)
+    if MAX_RUN > 1:  # tokens that turned out to stay
+        position = tl.load(known + slot * V + head, mask=goes_on, other=0)
+        waited = position < first
+        while position < first:
+            kept = ring + (position & (RING - 1)) * INPUT
+            k = _convolve(flat, 0, 0, ring, conv, k_column, in_key, first, position, WIDTH, INPUT, RING, TAPS, 1, dtype)
+            v = _convolve(
+                flat, 0, 0, ring, conv, v_column, in_value, first, position, WIDTH, INPUT, RING, TAPS, 1, dtype
+            )
+            b, a = tl.load(kept + b_column).to(tl.float32), tl.load(kept + a_column).to(tl.float32)
+            state = _work_in(state, k, v, b, a, log_rate, bias, norm_eps)
+            position += 1
+        if is_long & waited:
             tl.store(here, state, mask=there)
-            tl.store(known + slot * V + head, first + 1)
-        position += 1
-    if is_long:
+            tl.store(known + slot * V + head, first)
+    if is_long & (first == 0):
         tl.store(here, state, mask=there)
         tl.store(known + slot * V + head, first)
-    # inputs of the rows, each column by one program; none is read by others, which need those of earlier positions
-    owns_key = (head == 0) | ((OFFSET + head) % GROUP == 0)
-    for i in range(0, tl.where(is_long, 0, num_real)):
-        source, to = (row_at + i) * WIDTH, ring + ((first + i) & (RING - 1)) * INPUT
-        x = load_sum(flat, split_stride, source + v_column, w < W, SUMMANDS, dtype)
-        tl.store(to + v_column, x, mask=w < W)
-        tl.store(to + b_column, load_sum(flat, split_stride, source + b_column, True, SUMMANDS, dtype))
-        tl.store(to + a_column, load_sum(flat, split_stride, source + a_column, True, SUMMANDS, dtype))
-        x = load_sum(flat, split_stride, source + q_column, (d < D) & owns_key, SUMMANDS, dtype)
-        tl.store(to + q_column, x, mask=(d < D) & owns_key)
-        x = load_sum(flat, split_stride, source + k_column, (d < D) & owns_key, SUMMANDS, dtype)
-        tl.store(to + k_column, x, mask=(d < D) & owns_key)
+    old_q = _old(ring, conv, q_column, in_key, first, INPUT, RING, TAPS)
+    old_k = _old(ring, conv, k_column, in_key, first, INPUT, RING, TAPS)
+    old_v = _old(ring, conv, v_column, in_value, first, INPUT, RING, TAPS)
+    own_q = tl.load(conv + q_column * TAPS + TAPS - 1, mask=in_key, other=0.0).to(tl.float32)
+    own_k = tl.load(conv + k_column * TAPS + TAPS - 1, mask=in_key, other=0.0).to(tl.float32)
+    own_v = tl.load(conv + v_column * TAPS + TAPS - 1, mask=in_value, other=0.0).to(tl.float32)
+    split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
+    row_at = (stop - num_real).to(tl.int64)
+    base = row_at * WIDTH
+    computes = (num_real > 0) & (is_long == 0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x_q = load_sum(flat, split_stride, base + q_column, in_key & computes, SUMMANDS, dtype)
+    x_k = load_sum(flat, split_stride, base + k_column, in_key & computes, SUMMANDS, dtype)
+    x_v = load_sum(flat, split_stride, base + v_column, in_value & computes, SUMMANDS, dtype)
+    x_b = load_sum(flat, split_stride, base + b_column, computes, SUMMANDS, dtype)
+    x_a = load_sum(flat, split_stride, base + a_column, computes, SUMMANDS, dtype)
+    gate = load_sum(flat, split_stride, base + INPUT + head * W + w, in_value & computes, SUMMANDS, dtype)
+    if computes:
+        q = silu_rounded(old_q + x_q.to(tl.float32) * own_q, dtype)
+        k = silu_rounded(old_k + x_k.to(tl.float32) * own_k, dtype)
+        v = silu_rounded(old_v + x_v.to(tl.float32) * own_v, dtype)
+        state = _work_in(state, k, v, x_b.to(tl.float32), x_a.to(tl.float32), log_rate, bias, norm_eps)
+        made = _ask(state, q, gate.to(tl.float32), weight, eps, norm_eps, D, W, dtype)
+        tl.store(out + (row_at * V + head) * W + w, made, mask=in_value)
+        tl.store(here, state, mask=there)
+        tl.store(known + slot * V + head, first + 1)
+        # a column's input is kept by one program; nobody reads it now: others need those of earlier positions
+        owns_key = in_key & ((head == 0) | ((OFFSET + head) % GROUP == 0))
+        to = ring + (first & (RING - 1)) * INPUT
+        tl.store(to + q_column, x_q, mask=owns_key)
+        tl.store(to + k_column, x_k, mask=owns_key)
+        tl.store(to + v_column, x_v, mask=in_value)
+        tl.store(to + b_column, x_b)
+        tl.store(to + a_column, x_a)
+        if MAX_RUN > 1:  # rows that may be rejected: they enter the state in registers alone
+            for i in range(1, num_real):
+                position = first + i
+                source = (row_at + i) * WIDTH
+                k = _convolve(flat, split_stride, row_at, ring, conv, k_column, in_key, first, position, WIDTH, INPUT,
+                              RING, TAPS, SUMMANDS, dtype)  # fmt: skip
+                v = _convolve(flat, split_stride, row_at, ring, conv, v_column, in_value, first, position, WIDTH,
+                              INPUT, RING, TAPS, SUMMANDS, dtype)  # fmt: skip
+                q = _convolve(flat, split_stride, row_at, ring, conv, q_column, in_key, first, position, WIDTH, INPUT,
+                              RING, TAPS, SUMMANDS, dtype)  # fmt: skip
+                x_b = load_sum(flat, split_stride, source + b_column, True, SUMMANDS, dtype)
+                x_a = load_sum(flat, split_stride, source + a_column, True, SUMMANDS, dtype)
+                x_q = load_sum(flat, split_stride, source + q_column, in_key, SUMMANDS, dtype)
+                x_k = load_sum(flat, split_stride, source + k_column, in_key, SUMMANDS, dtype)
+                x_v = load_sum(flat, split_stride, source + v_column, in_value, SUMMANDS, dtype)
+                gate = load_sum(flat, split_stride, source + INPUT + head * W + w, in_value, SUMMANDS, dtype)
+                state = _work_in(state, k, v, x_b.to(tl.float32), x_a.to(tl.float32), log_rate, bias, norm_eps)
+                made = _ask(state, q, gate.to(tl.float32), weight, eps, norm_eps, D, W, dtype)
+                tl.store(out + ((row_at + i) * V + head) * W + w, made, mask=in_value)
+                to = ring + (position & (RING - 1)) * INPUT
+                tl.store(to + q_column, x_q, mask=owns_key)
+                tl.store(to + k_column, x_k, mask=owns_key)
+                tl.store(to + v_column, x_v, mask=in_value)
+                tl.store(to + b_column, x_b)
+                tl.store(to + a_column, x_a)
+    for i in range(0, tl.where(is_long, 0, stop - start - num_real)):
+        tl.store(out + ((start.to(tl.int64) + i) * V + head) * W + w, tl.zeros([W_PAD], dtype), mask=in_value)
 
 
 def advance_few(
@@ -167,5 +222,5 @@ def advance_few(
         SUMMANDS=summands, V=heads.num_value, K=heads.num_key, OFFSET=heads.offset, GROUP=heads.group,
         D=heads.key_dim, D_PAD=triton.next_power_of_2(heads.key_dim), W=heads.value_dim,
         W_PAD=triton.next_power_of_2(heads.value_dim), TAPS=heads.taps, RING=states.inputs.shape[1], MAX_RUN=max_run,
-        RUN_PAD=triton.next_power_of_2(max_run), PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}),
+        RUN_PAD=triton.next_power_of_2(max_run), PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

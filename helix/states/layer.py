@@ -15,6 +15,7 @@ from attention.rows import Rows
 from ..models.linear import split_linear
 from .cache import StateCache
 from .decode_kernel import advance_few
+from .prompt_kernels import advance_many
 from .reference import advance_reference
 
 
@@ -46,8 +47,10 @@ def advance(
     flat = split_linear(normed, weights["state_in"], pdl=pdl, chunk=chunk)
     layer, heads = states.layers[place], states.heads
     given = rows.positions, rows.row_seq, rows.query_start, layer, weights
-    if not flat.is_cuda or longest > states.max_run:
-        return advance_reference(flat.sum(0).to(normed.dtype), *given, eps=eps, max_run=states.max_run)
+    if not flat.is_cuda:
+        return advance_reference(flat.sum(0), *given, eps=eps, max_run=states.max_run)
     out = torch.empty((flat.shape[1], heads.num_value, heads.value_dim), dtype=normed.dtype, device=flat.device)
     advance_few(flat, *given, out, eps=eps, max_run=states.max_run, pdl=pdl)
+    if longest > states.max_run:
+        advance_many(flat, *given, out, eps=eps, max_run=states.max_run)
     return out

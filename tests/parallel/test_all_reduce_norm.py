@@ -80,9 +80,9 @@ def test_fused_kernel_equals_the_oracle_on_every_rank(ranks, world, dtype, summa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world_size", [3, 5, 8])
-@pytest.mark.parametrize("rows", [1, 7, 16])  # the last goes through owners
+@pytest.mark.parametrize(("rows", "exact"), [(1, False), (7, True), (16, False)])  # the last goes through owners
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, world_size, rows, dtype):
+def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, world_size, rows, exact, dtype):
     world, device = LocalWorld(world_size, monkeypatch, "parallel.all_reduce_norm"), torch.device("cuda")
     hidden, faults = 4096, Faults(device)
     ops = [
@@ -94,7 +94,7 @@ def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, world_size, 
     def step(rank):
         results = []
         for index, (x, residual, weight) in enumerate(data[rank]):
-            stream = residual.clone()
+            stream, weight = residual.clone(), weight.float() if exact else weight
             results.append((stream, ops[rank](x.clone(), stream, weight, EPS, index=index)))
         return results[3]
 

@@ -7,6 +7,7 @@ from helix.models.states import States
 from helix.states.cache import StateCache
 from helix.states.decode_kernel import advance_few
 from helix.states.heads import StateHeads
+from helix.states.prompt_kernels import advance_many
 from helix.states.reference import advance_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,32 +44,60 @@ STEPS = [
     [(1, 42, 4, 0), (0, 3, 1, 3), (2, 1, 1, 3)],  # of two drafts one was kept
     [(2, 2, 1, 0), (1, 46, 1, 0), (0, 4, 1, 0)],
 ]
+LONG_STEPS = [
+    [(0, 2, 5, 0), (1, 40, 3, 0), (2, 0, 70, 0)],  # shorter than a chunk, one that is none, a chunk and some
+    [(1, 42, 66, 0), (0, 7, 1, 0), (2, 70, 2, 0)],  # tokens that wait come first
+    [(1, 108, 2, 0), (2, 71, 1, 0)],
+]
 
 
-def check(out, expected):
+def check(out, expected, dtype):
     """Equal to rounding, which in 16 bits may end an element in the unit beside."""
-    if expected.dtype == torch.float32:
-        torch.testing.assert_close(out, expected, rtol=2e-4, atol=2e-5)
-    assert (out - expected).norm() < 0.01 * expected.norm()
+    if dtype == torch.float32:
+        torch.testing.assert_close(out, expected, rtol=5e-4, atol=1e-4)
+    assert (out - expected).float().norm() < 0.02 * expected.float().norm()
 
 
-@pytest.mark.parametrize(("dtype", "summands"), [(torch.float32, 2), (torch.bfloat16, 1)], ids=str)
-def test_few_rows_equal_the_reference(dtype, summands):
+def compare(steps, dtype, summands):
+    """Run steps through the kernels and the reference, and compare all that comes out and is kept."""
     heads = StateHeads.of(STATES, (2, 5))
     mine, theirs, weights = make_cache(heads, dtype), make_cache(heads, dtype), weights_of(heads, dtype)
-    for turn, step in enumerate(STEPS):
+    for turn, step in enumerate(steps):
         positions = [p for _, first, rows, padding in step for p in (*[-1] * padding, *range(first, first + rows))]
         row_seq = [slot for slot, _, rows, padding in step for _ in range(rows + padding)]
         starts = torch.tensor([0, *(rows + padding for _, _, rows, padding in step)]).cumsum(0)
         flat = random(summands, len(positions), heads.width, seed=turn + 9).to(dtype)
         given = (
-            torch.tensor(positions, device=DEVICE), torch.tensor(row_seq, dtype=torch.int32, device=DEVICE),
+            torch.tensor(positions, device=DEVICE),
+            torch.tensor(row_seq, dtype=torch.int32, device=DEVICE),
             starts.to(DEVICE, torch.int32),
-        )  # fmt: skip
+        )
         expected = advance_reference(flat.sum(0), *given, theirs, weights, eps=1e-6, max_run=MAX_RUN)
         out = torch.full_like(expected, torch.nan)
         advance_few(flat, *given, mine, weights, out, eps=1e-6, max_run=MAX_RUN)
-        check(out, expected)
+        if any(rows > MAX_RUN for _, _, rows, _ in step):
+            advance_many(flat, *given, mine, weights, out, eps=1e-6, max_run=MAX_RUN)
+        check(out, expected, dtype)
         assert torch.equal(mine.position, theirs.position)
-        check(mine.matrix, theirs.matrix)
-        torch.testing.assert_close(mine.inputs, theirs.inputs)
+        check(mine.matrix, theirs.matrix, dtype)
+        for slot, first, rows, _ in step:
+            kept = torch.arange(max(first + rows - heads.taps + 1, 0), first + rows) % mine.inputs.shape[1]
+            ours, others = (states.inputs[slot, kept, : heads.conv_size] for states in (mine, theirs))
+            torch.testing.assert_close(ours, others)
+
+
+GPU = pytest.mark.gpu  # the interpreter cuts where bfloat16 is rounded
+
+
+@pytest.mark.parametrize(
+    ("dtype", "summands"), [(torch.float32, 2), pytest.param(torch.bfloat16, 1, marks=GPU)], ids=str
+)
+def test_few_rows_equal_the_reference(dtype, summands):
+    compare(STEPS, dtype, summands)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "summands"), [(torch.float32, 1), pytest.param(torch.bfloat16, 2, marks=GPU)], ids=str
+)
+def test_many_rows_equal_the_reference(dtype, summands):
+    compare(LONG_STEPS, dtype, summands)

@@ -1,0 +1,257 @@
+"""State layers for runs of many rows, prompts': the rule by chunks of 64 tokens (section 3.3 of arXiv 2412.06464).
+
+ 1. ``_convolve_kernel``: the short convolution of all rows.
+ 2. ``_within_kernel``: what the tokens of a chunk do to each other, for all chunks and heads at once.
+ 3. ``_across_kernel``: from chunk to chunk, in order: a program has some columns of one head's state, which it keeps in
+    registers, and writes the state and the inputs that the next step needs.
+ 4. ``_norm_kernel``: norm and gate of the outputs.
+
+Which rows are a run's, and which runs are long, is on the device alone: launches depend on sizes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from attention.append import load_sum
+
+from .cache import LayerStates
+from .decode_kernel import silu_rounded, softplus
+from .reference import CHUNK, NORM_EPS
+
+COLUMNS = 256  # of the convolution, a program
+STATE_COLUMNS = 32  # of a head's state, a program
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _convolve_kernel(
+    flat, positions, row_seq, inputs, conv, mixed, num_rows,
+    SUMMANDS: tl.constexpr, CHANNELS: tl.constexpr, INPUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
+    RING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = column < CHANNELS
+    dtype: tl.constexpr = mixed.dtype.element_ty
+    slot, position = tl.load(row_seq + row), tl.load(positions + row).to(tl.int32)
+    split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
+    ring = inputs + slot.to(tl.int64) * (RING * INPUT)
+    total = tl.zeros([BLOCK], tl.float32)
+    for tap in tl.static_range(TAPS):
+        back = TAPS - 1 - tap
+        there = row >= back
+        # a sequence has one run of rows, so its rows before this one are this run's
+        same = there & (tl.load(row_seq + row - back, mask=there, other=-1) == slot)
+        x = load_sum(flat, split_stride, (row - back) * WIDTH + column, real & same, SUMMANDS, dtype).to(tl.float32)
+        at = position - back
+        kept = real & (at >= 0) & (same == 0)
+        x += tl.load(ring + (at & (RING - 1)) * INPUT + column, mask=kept, other=0.0).to(tl.float32)
+        total += x * tl.load(conv + column * TAPS + tap, mask=real, other=0.0).to(tl.float32)
+    tl.store(mixed + row * CHANNELS + column, silu_rounded(total, dtype), mask=real)
+
+
+@triton.jit
+def _chunk_at(query_start, num_runs, n, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the first row of the n-th chunk of all long runs, and where its run ends; 0, 0 past the last."""
+    start, end = 0, 0
+    left = n
+    for run in range(num_runs):
+        first, stop = tl.load(query_start + run), tl.load(query_start + run + 1)
+        chunks = tl.where(stop - first > MAX_RUN, (stop - first + CHUNK - 1) // CHUNK, 0)
+        here = (left >= 0) & (left < chunks)
+        start, end = tl.where(here, first + left * CHUNK, start), tl.where(here, stop, end)
+        left -= chunks
+    return start, end
+
+
+@triton.jit
+def _unit(x, NORM_EPS: tl.constexpr):
+    return x * tl.rsqrt(tl.sum(x * x, 1) + NORM_EPS)[:, None]
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_runs"])
+def _within_kernel(
+    flat, mixed, query_start, rates, values, erased, asks, puts, scores, decays, num_rows, num_runs,
+    SUMMANDS: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, MAX_RUN: tl.constexpr,
+    CHUNK: tl.constexpr, NORM_EPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n, head = tl.program_id(0), tl.program_id(1)
+    CHANNELS: tl.constexpr = 2 * K * D + V * W
+    WIDTH: tl.constexpr = CHANNELS + 2 * V + V * W
+    dtype: tl.constexpr = mixed.dtype.element_ty
+    start, end = _chunk_at(query_start, num_runs, n, MAX_RUN, CHUNK)
+    if end > start:
+        i, d, w = tl.arange(0, CHUNK), tl.arange(0, D_PAD), tl.arange(0, W_PAD)
+        row, there = start.to(tl.int64) + i, start + i < end
+        key_head = (OFFSET + head) // GROUP
+        of_key, of_value = there[:, None] & (d < D)[None, :], there[:, None] & (w < W)[None, :]
+        source = mixed + row[:, None] * CHANNELS
+        q = tl.load(source + key_head * D + d[None, :], mask=of_key, other=0.0).to(tl.float32)
+        k = tl.load(source + (K + key_head) * D + d[None, :], mask=of_key, other=0.0).to(tl.float32)
+        v = tl.load(source + 2 * K * D + head * W + w[None, :], mask=of_value, other=0.0).to(tl.float32)
+        split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
+        b = load_sum(flat, split_stride, row * WIDTH + CHANNELS + head, there, SUMMANDS, dtype).to(tl.float32)
+        a = load_sum(flat, split_stride, row * WIDTH + CHANNELS + V + head, there, SUMMANDS, dtype).to(tl.float32)
+        beta = tl.where(there, 1.0 / (1.0 + tl.exp(-b)), 0.0)
+        g = -tl.exp(tl.load(rates + head)) * softplus(a + tl.load(rates + V + head))
+        decay = tl.cumsum(tl.where(there, g, 0.0), 0)
+        last = tl.sum(tl.where(there, g, 0.0), 0)
+        q, k = _unit(q, NORM_EPS) * (D**-0.5), _unit(k, NORM_EPS)
+        between = tl.where(i[:, None] >= i[None, :], decay[:, None] - decay[None, :], float("-inf"))
+        between = tl.exp(between)
+        k_t = tl.trans(k.to(dtype))
+        system = tl.dot(k.to(dtype), k_t, input_precision=PRECISION) * between * beta[:, None]
+        system = tl.where(i[:, None] > i[None, :], -system, 0.0)
+        inverse = tl.zeros([CHUNK, CHUNK], tl.float32)  # less the diagonal of ones, row by row
+        for turn in range(1, CHUNK):
+            mine = (i == turn)[:, None]
+            line = tl.sum(tl.where(mine, system, 0.0), 0)
+            line += tl.sum(line[:, None] * inverse, 0)
+            inverse = tl.where(mine, line[None, :], inverse)
+        inverse = tl.where(i[:, None] == i[None, :], 1.0, inverse)
+        cell = (n.to(tl.int64) * V + head) * CHUNK + i[:, None]
+        made = tl.dot(inverse, v * beta[:, None], input_precision=PRECISION)
+        tl.store(values + cell * W + w[None, :], made.to(dtype), mask=(w < W)[None, :])
+        made = tl.dot(inverse, k * (beta * tl.exp(decay))[:, None], input_precision=PRECISION)
+        tl.store(erased + cell * D + d[None, :], made.to(dtype), mask=(d < D)[None, :])
+        tl.store(asks + cell * D + d[None, :], (q * tl.exp(decay)[:, None]).to(dtype), mask=(d < D)[None, :])
+        made = k * tl.exp(last - decay)[:, None]
+        tl.store(puts + cell * D + d[None, :], made.to(dtype), mask=(d < D)[None, :])
+        made = tl.dot(q.to(dtype), k_t, input_precision=PRECISION) * between
+        tl.store(scores + cell * CHUNK + i[None, :], made.to(dtype))
+        tl.store(decays + n * V + head, last)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _across_kernel(
+    flat, positions, row_seq, query_start, matrix, known, inputs, values, erased, asks, puts, scores, decays, out,
+    num_rows, SUMMANDS: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr,
+    MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    run, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    INPUT: tl.constexpr = 2 * K * D + V * W + 2 * V
+    WIDTH: tl.constexpr = INPUT + V * W
+    dtype: tl.constexpr = out.dtype.element_ty
+    start, stop = tl.load(query_start + run), tl.load(query_start + run + 1)
+    if stop - start > MAX_RUN:
+        n = tl.zeros([], tl.int64)
+        for before in range(run):
+            length = tl.load(query_start + before + 1) - tl.load(query_start + before)
+            n += tl.where(length > MAX_RUN, (length + CHUNK - 1) // CHUNK, 0)
+        i, d, w = tl.arange(0, CHUNK), tl.arange(0, D_PAD), part * BW + tl.arange(0, BW)
+        slot = tl.load(row_seq + start).to(tl.int64)
+        here = matrix + (slot * V + head) * (D * W) + d[:, None] * W + w[None, :]
+        there = (d < D)[:, None] & (w < W)[None, :]
+        state = tl.load(here, mask=there, other=0.0)
+        for at in range(start, stop, CHUNK):
+            cell = (n * V + head) * CHUNK + i[:, None]
+            of_key, of_value = (d < D)[None, :], (w < W)[None, :]
+            forget = tl.exp(tl.load(decays + n * V + head))
+            rounded = state.to(dtype)
+            e = tl.load(erased + cell * D + d[None, :], mask=of_key, other=0.0)
+            new = tl.load(values + cell * W + w[None, :], mask=of_value, other=0.0).to(tl.float32)
+            new -= tl.dot(e, rounded, input_precision=PRECISION)
+            q = tl.load(asks + cell * D + d[None, :], mask=of_key, other=0.0)
+            made = tl.dot(q, rounded, input_precision=PRECISION)
+            made += tl.dot(tl.load(scores + cell * CHUNK + i[None, :]), new.to(dtype), input_precision=PRECISION)
+            k = tl.load(puts + cell * D + d[None, :], mask=of_key, other=0.0)
+            state = state * forget + tl.dot(tl.trans(k), new.to(dtype), input_precision=PRECISION)
+            row = tl.zeros([CHUNK], tl.int64) + at + i
+            to = out + (row[:, None] * V + head) * W + w[None, :]
+            tl.store(to, made.to(dtype), mask=(row < stop)[:, None] & of_value)
+            n += 1
+        tl.store(here, state, mask=there)
+        end = tl.load(positions + stop - 1).to(tl.int32) + 1
+        if part == 0:
+            tl.store(known + slot * V + head, end)
+        # the inputs that convolutions of later rows see
+        split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
+        key_head = (OFFSET + head) // GROUP
+        owns_key = ((head == 0) | ((OFFSET + head) % GROUP == 0)) & (part == 0)
+        for back in tl.static_range(1, TAPS):
+            is_row = stop - back >= start
+            source = (stop - back).to(tl.int64) * WIDTH
+            to = inputs + slot * (RING * INPUT) + ((end - back) & (RING - 1)) * INPUT
+            column, mine = 2 * K * D + head * W + w, (w < W) & is_row
+            tl.store(to + column, load_sum(flat, split_stride, source + column, mine, SUMMANDS, dtype), mask=mine)
+            mine = (d < D) & owns_key & is_row
+            column = key_head * D + d
+            tl.store(to + column, load_sum(flat, split_stride, source + column, mine, SUMMANDS, dtype), mask=mine)
+            column = (K + key_head) * D + d
+            tl.store(to + column, load_sum(flat, split_stride, source + column, mine, SUMMANDS, dtype), mask=mine)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_runs"])
+def _norm_kernel(
+    flat, query_start, norm, out, num_rows, num_runs, eps,
+    SUMMANDS: tl.constexpr, V: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, INPUT: tl.constexpr,
+    MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Norm and gate of one head's outputs for BR rows of a chunk."""
+    n, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dtype: tl.constexpr = out.dtype.element_ty
+    start, end = _chunk_at(query_start, num_runs, n, MAX_RUN, CHUNK)
+    row, w = start.to(tl.int64) + part * BR + tl.arange(0, BR), tl.arange(0, W_PAD)
+    mine = (row < end)[:, None] & (w < W)[None, :]
+    to = out + (row[:, None] * V + head) * W + w[None, :]
+    made = tl.load(to, mask=mine, other=0.0).to(tl.float32)
+    made = (made * tl.rsqrt(tl.sum(made * made, 1) / W + eps)[:, None]).to(dtype).to(tl.float32)
+    weight = tl.load(norm + w, mask=w < W, other=0.0).to(tl.float32)
+    made = (made * weight[None, :]).to(dtype).to(tl.float32)
+    at = row[:, None] * (INPUT + V * W) + INPUT + head * W + w[None, :]
+    split_stride = tl.zeros([], tl.int64) + num_rows * (INPUT + V * W)
+    gate = load_sum(flat, split_stride, at, mine, SUMMANDS, dtype).to(tl.float32)
+    tl.store(to, (made * gate / (1.0 + tl.exp(-gate))).to(dtype), mask=mine)
+
+
+def advance_many(
+    flat: torch.Tensor,
+    positions: torch.Tensor,
+    row_seq: torch.Tensor,
+    query_start: torch.Tensor,
+    states: LayerStates,
+    weights: dict[str, torch.Tensor],
+    out: torch.Tensor,
+    *,
+    eps: float,
+    max_run: int,
+) -> None:
+    """Run a state layer's heads over the rows of runs of more than ``max_run`` rows, which all stay.
+
+    It comes behind ``advance_few`` with the same arguments, which leaves such runs' states where they begin.
+    """
+    heads, (summands, rows, _), runs = states.heads, flat.shape, query_start.shape[0] - 1
+    V, W, D, channels = heads.num_value, heads.value_dim, heads.key_dim, heads.conv_size
+    chunks = rows // CHUNK + runs
+    mixed = out.new_empty((rows, channels))
+    _convolve_kernel[(rows, -(-channels // COLUMNS))](
+        flat, positions, row_seq, states.inputs, weights["state_conv"], mixed, rows,
+        SUMMANDS=summands, CHANNELS=channels, INPUT=heads.input_size, WIDTH=heads.width, TAPS=heads.taps,
+        RING=states.inputs.shape[1], BLOCK=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    values = out.new_empty((chunks, V, CHUNK, W))
+    erased, asks, puts = out.new_empty((3, chunks, V, CHUNK, D)).unbind(0)
+    scores, decays = out.new_empty((chunks, V, CHUNK, CHUNK)), states.matrix.new_empty((chunks, V))
+    made = values, erased, asks, puts, scores, decays
+    sizes = {
+        "SUMMANDS": summands, "V": V, "K": heads.num_key, "OFFSET": heads.offset, "GROUP": heads.group, "D": D,
+        "D_PAD": triton.next_power_of_2(D), "W": W, "MAX_RUN": max_run, "CHUNK": CHUNK,
+        "PRECISION": "ieee" if out.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    padded = triton.next_power_of_2(W)
+    _within_kernel[(chunks, V)](
+        flat, mixed, query_start, weights["state_rates"], *made, rows, runs, W_PAD=padded, NORM_EPS=NORM_EPS, **sizes,
+        num_warps=8,
+    )  # fmt: skip
+    columns = min(STATE_COLUMNS, padded)
+    _across_kernel[(runs, V, -(-W // columns))](
+        flat, positions, row_seq, query_start, states.matrix, states.position, states.inputs, *made, out, rows,
+        BW=columns, TAPS=heads.taps, RING=states.inputs.shape[1], **sizes, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    _norm_kernel[(chunks, CHUNK // 16, V)](
+        flat, query_start, weights["state_norm"], out, rows, runs, eps, SUMMANDS=summands, V=V, W=W, W_PAD=padded,
+        INPUT=heads.input_size, MAX_RUN=max_run, CHUNK=CHUNK, BR=16, num_warps=4,
+    )  # fmt: skip
