@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .cache.control import Claim
+from .cache.claim import Claim
 from .cache.keys import BlockKeys
 from .cache.tree import Block
 from .fair_share import Due

@@ -62,6 +62,7 @@ from .sampler import Sampler
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .states.cache import StateCache
+from .states.checkpoints import CheckpointPlan, StateCheckpoints
 from .text import TextReader
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class LLM:
             num_layers=len(self.spec.layers_of(FULL)),
         )
         self.exchange = self._make_exchange(heads)
+        self._checkpoints = CheckpointPlan.of(config.cache, self.footprint, 1 + self._drafting.max_draft_len)
         self.runner, self.num_pages = self._make_runner(decoder, prepared.eos_token_ids)
         speculator = self._drafting.make_speculator(self.num_pages * self.layout.kvp, self.runner)
         if self.faults is not None and config.runtime.graphs:
@@ -141,13 +143,21 @@ class LLM:
             reuse=config.cache.reuse,
             partial_reuse=config.cache.partial_reuse,
             offload_min_priority=config.cache.offload_min_priority,
+            checkpoints=self._checkpoints.control(self.num_pages),
         )
         self.vocabulary = Vocabulary(self.tokenizer, self.spec.vocab_size, prepared.eos_token_ids)
         masks = Masks(Matchers(self.vocabulary) if self.launch.speaks else None, self.spec.vocab_size)
         self.engine = Engine(
             Scheduler(config.scheduler, cache, recomputed=int(self.spec.looks_further)),
             self.runner,
-            agree(lambda: PageMover(self.runner.cache, config.cache.host_pages, self.grid.kvp_rank)),
+            agree(
+                lambda: PageMover(
+                    self.runner.cache,
+                    config.cache.host_pages,
+                    self.grid.kvp_rank,
+                    states=StateCheckpoints.of(decoder.states, cache.checkpoints),
+                )
+            ),
             speculator=speculator,
             masks=masks,
             eos_token_ids=prepared.eos_token_ids,
@@ -422,13 +432,14 @@ class LLM:
             if self.launch.device.type == "cuda":
                 runner.warm_up(scheduler.prefill_chunk + num_choices, num_choices)
             free = free_bytes(self.launch.device, cache.memory_fraction, self.launch.local_world_size)
-            drafts = self.layout.kvp * self._drafting.page_bytes  # a draft model's cache holds as many tokens
-            fitting = minimum(self.footprint.num_pages(free, page_bytes_beside=drafts))
+            # a draft model's cache holds as many tokens
+            beside = self.layout.kvp * self._drafting.page_bytes + self._checkpoints.page_bytes
+            fitting = minimum(self.footprint.num_pages(free, page_bytes_beside=beside))
             num_pages = min(fitting, scheduler.max_batch * self.footprint.pages_of(self.spec.max_position))
             if num_pages < 1:
                 raise ValueError(
                     f"cache.memory_fraction = {cache.memory_fraction} leaves no memory for one page of "
-                    f"{self.footprint.page_bytes + drafts} bytes on some rank; raise it or spread the model over more "
+                    f"{self.footprint.page_bytes + beside} bytes on some rank; raise it or spread the model over more "
                     "ranks"
                 )
             tokens = self.footprint.max_tokens(num_pages)

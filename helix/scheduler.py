@@ -16,7 +16,8 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .cache.control import CacheControl, Claim
+from .cache.claim import Claim
+from .cache.control import CacheControl
 from .cache.keys import BlockKeys
 from .cache.movements import Movement
 from .cache.pool import BlockTable
@@ -122,10 +123,15 @@ class Scheduler:
         for seq in self.running:
             count = counts.get(seq, 1 if seq.num_todo == 1 else 0)
             if count:
-                step.chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
+                step.chunks.append(Chunk(seq, seq.num_computed, self._end_of(seq, seq.num_computed + count)))
         self.cache.offload_ahead()
         step.movements = self.cache.take_movements()
         return step
+
+    def _end_of(self, seq: Sequence, stop: int) -> int:
+        """Return where a chunk of a sequence ends that may reach ``stop``: at a checkpoint that is due before."""
+        checkpoints = self.cache.checkpoints
+        return stop if checkpoints is None else checkpoints.end(seq.num_computed, stop, len(seq.token_ids))
 
     def look_ahead(self, launched: Step) -> Step | None:
         """Choose the step after one of decode rows alone that is launched and whose tokens are not known yet.
@@ -162,8 +168,12 @@ class Scheduler:
     def commit(self, chunks: list[Chunk]) -> None:
         """Note that chunks are computed, and cache the blocks that they filled."""
         for chunk in chunks:
-            chunk.seq.num_computed = chunk.stop
-            self.cache.commit(chunk.seq.blocks, chunk.stop)
+            seq = chunk.seq
+            seq.num_computed = chunk.stop
+            self.cache.commit(seq.blocks, chunk.stop)
+            if self.cache.checkpoints is not None:
+                keep = self.cache.checkpoints.keep(seq.blocks.tail, chunk.stop, len(seq.token_ids), seq.batch_slot)
+                self.cache.blocks.movements += [] if keep is None else [keep]
 
     def extend_for_drafts(self, seq: Sequence, num_drafts: int) -> int:
         """Give a running sequence the pages of drafts after its last token; return how many drafts have them.
@@ -212,6 +222,9 @@ class Scheduler:
         """Give a sequence its pages and a batch slot; it does not run before ``run_held``."""
         seq.blocks, seq.batch_slot = table, heapq.heappop(self._free_slots)
         seq.num_computed = self._skipped(table.num_reused)
+        if self.cache.checkpoints is not None and table.num_reused:
+            assert table.tail is not None
+            self.cache.blocks.movements.append(self.cache.checkpoints.restore(table.tail, seq.batch_slot))
 
     def run_held(self, seq: Sequence, num_computed: int) -> None:
         """Let a sequence run of which so many tokens are computed, and cache its blocks."""

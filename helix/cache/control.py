@@ -16,14 +16,14 @@ Page movements collect in a list that ``take_movements`` hands out once a step. 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from parallel.placement import BlockCyclic
 
 from .beginnings import Beginnings
+from .checkpoints import Checkpoints
+from .claim import Claim
 from .counters import CacheCounters
 from .events import Listener
 from .keys import BlockKeys
@@ -32,45 +32,6 @@ from .pool import BlockTable
 from .retention import Retention
 from .store import BlockStore
 from .tree import Block, match
-
-
-@dataclass(slots=True)
-class Claim:
-    """A cached prefix that is pinned for a request.
-
-    Attributes:
-        chain: the whole blocks found.
-        pages: their device pages, negative from the first one that is on the host.
-        partial: the block whose first ``partial_tokens`` tokens come next, if any.
-    """
-
-    keys: BlockKeys
-    retention: tuple[Retention, ...]
-    root: Block
-    chain: list[Block]
-    pages: list[int]
-    partial: Block | None = None
-    partial_tokens: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose K and V need not be computed."""
-        return len(self.chain) * self.keys.block_size + self.partial_tokens
-
-    @property
-    def tail(self) -> Block:
-        """The last whole block, or the root."""
-        return self.chain[-1] if self.chain else self.root
-
-    def find_on_device(self) -> int:
-        """Bring ``pages`` up to date and return how many are on the device: another claim may have onboarded some."""
-        hosted = bisect_left(self.pages, True, key=_is_missing)
-        self.pages[hosted:] = [block.page for block in self.chain[hosted:]]
-        return bisect_left(self.pages, True, hosted, key=_is_missing)
-
-
-def _is_missing(page: int) -> bool:
-    return page < 0
 
 
 class CacheControl:
@@ -83,6 +44,7 @@ class CacheControl:
         reuse: keep blocks for later requests.
         partial_reuse: also use the leading tokens of a block, and keep the unfilled last block of a sequence.
         offload_min_priority: blocks below this priority are dropped, not offloaded.
+        checkpoints: behind which blocks a sequence may begin; None where it may behind any.
 
     Attributes:
         num_returns: how often pages came back from a sequence; what did not fit need not try again before.
@@ -97,8 +59,9 @@ class CacheControl:
         reuse: bool = True,
         partial_reuse: bool = True,
         offload_min_priority: int = 0,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
-        self.placement, self.num_pages = placement, num_pages
+        self.placement, self.num_pages, self.checkpoints = placement, num_pages, checkpoints
         self._reuse, self._partial_reuse = reuse, reuse and partial_reuse
         self._host_pages, self._offload_min_priority = host_pages, offload_min_priority
         self.blocks = self._new_store(CacheCounters())
@@ -177,7 +140,8 @@ class CacheControl:
         keys.update()
         root = self.blocks.tree.root(keys.salt)
         limit = min(len(keys.token_ids) - 1, most)
-        chain = match(root, keys.full, limit // keys.block_size) if self._reuse else []
+        find = match if self.checkpoints is None else self.checkpoints.match
+        chain = find(root, keys.full, limit // keys.block_size) if self._reuse else []
         claim = Claim(keys, tuple(retention), root, chain, [block.page for block in chain])
         self.blocks.pin_chain(root, chain)
         if self._partial_reuse:
@@ -413,3 +377,5 @@ class CacheControl:
         self.blocks.follow(old)
         for rank, page in self._detached:
             self.blocks.device.remove(rank, page)
+        if self.checkpoints is not None:
+            self.checkpoints.clear()

@@ -42,8 +42,21 @@ class Handover(NamedTuple):
     page: int
 
 
-Movement = CopyTokens | Offload | Onboard | Handover
-KINDS = (CopyTokens, Offload, Onboard, Handover)
+class CopyState(NamedTuple):
+    """Copy what state layers keep of the sequence in a batch slot to a checkpoint, or back; on every rank.
+
+    It comes after all that was computed before, and before what is computed next.
+    """
+
+    rank: int
+    slot: int
+    checkpoint: int
+    keeps: bool
+
+
+EVERY_RANK = -1
+Movement = CopyTokens | Offload | Onboard | Handover | CopyState
+KINDS = (CopyTokens, Offload, Onboard, Handover, CopyState)
 
 
 def as_ints(movement: Movement) -> list[int]:

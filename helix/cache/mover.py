@@ -23,12 +23,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .movements import CopyTokens, Handover, Movement, Offload, Onboard
+from .movements import CopyState, CopyTokens, Handover, Movement, Offload, Onboard
 from .pages import PagedCache
+
+if TYPE_CHECKING:
+    from ..states.checkpoints import StateCheckpoints
 
 STAGING_BYTES = 64 << 20
 OUT, IN = 0, 1
@@ -43,13 +46,16 @@ class PageMover:
         cache: the rank's device pages.
         host_pages: how many host pages to make, in pinned memory where the cache is on a GPU.
         rank: this process's KVP rank; movements of other ranks are left to them.
+        states: where checkpoints of states are; None where the model has no state layers.
 
     Raises:
         ValueError: when the host pages cannot be had; local to the rank, so agree on it.
     """
 
-    def __init__(self, cache: PagedCache, host_pages: int, rank: int) -> None:
-        self.cache, self.rank = cache, rank
+    def __init__(
+        self, cache: PagedCache, host_pages: int, rank: int, *, states: StateCheckpoints | None = None
+    ) -> None:
+        self.cache, self.rank, self._states = cache, rank, states
         pages = cache.pages
         shape = (host_pages, pages.shape[0], pages.shape[2])
         self._page_bytes = pages[:, 0].nbytes
@@ -67,6 +73,10 @@ class PageMover:
 
     def execute(self, movements: Sequence[Movement]) -> None:
         """Start this rank's movements; what is computed next on the current stream comes after those that it needs."""
+        for movement in movements:
+            if isinstance(movement, CopyState):
+                assert self._states is not None
+                self._states.copy(movement)
         mine = [movement for movement in movements if movement.rank == self.rank]
         if not mine:
             return

@@ -182,11 +182,14 @@ class Footprint:
 
     def states_bytes(self, num_sequences: int, max_run: int) -> int:
         """Return what state layers keep of so many sequences and a slot of nobody's, whose runs may be so long."""
+        return (num_sequences + 1) * self.state_bytes(max_run)
+
+    def state_bytes(self, max_run: int) -> int:
+        """Return what all state layers keep of one sequence, whose runs may be so long, in bytes."""
         if self.spec.states is None:
             return 0
         heads = StateHeads.of(self.spec.states, self.part.value_heads)
-        slot = heads.slot_bytes(max_run, _ELEMENT_BYTES[self.storage.weights])
-        return (num_sequences + 1) * len(self.spec.layers_of(STATE)) * slot
+        return len(self.spec.layers_of(STATE)) * heads.slot_bytes(max_run, _ELEMENT_BYTES[self.storage.weights])
 
     @cached_property
     def matrices_bytes(self) -> int:

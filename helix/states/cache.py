@@ -48,6 +48,7 @@ class StateCache:
 
     Attributes:
         layers: of each state layer, in their order.
+        tensors: of all layers, each [layers, slots, ...].
         num_bytes: of all of them.
     """
 
@@ -64,7 +65,8 @@ class StateCache:
         inputs = torch.zeros((num_layers, slots, ring, heads.input_size), dtype=dtype, device=device)
         positions = torch.zeros((num_layers, slots, num_value), dtype=torch.int32, device=device)
         self.layers = [LayerStates(heads, *layer) for layer in zip(matrices, positions, inputs, strict=True)]
-        self.num_bytes = matrices.nbytes + inputs.nbytes + positions.nbytes
+        self.tensors = (matrices, positions, inputs)
+        self.num_bytes = sum(each.nbytes for each in self.tensors)
 
     @property
     def matrix_bytes(self) -> int:

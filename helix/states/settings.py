@@ -1,4 +1,4 @@
-"""What settings become for a model with state layers, of which only the last state of a sequence is kept."""
+"""What settings become for a model with state layers, which go on from the last state or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 def with_states(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
-    """Return the settings, with reuse off where a model has state layers, which is said.
+    """Return the settings, with reuse of parts of blocks off where a model has state layers, which is said.
 
     Raises:
         ValueError: in one line, for settings that need states of earlier tokens, or states elsewhere.
@@ -29,9 +29,9 @@ def with_states(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
         )
     if config.cache.host_pages:
         raise ValueError(
-            f"cache.host_pages = {config.cache.host_pages} keeps what later prompts reuse, and prompts of "
-            f"{spec.family} models, which have state layers, reuse nothing yet; use cache.host_pages=0"
+            f"cache.host_pages = {config.cache.host_pages} keeps blocks, and {spec.family} models have state layers, "
+            "whose states it does not keep; use cache.host_pages=0"
         )
     if config.cache.reuse:
-        _log.info("cache.reuse: off, states of earlier tokens are not kept for the state layers of %s", spec.family)
-    return replace(config, cache=replace(config.cache, reuse=False, partial_reuse=False))
+        _log.info("cache.partial_reuse: off, the state layers of %s go on from checkpoints only", spec.family)
+    return replace(config, cache=replace(config.cache, partial_reuse=False))

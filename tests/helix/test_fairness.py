@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from helix.cache.control import CacheControl, Claim
+from helix.cache.claim import Claim
+from helix.cache.control import CacheControl
 from helix.cache.keys import BlockKeys
 from helix.cache.retention import Retention
 from helix.config import SchedulerConfig

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix.cache.control import CacheControl, Claim
+from helix.cache.claim import Claim
+from helix.cache.control import CacheControl
 from helix.cache.keys import BlockKeys
 from helix.cache.movements import CopyTokens, Movement
 from helix.cache.retention import Retention

@@ -5,7 +5,8 @@ from random import Random
 
 import pytest
 
-from helix.cache.control import CacheControl, Claim
+from helix.cache.claim import Claim
+from helix.cache.control import CacheControl
 from helix.cache.keys import BlockKeys
 from helix.config import SchedulerConfig
 from helix.fair_share import Due

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from helix.cache.control import CacheControl, Claim
+from helix.cache.claim import Claim
+from helix.cache.control import CacheControl
 from helix.cache.keys import BlockKeys
 from helix.cache.pool import BlockTable
 from parallel.placement import BlockCyclic

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helix.cache.control import Claim
+from helix.cache.claim import Claim
 from helix.cache.retention import Retention
 from tests.helix.cache.world import World, path_of
 

@@ -7,7 +7,8 @@ operation runs on all replicas, and ``check`` compares them and recounts everyth
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from helix.cache.control import CacheControl, Claim
+from helix.cache.claim import Claim
+from helix.cache.control import CacheControl
 from helix.cache.events import CacheEvent
 from helix.cache.keys import BlockKeys
 from helix.cache.movements import CopyTokens, Handover, Movement, Offload, Onboard

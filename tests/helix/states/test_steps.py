@@ -42,12 +42,38 @@ def test_states_of_preempted_sequences_are_computed_again(model, expected):
     assert llm.engine.scheduler.cache.counters.preemptions > 0
 
 
+def test_later_prompts_go_on_from_checkpoints(model):
+    rng = Random(0)
+    prompt, other = ([rng.randrange(256) for _ in range(length)] for length in (200, 60))
+    alone = make_llm(model, cache={"reuse": False})
+    llm = make_llm(model, cache={"checkpoint_every": 100}, look_ahead=True)  # in fact every 128
+    assert llm.engine.scheduler.cache.checkpoints.num_slots == 16
+    found = []
+    answer = run(alone, [prompt], SAMPLING)[0].token_ids
+    # the same again, its next turn, one that leaves it early, one that leaves it before any checkpoint, and all at once
+    asked = [prompt, prompt, [*prompt, *answer, *other], [*prompt[:140], *other], [*prompt[:100], *other]]
+    for each in [*([one] for one in asked), asked]:
+        outputs = run(llm, each, SAMPLING)
+        assert told(outputs) == told(run(alone, each, SAMPLING))
+        found.append([output.cached_tokens for output in outputs])
+    assert found == [[0], [192], [192], [128], [0], [192, 192, 256, 192, 128]]
+
+
+def test_checkpoints_give_way_to_later_ones(model):
+    prompts = [[Random(seed).randrange(256) for _ in range(80)] for seed in range(4)]
+    llm = make_llm(model, num_pages=16, cache={"checkpoint_every": 128}, max_batch=1, look_ahead=True)
+    expected = [run(llm, [prompt], SAMPLING)[0].token_ids for prompt in prompts]
+    again = [run(llm, [prompt], SAMPLING)[0] for prompt in reversed(prompts)]
+    assert [each.token_ids for each in reversed(again)] == expected
+    assert [each.cached_tokens for each in again] == [64, 64, 0, 0]  # two slots, taken by the last two
+
+
 def test_what_needs_earlier_states_is_off_or_refused_in_one_line(model, caplog):
     settings, spec = HelixConfig(model=ModelConfig(path=model)), read_spec(ModelConfig(path=model))
     with caplog.at_level(logging.INFO, logger="helix"):
-        assert not with_states(settings, spec).cache.reuse
-    assert "cache.reuse: off" in caplog.text
-    with pytest.raises(ValueError, match=r"^cache\.host_pages = 8 keeps .*; use cache\.host_pages=0$"):
+        assert not with_states(settings, spec).cache.partial_reuse
+    assert "cache.partial_reuse: off" in caplog.text
+    with pytest.raises(ValueError, match=r"^cache\.host_pages = 8 keeps blocks, .*; use cache\.host_pages=0$"):
         with_states(HelixConfig(cache=CacheConfig(host_pages=8)), spec)
     with pytest.raises(ValueError, match=r"^transfer\.\* brings keys and values, .*; leave transfer\.\* out$"):
         with_states(HelixConfig(transfer=TransferConfig(prefill_ranks=1)), spec)
