@@ -39,7 +39,6 @@ from .front import Front
 from .grammar.compiling import GrammarCompiler
 from .grammar.masks import Masks
 from .grammar.matching import Matchers
-from .grammar.vocabulary import Vocabulary
 from .graphs import buckets_up_to
 from .inbox import Inbox
 from .loop import StepLoop
@@ -145,7 +144,7 @@ class LLM:
             offload_min_priority=config.cache.offload_min_priority,
             checkpoints=self._checkpoints.control(self.num_pages),
         )
-        self.vocabulary = Vocabulary(self.tokenizer, self.spec.vocab_size, prepared.eos_token_ids)
+        self.vocabulary = prepared.vocabulary
         masks = Masks(Matchers(self.vocabulary) if self.launch.speaks else None, self.spec.vocab_size)
         self.engine = Engine(
             Scheduler(config.scheduler, cache, recomputed=int(self.spec.looks_further)),

@@ -17,6 +17,7 @@ from parallel.layout import Layout
 from parallel.symmetric import can_launch_dependently
 
 from .config import HelixConfig, ParallelConfig, SpeculativeConfig
+from .grammar.vocabulary import Vocabulary
 from .models.loading import open_checkpoint, read_spec
 from .models.spec import ModelSpec
 from .models.tokenizer import load_tokenizer
@@ -67,6 +68,7 @@ class Prepared:
         config: the settings of this rank's group.
         pdl: whether kernels launch before the one before them has ended.
         eos_token_ids: ids that end every output: those that the model's configs name, and its tokenizer's.
+        vocabulary: its tokens as grammars see them.
 
     Raises:
         ValueError: on every rank, in one line, for settings that do not fit the world, the model or the machine, for a
@@ -90,6 +92,9 @@ class Prepared:
         self.tokenizer = agree(lambda: load_tokenizer(config.model.path) if config.model.path else None)
         own = getattr(self.tokenizer, "eos_token_id", None)
         self.eos_token_ids = from_rank0(lambda: tuple({*self.spec.eos_token_ids, *(() if own is None else (own,))}))
+        self.vocabulary = Vocabulary(self.tokenizer, self.spec.vocab_size, self.eos_token_ids)
+        if config.sampling.structured_outputs:
+            agree(self.vocabulary.require)
         self.prompts = PromptReader(self.spec, self.tokenizer)
         self.prompts.require_one(prompts)
         self.dtype = self._resolve_dtype()

@@ -141,4 +141,8 @@ class GrammarCompiler:
 def _hang_up(process: subprocess.Popen[bytes], control: socket.socket) -> None:
     """End the process, which leaves when nobody can ask it any more."""
     control.close()
-    process.wait(_GRACE_S)
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

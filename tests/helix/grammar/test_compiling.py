@@ -75,6 +75,18 @@ def test_what_was_compiled_is_kept_up_to_a_bound(compiler: GrammarCompiler, monk
     assert compiler.begin({"regex": "d"}).done() and compiler.begin({"regex": "a"}) is not first
 
 
+def test_what_is_missing_is_named(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other, reason in (
+        (Vocabulary(None, 300, [256]), "needs a tokenizer"),
+        (Vocabulary(vocabulary._tokenizer, 300, []), "needs a token that ends an answer"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            GrammarCompiler(other).begin({"regex": "a"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs xgrammar: pip install -c constraints.txt -e '.\[grammar\]'"):
+        GrammarCompiler(vocabulary).begin({"regex": "a"})
+
+
 def test_a_process_that_has_died_is_started_again(compiler: GrammarCompiler) -> None:
     compiler.compile({"regex": "x"})
     assert compiler._process is not None

@@ -148,11 +148,12 @@ def test_tight_pools_make_requests_wait_and_change_no_token(groups, model, rank_
 
 
 REPEATED = [(part * 5, SamplingParams(max_tokens=20, ignore_eos=True)) for part in ([7, 8, 9, 10, 11], [50, 60, 70])]
+STRUCTURED = [([97, 98] * 8, SamplingParams(max_tokens=20, structured_outputs={"regex": "(ab){6}[c-e]{3}"}))]
 
 
 def drafting_body(ports, path, prefill, decode):
     llm = make_llm(path, ports[0], "decode", decode, speculative="ngram")
-    results = generate(llm, [REPEATED])
+    results = generate(llm, [REPEATED + STRUCTURED])
     figures = llm.metrics.as_dict()
     leave(llm)
     return results[0][0], figures["transfer"]["requests"], figures["speculative"]
@@ -165,12 +166,13 @@ def drafting_prefill_body(ports, path, prefill, decode):
 
 
 def plain_repeated_body(path):
-    return generate(make_llm(path, None, None, (1, 1)), [REPEATED])[0][0]
+    return generate(make_llm(path, None, None, (1, 1)), [REPEATED + STRUCTURED])[0][0]
 
 
 def test_a_decode_group_that_drafts_gives_the_same_tokens(groups, model, rank_pools, expected):
     wanted = rank_pools[1].run(plain_repeated_body, model)[0]
+    assert wanted[-1][0][:12] == [97, 98] * 6
     _, decoded = groups(1, 2).run(drafting_prefill_body, drafting_body, model, (1, 1), (2, 1))
     for tokens, requests, speculative in decoded:
-        assert (tokens, requests) == (wanted, len(REPEATED))
+        assert (tokens, requests) == (wanted, len(REPEATED + STRUCTURED))
         assert speculative is not None
