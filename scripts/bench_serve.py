@@ -137,7 +137,7 @@ def run(config: BenchServeConfig) -> None:
         port = listener.getsockname()[1]
         with http_process(listener) as (process, clients):
             clients.tell(wire.Setup(NAME, NAME, None, "", ServingConfig(), SamplingParams()))
-            clients.tell(wire.Ready(llm.spec.vocab_size, llm.preparer.limits, []))
+            clients.open(llm, wire.Ready(llm.spec.vocab_size, llm.preparer.limits, [], llm.vocabulary.end_ids))
             rows = measure(llm, clients, port, config)
             clients.close(END_S)
             process.wait(END_S)
