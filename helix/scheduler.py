@@ -207,6 +207,13 @@ class Scheduler:
         for seq in list(self.waiting):
             self._take_from_line(seq)
 
+    def num_missing(self, seq: Sequence) -> int:
+        """Return how many tokens of a sequence that arrives are not cached now."""
+        claim = self._claim(seq)
+        missing = len(seq.token_ids) - claim.num_tokens
+        self.cache.drop(claim)
+        return missing
+
     # --- sequences that another group prefills ------------------------------------------------------------------------
 
     def admit(self, queue: list[Sequence]) -> list[tuple[Sequence, BlockTable]]:

@@ -16,6 +16,7 @@ class TransferCounters:
         requests: prompts that the prefill group computed and this group went on with.
         tokens_received: their tokens that came over.
         tokens_cached: their tokens that were cached here and were not sent.
+        short: prompts that this group computed itself, since little of them was missing.
         retried: requests whose transfer failed and that this group computed itself.
         failed: requests that failed with their transfer.
         pages_quarantined: pages taken out of use because a late write might still reach them.
@@ -26,6 +27,7 @@ class TransferCounters:
     requests: int = 0
     tokens_received: int = 0
     tokens_cached: int = 0
+    short: int = 0
     retried: int = 0
     failed: int = 0
     pages_quarantined: int = 0

@@ -125,9 +125,11 @@ class Receiver:
         return metrics
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence; one whose prompt is to be scored is computed here."""
+        """Queue a sequence; one whose prompt is to be scored, or lacks little, is computed here."""
         self._engine.note_arrival(seq)
-        if seq.scores_prompt:
+        is_short = self._engine.scheduler.num_missing(seq) < self._config.min_tokens
+        if seq.scores_prompt or is_short:
+            self.counters.short += is_short
             self._engine.compute(seq)
         else:
             insort(self._waiting, seq, key=order_of)

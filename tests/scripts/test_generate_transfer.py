@@ -93,8 +93,9 @@ def test_one_world_split_in_two_writes_the_lines_of_a_plain_run(model, prompts, 
     assert lines_of((tmp_path / "out.jsonl").read_text()) == expected
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["layout"]["kvp"] == metrics["world_size"] == 1
-    assert metrics["transfer"]["requests"] == 4 and metrics["transfer"]["retried"] == 0
-    assert metrics["prefill_tokens"] == 0
+    transfers = metrics["transfer"]
+    assert (transfers["requests"], transfers["short"], transfers["retried"]) == (1, 3, 0)
+    assert metrics["prefill_tokens"] == 3 + 40 + len("a text")
     assert out == "" and "Traceback" not in err
 
 

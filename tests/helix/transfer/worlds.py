@@ -46,7 +46,7 @@ def make_llm(
             scheduler=SchedulerConfig(max_batch=max_batch, prefill_chunk=chunk),
             speculative=SpeculativeConfig(method=speculative),
             runtime=RuntimeConfig(check_ranks=check_ranks),
-            transfer=TransferConfig(**transfer),
+            transfer=TransferConfig(**{"min_tokens": 0} | transfer),
         )
     )
 
