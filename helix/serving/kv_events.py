@@ -107,7 +107,9 @@ class Publisher:
         return sock
 
     def note(self, event: CacheEvent) -> None:
-        """Take an event, to be published by a thread of its own."""
+        """Take an event, to be published by a thread of its own; RuntimeError where that has failed."""
+        if not self._thread.is_alive():
+            raise RuntimeError("serve.kv_events: the thread that publishes has failed")
         if event.num_tokens == self._block_size:
             self._queue.put(event)
 
