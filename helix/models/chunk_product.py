@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from parallel.device import capability
 
-from .gate import silu_mul
+from .gate import gated, silu_mul
 from .multiply_blocks import multiply_blocks_kernel
 from .quantization import BLOCK
 from .quantized import GROUP, LARGEST, VALUES, Matrix, Quantized
@@ -33,9 +33,9 @@ SHARED_ROWS = 8  # tiles of x whose programs follow each other, so that the cach
 def _quantize_kernel(
     x, row_of, values, scales, num_rows, num_columns, width, scale_stride, shift, begin,
     BM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, POWERS: tl.constexpr,
-    GATHER: tl.constexpr,
+    GATHER: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Quantise BM rows in one block of columns, in the order in which these are stored."""
+    """Quantise BM rows, or what their gates let through, in one block of columns, in the order of these in memory."""
     block = tl.program_id(1)
     m, i = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BLOCK)
     k, p = block * BLOCK - shift + i, block * BLOCK - begin + i
@@ -44,7 +44,12 @@ def _quantize_kernel(
         row = tl.load(row_of + m, mask=m < num_rows, other=-1).to(tl.int64)
     there = (m < num_rows) & (row >= 0)
     here = there[:, None] & ((k >= 0) & (k < num_columns))[None, :]
-    value = tl.load(x + row[:, None] * num_columns + k[None, :], mask=here, other=0.0).to(tl.float32)
+    if GATED:
+        at = x + row[:, None] * 2 * num_columns + k[None, :]
+        value = gated(tl.load(at, mask=here, other=0.0), tl.load(at + num_columns, mask=here, other=0.0))
+    else:
+        value = tl.load(x + row[:, None] * num_columns + k[None, :], mask=here, other=0.0)
+    value = value.to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(value), 1), 1e-10) / LARGEST
     if POWERS:  # rounded up
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -59,14 +64,14 @@ def _quantize_kernel(
 
 
 def quantize_rows(
-    x: torch.Tensor, w: Quantized, row_of: torch.Tensor | None = None
+    x: torch.Tensor, w: Quantized, row_of: torch.Tensor | None = None, *, gated: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rows in 8 bits, to be multiplied with w: [R, P] float8_e4m3fn, and [B, R] float32, their scales.
 
     Columns are in the order in which w's are stored.
 
     Args:
-        x: [M, K].
+        x: [M, K]; where ``gated`` [M, 2 K], and rows are what ``silu_mul`` makes of it.
         w: the matrix, or several.
         row_of: [R] int32, which row of x each of these is; none where -1, and what is there is left as it was. None:
             all rows.
@@ -76,9 +81,9 @@ def quantize_rows(
     values = torch.empty((padded, width), dtype=VALUES, device=x.device)
     scales = torch.empty((w.scales.shape[0], padded), dtype=torch.float32, device=x.device)
     _quantize_kernel[(-(-num_rows // 16), scales.shape[0])](
-        x.contiguous(), x if row_of is None else row_of, values, scales, num_rows, x.shape[1], width, padded, w.shift,
+        x.contiguous(), x if row_of is None else row_of, values, scales, num_rows, w.width, width, padded, w.shift,
         w.shift - w.lead, BM=16, BLOCK=BLOCK, GROUP=GROUP, LARGEST=LARGEST, POWERS=w.powers_of_two,
-        GATHER=row_of is not None, num_warps=4,
+        GATHER=row_of is not None, GATED=gated, num_warps=4,
     )  # fmt: skip
     return values[:num_rows], scales[:, :num_rows]
 
@@ -100,12 +105,28 @@ def product_in_8_bits(
 
     Where ``gated``, w is [2 N, K], the gate's rows first, and what is returned silu(x gate^T) * (x up^T).
     """
-    rows, grid = quantize_rows(x, w), w.grid
+    out = _product(quantize_rows(x, w), w, x.dtype, bias, gated=gated)
+    return silu_mul(out) if gated and w.grid is not None else out
+
+
+def feed_forward_in_8_bits(x: torch.Tensor, gate_up: Quantized, down: Quantized) -> torch.Tensor:
+    """Return what two calls of ``product_in_8_bits`` would, the first gated: [R, h].
+
+    Units are quantised as their gates let them through: they are the largest of a layer's activations.
+    """
+    rows = quantize_rows(x, gate_up)
+    units = _product(rows, gate_up, x.dtype, None, gated=True)
+    return _product(quantize_rows(units, down, gated=gate_up.grid is not None), down, x.dtype, None, gated=False)
+
+
+def _product(
+    rows: tuple[torch.Tensor, torch.Tensor], w: Quantized, dtype: torch.dtype, bias: torch.Tensor | None, *, gated: bool
+) -> torch.Tensor:
+    """Return rows that are quantised times w; where ``gated``, the library leaves the gate to the caller: [R, 2 N]."""
+    grid = w.grid
     if grid is None:
-        return multiply(rows, w, x.dtype, bias, gated=gated)
-    out = _library_product(rows, w, grid, x.dtype)
-    if gated:
-        return silu_mul(out)
+        return multiply(rows, w, dtype, bias, gated=gated)
+    out = _library_product(rows, w, grid, dtype)
     return out if bias is None else out.add_(bias)
 
 

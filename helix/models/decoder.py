@@ -42,7 +42,7 @@ from .experts import mixture
 from .gate import gate_heads
 from .kinds import STATE
 from .latent import MadeOfLatents, project, values_of
-from .linear import gated_linear, linear, split_linear
+from .linear import feed_forward, linear, split_linear
 from .parts import Weight
 from .quantized import Matrix, Quantized
 from .query_share import QueryGather, QueryShare
@@ -270,8 +270,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Return this rank's summands of a layer's feed-forward: [S, R, h]."""
         if experts is None:
-            hidden = gated_linear(normed, weights["gate_up"], pdl=self._pdl, chunk=chunk)
-            return split_linear(hidden, weights["down"], pdl=self._pdl, chunk=chunk)
+            return feed_forward(normed, weights["gate_up"], weights["down"], pdl=self._pdl, chunk=chunk)
         first, stop = self.part.experts
         gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in ("experts_gate_up", "experts_down"))
         return mixture(

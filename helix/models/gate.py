@@ -13,14 +13,20 @@ BLOCK = 2048
 
 
 @triton.jit
+def gated(gate, up):
+    """Return silu(gate) * up, rounded to their dtype where torch rounds."""
+    wide = gate.to(tl.float32)
+    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    return (activated * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _silu_mul_kernel(gate_up, out, units, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up + row * 2 * units + n, mask=n < units, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * units + units + n, mask=n < units, other=0.0).to(tl.float32)
-    # rounded where torch rounds
-    activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * units + n, (activated * up).to(out.dtype.element_ty), mask=n < units)
+    gate = tl.load(gate_up + row * 2 * units + n, mask=n < units, other=0.0)
+    up = tl.load(gate_up + row * 2 * units + units + n, mask=n < units, other=0.0)
+    tl.store(out + row * units + n, gated(gate, up), mask=n < units)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from parallel.device import capability
 
-from .chunk_product import can_multiply_in_8_bits, product_in_8_bits
+from .chunk_product import can_multiply_in_8_bits, feed_forward_in_8_bits, product_in_8_bits
 from .gate import silu_mul
 from .quantization import BLOCK
 from .quantized import Matrix, Quantized, product
@@ -240,6 +240,15 @@ def gated_linear(
     if chunk and multiplies_in_8_bits(gate_up, x):
         return product_in_8_bits(x, gate_up, gated=True)
     return silu_mul(product(x, gate_up))
+
+
+def feed_forward(
+    x: torch.Tensor, gate_up: Matrix, down: Matrix, *, pdl: bool = False, chunk: bool = False
+) -> torch.Tensor:
+    """Return summands of what ``gated_linear`` makes times down [h, F] transposed: [S, R, h], as ``split_linear``."""
+    if chunk and multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
+        return feed_forward_in_8_bits(x, gate_up, down).unsqueeze(0)
+    return split_linear(gated_linear(x, gate_up, pdl=pdl, chunk=chunk), down, pdl=pdl, chunk=chunk)
 
 
 def experts_gated_linear(

@@ -8,7 +8,8 @@ import torch
 from helix.models.chunk_product import quantize_rows
 from helix.models.decoder import Decoder
 from helix.models.experts import mix_queued, mix_reference, mixture
-from helix.models.linear import can_stream, gated_linear, linear, multiplies_in_8_bits, split_linear
+from helix.models.gate import silu_mul_kernel
+from helix.models.linear import can_stream, feed_forward, gated_linear, linear, multiplies_in_8_bits, split_linear
 from helix.models.quantization import Quantization, num_blocks
 from helix.models.quantized import (
     BLOCK,
@@ -183,6 +184,14 @@ def test_rows_are_quantised_in_the_blocks_of_the_whole_matrix(width, start):
         assert (wide - meant).abs().max() <= meant.abs().max() / (4 if TRITON_ROUNDS_448 else 16)
         assert (wide - meant).abs().mean() <= 0.04 * meant.abs().mean()
         assert not powers or torch.equal(scales.log2(), scales.log2().round())
+        packed = torch.cat((x, x.flip(0)), 1).to(torch.bfloat16).to(DEVICE)
+        units = quantize_rows(silu_mul_kernel(packed), replace(w, powers_of_two=powers), chosen)
+        gated = quantize_rows(packed, replace(w, powers_of_two=powers), chosen, gated=True)
+        for ours, wanted in zip(gated, units, strict=True):
+            seen = slice(None) if chosen is None else chosen >= 0
+            ours, wanted = (each.mT[seen] if each.dtype == torch.float32 else each.view(torch.uint8)[seen]
+                            for each in (ours, wanted))  # fmt: skip
+            assert torch.equal(ours, wanted)
 
 
 @pytest.mark.gpu
@@ -204,6 +213,9 @@ def test_chunks_are_products_of_what_was_quantised(rows, width, columns):
     ):
         assert (ours.double() - wanted).abs().max() <= 6e-3 * wanted.abs().max()
     assert torch.equal(linear(x, w, chunk=True), linear(x, w, chunk=True))
+    down = cut(*blocks_of((width, width), seed=rows), (0, 96), (0, width // 2))
+    wanted = split_linear(gated_linear(x, w, chunk=True), down, chunk=True)
+    assert torch.equal(feed_forward(x, w, down, chunk=True), wanted)
     assert torch.equal(linear(x, w), product(x, w))  # rows that decode are not quantised
 
 
