@@ -42,11 +42,12 @@ def _add_norm_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, H_PAD)
+    mask = i < H
+    scale = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)  # no kernel writes it
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    i = tl.arange(0, H_PAD)
-    mask = i < H
     total = tl.load(x + row * H + i, mask=mask, other=0.0).to(tl.float32)
     for s in tl.static_range(1, SUMMANDS):
         total += tl.load(x + (s * num_rows + row) * H + i, mask=mask, other=0.0).to(tl.float32)
@@ -56,8 +57,7 @@ def _add_norm_kernel(
     stream = total.to(residual.dtype.element_ty)
     tl.store(residual + row * H + i, stream, mask=mask)
     value = stream.to(tl.float32)
-    scaled = value * tl.rsqrt(tl.sum(value * value, 0) / H + eps)
-    scaled *= tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
+    scaled = value * tl.rsqrt(tl.sum(value * value, 0) / H + eps) * scale
     tl.store(normed + row * H + i, scaled.to(normed.dtype.element_ty), mask=mask)
 
 
