@@ -6,15 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from attention.exchange import Exchange
-from attention.fused_exchange import OPERATION as EXCHANGE
-from parallel.all_reduce_norm import OPERATION as ALL_REDUCE
 from parallel.grid import HelixGrid
-from parallel.head_gather import OPERATION as HEAD_GATHER
 from parallel.placement import BlockCyclic, IntArray
-from parallel.sharded_argmax import OPERATION as ARGMAX
 from parallel.symmetric import Faults
 
 from .batch import LocalRows, StepRows
@@ -24,6 +19,7 @@ from .device_rows import RowSender
 from .draft_graphs import DraftGraphs
 from .graphs import DecodeGraphs, DecodeRows, PendingTokens
 from .logprobs import SampledTokens
+from .lost import raise_lost
 from .models.decoder import Decoder
 from .models.linear import MAX_ROWS
 from .models.next_decoder import NextDecoder
@@ -34,10 +30,6 @@ from .sampler import Choices, Sampler
 from .upload import upload
 
 _LONG = 1 << 16  # tokens; attention over so many is cut into parts wherever it can be
-
-
-class RankLost(RuntimeError):
-    """A rank did not arrive where others waited for it; the message names it, the operation and the layer."""
 
 
 class Runner:
@@ -314,20 +306,8 @@ class Runner:
 
     def check_faults(self, word: int | None = None) -> None:
         """Raise RankLost when a kernel gave up waiting for a rank; ``word`` is the fault word where it is known."""
-        if self.faults is None:
-            return
-        fault = Faults.decode(int(self.faults.word) if word is None else word)
-        if fault is not None:
-            group = self.grid.kvp_group if fault.operation in (EXCHANGE, HEAD_GATHER) else self.grid.world_group
-            assert group is not None
-            peer = dist.get_process_group_ranks(group)[fault.peer]
-            what = {
-                ALL_REDUCE: f"all-reduce of layer {fault.layer}",
-                EXCHANGE: f"exchange of layer {fault.layer}",
-                ARGMAX: "choice of tokens",
-                HEAD_GATHER: f"gather of queries of layer {fault.layer}",
-            }
-            raise RankLost(f"rank {peer} never arrived at the {what[fault.operation]}")
+        if self.faults is not None:
+            raise_lost(int(self.faults.word) if word is None else word, self.grid)
 
     def warm_up(self, num_rows: int, num_choices: int) -> None:
         """Run a step of rows that see nothing and store nothing, and choose, so that its peak memory is known.

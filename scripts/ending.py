@@ -190,7 +190,7 @@ def _speak(text: str, *, one_line: bool = True) -> None:
 
 def _lost_peer(defect: BaseException) -> str | None:
     """Return in a line that another rank was lost, where an error comes of that alone."""
-    from helix.runner import RankLost
+    from helix.lost import RankLost
 
     return _cause(
         defect, lambda each, text: isinstance(each, RankLost) or (_is_runtime(each) and bool(_GONE.search(text)))

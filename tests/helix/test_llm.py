@@ -14,7 +14,7 @@ from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
 from helix.check import RankMismatch
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from helix.logprobs import SampledTokens
-from helix.runner import RankLost
+from helix.lost import RankLost
 from parallel.symmetric import Faults
 from scripts.make_checkpoint import EOS_ID, make_checkpoint
 

@@ -15,8 +15,8 @@ import pytest
 from helix import LLM, HelixConfig, Request, RequestOutput, SamplingParams
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from helix.graphs import PendingTokens
+from helix.lost import RankLost
 from helix.request import Chunk, StreamEvent
-from helix.runner import RankLost
 from helix.scheduler import Step
 from scripts.make_checkpoint import make_checkpoint
 
