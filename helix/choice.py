@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -54,9 +55,29 @@ class Rules:
         self.integers[:2] = NOISE * draws + FILTERED * filters, top_k
         self.draws, self.filters, self.bounds = bool(draws.any()), bool(filters.any()), bool(bounds.any())
 
+    @classmethod
+    def of_any(cls, *, filters: bool) -> Rules:
+        """Return what holds of rows whose settings are data: any may draw, and where ``filters`` have them too."""
+        rules = cls([])
+        rules.draws, rules.filters, rules.bounds = True, filters, filters
+        return rules
+
     def are_of(self, params: Sequence[SamplingParams]) -> bool:
         """Return whether they are those of the very same settings."""
         return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+
+    def arrays(self, seeds: Sequence[int], positions: Sequence[int]) -> dict[str, npt.NDArray[np.generic]]:
+        """Return ``RowSettings``' tensors as arrays on the host, right until the next call; see ``RowSettings.of``."""
+        if not len(self.params) == len(seeds) == len(positions):
+            raise ValueError(
+                f"params, seeds, positions = {len(self.params)}, {len(seeds)}, {len(positions)} entries must be "
+                "equally many"
+            )
+        wrong = next((row for row, seed in enumerate(seeds) if not 0 <= seed < SEED_LIMIT), None)
+        if wrong is not None:
+            raise ValueError(f"seeds[{wrong}] = {seeds[wrong]} must lie in [0, 2**63)")
+        self.integers[2:] = seeds, positions
+        return {"floats": self.floats, "doubles": self.doubles, "integers": self.integers}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +104,7 @@ class RowSettings:
         Raises:
             ValueError: when lengths differ, or a seed is outside [0, 2**63).
         """
-        if not len(rules.params) == len(seeds) == len(positions):
-            raise ValueError(
-                f"params, seeds, positions = {len(rules.params)}, {len(seeds)}, {len(positions)} entries must be "
-                "equally many"
-            )
-        wrong = next((row for row, seed in enumerate(seeds) if not 0 <= seed < SEED_LIMIT), None)
-        if wrong is not None:
-            raise ValueError(f"seeds[{wrong}] = {seeds[wrong]} must lie in [0, 2**63)")
-        rules.integers[2:] = seeds, positions
-        sent = upload({"floats": rules.floats, "doubles": rules.doubles, "integers": rules.integers}, device)
+        sent = upload(rules.arrays(seeds, positions), device)
         return cls(rules, sent["floats"], sent["doubles"], sent["integers"])
 
 

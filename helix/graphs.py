@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,9 @@ _ROW_INPUTS: dict[str, tuple[type[np.generic], int]] = {  # of each row, and wha
     "before": (np.int64, 0),
     "keep": (np.int64, 0),
 }
-_STAGES = 4  # steps whose inputs or outputs may be in flight
+STAGES = 4
+"""Steps whose inputs or outputs may be in flight."""
+Choose = Callable[[int], torch.Tensor]
 
 
 def buckets_up_to(max_batch: int) -> list[int]:
@@ -128,6 +131,18 @@ class PendingTokens:
         return [tokens[row] for row in self.rows], int(tokens[-1])
 
 
+def capture(graph: torch.cuda.CUDAGraph, pool: Any, step: Callable[[], None]) -> None:
+    """Run a step once, and capture it with memory of a pool."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+
+
 class StepGraph:
     """A graph of ``num_runs`` runs of ``run_len`` rows, its inputs and outputs.
 
@@ -191,6 +206,10 @@ class StepGraphs(ABC):
         faults: where kernels note waits that they gave up; None where none waits.
         stages: launches in flight, one more than may be waited for at a time.
         captured: on CUDA, capture graphs; else steps run as they are written.
+
+    Attributes:
+        graphs: of each size.
+        pool: the memory that they share; None without CUDA.
     """
 
     def __init__(
@@ -201,7 +220,7 @@ class StepGraphs(ABC):
         page_table: torch.Tensor,
         *,
         faults: Faults | None,
-        stages: int = _STAGES,
+        stages: int = STAGES,
         captured: bool = True,
     ) -> None:
         self._decoder, self._exchange, self._cache, self._page_table = decoder, exchange, cache, page_table
@@ -209,6 +228,7 @@ class StepGraphs(ABC):
         self._padding_slot = page_table.shape[0]
         self._launches = 0
         self.graphs: list[StepGraph] = []
+        self.pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
 
     def _make(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Make the graphs of runs and rows of each, ascending, and capture them."""
@@ -227,16 +247,19 @@ class StepGraphs(ABC):
             for graph in self.graphs if ahead else ():
                 self._fill_with_nothing(graph)
                 self._step(graph)
-        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         for graph in sorted(self.graphs, key=lambda graph: -graph.num_rows):  # the smaller ones find its memory
             if graph.graph is not None:
-                self._capture(graph, graph.graph, pool)
+                self._fill_with_nothing(graph)
+                capture(graph.graph, self.pool, partial(self._step, graph))
 
-    def launch(self, graph: StepGraph, rows: DecodeRows, wanted: list[int]) -> PendingTokens:
-        """Launch a step on the current stream; its greedy tokens stay on the device for the next one.
+    def launch(
+        self, graph: StepGraph, rows: DecodeRows, wanted: list[int], choose: Choose | None = None
+    ) -> PendingTokens:
+        """Launch a step on the current stream; the tokens that it chose stay on the device for the next one.
 
-        ``wanted`` are the graph's rows whose tokens the host asks for. Fewer launched steps than there are stages may
-        be waited for at a time.
+        They are the greedy ones, or those that ``choose`` launches the choice of: it is given the step's stage, and
+        returns an output as the graph's. ``wanted`` are the graph's rows whose tokens the host asks for. Fewer launched
+        steps than there are stages may be waited for at a time.
         """
         stage = self._launches % self._stages
         self._launches += 1
@@ -244,10 +267,11 @@ class StepGraphs(ABC):
         done = None
         if graph.graph is None:
             self._step(graph)
-            graph.results[stage].copy_(graph.output)
         else:
             graph.graph.replay()
-            graph.results[stage].copy_(graph.output, non_blocking=True)
+        output = graph.output if choose is None else choose(stage)
+        graph.results[stage].copy_(output, non_blocking=graph.graph is not None)
+        if graph.graph is not None:
             done = torch.cuda.Event()
             done.record()
         return PendingTokens(graph.results[stage], done, wanted)
@@ -258,17 +282,6 @@ class StepGraphs(ABC):
             if graph.graph is not None:
                 torch.cuda.synchronize()
                 graph.graph.reset()
-
-    def _capture(self, graph: StepGraph, captured: torch.cuda.CUDAGraph, pool: Any) -> None:
-        self._fill_with_nothing(graph)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._step(graph)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(captured, pool=pool):
-            self._step(graph)
 
     def _fill_with_nothing(self, graph: StepGraph) -> None:
         graph.buffer.copy_(graph.fill(0, DecodeRows.none(), self._padding_slot))
@@ -334,10 +347,12 @@ class DecodeGraphs(StepGraphs):
         bucket = next(graph.num_runs for graph in self.graphs if graph.num_runs >= num_runs)
         return next((each for each in self.graphs if each.num_runs == bucket and each.run_len >= longest), None)
 
-    def launch(self, graph: StepGraph, rows: DecodeRows, wanted: list[int]) -> PendingTokens:
+    def launch(
+        self, graph: StepGraph, rows: DecodeRows, wanted: list[int], choose: Choose | None = None
+    ) -> PendingTokens:
         """Launch a step; see ``StepGraphs``."""
         self._last = graph
-        return super().launch(graph, rows, wanted)
+        return super().launch(graph, rows, wanted, choose)
 
     def local_logits(self, rows: list[int]) -> torch.Tensor:
         """Return this rank's slice of the logits of rows of the step launched last, [len(rows), V_local].

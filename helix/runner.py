@@ -14,6 +14,7 @@ from parallel.symmetric import Faults
 
 from .batch import LocalRows, StepRows
 from .cache.pages import PagedCache
+from .choice_graphs import ChoiceGraphs
 from .compile_ahead import compile_ahead
 from .device_rows import RowSender
 from .draft_graphs import DraftGraphs
@@ -26,7 +27,7 @@ from .models.next_decoder import NextDecoder
 from .next_states import NextStates
 from .page_tables import PageTables
 from .request import Chunk
-from .sampler import Choices, Sampler
+from .sampler import Choices, FixedChoices, Sampler
 from .upload import upload
 
 _LONG = 1 << 16  # tokens; attention over so many is cut into parts wherever it can be
@@ -77,6 +78,7 @@ class Runner:
         )
         self._sender = RowSender(decoder, self.tables, placement, share_rows=share_qkv_rows, expand_rows=expand_rows)
         self._graphs: DecodeGraphs | None = None
+        self._choices: ChoiceGraphs | None = None
         self._last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=decoder.device)
         self.faults, self.sampler = faults, sampler
         self.num_padding = 0
@@ -106,6 +108,8 @@ class Runner:
             drafts=drafts,
             states=self.next_states,
         )
+        if self.sampler is not None:
+            self._choices = ChoiceGraphs(self._graphs, self.sampler, faults=self.faults)
 
     def prepare_drafts(self, max_draft_len: int, *, captured: bool) -> None:
         """Make the steps of the layer that predicts one token further; ``cache`` must not be replaced afterwards.
@@ -127,10 +131,10 @@ class Runner:
 
     def release_graphs(self) -> None:
         """Free what was captured; to be called before the world ends."""
-        for graphs in (self._graphs, self.drafts):
+        for graphs in (self._choices, self._graphs, self.drafts):
             if graphs is not None:
                 graphs.release()
-        self._graphs = self.drafts = None
+        self._choices = self._graphs = self.drafts = None
 
     def run(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute a step and return the logits of the rows that choose tokens: float32 [sum of num_choices, V].
@@ -201,19 +205,35 @@ class Runner:
     def launch(self, chunks: list[Chunk]) -> PendingTokens:
         """Launch a step, from its graph where there are any; the tokens of the rows that choose come to the host.
 
-        Collective over the world. ``can_launch`` must hold for the chunks; the token of one that is not known yet is
-        the one that the last launched step chose for its batch slot. With graphs, nothing here waits for the device.
-        Sampling comes behind the graph, which leaves the logits.
+        Collective over the world. The token of a row that is not known yet is the one that the last launched step chose
+        for its batch slot. With graphs, nothing here waits for the device. Sampling comes behind the graph, which
+        leaves the logits: as a graph of its own, or eagerly.
         """
+        if not self.can_launch(chunks):
+            return self._launch_with_chunks(chunks)
         if self.sampler is None or all(chunk.seq.sampling.is_plain for chunk in chunks):
             return self._launch(chunks)
+        fixed = None if self._choices is None else self.sampler.prepare_fixed(chunks)
+        if fixed is not None:
+            return self._launch(chunks, fixed=fixed)
         choices = self.sampler.prepare(chunks, self._device_tokens)
         if self._graphs is None:
             return self._launch(chunks, choices)
         rows = self._launch(chunks).rows
         return self._sent(chunks, self.sampler.choose(self._graphs.local_logits(rows), choices).token_ids)
 
-    def _launch(self, chunks: list[Chunk], choices: Choices | None = None) -> PendingTokens:
+    def _launch_with_chunks(self, chunks: list[Chunk]) -> PendingTokens:
+        """Launch a step with chunks of prompts."""
+        choosing = [chunk for chunk in chunks if chunk.samples]
+        if self.sampler is None or all(chunk.seq.sampling.is_plain for chunk in choosing):
+            local = self._local_logits(chunks)
+            return self._sent(choosing, self.decoder.greedy(local) if choosing else None)
+        choices = self.sampler.prepare(choosing, self._device_tokens)
+        return self._sent(choosing, self.sampler.choose(self._local_logits(chunks), choices).token_ids)
+
+    def _launch(
+        self, chunks: list[Chunk], choices: Choices | None = None, fixed: FixedChoices | None = None
+    ) -> PendingTokens:
         step = StepRows.of(chunks)
         self.tables.update(chunks)
         local = self.tables.local_rows(step)
@@ -226,7 +246,9 @@ class Runner:
         )
         self.num_padding = graph.num_rows - step.num_rows
         stops = range(graph.run_len, graph.num_rows + 1, graph.run_len)
-        return self._graphs.launch(graph, rows, _choosing_rows(chunks, stops))
+        wanted = _choosing_rows(chunks, stops)
+        choose = None if fixed is None or self._choices is None else self._choices.of(graph, fixed, wanted)
+        return self._graphs.launch(graph, rows, wanted, choose)
 
     def draft(self, chunks: list[Chunk], number: int) -> PendingTokens:
         """Launch the ``number``-th step of the layer that predicts one token further; return what it drafts.
@@ -295,13 +317,16 @@ class Runner:
         return self._sent(chunks, self.sampler.choose(logits, choices).token_ids)
 
     @torch.inference_mode()
-    def _sent(self, chunks: list[Chunk], tokens: torch.Tensor) -> PendingTokens:
-        """Keep the last token of each chunk for the next step, and send all to the host."""
+    def _sent(self, chunks: list[Chunk], tokens: torch.Tensor | None) -> PendingTokens:
+        """Keep the last token of each chunk for the next step, and send all to the host; None where none chooses."""
+        device = self.decoder.device
+        fault = torch.zeros(1, dtype=torch.int64, device=device) if self.faults is None else self.faults.word.long()
+        if tokens is None:
+            return PendingTokens.send(fault)
         last = np.cumsum([chunk.num_choices for chunk in chunks]) - 1
         slots = np.array([chunk.seq.batch_slot for chunk in chunks], np.int64)
-        sent = upload({"last": last, "slots": slots}, tokens.device)
+        sent = upload({"last": last, "slots": slots}, device)
         self._device_tokens[sent["slots"]] = tokens[sent["last"]]
-        fault = tokens.new_zeros(1) if self.faults is None else self.faults.word.long()
         return PendingTokens.send(torch.cat((tokens, fault)))
 
     def check_faults(self, word: int | None = None) -> None:
@@ -350,7 +375,7 @@ class Runner:
         given = self._sender.send(step, local, self.cache, repeat=repeat, beside=beside)
         token_ids, rows = given.token_ids, given.rows
         if (step.token_ids < 0).any():
-            token_ids = torch.where(token_ids < 0, self._last_tokens[rows.row_seq.long()], token_ids)
+            token_ids = torch.where(token_ids < 0, self._device_tokens[rows.row_seq.long()], token_ids)
         longest = int(step.counts.max())  # longer than what decodes or verifies is a prompt's
         hidden = self.decoder.forward(
             token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings,

@@ -6,13 +6,14 @@
 3. ``choose``: biases, penalties and masks on the slice; rows without filters choose by the largest score of all
    slices, so that one key a row travels; where any row has filters the slices are gathered, and all ranks choose alike.
 
+Behind a captured forward the last of these is captured too (``choice_graphs.py``), where settings are of a fixed size.
 Nothing of it needs the tokens of the step before on the host: a penalty's counts and the last token stay on the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ from .prompt_logprobs import PromptScorer
 from .request import MASK_BITS, Chunk, RequestOutput, Sequence
 from .sampling import SamplingParams
 from .token_counts import TokenCounts
-from .upload import upload
+from .upload import Arrays, upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,11 @@ class Penalised:
     amounts: Tensor
     drafts: Tensor
     counting: Tensor
+
+    @classmethod
+    def of(cls, sent: Mapping[str, Tensor]) -> Penalised:
+        """Return what was sent by name."""
+        return cls(sent["slots"], sent["amounts"], sent["drafts"], sent["counting"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +68,19 @@ class Choices:
     allowed: tuple[Tensor, Tensor] | None
     penalised: Penalised | None
     num_logprobs: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class FixedChoices:
+    """How the R rows of a step that choose do so, on the host, where all of it is of a size that R alone decides.
+
+    Attributes:
+        arrays: what ``RowSettings`` and ``Penalised`` hold, by name; right until the sampler prepares another step.
+        filters: whether any row has them; equal on all ranks.
+    """
+
+    arrays: Arrays
+    filters: bool
 
 
 class Sampler:
@@ -90,22 +109,37 @@ class Sampler:
         bits = torch.arange(start, stop, dtype=torch.int32, device=decoder.device)
         self._word_of, self._bit_of = bits // MASK_BITS - start // MASK_BITS, bits % MASK_BITS
 
+    @property
+    def sees_all(self) -> bool:
+        """True where this rank's slice of the vocabulary is all of it."""
+        return self._decoder.grid.world_size == 1
+
     def prepare(self, chunks: Many[Chunk], last_tokens: Tensor) -> Choices:
         """Return how the rows of a step choose. Before the forward; ``last_tokens`` [max_batch] are those it reads."""
-        rows = [(chunk, ahead) for chunk in chunks for ahead in range(chunk.num_choices)]
-        params = [chunk.seq.sampling for chunk, _ in rows]
-        if not self._rules.are_of(params):
-            self._rules = Rules(params)
-        settings = RowSettings.of(
-            self._rules,
-            [chunk.seq.seed for chunk, _ in rows],
-            [chunk.stop + ahead for chunk, ahead in rows],
-            self._decoder.device,
-        )
+        rows = _choosing(chunks)
+        sent = upload(self._arrays(rows), self._decoder.device)
+        settings = RowSettings(self._rules, sent["floats"], sent["doubles"], sent["integers"])
         added, ruled_out = self._biases(rows, last_tokens)
-        wanted = [each.logprobs for each in params if each.logprobs is not None]
-        allowed = self._allowed(rows)
-        return Choices(settings, added, ruled_out, allowed, self._penalties(rows), max(wanted, default=None))
+        wanted = [each.logprobs for each in self._rules.params if each.logprobs is not None]
+        penalised = Penalised.of(sent) if any(each.has_penalties for each in self._rules.params) else None
+        return Choices(settings, added, ruled_out, self._allowed(rows), penalised, max(wanted, default=None))
+
+    def prepare_fixed(self, chunks: Many[Chunk]) -> FixedChoices | None:
+        """Do what ``prepare`` does; None where anything is of another size: biases, bans, masks, log-probabilities."""
+        rows = _choosing(chunks)
+        for chunk in chunks:
+            if not (chunk.seq.logit_bias is None and chunk.masks is None and chunk.seq.sampling.logprobs is None):
+                return None
+        return None if self._banned(rows) else FixedChoices(self._arrays(rows), self._rules.filters)
+
+    @torch.inference_mode()
+    def choose_fixed(self, local: Tensor, inputs: Mapping[str, Tensor], *, filters: bool) -> Tensor:
+        """Return the tokens [R] of rows whose settings are ``inputs``, as ``FixedChoices.arrays``, on the device.
+
+        Collective over the world. ``filters``: rows may have them; logits are gathered then.
+        """
+        settings = RowSettings(Rules.of_any(filters=filters), inputs["floats"], inputs["doubles"], inputs["integers"])
+        return self.choose(local, Choices(settings, None, None, None, Penalised.of(inputs), None)).token_ids
 
     @torch.inference_mode()
     def choose(self, local: Tensor, choices: Choices) -> SampledTokens:
@@ -196,23 +230,35 @@ class Sampler:
             arrays = {"rows": places[mine], "ids": ids[mine] - start, "values": values[mine]}
             sent = upload(arrays, device)
             adding = (sent["rows"], sent["ids"], sent["values"])
-        out = [
-            (row, token - start, after, chunk.seq.batch_slot)
-            for row, (chunk, ahead) in enumerate(rows)
-            if chunk.seq.sampling.bad_words or chunk.seq.sampling.min_tokens
-            for token, after in banned(chunk, ahead, self._eos)
-        ]
+        out = self._banned(rows)
         if out:
-            table = np.array(out, np.int64).T
+            table = np.array(out, np.int64).T - np.array([[0], [start], [0], [0]])
             table = np.ascontiguousarray(table[:, (table[1] >= 0) & (table[1] < stop - start)])
             row, token, after, slot = upload({"banned": table}, device)["banned"]
             holds = (after < 0) | (last_tokens[slot] == after)
             banning = (row, token, torch.where(holds, -math.inf, math.inf))
         return adding, banning
 
-    def _penalties(self, rows: Many[tuple[Chunk, int]]) -> Penalised | None:
-        if not any(chunk.seq.sampling.has_penalties for chunk, _ in rows):
-            return None
+    def _banned(self, rows: Many[tuple[Chunk, int]]) -> list[tuple[int, int, int, int]]:
+        """Return what rows may not choose: row, token id, the token that must stand before it (-1: any), batch slot."""
+        return [
+            (row, token, after, chunk.seq.batch_slot)
+            for row, (chunk, ahead) in enumerate(rows)
+            if chunk.seq.sampling.bad_words or chunk.seq.sampling.min_tokens
+            for token, after in banned(chunk, ahead, self._eos)
+        ]
+
+    def _arrays(self, rows: Many[tuple[Chunk, int]]) -> Arrays:
+        """Return the settings of rows, of which the names are those of ``RowSettings`` and ``Penalised``."""
+        params = [chunk.seq.sampling for chunk, _ in rows]
+        if not self._rules.are_of(params):
+            self._rules = Rules(params)
+        settings = self._rules.arrays(
+            [chunk.seq.seed for chunk, _ in rows], [chunk.stop + ahead for chunk, ahead in rows]
+        )
+        return {**settings, **self._penalties(rows)}
+
+    def _penalties(self, rows: Many[tuple[Chunk, int]]) -> Arrays:
         longest = max(len(chunk.drafts) for chunk, _ in rows)
         slots, counting = np.full(len(rows), -1), np.full(len(rows), -1)
         amounts, drafts = np.ones((3, len(rows))), np.full((len(rows), longest), -1)
@@ -227,7 +273,9 @@ class Sampler:
             counting[row] = -1 if chunk.drafts else seq.batch_slot
             amounts[:, row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
             drafts[row, :ahead] = chunk.drafts[:ahead]
-        sent = upload(
-            {"slots": slots, "counting": counting, "amounts": amounts, "drafts": drafts}, self._decoder.device
-        )
-        return Penalised(sent["slots"], sent["amounts"], sent["drafts"], sent["counting"])
+        return {"slots": slots, "counting": counting, "amounts": amounts, "drafts": drafts}
+
+
+def _choosing(chunks: Many[Chunk]) -> list[tuple[Chunk, int]]:
+    """Return each row that chooses: its chunk, and how many of the drafts stand before it."""
+    return [(chunk, ahead) for chunk in chunks for ahead in range(chunk.num_choices)]

@@ -81,9 +81,9 @@ def launched(llm: LLM) -> list[tuple[int, int]]:
     sizes: list[tuple[int, int]] = []
     launch = llm.runner._graphs.launch
 
-    def spy(graph: StepGraph, rows: Any, wanted: Any) -> Any:
+    def spy(graph: StepGraph, *given: Any) -> Any:
         sizes.append((graph.num_runs, graph.run_len))
-        return launch(graph, rows, wanted)
+        return launch(graph, *given)
 
     llm.runner._graphs.launch = spy  # type: ignore[method-assign]
     return sizes
