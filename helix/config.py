@@ -233,7 +233,7 @@ class RuntimeConfig:
         check_ranks: compare a digest of the decision state over all ranks every step (debugging; costs a collective).
         timeout_s: bound of a collective, in seconds.
         graphs: on GPUs, capture the decode steps of every batch bucket at the start.
-        look_ahead: launch a decode step before the tokens of the one before it are read; not with check_ranks.
+        look_ahead: launch a step before the tokens of the one before it are read; not with check_ranks.
         hardware: constants to predict with: a name of conf/hardware/ or a FILE.yaml; None finds them by the GPU's name.
     """
 

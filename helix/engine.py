@@ -13,10 +13,10 @@ what they would be without it:
     or a copy that other machines make.
  4. Page movements of a step are started before it is launched and after the one before it was: the mover's streams wait
     for everything launched so far, and the next launch for them.
- 5. Only decode rows are launched ahead, and none beside one that wants log-probabilities. Where anything else is due
-    the step in flight is read first. That a sequence stopped is known when the next step is already launched: one that
-    waits for its place starts a step later than it would, and a page for the dropped row may have cost a cached block.
-    No token depends on either.
+ 5. Prompts' chunks are launched ahead as decode rows are, so a step's host work is hidden behind the chunk before it.
+    With a drafter, whose drafts follow known tokens, decode rows alone are; behind log-probabilities nothing is. That a
+    sequence stopped is known when the next step is already launched: one that waits for its place starts a step later
+    than it would, and a page for the dropped row may have cost a cached block. No token depends on either.
  6. What a structured sequence may choose is found on rank 0 behind its known tokens, and brought to all ranks before a
     step that it has a row in. Such a row is launched no sooner; others are.
 """
@@ -279,12 +279,7 @@ class Engine:
             compare_ranks(self.metrics.num_steps, step)
         step.chunks = self._masks.masked(step.chunks)
         self.mover.execute(step.movements)
-        if self.runner.can_launch(step.chunks) and not self._has_logprobs(step):
-            return self._launched(step)
-        flight = Flight(step, self.runner.sample(step.chunks))
-        self.num_departed += 1
-        self.metrics.padding_rows += self.runner.num_padding
-        return flight
+        return self._launched(step)
 
     def _has_logprobs(self, step: Step) -> bool:
         """Return whether a step has log-probabilities to make, which the host waits for."""
@@ -302,7 +297,8 @@ class Engine:
             self.runner.sampler.forget(seq)
 
     def _launched(self, step: Step) -> Flight:
-        flight = Flight(step, self.runner.launch(step.chunks))
+        run = self.runner.sample if self._has_logprobs(step) else self.runner.launch
+        flight = Flight(step, run(step.chunks))
         self.num_departed += 1
         self.metrics.padding_rows += self.runner.num_padding
         return flight
@@ -313,10 +309,11 @@ class Engine:
             return None
         if self.speculator is not None and self.speculator.is_due(flight.step):
             return None  # drafts follow known tokens
-        step = self.scheduler.look_ahead(flight.step)
+        step = self.scheduler.look_ahead(flight.step, decodes_alone=self.speculator is not None)
         if step is None:
             return None
         step.chunks = self._masks.masked(step.chunks)
+        self._note_reuse(step)
         self.mover.execute(step.movements)
         if self.speculator is not None and not self.speculator.skip(step):
             return None

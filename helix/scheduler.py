@@ -16,6 +16,7 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from .ahead import Ahead
 from .cache.claim import Claim
 from .cache.control import CacheControl
 from .cache.keys import BlockKeys
@@ -107,63 +108,67 @@ class Scheduler:
         Prefill takes at most ``prefill_chunk`` tokens over all sequences. Pages of every chunk are allocated. After the
         step is computed, ``commit`` is called with its chunks.
         """
-        self._num_steps += 1
-        step = Step()
         preempted = self._give_pages()
-        decodes = any(seq.num_todo == 1 for seq in self.running)
-        counts: dict[Sequence, int] = {}
-        if self._quiet and decodes:
-            self._quiet -= 1
-        else:
-            if not (preempted and self.running):
-                self._admit_waiting(step)
-            dues = self._dues(step.admitted)
-            counts = dict(zip(dues, divide(list(dues.values()), self._prefill_chunk, self._share), strict=True))
-            self._quiet = self._steps_between if any(counts.values()) and decodes else 0
-        for seq in self.running:
-            count = counts.get(seq, 1 if seq.num_todo == 1 else 0)
-            if count:
-                step.chunks.append(Chunk(seq, seq.num_computed, self._end_of(seq, seq.num_computed + count)))
-        self.cache.offload_ahead()
-        step.movements = self.cache.take_movements()
-        return step
+        step = self._choose_chunks(Ahead(), may_admit=not (preempted and self.running))
+        return self._with_movements(step)
 
-    def _end_of(self, seq: Sequence, stop: int) -> int:
-        """Return where a chunk of a sequence ends that may reach ``stop``: at a checkpoint that is due before."""
-        checkpoints = self.cache.checkpoints
-        return stop if checkpoints is None else checkpoints.end(seq.num_computed, stop, len(seq.token_ids))
+    def look_ahead(self, launched: Step, *, decodes_alone: bool = False) -> Step | None:
+        """Choose the step after one that is launched and whose tokens are not known yet.
 
-    def look_ahead(self, launched: Step) -> Step | None:
-        """Choose the step after one of decode rows alone that is launched and whose tokens are not known yet.
-
-        It has a row of every sequence that may go on, at the position after its launched one; who stopped before is
-        known later. None where the launched step has to be committed first, since ``schedule`` may do something else
-        then: a chunk is due, one waits that may begin now or soon, or a page is missing. Waiting sequences that did not
-        fit hold nothing up before something is freed, and nobody does before a chunk is due.
+        It is what ``schedule`` would choose if no sequence stopped before its longest: one that chose a token has a row
+        at the position after its launched one; who stopped is known later. None where the launched step has to be
+        committed first, since ``schedule`` may do something else then: a page is missing, or somebody waits for what a
+        sequence gives back that ends. ``decodes_alone``: None, too, where either step has more than decode rows; always
+        so with checkpoints of states, which are kept before a later chunk changes these.
 
         Structured sequences whose tokens are not known sit this step out: what may follow is found on rank 0. Beside
         others, which lose nothing by it, they have a row in every other step.
         """
-        in_step = {chunk.seq for chunk in launched.chunks}
-        known = [seq for seq in self.running if seq.is_structured and seq.num_todo == 1 and seq not in in_step]
-        if not self._quiet and len(launched.chunks) + len(known) < len(self.running):
+        decodes_alone = decodes_alone or self.cache.checkpoints is not None
+        ahead = Ahead(launched.chunks)
+        if ahead.something_ends and self.waiting and (self._blocked is not None or not self._free_slots):
             return None
-        ahead = [chunk for chunk in launched.chunks if not chunk.seq.is_structured]
-        chunks = [
-            Chunk(chunk.seq, chunk.stop, chunk.stop + 1)
-            for chunk in ahead
-            if chunk.stop + 1 < chunk.seq.max_len and not chunk.seq.has_ended
-        ]
-        something_ends = len(chunks) < len(ahead)
-        if not chunks or (not self._quiet and self.waiting and (something_ends or self._may_admit([]))):
+        going_on = [seq for seq in self.running if ahead.todo(seq)]
+        admits = bool(self.waiting) and self._may_admit([])
+        if not (admits or any(seq in ahead or seq.num_todo > 1 or not seq.is_structured for seq in going_on)):
             return None
-        chunks += [Chunk(seq, seq.num_computed, seq.num_computed + 1) for seq in known if not seq.has_ended]
-        if not all(self.cache.extend(chunk.seq.blocks, chunk.stop) for chunk in chunks):
+        if decodes_alone and (admits or any(ahead.todo(seq) > 1 for seq in going_on) or not ahead.decodes_alone):
             return None
+        if not all(self.cache.extend(seq.blocks, ahead.start(seq) + ahead.todo(seq)) for seq in going_on):
+            return None
+        step = self._choose_chunks(ahead, may_admit=True)
+        return self._with_movements(step) if step.chunks else None
+
+    def _choose_chunks(self, ahead: Ahead, *, may_admit: bool) -> Step:
+        """Choose chunks behind those that are launched, once all that run have their pages."""
         self._num_steps += 1
-        self._quiet = max(self._quiet - 1, 0)
+        step = Step()
+        decodes = any(ahead.todo(seq) == 1 for seq in self.running)
+        counts: dict[Sequence, int] = {}
+        if self._quiet and decodes:
+            self._quiet -= 1
+        else:
+            if may_admit:
+                self._admit_waiting(step, ahead)
+            dues = self._dues(step.admitted, ahead)
+            counts = dict(zip(dues, divide(list(dues.values()), self._prefill_chunk, self._share), strict=True))
+            self._quiet = self._steps_between if any(counts.values()) and decodes else 0
+        for seq in self.running:
+            count = counts.get(seq, 1 if ahead.todo(seq) == 1 else 0)
+            if count:
+                start = ahead.start(seq)
+                step.chunks.append(Chunk(seq, start, self._end_of(seq, start, start + count)))
+        return step
+
+    def _end_of(self, seq: Sequence, start: int, stop: int) -> int:
+        """Return where a chunk of a sequence ends that may reach ``stop``: at a checkpoint that is due before."""
+        checkpoints = self.cache.checkpoints
+        return stop if checkpoints is None else checkpoints.end(start, stop, len(seq.token_ids))
+
+    def _with_movements(self, step: Step) -> Step:
         self.cache.offload_ahead()
-        return Step(chunks, self.cache.take_movements())
+        step.movements = self.cache.take_movements()
+        return step
 
     def commit(self, chunks: list[Chunk]) -> None:
         """Note that chunks are computed, and cache the blocks that they filled."""
@@ -246,8 +251,8 @@ class Scheduler:
 
     # --- who begins ---------------------------------------------------------------------------------------------------
 
-    def _admit_waiting(self, step: Step) -> None:
-        dues = list(self._dues([]).values())
+    def _admit_waiting(self, step: Step, ahead: Ahead) -> None:
+        dues = list(self._dues([], ahead).values())
         if not self._may_admit(dues):
             return
         for seq, table in self._allocate(self._choose(dues)):
@@ -372,13 +377,10 @@ class Scheduler:
             position += 1
         return preempted
 
-    def _dues(self, admitted: list[Sequence]) -> dict[Sequence, Due]:
+    def _dues(self, admitted: list[Sequence], ahead: Ahead) -> dict[Sequence, Due]:
         """Return what is due of the prompts that run; those that were just admitted count whatever they miss."""
-        dues = {
-            seq: Due(order_of(seq), seq.num_todo, seq.num_todo)
-            for seq in self.running
-            if seq.num_todo > 1 or seq in admitted
-        }
+        todo = {seq: ahead.todo(seq) for seq in self.running}
+        dues = {seq: Due(order_of(seq), n, n) for seq, n in todo.items() if n > 1 or seq in admitted}
         self._followers.hurry(dues)
         return dues
 

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from parallel.launch import minimums
 from parallel.layout import Layout
@@ -227,10 +226,11 @@ class Sender:
     # --- what is written ----------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        """Post writes of the blocks that are computed since, poll those under way, report what has ended."""
+        """Post writes of the blocks that are computed since, poll those under way, report what has ended.
+
+        What counts as computed is of steps that the device has ended: the host has waited for their tokens.
+        """
         due = [sending for sending in self._sendings if self._computed(sending) > sending.posted]
-        if due and self._engine.runner.cache.pages.is_cuda:
-            torch.cuda.current_stream(self._engine.runner.cache.pages.device).synchronize()
         for sending in due:
             self._post(sending, self._computed(sending))
         for sending in self._sendings:

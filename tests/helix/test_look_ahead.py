@@ -157,8 +157,8 @@ def note_ahead(llm: LLM) -> list[Step]:
     """The steps that are launched ahead from now on."""
     original, ahead = llm.engine.scheduler.look_ahead, []
 
-    def look_ahead(launched: Step) -> Step | None:
-        step = original(launched)
+    def look_ahead(launched: Step, **how: bool) -> Step | None:
+        step = original(launched, **how)
         if step is not None:
             ahead.append(step)
         return step
@@ -233,7 +233,7 @@ def test_no_row_and_no_page_goes_past_the_end(model: Path, max_position: int | N
     llm.runner.launch = launch  # type: ignore[method-assign]
     [output] = llm.generate([request(prompt, 8 if max_position is None else 50)])
     assert (len(output.token_ids), output.finish_reason) == (8, "length")
-    assert stops == list(range(9, 16))
+    assert stops == list(range(8, 16))
 
 
 def test_many_short_requests_through_few_slots(model: Path) -> None:
@@ -340,17 +340,32 @@ def test_a_step_is_launched_before_the_tokens_of_the_last_are_read(model: Path) 
     watch = Watch(llm)
     [output] = llm.generate([request([1, 2], 6)])
     assert len(output.token_ids) == 6, "one from the prompt's step, five from launched ones"
-    launches = [("launch", [(0, position, position + 1)]) for position in range(2, 7)]
+    launches = [("launch", [(0, 0, 2)]), *(("launch", [(0, position, position + 1)]) for position in range(2, 7))]
     first, *others = launches
     order = [each for number, launch in enumerate(others) for each in (launch, ("wait", number))]
-    assert watch.log == [first, *order, ("wait", 4)]
+    assert watch.log == [first, *order, ("wait", 5)]
+
+
+def test_a_prompts_chunks_are_launched_before_the_step_before_is_read(model: Path) -> None:
+    """Beside rows that decode, and behind the chunk of another prompt that ends with its first token."""
+    long = range(200)
+    requests = [request(PROMPTS[0], 12), request(long[:100], 3), request(PROMPTS[1], 1), request(long[90:190], 2)]
+    off, on = (make_llm(model, look, prefill_chunk=16) for look in (False, True))
+    watch = Watch(on)
+    assert events_of(on, requests) == events_of(off, requests)
+    assert counters(on) == counters(off)
+    chunks = [batch for kind, batch in watch.log if kind == "launch"]
+    assert sum(any(stop - start > 1 for _, start, stop in batch) for batch in chunks) > 10
+    waits = {number: at for at, (kind, number) in enumerate(watch.log) if kind == "wait"}
+    launched = [at for at, (kind, _) in enumerate(watch.log) if kind == "launch"]
+    assert all(launched[number + 1] < waits[number] for number in range(len(chunks) - 1))
 
 
 def test_without_the_setting_and_with_checks_nothing_is_launched_ahead(model: Path) -> None:
     for llm in (make_llm(model, False), make_llm(model, True, check_ranks=True)):
         watch = Watch(llm)
         llm.generate([request([1, 2], 6)])
-        assert [kind for kind, _ in watch.log] == ["launch", "wait"] * 5
+        assert [kind for kind, _ in watch.log] == ["launch", "wait"] * 6
 
 
 def test_what_a_launched_step_chose_for_a_stopped_sequence_is_never_seen(model: Path) -> None:
@@ -395,7 +410,7 @@ def test_waiting_sequences_that_do_not_fit_hold_nothing_up(model: Path) -> None:
     requests = [request(PROMPTS[0], 10), request(PROMPTS[1], 10), request(PROMPTS[2], 10), request(PROMPTS[3], 10)]
     ahead = note_ahead(llm)
     events_of(llm, requests)
-    assert len(ahead) == 2 * 8, "of nine steps of each pair all but the first are launched ahead"
+    assert len(ahead) == 2 * 9, "all steps but those of each pair's prompts are launched ahead"
 
 
 def test_a_stream_that_is_left_early_waits_for_the_step_in_flight_and_keeps_what_was_read(model: Path) -> None:
@@ -404,9 +419,9 @@ def test_a_stream_that_is_left_early_waits_for_the_step_in_flight_and_keeps_what
     watch = Watch(llm)
     stream = llm.stream([request(PROMPTS[4], 8)])
     seen: list[StreamEvent] = [next(stream) for _ in range(4)]
-    assert watch.log[-1] == ("wait", 2) and watch.num_launches == 4
+    assert watch.log[-1] == ("wait", 3) and watch.num_launches == 5
     stream.close()
-    assert watch.log[-1] == ("wait", 3)
+    assert watch.log[-1] == ("wait", 4)
     assert_idle(llm)
     assert [event.token_ids for event in seen] == [event[1] for event in wanted[:4]]
     made = [token for event in wanted[:5] for token in event[1]]
