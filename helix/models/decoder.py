@@ -249,10 +249,14 @@ class Decoder:
 
     @torch.inference_mode()
     def gather_logits(self, local: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits [L, V] from every rank's slice: bit-identical on every rank."""
+        """Return float32 logits [L, V] from every rank's slice: bit-identical on every rank.
+
+        Without the world's other ranks (a lone one of a layout) theirs are -inf.
+        """
         world, vocab = self.grid.world_size, self.spec.vocab_size
-        if world == 1:
-            return local.float()
+        if self.grid.world_group is None:
+            start, stop = self.part.vocab
+            return F.pad(local.float(), (start, vocab - stop), value=-torch.inf)
         widest = -(-vocab // world)
         gathered = all_gather(F.pad(local, (0, widest - local.shape[-1])), self.grid.world_group)
         if vocab % world == 0:

@@ -38,6 +38,7 @@ def test_it_runs_on_the_slices_of_its_rank(tmp_path, monkeypatch):
     )
     [output] = llm.generate([[1, 2, 3, 4, 5]], SamplingParams(max_tokens=4, ignore_eos=True))
     assert len(output.token_ids) == 4 and set(made) == {own.shape[1]}
+    assert all(part.vocab[0] <= token < part.vocab[1] for token in output.token_ids)
 
 
 @pytest.mark.parametrize(("rank", "of", "problem"), [(3, 3, "rank = 3 must be"), (0, 4, "= 3 ranks but 4 started")])
