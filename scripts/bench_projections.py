@@ -1,9 +1,13 @@
 """Time a layer's projections of few rows, in 16 and in 8 bits, beside the bytes that they must read.
 
     python -m scripts.bench_projections model=glm4_9b_1m
+    python -m scripts.bench_projections model=deepseek_v3_4_layers kvp=8
 
 One rank's share of a layout is timed, without collectives: qkv, o, gate_up and down of a layer one after the other, and
 those of several layers in turn, so that none is still in the L2 cache. Widths need not be multiples of anything.
+
+Of latents, what makes queries and takes them into the latent space is timed as well, in 16 bits: of all heads, as every
+rank would have to, beside this rank's share of them (``helix.models.query_share``).
 """
 
 from __future__ import annotations
@@ -15,15 +19,17 @@ from typing import Any
 
 import torch
 
+from attention.latent_products import latent_queries_of
 from helix.config import ModelConfig, check_at_least
 from helix.models.checkpoint import fill_dummy
 from helix.models.linear import gated_linear, split_linear
 from helix.models.loading import read_spec
 from helix.models.parts import Weight
 from helix.models.quantized import Matrix, Quantized
+from helix.models.query_share import rows_of
 from helix.models.weights import layer_weights, part_of
 from parallel.launch import start, stop
-from parallel.layout import Layout
+from parallel.layout import Layout, Range
 from parallel.symmetric import can_launch_dependently
 from scripts import cli
 from scripts.dummy_weights import WEIGHTS, with_weights
@@ -85,6 +91,33 @@ def project(layer: dict[str, Matrix], rows: dict[int, torch.Tensor], pdl: bool) 
         product(rows[w.shape[1]], w, pdl=pdl)
 
 
+def time_queries(config: BenchProjectionsConfig, device: torch.device, pdl: bool) -> list[dict[str, Any]]:
+    """Return a row for each number of rows: microseconds for the queries of all heads, and of this rank's share."""
+    spec = read_spec(config.model)
+    latent, part = spec.latent, part_of(spec, Layout(kvp=config.kvp, tpa=config.tpa), 0)
+    if latent is None or latent.q_rank is None:
+        return []
+    roles = layer_weights(spec, 0, part)
+    layers = [{role: make(roles[role], device) for role in ("q_b", "k_up")} for _ in range(max(config.layers, 8))]
+    table = []
+    for num_rows in config.rows:
+        first = torch.randn(num_rows, latent.q_rank, device=device, dtype=torch.bfloat16)
+        turns = torch.randn(num_rows, latent.turned_dim // 2, device=device)
+
+        def queries(weights: dict[str, Matrix], heads: Range, first: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+            q_b = rows_of(weights["q_b"], heads, latent.q_dim)
+            k_up = rows_of(weights["k_up"], heads, latent.plain_dim).unflatten(0, (-1, latent.plain_dim))
+            return latent_queries_of(split_linear(first, q_b, pdl=pdl), k_up, turns, turns, interleaved=True, pdl=pdl)
+
+        took = [
+            graph_us([partial(queries, layer, heads, first, turns) for layer in layers], repeats=config.repeats)[0]
+            for heads in (part.q_heads, part.out_heads)
+        ]
+        names = ("all heads us", "own heads us", "own / all")
+        table.append({"rows": num_rows} | dict(zip(names, (*took, took[1] / took[0]), strict=True)))
+    return table
+
+
 def run(config: BenchProjectionsConfig) -> None:
     """Run the benchmark on this rank's GPU."""
     device, rate = start("cuda").device, read_bytes_per_us()
@@ -104,6 +137,10 @@ def run(config: BenchProjectionsConfig) -> None:
             table.append(row | {"fp8/bf16": row["fp8 us"] / row["bf16 us"]})
     facts = {"kvp": config.kvp, "tpa": config.tpa, "read_bytes_per_us": rate}
     report("projections of a layer", list(table[0]), [list(row.values()) for row in table], **facts)
+    with torch.inference_mode():
+        queries = time_queries(config, device, pdl)
+    if queries:
+        report("queries of latents", list(queries[0]), [list(row.values()) for row in queries], **facts)
     stop()
 
 
