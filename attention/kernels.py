@@ -1,14 +1,15 @@
 """The Triton back end: which kernel attends, by GPU, rows, heads, head size and pages.
 
-| kernel            | GPU    | rows x heads a KV head      | head size    | pages of           | programs             |
-|-------------------|--------|-----------------------------|--------------|--------------------|----------------------|
-| many_rows         | Hopper | any, of a workspace         | 128 + 64     | 2 bytes            | one a piece          |
-| stream_kv         | Hopper | at most 64 (32 if 256 wide) | 64, 128, 256 | 16 to 256, 2 bytes | persistent           |
-| stream_eight_bits | Hopper | at most 64                  | 128          | 16 to 256, 1 byte  | persistent           |
-| many_rows         | Hopper | any                         | 64, 128, 256 | 16 to 256, 2 bytes | one a piece          |
-| split_kv          | any    | any                         | any          | any                | persistent, few rows |
-| stream_latent     | Hopper | any; all read one latent    | 512 + 64     | 16 to 256, 2 bytes | persistent, few rows |
-| latent_kv         | any    | any; all read one latent    | any          | any                | persistent, few rows |
+| kernel                   | GPU    | rows x heads of one head | head size    | pages of           | programs       |
+|--------------------------|--------|--------------------------|--------------|--------------------|----------------|
+| many_rows                | Hopper | any, of a workspace      | 128 + 64     | 2 bytes            | one a piece    |
+| stream_kv                | Hopper | 64 (32 if 256 wide)      | 64, 128, 256 | 16 to 256, 2 bytes | persist        |
+| stream_eight_bits        | Hopper | 64                       | 128          | 16 to 256, 1 byte  | persist        |
+| many_rows                | Hopper | any                      | 64, 128, 256 | 16 to 256, 2 bytes | one a piece    |
+| split_kv                 | any    | any                      | any          | any                | persist if few |
+| stream_latent            | Hopper | any, all of one latent   | 512 + 64     | 16 to 256, 2 bytes | persist if few |
+| stream_latent_eight_bits | Hopper | any, all of one latent   | 512 + 64     | 16 to 256, 1 byte  | persist if few |
+| latent_kv                | any    | any, all of one latent   | any          | any                | persist if few |
 
 The choice is made once a step, when its work is cut, and travels with the list. Windows are masked by stream_kv,
 many_rows and split_kv.
@@ -21,7 +22,7 @@ from collections.abc import Callable
 import torch
 import triton
 
-from . import latent_kv, many_rows, split_kv, stream_eight_bits, stream_kv, stream_latent
+from . import latent_kv, many_rows, split_kv, stream_eight_bits, stream_kv, stream_latent, stream_latent_eight_bits
 from .pages import Pages, QuantizedPages
 from .partial import Partials, Workspace
 from .rows import Rows
@@ -34,6 +35,7 @@ _KERNELS: dict[str, Callable[..., None]] = {
     "split_kv": split_kv.attend,
     "latent_kv": latent_kv.attend,
     "stream_latent": stream_latent.attend,
+    "stream_latent_eight_bits": stream_latent_eight_bits.attend,
 }
 _WINDOWS = ("stream_kv", "many_rows", "split_kv")
 _INTERPRETED_PROCESSORS = 8
@@ -80,6 +82,8 @@ class TritonAttention:
                 return many_rows.cutting(group, max_rows, programs, head_dim=pages.k.shape[2])
             return split_kv.cutting(pages, group, max_rows, programs)
         if value_dim is not None:
+            if isinstance(pages, QuantizedPages) and stream_latent_eight_bits.supports(pages, value_dim):
+                return stream_latent_eight_bits.cutting(num_heads, max_rows, self._processors)
             if stream_latent.supports(pages, value_dim):
                 return stream_latent.cutting(num_heads, max_rows, self._processors)
             return latent_kv.cutting(num_heads, max_rows, self._processors, wide=pages.dtype.itemsize > 2)

@@ -1,16 +1,16 @@
 """Partial attention over latents for Hopper: each streams through shared memory once, as K and as V of all heads.
 
 As in ``stream_kv``, one warp of a program asks for tiles of latents, before the queries exist where the tokens are old
-enough, and runs ahead over the ends of pieces. Tokens are the tensor core's 64 rows, rows x heads its columns, and a
-tile is multiplied twice, the second time transposed. Each product has warps of its own, so that one tile's weights are
-made while those of the tile before are used:
+enough, and runs ahead over the ends of pieces. A tile is multiplied twice, the second time transposed, and each product
+has warps of its own, so that one tile's weights are made while those of the tile before are used:
 
     weighs    S^T = [values | turned] q^T of tile i + 1,  softmax      notes: by what earlier sums decay,
     sums      O^T += values^T P^T of tile i                            after a piece's last tile what they sum to
 
-P takes the place of the tile's turned part, which nobody needs once S is there. Two groups of warps share the elements
-of values where there are many columns. More heads than MAX_COLUMNS are taken in passes that run beside each other: a
-tile that one reads from memory, the other finds in the cache.
+Tokens are the tensor core's 64 rows, rows x heads its columns. Where there are 64 of these, they are its rows, and two
+groups of warps share the elements of values: a softmax then needs no word between warps, and products read less.
+More heads than MAX_COLUMNS are taken in passes that run beside each other: a tile that one reads from memory, the other
+finds in the cache.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -37,21 +32,20 @@ from .page_tiles import (
     PIECE,
     SWIZZLE_BYTES,
     early_turns,
-    exp2,
     fetch_tile,
-    keep_seen,
 )
 from .pages import Pages
 from .partial import Partials
 from .rows import Rows, Work
 from .stream_kv import LOG2_E
+from .sum_latents import sum_heads, sum_up
+from .weigh_latents import NOTES, weigh, weigh_heads
 from .work import Cutting
 
 TILE = 64  # tokens of a turn
 MAX_COLUMNS = 64  # rows x heads of a program
 VALUE_DIM, TURNED_DIM = 512, 64
 STAGES = 2
-NOTES = gl.constexpr(2)
 PERSISTENT_TILES = 16  # of one run at most where programs take spans: verification, not prompts
 WARPS = {8: (1, 80, 120), 16: (1, 80, 120), 32: (1, 112, 184), 64: (2, 128, 168)}
 """By columns: groups of warps that sum, a thread's registers at the launch, and those of one that sums; one that weighs
@@ -89,148 +83,6 @@ def _fetch(
 
 
 @gluon.jit
-def _weigh(
-    q, values, turned, q_values, q_turned, notes, full, said, heard, pieces, first_piece, last_piece, visible_len,
-    part_start, lse, q_row_stride, scale_log2, num_heads, first_head,
-    HEADS: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    """Four warps that make the weights of each tile, in the place of its turned part, and note how sums change."""
-    if PDL:
-        gdc_wait()
-    STAGES: gl.constexpr = full.shape[0]
-    TILE: gl.constexpr = values.shape[1]
-    VALUE: gl.constexpr = values.shape[2]
-    TURNED: gl.constexpr = turned.shape[2]
-    M: gl.constexpr = q_values.shape[0]
-    STRIPS: gl.constexpr = VALUE // TURNED
-    dtype: gl.constexpr = values.dtype
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // TURNED, TURNED // 8], [4, 1], [1, 0])
-    wgmma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
-    columns: gl.constexpr = gl.SliceLayout(0, wgmma)
-    c = gl.arange(0, M, layout=gl.SliceLayout(1, lines))
-    d = gl.arange(0, TURNED, layout=gl.SliceLayout(0, lines))
-    m = gl.arange(0, M, layout=columns)
-    token = gl.arange(0, TILE, layout=gl.SliceLayout(1, wgmma))
-    nothing = gl.zeros([TILE, M], gl.float32, layout=wgmma)
-    weights_s = turned._reinterpret(dtype, [STAGES * (TURNED // M), M, TILE], q_turned.type.layout)
-    strips = values._reinterpret(dtype, [STAGES * STRIPS, TILE, TURNED], turned.type.layout)
-    q_strips = q_values._reinterpret(dtype, [STRIPS, M, TURNED], q_turned.type.layout)
-    turn = first_piece * 0
-    note = first_piece * 0
-    for piece in range(first_piece, last_piece):
-        # loaded here and not carried from one piece to the next: see ``stream_kv``
-        its = pieces + piece * PIECE
-        first, stop, begin, end = gl.load(its), gl.load(its + 1), gl.load(its + 2), gl.load(its + 3)
-        row, head = first + c // HEADS, first_head + c % HEADS
-        from_q = q + (row.to(gl.int64) * q_row_stride + head * (VALUE + TURNED))[:, None] + d[None, :]
-        there = ((row < stop) & (head < num_heads))[:, None]
-        for strip in gl.static_range(STRIPS):
-            q_strips.index(strip).store(gl.load(from_q + strip * TURNED, mask=there, other=0.0))
-        q_turned.store(gl.load(from_q + VALUE, mask=there, other=0.0))
-        fence_async_shared()
-        row, head = first + m // HEADS, first_head + m % HEADS
-        real = (row < stop) & (head < num_heads)
-        limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
-        top = gl.full([M], float("-inf"), gl.float32, layout=columns)
-        total = gl.zeros([TILE, M], gl.float32, layout=wgmma)
-        for at in range(begin, end, TILE):
-            stage, slot = turn % STAGES, note % NOTES
-            mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-            s = warpgroup_mma(values.index(stage), q_values.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            s = warpgroup_mma(turned.index(stage), q_turned.permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
-            s = gl.where((at + token)[:, None] < limit[None, :], s * scale_log2, float("-inf"))
-            new_top = gl.maximum(top, gl.max(s, 0))
-            shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-            decay = exp2(top - shift)
-            weights = exp2(s - shift[None, :])
-            total = total * decay[None, :] + weights
-            weights_s.index(stage * (TURNED // M)).permute((1, 0)).store(weights.to(dtype))
-            if at + TILE > end:
-                for strip in gl.static_range(STRIPS):
-                    keep_seen(strips.index(stage * STRIPS + strip), at, end, lines)
-            mbarrier.wait(heard.index(slot), ((note // NOTES) & 1) ^ 1)
-            notes.index(slot).store(decay)
-            fence_async_shared()
-            mbarrier.arrive(said.index(slot), count=1)
-            top = new_top
-            turn += 1
-            note += 1
-
-        sums = gl.sum(total, 0)
-        empty = sums == 0.0
-        sums = gl.where(empty, 1.0, sums)
-        mbarrier.wait(heard.index(note % NOTES), ((note // NOTES) & 1) ^ 1)
-        notes.index(note % NOTES).store(1.0 / sums)
-        mbarrier.arrive(said.index(note % NOTES), count=1)
-        note += 1
-        natural = gl.where(empty, float("-inf"), (top + gl.log2(sums)) / 1.4426950408889634)
-        cell = _cell(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head
-        gl.store(lse + cell, natural, mask=real)
-
-
-@gluon.jit
-def _sum(
-    values, turned, notes, free, said, heard, pieces, first_piece, last_piece, part_start, out, num_heads, first_head,
-    PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, M: gl.constexpr, SPLIT: gl.constexpr,
-    PDL: gl.constexpr,
-):  # fmt: skip
-    """Four warps that sum a share of the elements of values by weight, and store them for each piece."""
-    if PDL:
-        gdc_wait()
-    STAGES: gl.constexpr = free.shape[0]
-    TILE: gl.constexpr = values.shape[1]
-    VALUE: gl.constexpr = values.shape[2]
-    TURNED: gl.constexpr = turned.shape[2]
-    SHARE: gl.constexpr = VALUE // GROUPS
-    dtype: gl.constexpr = values.dtype
-    wgmma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
-    columns: gl.constexpr = gl.SliceLayout(0, wgmma)
-    weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
-    m = gl.arange(0, M, layout=columns)
-    d = PART * SHARE + gl.arange(0, SHARE, layout=gl.SliceLayout(1, wgmma))
-    weights_s = turned._reinterpret(dtype, [STAGES * (TURNED // M), M, TILE], weights_layout)
-    shares = values._reinterpret(dtype, [STAGES * GROUPS, TILE, SHARE], turned.type.layout)
-    turn = first_piece * 0
-    note = first_piece * 0
-    for piece in range(first_piece, last_piece):
-        its = pieces + piece * PIECE
-        first, stop, begin, end = gl.load(its), gl.load(its + 1), gl.load(its + 2), gl.load(its + 3)
-        row, head = first + m // HEADS, first_head + m % HEADS
-        real = (row < stop) & (head < num_heads)
-        cell = _cell(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head
-        acc = gl.zeros([SHARE, M], gl.float32, layout=wgmma)
-        for _ in range(begin, end, TILE):
-            stage, slot = turn % STAGES, note % NOTES
-            mbarrier.wait(said.index(slot), (note // NOTES) & 1)
-            decay = notes.index(slot).load(columns)
-            acc = acc * decay[None, :]
-            share = shares.index(stage * GROUPS + PART).permute((1, 0))
-            acc = warpgroup_mma(share, weights_s.index(stage * (TURNED // M)).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-            mbarrier.arrive(free.index(stage), count=1)
-            mbarrier.arrive(heard.index(slot), count=1)
-            turn += 1
-            note += 1
-        mbarrier.wait(said.index(note % NOTES), (note // NOTES) & 1)
-        value = acc * notes.index(note % NOTES).load(columns)[None, :]
-        mbarrier.arrive(heard.index(note % NOTES), count=1)
-        note += 1
-        gl.store(
-            out + cell.to(gl.int64)[None, :] * VALUE + d[:, None], value.to(out.dtype.element_ty), mask=real[None, :]
-        )
-
-
-@gluon.jit
-def _cell(part_start, row, part, real, SPLIT: gl.constexpr):
-    """Return which partials rows write."""
-    if SPLIT:
-        return gl.load(part_start + row, mask=real, other=0) + part
-    else:
-        return row
-
-
-@gluon.jit
 def _stream_latent_kernel(
     latents, q, page_table, visible_len, pieces, span_start, part_start, out, lse,
     q_row_stride, table_stride, scale_log2, num_heads,
@@ -265,14 +117,14 @@ def _stream_latent_kernel(
         if GROUPS == 1:
             gl.warp_specialize(
                 [
-                    (_weigh, (
+                    (weigh, (
                         q, values, turned, q_values, q_turned, notes, full, said, heard, pieces, first_piece,
                         last_piece, visible_len, part_start, lse, q_row_stride, scale_log2, num_heads, first_head,
-                        HEADS, SPLIT, PDL,
+                        q, notes, page_table, table_stride, table_stride, HEADS, BLOCK_SIZE, False, SPLIT, PDL,
                     )),
-                    (_sum, (
+                    (sum_up, (
                         values, turned, notes, free, said, heard, pieces, first_piece, last_piece, part_start, out,
-                        num_heads, first_head, 0, GROUPS, HEADS, M, SPLIT, PDL,
+                        num_heads, first_head, 0, GROUPS, HEADS, M, False, SPLIT, PDL,
                     )),
                     (_fetch, (
                         latents, values, turned, full, free, page_table, pieces, first_piece, last_piece, table_stride,
@@ -285,18 +137,18 @@ def _stream_latent_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (_weigh, (
+                    (weigh_heads, (
                         q, values, turned, q_values, q_turned, notes, full, said, heard, pieces, first_piece,
                         last_piece, visible_len, part_start, lse, q_row_stride, scale_log2, num_heads, first_head,
-                        HEADS, SPLIT, PDL,
+                        q, notes, page_table, table_stride, table_stride, HEADS, BLOCK_SIZE, False, SPLIT, PDL,
                     )),
-                    (_sum, (
+                    (sum_heads, (
                         values, turned, notes, free, said, heard, pieces, first_piece, last_piece, part_start, out,
-                        num_heads, first_head, 0, GROUPS, HEADS, M, SPLIT, PDL,
+                        num_heads, first_head, 0, GROUPS, HEADS, M, False, SPLIT, PDL,
                     )),
-                    (_sum, (
+                    (sum_heads, (
                         values, turned, notes, free, said, heard, pieces, first_piece, last_piece, part_start, out,
-                        num_heads, first_head, 1, GROUPS, HEADS, M, SPLIT, PDL,
+                        num_heads, first_head, 1, GROUPS, HEADS, M, False, SPLIT, PDL,
                     )),
                     (_fetch, (
                         latents, values, turned, full, free, page_table, pieces, first_piece, last_piece, table_stride,
@@ -324,13 +176,14 @@ def supports(pages: Pages, value_dim: int) -> bool:
 
 def cutting(num_heads: int, max_rows: int, processors: int) -> Cutting:
     """Return how steps of runs of so many rows are cut."""
-    passes = _passes(num_heads)
+    passes = passes_of(num_heads)
     tile_rows = min(max_rows, MAX_COLUMNS // -(-num_heads // passes))
     persistent = max_rows <= PERSISTENT_TILES * tile_rows
     return Cutting("stream_latent", tile_rows, TILE, max(1, processors // passes), persistent)
 
 
-def _passes(num_heads: int) -> int:
+def passes_of(num_heads: int) -> int:
+    """Return in how many passes the heads of a rank are taken."""
     return -(-num_heads // MAX_COLUMNS)
 
 
@@ -346,7 +199,7 @@ def attend(
     q_RQD: torch.Tensor, pages: torch.Tensor, rows: Rows, work: Work, partials: Partials, scale: float, *, pdl: bool
 ) -> None:
     """Attend rows to the latents of the local shard; see ``PartialAttention``. Partials are written."""
-    num_heads, passes = q_RQD.shape[1], _passes(q_RQD.shape[1])
+    num_heads, passes = q_RQD.shape[1], passes_of(q_RQD.shape[1])
     heads = -(-num_heads // passes)
     columns = max(8, triton.next_power_of_2(work.cutting.tile_rows * heads))
     groups, registers, sum_registers = WARPS[columns]

@@ -1,14 +1,14 @@
-"""Time attention over latents of one shard: alone, and with the merge of its parts, beside the kernel for any GPU.
+"""Time attention over latents of one shard, in 16 and in 8 bits: alone, and beside the kernel for any GPU.
 
     python -m scripts.bench_latents
     python -m scripts.bench_latents rows=4 shapes='[[8,32768,16]]'      verification: the last 4 tokens of a sequence
 
-The floor is the bytes of the latents at the rate of a streaming read, or the products at ``peak_tflops``.
+The floor is the bytes of the latents of 16 bits at the rate of a streaming read, or the products at ``peak_tflops``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from attention import latent_kv
 from attention.merge import merge_parts
+from attention.pages import PageLayout, Pages, QuantizedPages
 from attention.partial import PartialAttention, Partials, select_backend
 from attention.rows import Rows
 from attention.work import Cutting
@@ -69,12 +70,12 @@ class AnyGpu:
     def __init__(self, backend: PartialAttention, processors: int) -> None:
         self._backend, self._processors = backend, processors
 
-    def cutting(self, pages: torch.Tensor, num_heads: int, max_rows: int, *, value_dim: int | None = None) -> Cutting:
+    def cutting(self, pages: Pages, num_heads: int, max_rows: int, *, value_dim: int | None = None) -> Cutting:
         """Cut as that kernel asks for."""
         return latent_kv.cutting(num_heads, max_rows, self._processors, wide=False)
 
     def __call__(
-        self, q: torch.Tensor, pages: torch.Tensor, rows: Rows, scale: float, *, value_dim: int | None = None
+        self, q: torch.Tensor, pages: Pages, rows: Rows, scale: float, *, value_dim: int | None = None
     ) -> Partials:
         """Attend."""
         return self._backend(q, pages, rows, scale, value_dim=value_dim)
@@ -95,37 +96,53 @@ def make_rows(config: BenchLatentsConfig, sequences: int, tokens: int, device: t
     )
 
 
+def in_8_bits(pages: torch.Tensor) -> list[QuantizedPages]:
+    """Return copies of pages, [copies, P, 1, 1, block_size, WIDTH], in 8 bits with scales of 1."""
+    layout = PageLayout(1, pages.shape[4], WIDTH, pages.dtype, RANK, in_8_bits=True)
+    pools = torch.empty((*pages.shape[:2], layout.page_bytes), dtype=torch.uint8, device=pages.device)
+    values, turned, scales = layout.views(pools)
+    scales.fill_(1.0)
+    made = []
+    for copy, (wide, *planes) in enumerate(zip(pages, values, turned, scales, strict=True)):
+        values[copy].copy_(wide[..., :RANK])
+        turned[copy].copy_(wide[..., RANK:])
+        made.append(QuantizedPages(planes[0], planes[2], planes[1], pages.dtype))
+    return made
+
+
+def time_backends(
+    config: BenchLatentsConfig, q: torch.Tensor, pages: Sequence[Pages], rows: Rows, copies: int
+) -> tuple[float, float]:
+    """Return the microseconds of the kernel that is chosen, and of that for any GPU; their results must agree."""
+    backend, heads = select_backend("triton", q.device, pdl=True), q.shape[1]
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    times, results = [], []
+    for each in (backend, AnyGpu(backend, processors)):
+        its_rows = rows.cut_for(each.cutting(pages[0], heads, config.rows, value_dim=RANK), config.block_size)
+        calls = [partial(each, q, copy, its_rows, SCALE, value_dim=RANK) for copy in pages]
+        results.append(merge_parts(calls[0](), q.dtype)[0])
+        times.append(graph_us(calls, repeats=config.repeats, iterations=max(copies, 8))[0])
+    torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=2e-3)
+    return times[0], times[1]
+
+
 def measure(config: BenchLatentsConfig, shape: list[int], bytes_per_us: float) -> list[Any]:
     """Return one row of the table."""
     (sequences, tokens, heads), device = shape, torch.device("cuda")
-    backend = select_backend("triton", device, pdl=True)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     num_bytes = sequences * tokens * WIDTH * 2
     copies = max(2, config.rotated_bytes // num_bytes)
     page_shape = (copies, sequences * tokens // config.block_size, 1, 1, config.block_size, WIDTH)
     pages = torch.empty(page_shape, dtype=torch.bfloat16, device=device).normal_()
     rows = make_rows(config, sequences, tokens, device)
     q = torch.randn(sequences * config.rows, heads, WIDTH, dtype=torch.bfloat16, device=device)
-    times, results = [], []
-    for each in (backend, AnyGpu(backend, processors)):
-        its_rows = rows.cut_for(each.cutting(pages[0], heads, config.rows, value_dim=RANK), pages[0].shape[3])
-
-        def alone(copy: int, attend: Any = each, its_rows: Rows = its_rows) -> Partials:
-            return attend(q, pages[copy], its_rows, SCALE, value_dim=RANK)  # type: ignore[no-any-return]
-
-        def merged(copy: int, alone: Callable[[int], Partials] = alone) -> torch.Tensor:
-            return merge_parts(alone(copy), q.dtype, pdl=True)[0]
-
-        results.append(merged(0))
-        for call in (alone, merged):
-            calls = [partial(call, copy) for copy in range(copies)]
-            times.append(graph_us(calls, repeats=config.repeats, iterations=max(copies, 8))[0])
-    torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=2e-3)
-    ours, ours_merged, other, other_merged = times
+    ours, other = time_backends(config, q, list(pages), rows, copies)
+    ours_in_8, other_in_8 = time_backends(config, q, in_8_bits(pages), rows, copies)
     flops = 2 * heads * config.rows * sequences * tokens * (WIDTH + RANK)
     floor = max(num_bytes / bytes_per_us, flops / config.peak_tflops / 1e6)
-    tflops = flops / ours / 1e6
-    return [sequences, tokens, heads, floor, ours, ours / floor, ours_merged, tflops, other, other_merged]
+    return [
+        sequences, tokens, heads, floor, ours, ours / floor, flops / ours / 1e6, ours_in_8, ours_in_8 / ours, other,
+        other_in_8,
+    ]  # fmt: skip
 
 
 def run(config: BenchLatentsConfig) -> None:
@@ -140,10 +157,11 @@ def run(config: BenchLatentsConfig) -> None:
         "floor us",
         "ours us",
         "x floor",
-        "+ merge us",
         "TFLOP/s",
+        "8 bits us",
+        "8 / 16 bits",
         "any GPU us",
-        "+ merge us, any",
+        "any GPU, 8 bits us",
     ]
     table = [measure(config, shape, rate) for shape in config.shapes]
     report("attention over latents", columns, table, rows_each=config.rows, read_bytes_per_us=rate)
