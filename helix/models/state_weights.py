@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def state_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     """Return a rank's weights of one state layer's heads, by role.
 
-    state_in [2 K D + V W + 2 V + V W, h]: rows of queries, keys, values, of the scores of beta, then of the decay, and
-        of the output's gate
+    state_in [2 K D + 2 V W + 2 V, h]: rows of queries, keys, values, of the output's gate, of the scores of beta, then
+        of the decay
+    state_scores [2 V, h]: the scores, where the checkpoint holds the others in 8 bits and these not
     state_conv [2 K D + V W, 1, taps]: of queries, keys and values
     state_rates [2 V] float32: the logarithm of each head's rate of decay, then what is added to the decay's score
     state_norm [W]: of a head's output
@@ -45,14 +46,20 @@ def state_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     else:
         inputs = (
             *(Piece(name(names.state_qkv), rows) for rows in channels),
+            Piece(name(names.state_z), value_rows),
             Piece(name(names.state_b), heads),
             Piece(name(names.state_a), heads),
-            Piece(name(names.state_z), value_rows),
         )
+    scored = {name(each) for each in (names.state_ba, names.state_b, names.state_a)}
     num_channels = sum(stop - start for start, stop in channels)
     conv, rates = name(names.state_conv), (name(names.state_log_rate), name(names.state_bias))
-    return {
-        "state_in": Weight((num_channels + num_value * (W + 2), h), inputs),
+    apart = len({spec.is_quantized(piece.name) for piece in inputs}) > 1
+    num_scores = len([piece for piece in inputs if piece.name in scored])
+    scores = {"state_scores": Weight((2 * num_value, h), inputs[-num_scores:])} if apart else {}
+    return scores | {
+        "state_in": Weight(
+            (num_channels + num_value * (W if apart else W + 2), h), inputs[:-num_scores] if apart else inputs
+        ),
         "state_conv": Weight((num_channels, 1, states.taps), tuple(Piece(conv, rows) for rows in channels)),
         "state_rates": Weight((2 * num_value,), tuple(Piece(each, heads) for each in rates), exact=True),
         "state_norm": Weight((W,), (Piece(name(names.state_norm)),)),
@@ -76,7 +83,7 @@ def _pieces_by_key_head(states: States, qkvz: str, ba: str, heads: Range) -> tup
         for which in (0, 1)
     )
     b, a = ([Piece(ba, (at := (2 * key + which) * group + turn, at + 1)) for key, turn in places] for which in (0, 1))
-    return (*q, *k, *v, *b, *a, *z)
+    return (*q, *k, *v, *z, *b, *a)
 
 
 def state_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

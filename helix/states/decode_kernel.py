@@ -15,6 +15,7 @@ import triton.language as tl
 from attention.append import load_sum
 
 from .cache import LayerStates
+from .inputs import Inputs
 from .reference import NORM_EPS
 
 MAX_NUM = tl.constexpr(1 << 30)
@@ -80,14 +81,15 @@ def _ask(state, q, gate, weight, eps, norm_eps, D: tl.constexpr, W: tl.constexpr
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _advance_kernel(
-    flat, positions, row_seq, query_start, matrix, known, inputs, conv, rates, norm, out, num_rows, eps, norm_eps,
-    SUMMANDS: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
+    flat, scores, positions, row_seq, query_start, matrix, known, inputs, conv, rates, norm, out, num_rows, eps,
+    norm_eps, SUMMANDS: tl.constexpr, WIDTH: tl.constexpr, SCORE_SUMMANDS: tl.constexpr, SCORES_WIDTH: tl.constexpr,
+    SCORES_AT: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr,
     MAX_RUN: tl.constexpr, RUN_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     run, head = tl.program_id(0), tl.program_id(1)
     INPUT: tl.constexpr = 2 * K * D + V * W + 2 * V
-    WIDTH: tl.constexpr = INPUT + V * W
+    CHANNELS: tl.constexpr = 2 * K * D + V * W
     dtype: tl.constexpr = out.dtype.element_ty
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -102,7 +104,8 @@ def _advance_kernel(
     goes_on = (num_real > 0) & (first > 0)
     key_head = (OFFSET + head) // GROUP
     q_column, k_column, v_column = key_head * D + d, (K + key_head) * D + d, 2 * K * D + head * W + w
-    b_column, a_column = 2 * K * D + V * W + head, 2 * K * D + V * W + V + head
+    b_column, a_column = CHANNELS + head, CHANNELS + V + head  # of what is kept
+    from_b = scores + SCORES_AT + head
     in_key, in_value = d < D, w < W
     ring = inputs + slot * (RING * INPUT)
     here = matrix + (slot * V + head) * (D * W) + d[:, None] * W + w[None, :]
@@ -135,6 +138,7 @@ def _advance_kernel(
     own_k = tl.load(conv + k_column * TAPS + TAPS - 1, mask=in_key, other=0.0).to(tl.float32)
     own_v = tl.load(conv + v_column * TAPS + TAPS - 1, mask=in_value, other=0.0).to(tl.float32)
     split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
+    score_stride = tl.zeros([], tl.int64) + num_rows * SCORES_WIDTH
     row_at = (stop - num_real).to(tl.int64)
     base = row_at * WIDTH
     computes = (num_real > 0) & (is_long == 0)
@@ -143,9 +147,9 @@ def _advance_kernel(
     x_q = load_sum(flat, split_stride, base + q_column, in_key & computes, SUMMANDS, dtype)
     x_k = load_sum(flat, split_stride, base + k_column, in_key & computes, SUMMANDS, dtype)
     x_v = load_sum(flat, split_stride, base + v_column, in_value & computes, SUMMANDS, dtype)
-    x_b = load_sum(flat, split_stride, base + b_column, computes, SUMMANDS, dtype)
-    x_a = load_sum(flat, split_stride, base + a_column, computes, SUMMANDS, dtype)
-    gate = load_sum(flat, split_stride, base + INPUT + head * W + w, in_value & computes, SUMMANDS, dtype)
+    x_b = load_sum(from_b, score_stride, row_at * SCORES_WIDTH, computes, SCORE_SUMMANDS, dtype)
+    x_a = load_sum(from_b + V, score_stride, row_at * SCORES_WIDTH, computes, SCORE_SUMMANDS, dtype)
+    gate = load_sum(flat, split_stride, base + CHANNELS + head * W + w, in_value & computes, SUMMANDS, dtype)
     if computes:
         q = silu_rounded(old_q + x_q.to(tl.float32) * own_q, dtype)
         k = silu_rounded(old_k + x_k.to(tl.float32) * own_k, dtype)
@@ -173,12 +177,13 @@ def _advance_kernel(
                               INPUT, RING, TAPS, SUMMANDS, dtype)  # fmt: skip
                 q = _convolve(flat, split_stride, row_at, ring, conv, q_column, in_key, first, position, WIDTH, INPUT,
                               RING, TAPS, SUMMANDS, dtype)  # fmt: skip
-                x_b = load_sum(flat, split_stride, source + b_column, True, SUMMANDS, dtype)
-                x_a = load_sum(flat, split_stride, source + a_column, True, SUMMANDS, dtype)
+                at_score = (row_at + i) * SCORES_WIDTH
+                x_b = load_sum(from_b, score_stride, at_score, True, SCORE_SUMMANDS, dtype)
+                x_a = load_sum(from_b + V, score_stride, at_score, True, SCORE_SUMMANDS, dtype)
                 x_q = load_sum(flat, split_stride, source + q_column, in_key, SUMMANDS, dtype)
                 x_k = load_sum(flat, split_stride, source + k_column, in_key, SUMMANDS, dtype)
                 x_v = load_sum(flat, split_stride, source + v_column, in_value, SUMMANDS, dtype)
-                gate = load_sum(flat, split_stride, source + INPUT + head * W + w, in_value, SUMMANDS, dtype)
+                gate = load_sum(flat, split_stride, source + CHANNELS + head * W + w, in_value, SUMMANDS, dtype)
                 state = _work_in(state, k, v, x_b.to(tl.float32), x_a.to(tl.float32), log_rate, bias, norm_eps)
                 made = _ask(state, q, gate.to(tl.float32), weight, eps, norm_eps, D, W, dtype)
                 tl.store(out + ((row_at + i) * V + head) * W + w, made, mask=in_value)
@@ -193,7 +198,7 @@ def _advance_kernel(
 
 
 def advance_few(
-    flat: torch.Tensor,
+    inputs: Inputs,
     positions: torch.Tensor,
     row_seq: torch.Tensor,
     query_start: torch.Tensor,
@@ -210,16 +215,16 @@ def advance_few(
     Of longer runs nothing is computed; the tokens before them enter the matrix.
 
     Args:
-        flat: [S, R, width], packed: the rows' projected inputs, as their sum over S.
+        inputs: the rows' projected inputs.
         positions, row_seq, query_start, states, weights, eps, max_run: as for ``advance_reference``, on the device.
         out: [R, V, W], packed; rows of longer runs are left as they are.
         pdl: launch programmatically dependent.
     """
-    heads, (summands, rows, _) = states.heads, flat.shape
+    heads, rows = states.heads, out.shape[0]
     _advance_kernel[(query_start.shape[0] - 1, heads.num_value)](
-        flat, positions, row_seq, query_start, states.matrix, states.position, states.inputs, weights["state_conv"],
-        weights["state_rates"], weights["state_norm"], out, rows, eps, NORM_EPS,
-        SUMMANDS=summands, V=heads.num_value, K=heads.num_key, OFFSET=heads.offset, GROUP=heads.group,
+        inputs.flat, inputs.scores, positions, row_seq, query_start, states.matrix, states.position, states.inputs,
+        weights["state_conv"], weights["state_rates"], weights["state_norm"], out, rows, eps, NORM_EPS,
+        **inputs.sizes(heads), V=heads.num_value, K=heads.num_key, OFFSET=heads.offset, GROUP=heads.group,
         D=heads.key_dim, D_PAD=triton.next_power_of_2(heads.key_dim), W=heads.value_dim,
         W_PAD=triton.next_power_of_2(heads.value_dim), TAPS=heads.taps, RING=states.inputs.shape[1], MAX_RUN=max_run,
         RUN_PAD=triton.next_power_of_2(max_run), PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),

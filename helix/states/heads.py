@@ -51,9 +51,14 @@ class StateHeads:
         return self.conv_size + 2 * self.num_value
 
     @property
+    def scores_at(self) -> int:
+        """The column of the input projection where scores begin, behind channels and the output's gate."""
+        return self.conv_size + self.num_value * self.value_dim
+
+    @property
     def width(self) -> int:
-        """Columns of the input projection: a token's input, then the output's gate."""
-        return self.input_size + self.num_value * self.value_dim
+        """Columns of the input projection: channels, the output's gate, scores."""
+        return self.scores_at + 2 * self.num_value
 
     @property
     def matrices_bytes(self) -> int:

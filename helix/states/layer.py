@@ -15,6 +15,7 @@ from attention.rows import Rows
 from ..models.linear import split_linear
 from .cache import StateCache
 from .decode_kernel import advance_few
+from .inputs import Inputs
 from .prompt_kernels import advance_many
 from .reference import advance_reference
 
@@ -44,13 +45,14 @@ def advance(
         pdl: launch programmatically dependent.
         chunk: as for ``split_linear``.
     """
-    flat = split_linear(normed, weights["state_in"], pdl=pdl, chunk=chunk)
+    flat, scores = split_linear(normed, weights["state_in"], pdl=pdl, chunk=chunk), weights.get("state_scores")
+    inputs = Inputs(flat, None if scores is None else split_linear(normed, scores, pdl=pdl))
     layer, heads = states.layers[place], states.heads
     given = rows.positions, rows.row_seq, rows.query_start, layer, weights
     if not flat.is_cuda:
-        return advance_reference(flat.sum(0), *given, eps=eps, max_run=states.max_run)
+        return advance_reference(inputs.joined(), *given, eps=eps, max_run=states.max_run)
     out = torch.empty((flat.shape[1], heads.num_value, heads.value_dim), dtype=normed.dtype, device=flat.device)
-    advance_few(flat, *given, out, eps=eps, max_run=states.max_run, pdl=pdl)
+    advance_few(inputs, *given, out, eps=eps, max_run=states.max_run, pdl=pdl)
     if longest > states.max_run:
-        advance_many(flat, *given, out, eps=eps, max_run=states.max_run)
+        advance_many(inputs, *given, out, eps=eps, max_run=states.max_run)
     return out

@@ -19,6 +19,7 @@ from attention.append import load_sum
 
 from .cache import LayerStates
 from .decode_kernel import silu_rounded, softplus
+from .inputs import Inputs
 from .reference import CHUNK, NORM_EPS
 
 COLUMNS = 256  # of the convolution, a program
@@ -72,14 +73,13 @@ def _unit(x, NORM_EPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "num_runs"])
 def _within_kernel(
-    flat, mixed, query_start, rates, values, erased, asks, puts, scores, decays, num_rows, num_runs,
-    SUMMANDS: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, MAX_RUN: tl.constexpr,
-    CHUNK: tl.constexpr, NORM_EPS: tl.constexpr, PRECISION: tl.constexpr,
+    given, mixed, query_start, rates, values, erased, asks, puts, scores, decays, num_rows, num_runs,
+    SCORE_SUMMANDS: tl.constexpr, SCORES_WIDTH: tl.constexpr, SCORES_AT: tl.constexpr, V: tl.constexpr,
+    K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr,
+    W_PAD: tl.constexpr, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1)
     CHANNELS: tl.constexpr = 2 * K * D + V * W
-    WIDTH: tl.constexpr = CHANNELS + 2 * V + V * W
     dtype: tl.constexpr = mixed.dtype.element_ty
     start, end = _chunk_at(query_start, num_runs, n, MAX_RUN, CHUNK)
     if end > start:
@@ -91,9 +91,10 @@ def _within_kernel(
         q = tl.load(source + key_head * D + d[None, :], mask=of_key, other=0.0).to(tl.float32)
         k = tl.load(source + (K + key_head) * D + d[None, :], mask=of_key, other=0.0).to(tl.float32)
         v = tl.load(source + 2 * K * D + head * W + w[None, :], mask=of_value, other=0.0).to(tl.float32)
-        split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
-        b = load_sum(flat, split_stride, row * WIDTH + CHANNELS + head, there, SUMMANDS, dtype).to(tl.float32)
-        a = load_sum(flat, split_stride, row * WIDTH + CHANNELS + V + head, there, SUMMANDS, dtype).to(tl.float32)
+        split_stride = tl.zeros([], tl.int64) + num_rows * SCORES_WIDTH
+        at = row * SCORES_WIDTH + SCORES_AT + head
+        b = load_sum(given, split_stride, at, there, SCORE_SUMMANDS, dtype).to(tl.float32)
+        a = load_sum(given, split_stride, at + V, there, SCORE_SUMMANDS, dtype).to(tl.float32)
         beta = tl.where(there, 1.0 / (1.0 + tl.exp(-b)), 0.0)
         g = -tl.exp(tl.load(rates + head)) * softplus(a + tl.load(rates + V + head))
         decay = tl.cumsum(tl.where(there, g, 0.0), 0)
@@ -127,13 +128,12 @@ def _within_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def _across_kernel(
     flat, positions, row_seq, query_start, matrix, known, inputs, values, erased, asks, puts, scores, decays, out,
-    num_rows, SUMMANDS: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr,
-    MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    num_rows, SUMMANDS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
+    TAPS: tl.constexpr, RING: tl.constexpr, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     run, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     INPUT: tl.constexpr = 2 * K * D + V * W + 2 * V
-    WIDTH: tl.constexpr = INPUT + V * W
     dtype: tl.constexpr = out.dtype.element_ty
     start, stop = tl.load(query_start + run), tl.load(query_start + run + 1)
     if stop - start > MAX_RUN:
@@ -187,8 +187,8 @@ def _across_kernel(
 @triton.jit(do_not_specialize=["num_rows", "num_runs"])
 def _norm_kernel(
     flat, query_start, norm, out, num_rows, num_runs, eps,
-    SUMMANDS: tl.constexpr, V: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, INPUT: tl.constexpr,
-    MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr,
+    SUMMANDS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr,
+    CHANNELS: tl.constexpr, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Norm and gate of one head's outputs for BR rows of a chunk."""
     n, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -201,14 +201,14 @@ def _norm_kernel(
     made = (made * tl.rsqrt(tl.sum(made * made, 1) / W + eps)[:, None]).to(dtype).to(tl.float32)
     weight = tl.load(norm + w, mask=w < W, other=0.0).to(tl.float32)
     made = (made * weight[None, :]).to(dtype).to(tl.float32)
-    at = row[:, None] * (INPUT + V * W) + INPUT + head * W + w[None, :]
-    split_stride = tl.zeros([], tl.int64) + num_rows * (INPUT + V * W)
+    at = row[:, None] * WIDTH + CHANNELS + head * W + w[None, :]
+    split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
     gate = load_sum(flat, split_stride, at, mine, SUMMANDS, dtype).to(tl.float32)
     tl.store(to, (made * gate / (1.0 + tl.exp(-gate))).to(dtype), mask=mine)
 
 
 def advance_many(
-    flat: torch.Tensor,
+    inputs: Inputs,
     positions: torch.Tensor,
     row_seq: torch.Tensor,
     query_start: torch.Tensor,
@@ -223,13 +223,16 @@ def advance_many(
 
     It comes behind ``advance_few`` with the same arguments, which leaves such runs' states where they begin.
     """
-    heads, (summands, rows, _), runs = states.heads, flat.shape, query_start.shape[0] - 1
+    heads, rows, runs = states.heads, out.shape[0], query_start.shape[0] - 1
+    flat, found = inputs.flat, inputs.sizes(heads)
+    from_flat = {name: found[name] for name in ("SUMMANDS", "WIDTH")}
+    from_scores = {name: found[name] for name in ("SCORE_SUMMANDS", "SCORES_WIDTH", "SCORES_AT")}
     V, W, D, channels = heads.num_value, heads.value_dim, heads.key_dim, heads.conv_size
     chunks = rows // CHUNK + runs
     mixed = out.new_empty((rows, channels))
     _convolve_kernel[(rows, -(-channels // COLUMNS))](
         flat, positions, row_seq, states.inputs, weights["state_conv"], mixed, rows,
-        SUMMANDS=summands, CHANNELS=channels, INPUT=heads.input_size, WIDTH=heads.width, TAPS=heads.taps,
+        **from_flat, CHANNELS=channels, INPUT=heads.input_size, TAPS=heads.taps,
         RING=states.inputs.shape[1], BLOCK=COLUMNS, num_warps=4,
     )  # fmt: skip
     values = out.new_empty((chunks, V, CHUNK, W))
@@ -237,21 +240,21 @@ def advance_many(
     scores, decays = out.new_empty((chunks, V, CHUNK, CHUNK)), states.matrix.new_empty((chunks, V))
     made = values, erased, asks, puts, scores, decays
     sizes = {
-        "SUMMANDS": summands, "V": V, "K": heads.num_key, "OFFSET": heads.offset, "GROUP": heads.group, "D": D,
+        "V": V, "K": heads.num_key, "OFFSET": heads.offset, "GROUP": heads.group, "D": D,
         "D_PAD": triton.next_power_of_2(D), "W": W, "MAX_RUN": max_run, "CHUNK": CHUNK,
         "PRECISION": "ieee" if out.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     padded = triton.next_power_of_2(W)
     _within_kernel[(chunks, V)](
-        flat, mixed, query_start, weights["state_rates"], *made, rows, runs, W_PAD=padded, NORM_EPS=NORM_EPS, **sizes,
-        num_warps=8,
+        inputs.scores, mixed, query_start, weights["state_rates"], *made, rows, runs, **from_scores, W_PAD=padded,
+        NORM_EPS=NORM_EPS, **sizes, num_warps=8,
     )  # fmt: skip
     columns = min(STATE_COLUMNS, padded)
     _across_kernel[(runs, V, -(-W // columns))](
         flat, positions, row_seq, query_start, states.matrix, states.position, states.inputs, *made, out, rows,
-        BW=columns, TAPS=heads.taps, RING=states.inputs.shape[1], **sizes, num_warps=4, num_stages=2,
+        **from_flat, BW=columns, TAPS=heads.taps, RING=states.inputs.shape[1], **sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
     _norm_kernel[(chunks, CHUNK // 16, V)](
-        flat, query_start, weights["state_norm"], out, rows, runs, eps, SUMMANDS=summands, V=V, W=W, W_PAD=padded,
-        INPUT=heads.input_size, MAX_RUN=max_run, CHUNK=CHUNK, BR=16, num_warps=4,
+        flat, query_start, weights["state_norm"], out, rows, runs, eps, **from_flat, V=V, W=W, W_PAD=padded,
+        CHANNELS=channels, MAX_RUN=max_run, CHUNK=CHUNK, BR=16, num_warps=4,
     )  # fmt: skip

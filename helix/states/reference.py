@@ -74,7 +74,7 @@ def advance_reference(
         if start < stop:
             slot, first = int(row_seq[start]), int(positions[start])
             made = _advance_run(flat[start:stop], first, slot, states, weights, max_run)
-            gate = flat[start:stop, heads.input_size :].unflatten(-1, (heads.num_value, heads.value_dim))
+            gate = flat[start:stop, heads.conv_size : heads.scores_at].unflatten(-1, (heads.num_value, -1))
             out[start:stop] = gated_norm(made.to(flat.dtype), gate, weights["state_norm"], eps)
     return out
 
@@ -96,7 +96,7 @@ def _advance_run(
         raise RuntimeError(f"slot {slot} holds the state of {known} tokens, and a row at {first} comes")
     before = torch.arange(known - heads.taps + 1, first, device=rows.device)
     old = ring[before % len(ring)].masked_fill((before < 0).unsqueeze(1), 0)
-    given = rows[:, : heads.input_size]
+    given = torch.cat((rows[:, : heads.conv_size], rows[:, heads.scores_at :]), -1)
     tokens = made_of(torch.cat((old, given)), heads, weights)
     stays = first - known + (len(rows) if len(rows) > max_run else 1)
     out, matrix = chunked(tokens.part(0, stays), states.matrix[slot])

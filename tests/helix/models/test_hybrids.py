@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from helix.config import ModelConfig
 from helix.models.checkpoint import Checkpoint
 from helix.models.loading import read_spec
+from helix.models.quantization import Quantization
 from helix.models.weights import layer_weights, model_weights, part_of
 from helix.plan.footprint import Footprint, Storage
 from helix.states.cache import StateCache
@@ -64,6 +65,19 @@ def test_files_of_all_parts_give_the_weights_of_the_text_model_alone(folders, la
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[key], expected[key]) for key in ours)
     assert expected[0, "final_norm"].min() > 1.5  # what the file holds exceeds one by 0.6 at least
+
+
+def test_scores_that_stay_wide_come_apart_from_a_quantised_projection(folders):
+    spec = read_spec(ModelConfig(path=str(folders[0])))
+    whole, kept = Quantization(), Quantization(kept=("in_proj_b", "in_proj_a"))
+    for how, apart in ((whole, False), (kept, True)):
+        quantised = replace(spec, quantization=how)
+        weights = layer_weights(quantised, 0, part_of(quantised, Layout(kvp=4), 1))
+        assert weights["state_in"].quantized and ("state_scores" in weights) is apart
+        scores = weights.get("state_scores")
+        rows = weights["state_in"].shape[0] + (0 if scores is None else scores.shape[0])
+        assert rows == 2 * 16 + 2 * 2 * 12 + 2 * 2  # a key head, and channels, gates and scores of two value heads
+        assert scores is None or not scores.quantized
 
 
 def test_more_ranks_than_value_heads_are_refused(folders):

@@ -7,6 +7,7 @@ from helix.models.states import States
 from helix.states.cache import StateCache
 from helix.states.decode_kernel import advance_few
 from helix.states.heads import StateHeads
+from helix.states.inputs import Inputs
 from helix.states.prompt_kernels import advance_many
 from helix.states.reference import advance_reference
 
@@ -72,11 +73,14 @@ def compare(steps, dtype, summands):
             torch.tensor(row_seq, dtype=torch.int32, device=DEVICE),
             starts.to(DEVICE, torch.int32),
         )
-        expected = advance_reference(flat.sum(0), *given, theirs, weights, eps=1e-6, max_run=MAX_RUN)
+        inputs = Inputs(flat)
+        if turn == 1:  # scores come apart
+            inputs = Inputs(*(each.contiguous() for each in flat.split((heads.scores_at, 2 * heads.num_value), -1)))
+        expected = advance_reference(inputs.joined(), *given, theirs, weights, eps=1e-6, max_run=MAX_RUN)
         out = torch.full_like(expected, torch.nan)
-        advance_few(flat, *given, mine, weights, out, eps=1e-6, max_run=MAX_RUN)
+        advance_few(inputs, *given, mine, weights, out, eps=1e-6, max_run=MAX_RUN)
         if any(rows > MAX_RUN for _, _, rows, _ in step):
-            advance_many(flat, *given, mine, weights, out, eps=1e-6, max_run=MAX_RUN)
+            advance_many(inputs, *given, mine, weights, out, eps=1e-6, max_run=MAX_RUN)
         check(out, expected, dtype)
         assert torch.equal(mine.position, theirs.position)
         check(mine.matrix, theirs.matrix, dtype)

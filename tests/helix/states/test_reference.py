@@ -42,8 +42,9 @@ def slices(layer, first, stop):
         32 + torch.arange(first * 5, stop * 5),
     ])  # fmt: skip
     mine, values = slice(first, stop), slice(first * 5, stop * 5)
-    flat = [layer.in_proj_qkv.weight[qkv], layer.in_proj_b.weight[mine], layer.in_proj_a.weight[mine]]
-    return torch.cat([*flat, layer.in_proj_z.weight[values]]), {
+    flat = [layer.in_proj_qkv.weight[qkv], layer.in_proj_z.weight[values]]
+    flat += [layer.in_proj_b.weight[mine], layer.in_proj_a.weight[mine]]
+    return torch.cat(flat), {
         "state_conv": layer.conv1d.weight[qkv],
         "state_rates": torch.cat((layer.A_log[mine], layer.dt_bias[mine])),
         "state_norm": layer.norm.weight,
