@@ -75,8 +75,7 @@ class DataParallel:
                 layer["all-reduce"] += all_ranks.all_reduce_us(batch, self.gpus)
             for name, value in layer.items():
                 terms[name] += kind.count * value
-        terms["weights"] += all_ranks.footprint.top["lm_head"].num_bytes / hw.read_bytes_per_us
-        terms["launches"] += 4 * hw.launch_us + hw.step_us
+        all_ranks.add_ends(terms, batch)
         own.add_attention(terms, rows_times_tokens=mine * context, read_tokens=mine * context)
         return Time(dict(terms))
 

@@ -1,5 +1,6 @@
 """The model of cost: terms against arithmetic by hand, and the whole beside steps that were measured."""
 
+import itertools
 import json
 import statistics
 from dataclasses import replace
@@ -24,10 +25,14 @@ def cost(model: str, hardware: str, **layout: int) -> CostModel:
     return CostModel(Footprint(preset(model), Layout(**layout)), named_hardware(hardware))
 
 
-def measured_steps() -> list[tuple[str, float, float, tuple]]:
+EARLIER = (("performance.jsonl", "h200"), ("performance-h100.jsonl", "h100"))
+VALIDATION = (("performance-plan.jsonl", "h200"),)
+
+
+def measured_steps(files: tuple[tuple[str, str], ...]) -> list[tuple[str, float, float, tuple]]:
     """(machine, measured ms, predicted ms, (model, commit, ranks, context, batch)) of every decode step in docs/."""
     steps = []
-    for file, machine in (("performance.jsonl", "h200"), ("performance-h100.jsonl", "h100")):
+    for file, machine in files:
         for line in (DOCS / file).read_text().splitlines():
             bench = json.loads(line)
             model = bench.get("model", "glm4_9b_1m")
@@ -64,27 +69,30 @@ def test_an_exchange_crosses_the_network_where_its_group_leaves_the_domain() -> 
     assert exchange[0] > 100.0 > exchange[1]
 
 
-def test_steps_that_were_measured_are_predicted() -> None:
-    """A first, weaker check: points in docs/, of several commits, mostly one model; no constant is fitted to them."""
-    steps = measured_steps()
+def test_steps_that_were_measured_together_are_predicted() -> None:
+    """40 steps of four models at one commit, on one and two H200; no constant is fitted to any of them."""
+    steps = measured_steps(VALIDATION)
     errors = [abs(predicted / measured - 1) for _, measured, predicted, _ in steps]
+    assert len(errors) == 40 and len({case[0] for *_, case in steps}) == 4
+    assert statistics.median(errors) <= 0.04
+    assert max(errors) <= 0.10
+
+
+def test_steps_of_earlier_commits_are_predicted() -> None:
+    """A weaker check: points of several commits and machines, mostly one model."""
+    errors = [abs(predicted / measured - 1) for _, measured, predicted, _ in measured_steps(EARLIER)]
     assert len(errors) >= 30
     assert statistics.median(errors) <= 0.05
     assert max(errors) <= 0.12
 
 
 def test_the_faster_of_two_layouts_is_never_the_wrong_one() -> None:
-    steps, pairs = measured_steps(), 0
-    for i, (machine, measured, predicted, case) in enumerate(steps):
-        for other, other_measured, other_predicted, other_case in steps[:i]:
-            if (
-                machine == other
-                and case == other_case
-                and max(measured, other_measured) > 1.1 * min(measured, other_measured)
-            ):
-                pairs += 1
-                assert (measured < other_measured) == (predicted < other_predicted), case
-    assert pairs >= 3
+    pairs = 0
+    for (machine, measured, predicted, case), other in itertools.combinations(measured_steps(EARLIER + VALIDATION), 2):
+        if (machine, case) == (other[0], other[3]) and max(measured, other[1]) > 1.1 * min(measured, other[1]):
+            pairs += 1
+            assert (measured < other[1]) == (predicted < other[2]), case
+    assert pairs >= 7
 
 
 def test_experts_in_use() -> None:
