@@ -8,6 +8,7 @@ What is found here needs no compiler: bounds, and what a schema asks for that wo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,12 @@ _NOT_KEPT = (
 _ANNOTATIONS = (
     "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id", "$comment",
     "$defs", "definitions", "$anchor", "discriminator",
+)  # fmt: skip
+# Keywords that count only where a type is named.
+_OF_TYPES = (
+    "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+    "multipleOf", "minItems", "maxItems", "required", "minProperties", "maxProperties", "propertyNames",
+    "patternProperties",
 )  # fmt: skip
 _ALONE = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
 _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
@@ -159,6 +166,8 @@ def _problem(schema: dict[str, Any]) -> str | None:
         others = []
     if alone is not None and others:
         return f"{alone} beside {others[0]}"
+    if "type" not in schema and (of := next((key for key in _OF_TYPES if key in schema), None)) is not None:
+        return f"{of} without type"
     if "format" in schema and "pattern" in schema:
         return "format beside pattern"
     named = schema.get("patternProperties")
@@ -178,7 +187,8 @@ def _are_of(schema: dict[str, Any], alone: str) -> bool:
 def _breaks_strings(pattern: str) -> bool:
     """Return whether a pattern spells what JSON's strings write otherwise: it would stand there as it is."""
     escapes = (pattern[at + 1 : at + 2] for at in _escapes(pattern))
-    return any(char == '"' or char < " " for char in pattern) or any(char in "\\xucnrtfv0" for char in escapes)
+    wide = any(start <= "\\" and end > "\x7f" for start, end in re.findall("(?s)(.)-(.)", pattern))
+    return wide or any(char == '"' or char < " " for char in pattern) or any(char in "\\xucnrtfv0" for char in escapes)
 
 
 def _escapes(pattern: str) -> Iterator[int]:

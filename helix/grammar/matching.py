@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..commands import Add
-from ..request import Chunk, Sequence
+from ..request import MASK_BITS, Chunk, Sequence
 from .vocabulary import Vocabulary
 
 SLOW_S = 0.02
@@ -30,9 +30,10 @@ NUM_KEPT = 32
 
 @dataclass
 class _Matched:
-    """One request's grammar, the matcher once there is one, and how many output tokens that has accepted."""
+    """One request's grammar, of a kind, the matcher once there is one, and how many output tokens that accepted."""
 
     compiled: Any
+    kind: str
     matcher: Any = None
     num_accepted: int = 0
 
@@ -67,7 +68,7 @@ class Matchers:
             self._kept.move_to_end(key)
             if len(self._kept) > NUM_KEPT:
                 self._kept.popitem(last=False)
-            self._matched[add.index] = _Matched(compiled)
+            self._matched[add.index] = _Matched(compiled, key[0])
         return msgspec.structs.replace(add, grammar=b"")
 
     def drop(self, index: int) -> None:
@@ -92,14 +93,22 @@ class Matchers:
 
     def _fill(self, chunk: Chunk, masks: npt.NDArray[np.int32]) -> int:
         began = time.thread_time()
-        matcher, num_tried = self._caught_up(chunk.seq), 0
+        seq, vocabulary = chunk.seq, self._vocabulary
+        matcher, num_tried = self._caught_up(seq), 0
+        in_json = self._matched[seq.index].kind in ("json", "call")
+        last = seq.token_ids[-1] if len(seq.token_ids) > seq.prompt_len else None
         for mask, draft in zip(masks, (*chunk.drafts, None), strict=True):
             matcher.fill_next_token_bitmask(mask[None])
+            if in_json:
+                mask &= vocabulary.json_mask
+            if last is not None and (after := vocabulary.mask_after(last)) is not None:
+                mask &= after
             if time.thread_time() - began > SLOW_S * (1 + num_tried):
                 return TOO_SLOW
-            if draft is None or not matcher.accept_token(draft):
+            if draft is None or not (mask[draft // MASK_BITS] >> draft % MASK_BITS & 1):
                 break
-            num_tried += 1
+            matcher.accept_token(draft)
+            last, num_tried = draft, num_tried + 1
             if matcher.is_terminated():  # a draft that ends the answer: nothing comes behind it
                 break
         if num_tried:

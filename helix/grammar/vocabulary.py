@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 from collections.abc import Sequence
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from ..request import MASK_BITS
 from ..token_texts import TokenTexts
+
+Mask = npt.NDArray[np.int32]
+# Of UTF-8: second bytes that may follow a first one, where not all may. xgrammar lets others through in places.
+_SECOND = {0xE0: range(0xA0, 0xC0), 0xED: range(0x80, 0xA0), 0xF0: range(0x90, 0xC0), 0xF4: range(0x80, 0x90)}
+_CONTINUING = bytes(range(0x80, 0xC0))
+_NOT_IN_JSON = frozenset(range(0x20)) - frozenset(b"\n\r")
+_Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Vocabulary:
     """The bytes of every token of a tokenizer.
 
-    A token that the tokenizer calls special spells nothing, as one that it does not have: no grammar allows it.
+    A token that the tokenizer calls special spells nothing, nor does one that it does not have, or whose bytes are no
+    part of a text: no grammar allows it.
 
     Args:
         tokenizer: the model's; None spells nothing.
@@ -46,7 +60,7 @@ class Vocabulary:
         with self._lock:
             if self._info is None:
                 self._info = xgrammar.TokenizerInfo(
-                    self._spelled(), xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=self.end_ids
+                    self._bytes, xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=self.end_ids
                 )
             return self._info
 
@@ -58,12 +72,51 @@ class Vocabulary:
         silent = set(self.info.special_token_ids)
         return [*self.end_ids, *(each for each in stop_token_ids if each in silent and each not in self.end_ids)]
 
-    def _spelled(self) -> list[bytes]:
+    @cached_property
+    def json_mask(self) -> Mask:
+        """The tokens that may stand in JSON: those without control characters, but for ends of lines.
+
+        Tabs could stand between its parts; xgrammar lets all of them into strings of bounded length.
+        """
+        return _mask([_NOT_IN_JSON.isdisjoint(spelled) for spelled in self._bytes])
+
+    def mask_after(self, token: int) -> Mask | None:
+        """Return the tokens that may follow one that ends within a character, by UTF-8's rules; None for all."""
+        spelled = self._bytes[token]
+        return self._seconds.get(spelled[-1]) if spelled else None
+
+    @cached_property
+    def _seconds(self) -> dict[int, Mask]:
+        return {
+            first: _mask([not spelled or spelled[0] in seconds for spelled in self._bytes])
+            for first, seconds in _SECOND.items()
+        }
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
         texts = TokenTexts(self._tokenizer)
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         silent = {number for number, token in added.items() if token.special} | set(self.end_ids)
         known = len(self._tokenizer)
-        return [
+        spelled = (
             b"" if number in silent or number >= known else bytes(texts.spelled(number)[1])
             for number in range(self.vocab_size)
-        ]
+        )
+        return [each if _is_text(each) else b"" for each in spelled]
+
+
+def _is_text(spelled: bytes) -> bool:
+    """Return whether bytes may be part of a text in UTF-8: its characters are whole but for the first and the last."""
+    bare = spelled.lstrip(_CONTINUING)
+    try:
+        _Decoder().decode(bare)
+    except UnicodeDecodeError:
+        return False
+    return len(spelled) - len(bare) < 4
+
+
+def _mask(allowed: Sequence[bool]) -> Mask:
+    """Return a mask of one bit a token."""
+    bits = np.zeros(-(-len(allowed) // MASK_BITS) * MASK_BITS, np.uint8)
+    bits[: len(allowed)] = allowed
+    return np.packbits(bits, bitorder="little").view("<i4")

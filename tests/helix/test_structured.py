@@ -28,7 +28,16 @@ def nested(depth: int) -> dict[str, Any]:
         ({"regex": "a|b"}, {"regex": "a|b"}),
         ({"choice": ["a", 'b"']}, {"grammar": 'root ::= "a" | "b\\U00000022"'}),
         ({"json": {"properties": {"not": {"const": 1, "type": "integer"}}}}, None),
-        ({"json": {"$ref": "#/$defs/x", "description": "d", "$defs": {"x": {"pattern": "^\\d\\.[^a]$"}}}}, None),
+        (
+            {
+                "json": {
+                    "$ref": "#/$defs/x",
+                    "title": "t",
+                    "$defs": {"x": {"type": "string", "pattern": "^\\d\\.[^a]$"}},
+                }
+            },
+            None,
+        ),
     ],
 )
 def test_it_has_one_form(given: dict[str, Any], form: dict[str, str] | None) -> None:
@@ -56,10 +65,12 @@ def test_it_has_one_form(given: dict[str, Any], form: dict[str, str] | None) -> 
         ({"json": {"$defs": {"x": {"uniqueItems": True}}}}, "has uniqueItems at #/$defs/x"),
         ({"json": {"anyOf": [{}], "type": "object"}}, "has anyOf beside type at #"),
         ({"json": {"enum": [1, "x"], "type": "string"}}, "has enum beside type"),
-        ({"json": {"format": "date", "pattern": "a"}}, "has format beside pattern"),
-        ({"json": {"pattern": 'a"'}}, "with a quote, backslash"),
-        ({"json": {"patternProperties": {"\\\\": {}}}}, "with a quote, backslash"),
-        ({"json": {"pattern": "\\x22"}}, "with a quote, backslash"),
+        ({"json": {"minLength": 3}}, "has minLength without type"),
+        ({"json": {"type": "string", "format": "date", "pattern": "a"}}, "has format beside pattern"),
+        ({"json": {"type": "string", "pattern": 'a"'}}, "with a quote, backslash"),
+        ({"json": {"type": "object", "patternProperties": {"\\\\": {}}}}, "with a quote, backslash"),
+        ({"json": {"type": "string", "pattern": "\\x22"}}, "with a quote, backslash"),
+        ({"json": {"type": "string", "pattern": "[!-ÿ]"}}, "with a quote, backslash"),
     ],
 )
 def test_anything_else_is_refused(given: Any, problem: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from helix.grammar import matching
@@ -113,7 +114,7 @@ def test_ten_thousand_random_schemas_are_kept(model: str) -> None:
     ],
 )
 def test_other_forms_are_kept(llm: LLM, structure: dict[str, Any], is_one: Callable[[str], bool]) -> None:
-    outputs = run(llm, [asking(structure, seed) for seed in range(6)])
+    outputs = run(llm, [asking(structure, seed, 150) for seed in range(8)])
     whole = [output.text for output in outputs if output.finish_reason == STOP]
     assert whole and all(map(is_one, whole))
 
@@ -133,6 +134,29 @@ def test_stops_that_are_text_end_an_answer_early_and_special_ones_only_a_whole_o
     )
     assert (early.finish_reason, early.stop_reason) == (STOP, ",") and early.text.startswith("[")
     assert late.finish_reason == STOP and len(json.loads(late.text)) >= 3
+
+
+@pytest.mark.parametrize(
+    ("structure", "made", "forbidden"),
+    [
+        ({"json": {"type": "string", "maxLength": 4}}, b'"', range(0x20)),
+        ({"json": {"type": "string", "maxLength": 4}}, b'"\xed', range(0xA0, 0xC0)),
+        ({"regex": "[^a]+"}, b"\xe0", range(0x80, 0xA0)),
+        ({"regex": "[^a]+"}, b"b", [0xC0, 0xC1, *range(0xF5, 0x100)]),
+    ],
+)
+def test_no_token_breaks_json_or_a_character(
+    llm: LLM, structure: dict[str, Any], made: bytes, forbidden: Sequence[int]
+) -> None:
+    matchers = matching.Matchers(llm.vocabulary)
+    seq = matchers.admit(
+        llm.preparer.prepare(0, asking(structure), SamplingParams(structured_outputs=structure))
+    ).sequence()
+    seq.token_ids += made
+    masks = np.zeros((1, -(-llm.spec.vocab_size // 32)), np.int32)
+    assert matchers.fill([Chunk(seq, len(seq.token_ids) - 1, len(seq.token_ids))], masks) == [0]
+    allowed = np.unpackbits(masks[0].view(np.uint8), bitorder="little")
+    assert allowed[:256].any() and not allowed[list(forbidden)].any()
 
 
 def test_a_row_with_a_mask_waits_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
