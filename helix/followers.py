@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .cache.checkpoints import Checkpoints
 from .cache.claim import Claim
 from .cache.keys import BlockKeys
 from .cache.tree import Block
@@ -19,24 +20,33 @@ Name = tuple[Block, bytes]
 
 
 class Followers:
-    """Those that wait for another's blocks, by ``Sequence.waits_for``."""
+    """Those that wait for another's blocks, by ``Sequence.waits_for``.
 
-    def __init__(self) -> None:
+    Args:
+        checkpoints: behind which blocks a sequence may begin; None where it may behind any.
+    """
+
+    def __init__(self, checkpoints: Checkpoints | None) -> None:
         self._seqs: list[Sequence] = []
+        self._checkpoints = checkpoints
 
     def add(self, seq: Sequence, claim: Claim, leaders: dict[Name, Sequence]) -> bool:
         """Let a sequence wait for the prompt that computes the next block that its claim lacks; False where none does.
 
-        It waits for all that the two share, which is computed under the claim's blocks, one after the other.
+        It waits for all that the two share, which is computed under the claim's blocks, one after the other; with
+        checkpoints, for the last one in it that the other leaves.
         """
         found = len(claim.chain)
         leader = leaders.get((claim.tail, _key(claim.keys, found)))
         if leader is None or leader.keys is None:
             return False
         num_shared = _num_shared(claim.keys, leader.keys, found, (len(seq.token_ids) - 1) // claim.keys.block_size)
-        if num_shared == found:
+        num_tokens = num_shared * claim.keys.block_size
+        if self._checkpoints is not None:
+            num_tokens = self._checkpoints.last_below(num_tokens, len(leader.token_ids))
+        if num_tokens <= claim.num_tokens:
             return False
-        seq.waits_for = (leader, num_shared * claim.keys.block_size)
+        seq.waits_for = (leader, num_tokens)
         self._seqs.append(seq)
         return True
 

@@ -78,7 +78,7 @@ class Scheduler:
         self._quiet = 0  # steps of decode rows alone that come before the next chunk
         self._free_slots = list(range(config.max_batch))
         self._num_steps = self._num_arrived = 0
-        self._followers = Followers()
+        self._followers = Followers(cache.checkpoints)
         self._least = NOBODY  # no other waiting one misses less
         self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and when that was
         self.on_leave: Callable[[Sequence], None] = _ignore  # told of every sequence that ends or is preempted

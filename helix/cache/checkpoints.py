@@ -41,6 +41,11 @@ class Checkpoints:
         due = ((start // self.every + 1) * self.every, self._last(length))
         return min((position for position in due if start < position < stop), default=stop)
 
+    def last_below(self, position: int, length: int) -> int:
+        """Return the last position up to one where a sequence of ``length`` tokens leaves a checkpoint; 0 for none."""
+        last = self._last(length)
+        return max(position // self.every * self.every, last if last <= position else 0)
+
     def match(self, root: Block, keys: list[bytes], limit: int) -> list[Block]:
         """Return the longest chain of matching blocks that ends at a checkpoint; see ``tree.match``."""
         chain = match(root, keys, limit)

@@ -22,6 +22,7 @@ from ..models.weights import layer_weights, model_weights, next_weights, part_of
 from ..states.heads import StateHeads
 
 FP4_GROUP = 16
+CHECKPOINT_SHARE = 4  # checkpoints of states take at most one byte for so many of keys and values
 PLANE_ALIGNMENT = 16  # bytes; of the planes of a page in 8 bits
 EXPERT_ROLES = ("experts_gate_up", "experts_down")
 QUANTISED = (

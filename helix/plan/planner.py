@@ -10,7 +10,7 @@ from parallel.layout import Layout
 
 from ..models.spec import ModelSpec
 from .cost import CostModel, Time
-from .footprint import Footprint, Storage
+from .footprint import CHECKPOINT_SHARE, Footprint, Storage
 from .hardware import Hardware
 
 MAX_BATCH = 1 << 16
@@ -101,7 +101,9 @@ class Setup:
         """
         hw = self.hardware
         taken = foot.weights_bytes + foot.activation_bytes(self.prefill_chunk + STEP_ROWS) + int(hw.reserved_bytes)
-        pages = foot.num_pages(int(hw.memory_bytes * self.memory_fraction) - taken)
+        taken += foot.states_bytes(STEP_ROWS, max_run=1)
+        checkpoints = foot.page_bytes // CHECKPOINT_SHARE if foot.spec.states is not None else 0
+        pages = foot.num_pages(int(hw.memory_bytes * self.memory_fraction) - taken, page_bytes_beside=checkpoints)
         if not pages:
             raise ValueError(
                 f"{foot.weights_bytes / 1e9:.1f} GB of weights a rank leave no memory for one page: "

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from ..cache.checkpoints import UNIT, Checkpoints
 from ..cache.movements import CopyState
 from ..config import CacheConfig
-from ..plan.footprint import Footprint
+from ..plan.footprint import CHECKPOINT_SHARE, Footprint
 from .cache import StateCache
 
 _log = logging.getLogger(__name__)
-SHARE = 4  # checkpoints take at most one byte for so many of keys and values
 
 
 class StateCheckpoints:
@@ -56,7 +55,7 @@ class CheckpointPlan:
         every = config.checkpoint_every
         if every is None:
             token_bytes = footprint.token_bytes / footprint.layout.kvp  # on a rank, of any token
-            every = int(SHARE * footprint.state_bytes(max_run) / token_bytes)
+            every = int(CHECKPOINT_SHARE * footprint.state_bytes(max_run) / token_bytes)
         unit = max(UNIT, config.block_size)
         return cls(-(-every // unit) * unit, footprint, max_run)
 

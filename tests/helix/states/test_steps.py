@@ -59,6 +59,22 @@ def test_later_prompts_go_on_from_checkpoints(model):
     assert found == [[0], [192], [192], [128], [0], [192, 192, 256, 192, 128]]
 
 
+def test_samples_of_one_prompt_wait_for_its_checkpoint_and_for_nothing_else(model):
+    prompt, steps = [Random(1).randrange(256) for _ in range(200)], []
+    llm = make_llm(model, prefill_chunk=512, look_ahead=True)
+    schedule = llm.engine.scheduler.schedule
+
+    def noted():
+        step = schedule()
+        steps.append([(chunk.start, chunk.stop) for chunk in step.chunks if chunk.stop <= len(prompt)])
+        return step
+
+    llm.engine.scheduler.schedule = noted
+    outputs = run(llm, [prompt] * 3, SAMPLING)
+    assert [output.cached_tokens for output in outputs] == [0, 192, 192]
+    assert [step for step in steps if step] == [[(0, 192)], [(192, 200)] * 3]
+
+
 def test_checkpoints_give_way_to_later_ones(model):
     prompts = [[Random(seed).randrange(256) for _ in range(80)] for seed in range(4)]
     llm = make_llm(model, num_pages=16, cache={"checkpoint_every": 128}, max_batch=1, look_ahead=True)
