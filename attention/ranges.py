@@ -134,14 +134,14 @@ class PlannedFillings:
         """Return the fillings of a step's rows, whose ``arrays`` were sent to the device."""
         fillings = []
         for number, each in enumerate(self.fillings):
-            own = {name: sent[f"{number}.{name}"] for name in _OF_ROWS}
+            visible_len, row_seq, query_start, page_table = (sent[f"{number}.{name}"] for name in _OF_ROWS)
             work = None
             if each.work is not None and self.cutting is not None:
                 pieces, span_start, part_start = (sent[f"{number}.{name}"] for name in _OF_WORK)
                 parts = part_start if each.work.is_split else None
                 work = Work(self.cutting, pieces, span_start, parts, int(each.work.part_start[-1]))
             positions, slot = (whole[each.first : each.stop] for whole in (rows.positions, rows.slot))
-            own_rows = Rows(positions=positions, slot=slot, work=work, **own)
+            own_rows = Rows(positions, row_seq, visible_len, slot, page_table, query_start, work)
             fillings.append(Filling(each.first, each.stop, sent[f"{number}.tokens"], own_rows))
         return fillings
 

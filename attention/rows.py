@@ -56,6 +56,7 @@ class Rows:
         work: who attends to what; None for a back end that asks for no work list.
         visible_from: [R] int32, the first local token that the row sees; None where every row sees all before it. Rows
             of a run ascend. Pages that no row sees are not read, whatever the page table says of them.
+        window: the same rows as layers with a window see them; None where the model has none.
     """
 
     positions: torch.Tensor
@@ -66,6 +67,7 @@ class Rows:
     query_start: torch.Tensor
     work: Work | None = None
     visible_from: torch.Tensor | None = None
+    window: Rows | None = None
 
     @property
     def num_rows(self) -> int:

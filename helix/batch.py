@@ -80,11 +80,39 @@ class StepRows:
 
 
 @dataclass(frozen=True)
+class WindowRows:
+    """What layers with a window see of a step's rows, int64 [R], every rank the same, for its own heads: the tokens
+    [visible_from, visible_len) of each, whose own goes to ``slot``.
+    """
+
+    visible_len: IntArray
+    visible_from: IntArray
+    slot: IntArray
+
+    @classmethod
+    def at(cls, visible_len: IntArray, window: int, slot: IntArray) -> WindowRows:
+        """Return rows that see the last ``window`` of so many tokens."""
+        return cls(visible_len, np.maximum(visible_len - window, 0), slot)
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """What the device needs of them, by the names of its inputs."""
+        return {
+            "window.slot": self.slot,
+            "window.visible_len": self.visible_len.astype(np.int32),
+            "window.visible_from": self.visible_from.astype(np.int32),
+        }
+
+
+@dataclass(frozen=True)
 class LocalRows:
-    """What one rank alone sees of a step's rows, int64 [R]: local tokens seen, and the slot of owned rows or -1."""
+    """What one rank alone sees of a step's rows, int64 [R]: local tokens seen, and the slot of owned rows or -1; and
+    what it sees in layers with a window, None where the model has none.
+    """
 
     visible: IntArray
     slot: IntArray
+    window: WindowRows | None = None
 
     @classmethod
     def of(cls, rows: StepRows, placement: BlockCyclic, kvp_rank: int, page_table: npt.NDArray[np.int32]) -> LocalRows:
@@ -98,9 +126,10 @@ class LocalRows:
         )
 
     @classmethod
-    def that_see_nothing(cls, num_rows: int) -> LocalRows:
-        """Return rows that see and store nothing."""
-        return cls(np.zeros(num_rows, np.int64), np.full(num_rows, -1, np.int64))
+    def for_nobody(cls, num_rows: int, *, visible: int = 0, window: int = 0) -> LocalRows:
+        """Return rows that store nothing and see so many tokens, the last ``window`` in layers that have one."""
+        seen, slot = np.full(num_rows, visible, np.int64), np.full(num_rows, -1, np.int64)
+        return cls(seen, slot, WindowRows.at(seen, window, slot) if window else None)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,16 @@ def compare_ranks(number: int, step: Step, tokens: SampledTokens | None = None) 
 
 def _digest_chunk(digest: hashlib.blake2b, chunk: Chunk) -> None:
     seq = chunk.seq
-    state = [seq.index, chunk.start, chunk.stop, seq.batch_slot, seq.blocks.first_owner, *seq.blocks.pages]
+    state = [
+        seq.index,
+        chunk.start,
+        chunk.stop,
+        seq.batch_slot,
+        seq.blocks.first_owner,
+        *seq.blocks.pages,
+        -1,
+        *seq.blocks.window.pages,
+    ]
     inputs = [seq.seed, seq.max_len, seq.priority, *seq.token_ids[chunk.start : chunk.stop]]
     digest.update(np.array([*state, -1, *chunk.drafts, -1, *inputs], np.int64).tobytes())
     digest.update(repr((seq.sampling, seq.cache_salt, seq.retention)).encode("utf-8", "surrogatepass"))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from attention.ranges import Filling, PlannedFillings
-from attention.rows import Rows, Work
-from attention.work import cut
+from attention.rows import Rows
+from attention.work import Cutting, WorkList, cut
 from parallel.placement import BlockCyclic
 
-from .batch import LocalRows, SharedRows, StepRows
+from .batch import LocalRows, SharedRows, StepRows, WindowRows
 from .cache.pages import PagedCache
 from .models.decoder import Decoder
 from .models.row_share import RowShare
 from .page_tables import PageTables
-from .upload import upload
+from .upload import WINDOW_PREFIX, arrays_of_work, sent_work, upload, window_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,16 @@ class RowSender:
         work = cutting = None
         if planned is not None:
             arrays |= planned.arrays
-        else:
+        elif cache.layers:
             cutting = self._decoder.cutting(cache.layers[0], max_rows=longest)
             work = None if cutting is None else cut(local.visible, step.query_start, step.row_seq, cutting)
         if work is not None:
-            arrays |= {"pieces": work.pieces, "span_start": work.span_start, "part_start": work.part_start}
+            arrays |= arrays_of_work(work)
+        of_window = None if local.window is None else self._cut_window(step, local.window, longest)
+        if local.window is not None:
+            arrays |= local.window.arrays
+        if of_window is not None:
+            arrays |= arrays_of_work(of_window[1], WINDOW_PREFIX)
         shares = 0 < self._share_rows <= step.num_rows  # alike on every rank
         shared = SharedRows.of(step, self._placement, self._kvp_rank) if shares else None
         if shared is not None:
@@ -105,14 +110,22 @@ class RowSender:
             slot=sent["slot"],
             page_table=self._tables.device,
             query_start=sent["query_start"],
-            work=None if work is None or cutting is None else Work(
-                cutting, sent["pieces"], sent["span_start"], sent["part_start"] if work.is_split else None,
-                int(work.part_start[-1]),
-            ),
-        )  # fmt: skip
+            work=None if work is None or cutting is None else sent_work(cutting, work, sent),
+        )
+        if self._tables.windows is not None:
+            window_work = None if of_window is None else sent_work(*of_window, sent, WINDOW_PREFIX)
+            rows = replace(rows, window=window_rows(rows, sent, self._tables.windows.device, window_work))
         share = None if shared is None else RowShare(sent["mine"], shared.num_mine, sent["order"])
         fillings = [] if planned is None else planned.on_device(sent, rows) * repeat
         return DeviceRows(sent["token_ids"], rows, share, fillings, {name: sent[name] for name in beside or {}})
+
+    def _cut_window(self, step: StepRows, seen: WindowRows, longest: int) -> tuple[Cutting, WorkList] | None:
+        """Return the work of layers with a window; None where no work list is read."""
+        cutting = self._decoder.window_cutting(max_rows=longest)
+        if cutting is None:
+            return None
+        size = self._placement.block_size
+        return cutting, cut(seen.visible_len, step.query_start, step.row_seq, cutting, seen.visible_from, size)
 
     def _plan(self, step: StepRows, local: LocalRows, longest: int) -> PlannedFillings:
         """Deal out what a step's rows see here into fillings of the decoder's workspace."""

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from attention.exchange import Exchange
@@ -33,19 +32,12 @@ from parallel.symmetric import Faults
 
 from .cache.pages import PagedCache
 from .compile_ahead import compile_ahead
+from .decode_rows import ROW_INPUTS, WINDOW_INPUTS, DecodeRows
 from .models.decoder import Decoder
 from .next_states import NextStates
-from .upload import Packing, Shapes, fill_work, upload, work_shapes
+from .upload import WINDOW_PREFIX, Packing, Shapes, fill_work, upload, window_rows, work_shapes
 
 _log = logging.getLogger(__name__)
-_ROW_INPUTS: dict[str, tuple[type[np.generic], int]] = {  # of each row, and what padding has
-    "token_ids": (np.int64, 0),
-    "positions": (np.int64, -1),  # by which state layers know it
-    "slot": (np.int64, -1),
-    "visible_len": (np.int32, 0),
-    "before": (np.int64, 0),
-    "keep": (np.int64, 0),
-}
 STAGES = 4
 """Steps whose inputs or outputs may be in flight."""
 Choose = Callable[[int], torch.Tensor]
@@ -55,46 +47,6 @@ def buckets_up_to(max_batch: int) -> list[int]:
     """Return the captured batch sizes: powers of two, and max_batch."""
     sizes = [1 << power for power in range(max_batch.bit_length()) if 1 << power < max_batch]
     return [*sizes, max_batch]
-
-
-@dataclass(frozen=True)
-class DecodeRows:
-    """A decode step's rows on the host, int64 [R] each; rows of one sequence are neighbours and ascend in position.
-
-    A token id of -1 means: the token that the device chose last for this batch slot; -2 its first draft, and so on.
-
-    Attributes:
-        counts: int64 [B], the rows of each sequence.
-        before, keep: what ``NextStates`` gives; None where there is no layer that asks for it.
-    """
-
-    token_ids: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    slot: npt.NDArray[np.int64]
-    row_seq: npt.NDArray[np.int64]
-    visible_len: npt.NDArray[np.int64]
-    counts: npt.NDArray[np.int64]
-    before: npt.NDArray[np.int64] | None = None
-    keep: npt.NDArray[np.int64] | None = None
-
-    @classmethod
-    def none(cls) -> DecodeRows:
-        """Return no rows."""
-        nothing = np.zeros(0, np.int64)
-        return cls(nothing, nothing, nothing, nothing, nothing, nothing)
-
-    def fill(self, inputs: Mapping[str, npt.NDArray[np.generic]], run_len: int, padding_slot: int) -> None:
-        """Write the rows into a graph's inputs: each sequence's at the end of its run, padding everywhere else."""
-        stops = np.cumsum(self.counts)
-        run_stops = np.arange(1, len(self.counts) + 1) * run_len
-        places = np.arange(len(self.token_ids)) + np.repeat(run_stops - stops, self.counts)
-        for name, (_, padding) in _ROW_INPUTS.items():
-            inputs[name][...] = padding
-            given = getattr(self, name)
-            if given is not None:
-                inputs[name][places] = given
-        inputs["row_seq"][...] = padding_slot
-        inputs["row_seq"][: len(self.counts) * run_len] = np.repeat(self.row_seq[stops - 1], run_len)  # one page table
 
 
 @dataclass(frozen=True)
@@ -131,6 +83,24 @@ class PendingTokens:
         return [tokens[row] for row in self.rows], int(tokens[-1])
 
 
+@dataclass(frozen=True)
+class Cuttings:
+    """How a graph's steps are cut: for full layers, and for those with a window, whose pages have so many tokens.
+
+    None where no work list is read; block_size of 0 where the steps have no layer with a window.
+    """
+
+    full: Cutting | None
+    window: Cutting | None = None
+    block_size: int = 0
+
+    @property
+    def by_prefix(self) -> dict[str, Cutting]:
+        """Those that there are, by the prefix of their inputs' names."""
+        both = ("", self.full), (WINDOW_PREFIX, self.window)
+        return {prefix: cutting for prefix, cutting in both if cutting is not None}
+
+
 def capture(graph: torch.cuda.CUDAGraph, pool: Any, step: Callable[[], None]) -> None:
     """Run a step once, and capture it with memory of a pool."""
     side = torch.cuda.Stream()
@@ -150,14 +120,15 @@ class StepGraph:
     """
 
     def __init__(
-        self, num_runs: int, run_len: int, device: torch.device, cutting: Cutting | None, *, stages: int, captured: bool
+        self, num_runs: int, run_len: int, device: torch.device, cuttings: Cuttings, *, stages: int, captured: bool
     ) -> None:
-        self.num_runs, self.run_len, self.num_rows, self.cutting = num_runs, run_len, num_runs * run_len, cutting
+        self.num_runs, self.run_len, self.num_rows, self.cuttings = num_runs, run_len, num_runs * run_len, cuttings
         on_gpu = device.type == "cuda"
-        shapes: Shapes = {name: (kind, (self.num_rows,)) for name, (kind, _) in _ROW_INPUTS.items()}
+        inputs = ROW_INPUTS | (WINDOW_INPUTS if cuttings.block_size else {})
+        shapes: Shapes = {name: (kind, (self.num_rows,)) for name, (kind, _) in inputs.items()}
         shapes = {**shapes, "row_seq": (np.int32, (self.num_rows,))}
-        if cutting is not None:
-            shapes = {**shapes, **work_shapes(cutting, num_runs, run_len)}
+        for prefix, cutting in cuttings.by_prefix.items():
+            shapes = {**shapes, **work_shapes(cutting, num_runs, run_len, prefix)}
         packing = Packing(shapes)
         self.buffer = packing.buffer(device)
         self.inputs = packing.tensors(self.buffer)
@@ -175,24 +146,27 @@ class StepGraph:
         """Write a step's rows and work into a stage on the host, and return it."""
         inputs = self.staged[stage]
         rows.fill(inputs, self.run_len, padding_slot)
-        if self.cutting is not None:
+        for prefix, cutting in self.cuttings.by_prefix.items():
+            seen_from = inputs[f"{prefix}visible_from"].astype(np.int64) if prefix else None
             work = cut(
-                inputs["visible_len"].astype(np.int64),
+                inputs[f"{prefix}visible_len"].astype(np.int64),
                 self._query_start,
                 inputs["row_seq"].astype(np.int64),
-                self.cutting,
+                cutting,
+                seen_from,
+                self.cuttings.block_size or 1,
             )
-            fill_work(inputs, work)
+            fill_work(inputs, work, prefix)
         return self.staging[stage]
 
-    @property
-    def work(self) -> Work | None:
-        """The work list among the inputs."""
-        if self.cutting is None:
+    def work(self, prefix: str = "") -> Work | None:
+        """Return the work list among the inputs: of full layers, or by WINDOW_PREFIX of those with a window."""
+        cutting = self.cuttings.by_prefix.get(prefix)
+        if cutting is None:
             return None
-        inputs = self.inputs
-        most_parts = inputs["pieces"].shape[0] * min(self.run_len, self.cutting.tile_rows)
-        return Work(self.cutting, inputs["pieces"], inputs["span_start"], inputs["part_start"], most_parts)
+        names = ("pieces", "span_start", "part_start")
+        pieces, span_start, part_start = (self.inputs[prefix + name] for name in names)
+        return Work(cutting, pieces, span_start, part_start, pieces.shape[0] * min(self.run_len, cutting.tile_rows))
 
 
 class StepGraphs(ABC):
@@ -206,6 +180,7 @@ class StepGraphs(ABC):
         faults: where kernels note waits that they gave up; None where none waits.
         stages: launches in flight, one more than may be waited for at a time.
         captured: on CUDA, capture graphs; else steps run as they are written.
+        window_table: [max_batch, P] int32, of the pages of layers with a window; None where a step has none.
 
     Attributes:
         graphs: of each size.
@@ -222,7 +197,9 @@ class StepGraphs(ABC):
         faults: Faults | None,
         stages: int = STAGES,
         captured: bool = True,
+        window_table: torch.Tensor | None = None,
     ) -> None:
+        self._window_table = window_table
         self._decoder, self._exchange, self._cache, self._page_table = decoder, exchange, cache, page_table
         self._faults, self._stages, self._captured = faults, stages, captured
         self._padding_slot = page_table.shape[0]
@@ -237,7 +214,7 @@ class StepGraphs(ABC):
             StepGraph(
                 *size,
                 device,
-                self._decoder.cutting(self._cache.layers[0], max_rows=size[1]),
+                self._cuttings(size[1]),
                 stages=self._stages,
                 captured=self._captured,
             )
@@ -251,6 +228,13 @@ class StepGraphs(ABC):
             if graph.graph is not None:
                 self._fill_with_nothing(graph)
                 capture(graph.graph, self.pool, partial(self._step, graph))
+
+    def _cuttings(self, max_rows: int) -> Cuttings:
+        layers = self._cache.layers
+        full = self._decoder.cutting(layers[0], max_rows=max_rows) if layers else None
+        if self._window_table is None:
+            return Cuttings(full)
+        return Cuttings(full, self._decoder.window_cutting(max_rows=max_rows), self._cache.layout.block_size)
 
     def launch(
         self, graph: StepGraph, rows: DecodeRows, wanted: list[int], choose: Choose | None = None
@@ -287,15 +271,19 @@ class StepGraphs(ABC):
         graph.buffer.copy_(graph.fill(0, DecodeRows.none(), self._padding_slot))
 
     def _rows(self, graph: StepGraph) -> Rows:
-        return Rows(
+        rows = Rows(
             positions=graph.inputs["positions"],
             row_seq=graph.inputs["row_seq"],
             visible_len=graph.inputs["visible_len"],
             slot=graph.inputs["slot"],
             page_table=self._page_table,
             query_start=graph.query_start,
-            work=graph.work,
+            work=graph.work(),
         )
+        if self._window_table is None:
+            return rows
+        work = graph.work(WINDOW_PREFIX)
+        return replace(rows, window=window_rows(rows, graph.inputs, self._window_table, work))
 
     def _output(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return a step's tokens, and behind them the word in which kernels noted a fault."""
@@ -311,7 +299,7 @@ class DecodeGraphs(StepGraphs):
     """The captured decode steps of one rank; see ``StepGraphs``.
 
     Args:
-        decoder, exchange, cache, page_table, faults: as there.
+        decoder, exchange, cache, page_table, faults, window_table: as there.
         drafts: the pairs (batch bucket, draft length) to capture beside the steps without drafts.
         states: what the layer that predicts one token further needs of every step; None without one.
 
@@ -330,8 +318,9 @@ class DecodeGraphs(StepGraphs):
         faults: Faults,
         drafts: Iterable[tuple[int, int]] = (),
         states: NextStates | None = None,
+        window_table: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(decoder, exchange, cache, page_table, faults=faults)
+        super().__init__(decoder, exchange, cache, page_table, faults=faults, window_table=window_table)
         max_batch = page_table.shape[0]
         self._states = states
         self._chosen = torch.zeros((1, max_batch + 1), dtype=torch.int64, device=decoder.device)

@@ -63,6 +63,7 @@ from .scheduler import Scheduler
 from .states.cache import StateCache
 from .states.checkpoints import CheckpointPlan, StateCheckpoints
 from .text import TextReader
+from .windows import window_control, window_pages
 
 if TYPE_CHECKING:
     from .transfer.receiver import Receiver
@@ -147,7 +148,12 @@ class LLM:
         self.vocabulary = prepared.vocabulary
         masks = Masks(Matchers(self.vocabulary) if self.launch.speaks else None, self.spec.vocab_size)
         self.engine = Engine(
-            Scheduler(config.scheduler, cache, recomputed=int(self.spec.looks_further)),
+            Scheduler(
+                config.scheduler,
+                cache,
+                recomputed=int(self.spec.looks_further),
+                windows=window_control(config, self.spec),
+            ),
             self.runner,
             agree(
                 lambda: PageMover(
@@ -393,6 +399,9 @@ class LLM:
                 max_run=1 + self._drafting.max_draft_len,
                 dtype=self.dtype,
                 device=self.launch.device,
+            ),
+            windows=window_pages(
+                self.config, self.spec, part, dtype=self.dtype, device=self.launch.device, in_8_bits=self._in_8_bits
             ),
             pdl=self._pdl,
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from .batch import LocalRows, StepRows
 from .cache.pool import BlockTable
 from .request import Chunk
 from .upload import upload
+from .window_tables import WindowTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +36,34 @@ class PageTables:
         max_batch: batch slots.
         max_len: the longest sequence, in tokens.
         device: this rank's.
+        window: tokens that rows of layers with a window see; 0 where the model has none.
 
     Attributes:
         device: [max_batch, P] int32, this rank's pages of each sequence in ascending position.
         host: the same, in NumPy.
+        windows: the tables of the layers with a window; None where there are none.
     """
 
     def __init__(
-        self, placement: BlockCyclic, kvp_rank: int, *, max_batch: int, max_len: int, device: torch.device
+        self,
+        placement: BlockCyclic,
+        kvp_rank: int,
+        *,
+        max_batch: int,
+        max_len: int,
+        device: torch.device,
+        window: int = 0,
     ) -> None:
         self._placement, self._kvp_rank = placement, kvp_rank
         width = -(-placement.num_blocks(max_len) // placement.kvp)
         self.device = torch.zeros((max_batch, width), dtype=torch.int32, device=device)
         self.host: npt.NDArray[np.int32] = np.zeros((max_batch, width), np.int32)
         self._uploaded: list[_Uploaded] = [_Uploaded()] * max_batch
+        self.windows: WindowTables | None = None
+        if window:
+            self.windows = WindowTables(
+                window, placement.block_size, max_batch=max_batch, max_len=max_len, device=device
+            )
 
     @property
     def max_batch(self) -> int:
@@ -60,8 +75,10 @@ class PageTables:
         """Tokens of a sequence that this rank can hold."""
         return self.host.shape[1] * self._placement.block_size
 
-    def update(self, chunks: Iterable[Chunk]) -> None:
+    def update(self, chunks: Sequence[Chunk]) -> None:
         """Bring the tables of the chunks' sequences up to date: only pages that are not there yet travel."""
+        if self.windows is not None:
+            self.windows.update(chunks)
         slots: list[int] = []
         columns: list[int] = []
         pages: list[int] = []
@@ -83,4 +100,5 @@ class PageTables:
 
     def local_rows(self, rows: StepRows) -> LocalRows:
         """Return what this rank sees of a step's rows, whose sequences' tables are up to date."""
-        return LocalRows.of(rows, self._placement, self._kvp_rank, self.host)
+        local = LocalRows.of(rows, self._placement, self._kvp_rank, self.host)
+        return local if self.windows is None else replace(local, window=self.windows.rows_of(rows))

@@ -29,6 +29,7 @@ from .room import require_room
 from .speculative.loading import DrafterLoader, with_next_layer
 from .states.settings import with_states
 from .transfer.requirements import require as require_transfer
+from .windows import with_windows
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Prepared:
         if config.transfer.enabled:
             agree(lambda: require_transfer(config.transfer, launch))
         self.spec: ModelSpec = agree(lambda: with_next_layer(read_spec(config.model), config))
-        self.config = config = agree(lambda: with_states(self.config, self.spec))
+        self.config = config = agree(lambda: with_windows(with_states(self.config, self.spec), self.spec))
         if not config.parallel.planned:
             self.layout = self._resolve_layout()
         self.pdl = can_launch_dependently(launch.device)

@@ -14,6 +14,7 @@ from parallel.launch import Launch
 from .cache.pages import free_bytes, free_host_bytes
 from .config import HelixConfig
 from .plan.footprint import Footprint
+from .windows import num_window_pages
 
 _PAGE_ENTRY_BYTES = 48  # of the host's list of free pages, each
 _TABLE_ENTRY_BYTES = 4
@@ -42,6 +43,10 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
         Need(num_pages * footprint.page_bytes, f"cache.num_pages = {cache.num_pages}"),
         Need(table, rows, lower),
         Need(footprint.states_bytes(batch, 1 + drafts), f"scheduler.max_batch = {batch} sequences' states"),
+        Need(
+            num_window_pages(config, footprint.spec) * footprint.window_page_bytes,
+            f"scheduler.max_batch = {batch} windows of {footprint.spec.window} tokens",
+        ),
         Need(
             footprint.workspace_bytes(attention.workspace_tokens if attention.expand_rows else 0),
             f"attention.workspace_tokens = {attention.workspace_tokens}",

@@ -16,9 +16,10 @@ from .batch import LocalRows, StepRows
 from .cache.pages import PagedCache
 from .choice_graphs import ChoiceGraphs
 from .compile_ahead import compile_ahead
+from .decode_rows import DecodeRows
 from .device_rows import RowSender
 from .draft_graphs import DraftGraphs
-from .graphs import DecodeGraphs, DecodeRows, PendingTokens
+from .graphs import DecodeGraphs, PendingTokens
 from .logprobs import SampledTokens
 from .lost import raise_lost
 from .models.decoder import Decoder
@@ -74,8 +75,9 @@ class Runner:
         self.decoder, self.exchange, self.cache, self.placement = decoder, exchange, cache, placement
         self.grid: HelixGrid = decoder.grid
         self.tables = PageTables(
-            placement, self.grid.kvp_rank, max_batch=max_batch, max_len=max_len, device=decoder.device
-        )
+            placement, self.grid.kvp_rank, max_batch=max_batch, max_len=max_len, device=decoder.device,
+            window=decoder.spec.window,
+        )  # fmt: skip
         self._sender = RowSender(decoder, self.tables, placement, share_rows=share_qkv_rows, expand_rows=expand_rows)
         self._graphs: DecodeGraphs | None = None
         self._choices: ChoiceGraphs | None = None
@@ -104,6 +106,7 @@ class Runner:
             self.exchange,
             self.cache,
             self.tables.device,
+            window_table=None if self.tables.windows is None else self.tables.windows.device,
             faults=self.faults,
             drafts=drafts,
             states=self.next_states,
@@ -241,9 +244,11 @@ class Runner:
             return self._launch_eagerly(chunks, step, local, choices)
         graph = self._graphs.find(len(chunks), max(chunk.num_rows for chunk in chunks))
         assert graph is not None
+        before, keep = self._taken(chunks)
         rows = DecodeRows(
-            step.token_ids, step.positions, local.slot, step.row_seq, local.visible, step.counts, *self._taken(chunks)
-        )
+            step.token_ids, step.positions, local.slot, step.row_seq, local.visible, step.counts, before, keep,
+            local.window,
+        )  # fmt: skip
         self.num_padding = graph.num_rows - step.num_rows
         stops = range(graph.run_len, graph.num_rows + 1, graph.run_len)
         wanted = _choosing_rows(chunks, stops)
@@ -339,7 +344,7 @@ class Runner:
 
         Collective over the world.
         """
-        hidden = self._forward(StepRows.for_nobody(num_rows), LocalRows.that_see_nothing(num_rows), repeat=2)
+        hidden = self._forward(StepRows.for_nobody(num_rows), self._for_nobody(num_rows), repeat=2)
         self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(num_choices, -1)))
         if self.sampler is not None:
             self.sampler.scorer.warm_up(hidden[:1])
@@ -355,9 +360,11 @@ class Runner:
         with compile_ahead(self.decoder.device) as ahead:
             for num_rows in sizes if ahead else ():
                 for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
-                    seen = LocalRows(np.full(num_rows, visible), np.full(num_rows, -1))
-                    hidden = self._forward(StepRows.for_nobody(num_rows), seen)
+                    hidden = self._forward(StepRows.for_nobody(num_rows), self._for_nobody(num_rows, visible))
                 self.decoder.local_logits(hidden[: self.max_batch])
+
+    def _for_nobody(self, num_rows: int, visible: int = 0) -> LocalRows:
+        return LocalRows.for_nobody(num_rows, visible=visible, window=self.decoder.spec.window)
 
     def _forward(
         self, step: StepRows, local: LocalRows, chunks: list[Chunk] | None = None, *, repeat: int = 1

@@ -22,6 +22,7 @@ from .cache.control import CacheControl
 from .cache.keys import BlockKeys
 from .cache.movements import Movement
 from .cache.pool import BlockTable
+from .cache.windows import WindowPages
 from .config import SchedulerConfig
 from .fair_share import Due, divide
 from .followers import Followers, lacks_the_same, leaders_of, next_block
@@ -61,14 +62,22 @@ class Scheduler:
         config: its settings.
         cache: the cache's control plane.
         recomputed: so many of the last tokens of a reused prefix are computed again, for their hidden states.
+        windows: the pages of layers with a window; None where there are none.
 
     Attributes:
         waiting: who has no batch slot.
         running: who has one, but for those that are held for another group.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: CacheControl, *, recomputed: int = 0) -> None:
-        self.cache = cache
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheControl,
+        *,
+        recomputed: int = 0,
+        windows: WindowPages | None = None,
+    ) -> None:
+        self.cache, self.windows = cache, windows
         self._recomputed = recomputed
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -166,6 +175,7 @@ class Scheduler:
         return stop if checkpoints is None else checkpoints.end(start, stop, len(seq.token_ids))
 
     def _with_movements(self, step: Step) -> Step:
+        self._give_windows(step.chunks)
         self.cache.offload_ahead()
         step.movements = self.cache.take_movements()
         return step
@@ -175,7 +185,7 @@ class Scheduler:
         for chunk in chunks:
             seq = chunk.seq
             seq.num_computed = chunk.stop
-            self.cache.commit(seq.blocks, chunk.stop)
+            self._commit(seq)
             if self.cache.checkpoints is not None:
                 keep = self.cache.checkpoints.keep(seq.blocks.tail, chunk.stop, len(seq.token_ids), seq.batch_slot)
                 self.cache.blocks.movements += [] if keep is None else [keep]
@@ -187,6 +197,8 @@ class Scheduler:
         """
         while num_drafts and not self.cache.extend(seq.blocks, len(seq.token_ids) + num_drafts):
             num_drafts -= 1
+        if self.windows is not None:
+            self.windows.extend(seq.blocks.window, len(seq.token_ids) + num_drafts)
         return num_drafts
 
     def commit_accepted(self, seq: Sequence) -> None:
@@ -195,7 +207,12 @@ class Scheduler:
         What was computed of rejected drafts needs no undoing: the rows that come next overwrite it.
         """
         seq.num_computed = len(seq.token_ids) - 1
+        self._commit(seq)
+
+    def _commit(self, seq: Sequence) -> None:
         self.cache.commit(seq.blocks, seq.num_computed)
+        if self.windows is not None:
+            self.windows.trim(seq.blocks.window, seq.num_computed)
 
     def remove(self, seq: Sequence, *, keep: bool = True) -> None:
         """Take out a sequence that waits or runs; what it computed stays cached, unless ``keep`` is False.
@@ -377,6 +394,12 @@ class Scheduler:
             position += 1
         return preempted
 
+    def _give_windows(self, chunks: list[Chunk]) -> None:
+        """Give chunks the pages of their rows in layers with a window."""
+        if self.windows is not None:
+            for chunk in chunks:
+                self.windows.extend(chunk.seq.blocks.window, chunk.stop)
+
     def _dues(self, admitted: list[Sequence], ahead: Ahead) -> dict[Sequence, Due]:
         """Return what is due of the prompts that run; those that were just admitted count whatever they miss."""
         todo = {seq: ahead.todo(seq) for seq in self.running}
@@ -392,6 +415,8 @@ class Scheduler:
 
     def _stop(self, seq: Sequence, keep: bool) -> None:
         self.running.remove(seq)
+        if self.windows is not None:
+            self.windows.release(seq.blocks.window)
         if not seq.keeps_pages:
             self.cache.release(seq.blocks, seq.num_computed if keep else 0)
         self.free_slot(seq)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from attention.rows import Rows, Work
 from attention.work import PIECE_FIELDS, Cutting, WorkList
 
 Shapes = Mapping[str, tuple[type[np.generic], tuple[int, ...]]]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
+WINDOW_PREFIX = "window."
+"""Of the names of what layers with a window need of a step."""
 _ALIGNMENT = 16  # bytes
 _DTYPES: dict[type[np.generic], torch.dtype] = {
     np.int32: torch.int32,
@@ -63,20 +67,40 @@ def upload(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
     return packing.tensors(host.to(device, non_blocking=True) if on_gpu else host)
 
 
-def work_shapes(cutting: Cutting, runs: int, run_len: int) -> Shapes:
-    """Return what the work list of any step of so many runs of so many rows needs."""
+def work_shapes(cutting: Cutting, runs: int, run_len: int, prefix: str = "") -> Shapes:
+    """Return what the work list of any step of so many runs of so many rows needs, by names with a prefix."""
     most = cutting.most_pieces(runs, run_len)
     return {
-        "pieces": (np.int32, (most, len(PIECE_FIELDS))),
-        "span_start": (np.int32, ((cutting.programs if cutting.persistent else most) + 1,)),
-        "part_start": (np.int32, (runs * run_len + 1,)),
+        f"{prefix}pieces": (np.int32, (most, len(PIECE_FIELDS))),
+        f"{prefix}span_start": (np.int32, ((cutting.programs if cutting.persistent else most) + 1,)),
+        f"{prefix}part_start": (np.int32, (runs * run_len + 1,)),
     }
 
 
-def fill_work(inputs: Arrays, work: WorkList) -> None:
+def fill_work(inputs: Arrays, work: WorkList, prefix: str = "") -> None:
     """Write a work list into inputs of ``work_shapes``; programs that it has no piece for get empty spans."""
     num_pieces, num_spans = len(work.pieces), len(work.span_start)
-    inputs["pieces"][:num_pieces] = work.pieces
-    inputs["span_start"][:num_spans] = work.span_start
-    inputs["span_start"][num_spans:] = num_pieces
-    inputs["part_start"][...] = work.part_start
+    span_start = inputs[f"{prefix}span_start"]
+    inputs[f"{prefix}pieces"][:num_pieces] = work.pieces
+    span_start[:num_spans] = work.span_start
+    span_start[num_spans:] = num_pieces
+    inputs[f"{prefix}part_start"][...] = work.part_start
+
+
+def arrays_of_work(work: WorkList, prefix: str = "") -> dict[str, npt.NDArray[np.generic]]:
+    """Return the arrays of a work list, by names with a prefix."""
+    return {f"{prefix}{name}": getattr(work, name) for name in ("pieces", "span_start", "part_start")}
+
+
+def sent_work(cutting: Cutting, work: WorkList, sent: Mapping[str, torch.Tensor], prefix: str = "") -> Work:
+    """Return a work list whose arrays were sent."""
+    pieces, span_start, part_start = (sent[f"{prefix}{name}"] for name in ("pieces", "span_start", "part_start"))
+    return Work(cutting, pieces, span_start, part_start if work.is_split else None, int(work.part_start[-1]))
+
+
+def window_rows(rows: Rows, inputs: Mapping[str, torch.Tensor], page_table: torch.Tensor, work: Work | None) -> Rows:
+    """Return rows as layers with a window see them, of the inputs "window.slot", ".visible_len", ".visible_from"."""
+    slot, visible_len, visible_from = (inputs[WINDOW_PREFIX + name] for name in ("slot", "visible_len", "visible_from"))
+    return replace(
+        rows, page_table=page_table, work=work, slot=slot, visible_len=visible_len, visible_from=visible_from
+    )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
+WINDOWED = ("mistral",)  # all layers see a window; of other families that have windows every second one does
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
@@ -78,6 +79,7 @@ class Recipe:
         dtype: float32, bfloat16 or float16.
         max_shard_size: a size such as 200KB splits the weights over several files; empty keeps one file.
         rope_scaling: the config's own setting of that name.
+        window: tokens that layers with a window see; 0 for none.
     """
 
     family: str = "llama"
@@ -97,10 +99,11 @@ class Recipe:
     dtype: str = "float32"
     max_shard_size: str = ""
     rope_scaling: dict[str, Any] | None = None
+    window: int = 0
 
     def __post_init__(self) -> None:
-        if self.family not in (*FAMILIES, *HYBRIDS):
-            raise ValueError(f"family = {self.family!r}, must be one of {', '.join((*FAMILIES, *HYBRIDS))}")
+        if self.family not in (*FAMILIES, *WINDOWED, *HYBRIDS):
+            raise ValueError(f"family = {self.family!r}, must be one of {', '.join((*FAMILIES, *WINDOWED, *HYBRIDS))}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}, must be one of {', '.join(DTYPES)}")
         if self.vocab < NUM_BYTES + len(SPECIAL_TOKENS):
@@ -182,6 +185,11 @@ def _config(recipe: Recipe) -> Any:
             "norm_topk_prob": True,
             "mlp_only_layers": [1],
         }
+    if recipe.window or recipe.family == "mistral":
+        more["sliding_window"] = recipe.window or None
+    if recipe.window and recipe.family != "mistral":
+        more["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(recipe.layers)]
+        more["use_sliding_window"] = True
     if recipe.family in HYBRIDS:
         more |= {
             "layer_types": [("linear_attention", "full_attention")[layer % 2] for layer in range(recipe.layers)],
@@ -267,7 +275,7 @@ def main() -> None:
     for item in fields(Recipe):
         flag, text = "--" + item.name.replace("_", "-"), said[item.name]
         if item.name == "family":
-            parser.add_argument(flag, choices=(*FAMILIES, *HYBRIDS), required=True, help=text)
+            parser.add_argument(flag, choices=(*FAMILIES, *WINDOWED, *HYBRIDS), required=True, help=text)
         elif item.name == "tied":
             parser.add_argument(flag, action="store_true", help=text)
         elif item.name == "dtype":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from .keys import BlockKeys
 from .retention import Retention
 from .tree import Block
+from .windows import WindowTable
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class BlockTable:
             same tokens into the tree first.
         keeps: False when its blocks cannot enter the tree any more.
         beginning: its salt and first block, while it computes that; see ``Beginnings``.
+        window: its pages in the pool of the layers with a window.
     """
 
     first_owner: int
@@ -40,6 +42,7 @@ class BlockTable:
     own: list[int] = field(default_factory=list)
     keeps: bool = True
     beginning: tuple[str, bytes] | None = None
+    window: WindowTable = field(default_factory=WindowTable)
 
     def local_pages(self, rank: int, kvp: int, start: int = 0) -> list[int]:
         """Return the page ids on a rank in ascending position, from the ``start``-th local one on."""

@@ -137,14 +137,18 @@ def _other_layers(config: Any) -> int | None:
     return 0 if others - known else None
 
 
+WINDOWED = ("mistral", "qwen2", "qwen3")  # families whose layers with a window are computed
+
+
 def _sliding_window(config: Any) -> int | None:
-    """Return the least window of any layer; None where all layers attend to everything."""
+    """Return the least window of any layer; None where all attend to everything, or the family computes windows."""
+    if config.model_type in WINDOWED:
+        return None
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds and any(kind != "full_attention" for kind in kinds):
         return window
-    by_layer = bool(kinds) and config.model_type in ("qwen2", "qwen3")  # elsewhere a window is that of every layer
-    return None if by_layer or getattr(config, "use_sliding_window", None) is False else window
+    return None if getattr(config, "use_sliding_window", None) is False else window  # else it is that of every layer
 
 
 def _dual_chunks(config: Any) -> int | None:
@@ -166,7 +170,11 @@ LIMITS = (
         "of layers, full_attention, a family's own linear_attention and sliding_attention with a window are computed",
         _other_layers,
     ),
-    Limit("sliding_window", "layers that have a window equal full attention up to its length only", _sliding_window),
+    Limit(
+        "sliding_window",
+        "layers of families without windows here equal full attention up to its length only",
+        _sliding_window,
+    ),
     Limit("attention_chunk_size", "attention within chunks equals full attention up to one chunk only", _chunk),
     Limit("dual_chunk_attention_config", "positions are counted through here, as there up to one chunk", _dual_chunks),
 )

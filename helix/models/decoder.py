@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attention.append import append, rope_append, rotate
 from attention.exchange import Exchange
 from attention.latent_products import MAX_ROWS
+from attention.merge import merge_parts
 from attention.pages import PageLayout, Pages
 from attention.partial import PartialAttention, Partials, Workspace
 from attention.ranges import Filling, attend_ranges
@@ -40,7 +40,8 @@ from ..states.layer import advance
 from .embed import embed
 from .experts import mixture
 from .gate import gate_heads
-from .kinds import STATE
+from .heads import append_and_query
+from .kinds import STATE, WINDOW
 from .latent import MadeOfLatents, project, values_of
 from .linear import feed_forward, linear, split_linear
 from .parts import Weight
@@ -65,6 +66,7 @@ class Decoder:
             next: those of the layer that predicts one token further, None without one.
         made: where keys and values are made of latents, or widened from 8 bits; None without ``workspace``.
         states: what state layers keep of the sequences; None where the model has no such layer.
+        windows: the pages of each layer with a window; None where the model has no such layer.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Decoder:
         query_gather: QueryGather | None = None,
         workspace: tuple[int, PageLayout] | None = None,
         states: StateCache | None = None,
+        windows: Sequence[Pages] | None = None,
         pdl: bool = False,
     ) -> None:
         self.spec, self.grid, self.dtype, self.device = spec, grid, dtype, device
@@ -93,7 +96,7 @@ class Decoder:
         self._argmax = argmax or ShardedArgmax(
             grid.world_group, vocab=self.part.vocab, vocab_size=spec.vocab_size, device=device
         )
-        self.states = states
+        self.states, self.windows = states, windows
         self.taps: tuple[int, ...] = ()  # layers before which a step's stream is kept
         self.tapped: list[torch.Tensor] = []
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
@@ -132,6 +135,13 @@ class Decoder:
         latent = None if isinstance(pages, Workspace) else self.spec.latent
         value_dim = None if latent is None else latent.rank
         return self._attention.cutting(pages, self.num_heads, max_rows, value_dim=value_dim)
+
+    def window_cutting(self, *, max_rows: int) -> Cutting | None:
+        """Return how layers with a window want steps cut whose longest run has so many rows; None without any."""
+        if self.windows is None:
+            return None
+        first, stop = self.part.window_q_heads
+        return self._attention.cutting(self.windows[0], stop - first, max_rows, window=True)
 
     @torch.inference_mode()
     def forward(
@@ -181,8 +191,11 @@ class Decoder:
             if layer in self.taps:
                 self.tapped.append(stream.clone())
             place = self.spec.places[layer]
-            if self.spec.kind_of(layer).name == STATE:
+            kind = self.spec.kind_of(layer).name
+            if kind == STATE:
                 merged = self._advance(place, weights, normed, rows, chunk=chunk, longest=longest)
+            elif kind == WINDOW:
+                merged = self._look_back(place, weights, normed, cos, sin, rows.window, chunk=chunk)
             else:
                 queries = self._query_share(share, cos, sin, layer)
                 q = self._project_qkv(
@@ -203,6 +216,21 @@ class Decoder:
             normed, rows, self.states, place, weights, eps=self.spec.states.eps, longest=longest, pdl=self._pdl,
             chunk=chunk,
         )  # fmt: skip
+
+    def _look_back(
+        self, place: int, weights: Parameters, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        rows: Rows | None, *, chunk: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return what this rank's heads of a layer with a window make of what they see: [R, Q, D]."""
+        assert self.windows is not None and rows is not None
+        (first, stop), (first_kv, stop_kv) = self.part.window_q_heads, self.part.window_kv_heads
+        flat = split_linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl, chunk=chunk)
+        q = append_and_query(
+            flat, cos, sin, self.windows[place], rows.slot, weights, self.spec, num_heads=stop - first,
+            num_kv_heads=stop_kv - first_kv, pdl=self._pdl,
+        )  # fmt: skip
+        partials = self._attention(q, self.windows[place], rows, self.spec.scale)
+        return merge_parts(partials, self.dtype, pdl=self._pdl)[0]
 
     def _finish(
         self,
@@ -319,26 +347,16 @@ class Decoder:
         """
         if share is not None:
             normed = normed[share.mine]
-        D, num_q, num_kv = self.spec.head_dim, self.num_heads, self.num_kv_heads
         flat = split_linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl, chunk=chunk)
-        interleaved = self.spec.rope.interleaved
         if self.spec.latent is not None:
             return project(
-                flat, cos, sin, pages, slot, weights, self.spec.latent, num_heads=num_q, interleaved=interleaved,
-                share=queries, plain=plain, pdl=self._pdl, chunk=chunk,
+                flat, cos, sin, pages, slot, weights, self.spec.latent, num_heads=self.num_heads,
+                interleaved=self.spec.rope.interleaved, share=queries, plain=plain, pdl=self._pdl, chunk=chunk,
             )  # fmt: skip
-        if flat.is_cuda:
-            norms = (weights["q_norm"], weights["k_norm"], self.spec.rms_eps) if "q_norm" in weights else None
-            q = rope_append(
-                flat, cos, sin, pages, slot, num_heads=num_q, norms=norms, interleaved=interleaved,
-                fixed=weights.get("cache_scales"), pdl=self._pdl,
-            )  # fmt: skip
-        else:
-            q, k, v = flat[0].unflatten(-1, (-1, D)).split((num_q, num_kv, num_kv), 1)
-            if "q_norm" in weights:
-                q, k = self._norm(q, weights["q_norm"]), self._norm(k, weights["k_norm"])
-            q = rotate(q, cos, sin, interleaved=interleaved)
-            append(rotate(k, cos, sin, interleaved=interleaved), v, pages, slot, weights.get("cache_scales"))
+        q = append_and_query(
+            flat, cos, sin, pages, slot, weights, self.spec, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
+            pdl=self._pdl,
+        )  # fmt: skip
         return q if share is None else self._gather_rows(q, share)
 
     def _gather_rows(self, q: torch.Tensor, share: RowShare) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Qwen3 dense models (model_type "qwen3"): no biases, RMSNorm over each head of q and k before RoPE."""
 
+from dataclasses import replace
 from typing import Any
 
-from .hf_config import require, require_full_rotation, spec_from
+from .hf_config import layer_kinds, require, require_full_rotation, spec_from
 from .spec import ModelSpec
 
 
@@ -14,4 +15,5 @@ def make_spec(config: Any) -> ModelSpec:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
     require(not config.attention_bias, "attention_bias", True, "Helix has no output projection bias; valid: false")
-    return require_full_rotation(spec_from(config, "qwen3", Qwen3RotaryEmbedding, qk_norm=True))
+    spec = require_full_rotation(spec_from(config, "qwen3", Qwen3RotaryEmbedding, qk_norm=True))
+    return replace(spec, kinds=layer_kinds(config))

@@ -27,6 +27,7 @@ FAMILIES = {
     "glm": ".glm",
     "kimi_k2": ".deepseek",
     "llama": ".llama",
+    "mistral": ".mistral",
     "qwen2": ".qwen2",
     "qwen3": ".qwen3",
     "qwen3_5": ".qwen3_5",
@@ -157,7 +158,8 @@ class ModelSpec:
     quantization: how the weights of its linear modules are quantised; None where they are not.
     predicts_next: the checkpoint's layer after the last, which predicts one token further, is loaded beside the model.
     has_head: a head of another checkpoint predicts one token further (``eagle``), and caches what a layer does.
-    kinds: the kind of each layer; empty where all are full. Layers with a window all have the same one.
+    kinds: the kind of each layer; empty where all are full, as layers are whose window is no shorter than the longest
+        context. Layers with a window all have the same one.
     states: what state layers are made of; None for a model without.
     output_gate: attention's output is multiplied by a sigmoid; a head's gate stands behind its query in q's matrix.
     norms_exceed_one: the files hold what the weights of norms exceed one by (not of those of state layers).
@@ -313,7 +315,9 @@ def spec_of(raw: dict[str, Any], source: str, *, max_position: int | None = None
         config = read_config(raw | {"model_type": TEXT_PARTS.get(model_type, model_type)})
         check_keys(raw, config, model_type, max_position or config.max_position_embeddings)
         spec: ModelSpec = replace(family.make_spec(config), quantization=read_quantization(raw))
-        return spec if max_position is None else replace(spec, max_position=max_position)
+        spec = spec if max_position is None else replace(spec, max_position=max_position)
+        kinds = tuple(FULL_KIND if kind.window >= spec.max_position else kind for kind in spec.kinds)
+        return replace(spec, kinds=kinds if any(kind.is_bounded for kind in kinds) else ())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{source}: {one_line(error)}") from error
 

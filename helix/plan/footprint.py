@@ -14,7 +14,7 @@ from attention.work import WORKSPACE_TOKENS
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
-from ..models.kinds import FULL, STATE
+from ..models.kinds import FULL, STATE, WINDOW
 from ..models.parts import Part, Weight
 from ..models.quantization import num_blocks
 from ..models.spec import ModelSpec
@@ -160,6 +160,11 @@ class Footprint:
         return self.part.kv_heads[1] - self.part.kv_heads[0]
 
     @cached_property
+    def num_window_kv_heads(self) -> int:
+        """KV heads of the rank in layers with a window."""
+        return self.part.window_kv_heads[1] - self.part.window_kv_heads[0]
+
+    @cached_property
     def weights_bytes(self) -> int:
         """All weights of the rank, in bytes."""
         layers = sum(kind.count * _sum_bytes(kind.matrices) for kind in self.layers)
@@ -174,12 +179,20 @@ class Footprint:
     @property
     def page_bytes(self) -> int:
         """The bytes of one page, all layers; what stands between planes of small pages included."""
+        return self._page_bytes(self.spec.num_cached_layers, self.num_kv_heads)
+
+    @property
+    def window_page_bytes(self) -> int:
+        """The bytes of one page of the second pool, all layers with a window."""
+        return self._page_bytes(len(self.spec.layers_of(WINDOW)), self.num_window_kv_heads)
+
+    def _page_bytes(self, num_layers: int, num_kv_heads: int) -> int:
         if self.storage.cache != "fp8":
-            return self.block_size * self.token_bytes
+            return self.block_size * num_layers * self.storage.token_bytes(self.spec, num_kv_heads)
         kept = 0 if self.spec.latent is None else self.spec.latent.turned_dim
-        vectors = self.block_size * self.spec.cache_planes * self.num_kv_heads
+        vectors = self.block_size * self.spec.cache_planes * num_kv_heads
         planes = (vectors * (self.spec.head_dim - kept), vectors * 2 * kept, vectors * 4)
-        return self.spec.num_cached_layers * sum(-(-plane // PLANE_ALIGNMENT) * PLANE_ALIGNMENT for plane in planes)
+        return num_layers * sum(-(-plane // PLANE_ALIGNMENT) * PLANE_ALIGNMENT for plane in planes)
 
     def states_bytes(self, num_sequences: int, max_run: int) -> int:
         """Return what state layers keep of so many sequences and a slot of nobody's, whose runs may be so long."""
@@ -205,7 +218,7 @@ class Footprint:
 
     def num_pages(self, free_bytes: int, *, page_bytes_beside: int = 0) -> int:
         """Return how many pages fit into so many bytes; each page takes ``page_bytes_beside`` more elsewhere."""
-        return max(0, free_bytes) // (self.page_bytes + page_bytes_beside)
+        return max(0, free_bytes) // max(1, self.page_bytes + page_bytes_beside)  # pages of no full layer are free
 
     def pages_of(self, context: int) -> int:
         """Return the pages a rank that a sequence of ``context`` tokens takes where it takes most."""

@@ -82,6 +82,11 @@ class DrafterLoader:
             except ValueError as error:
                 name = "speculative." if str(error).startswith("model.") else "speculative.model: "
                 raise ValueError(f"{name}{error}") from error
+            if self._spec.kinds:
+                bounded = next(kind for kind in self._spec.kinds if kind.is_bounded)
+                raise ValueError(
+                    f"speculative.model is a {self._spec.family} with {bounded.name} layers; draft models attend fully"
+                )
             if self._spec.vocab_size != target.vocab_size:
                 raise ValueError(
                     f"speculative.model has a vocabulary of {self._spec.vocab_size} tokens and the model one of "

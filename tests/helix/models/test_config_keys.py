@@ -56,9 +56,6 @@ def test_keys_that_a_family_computes_are_read() -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "longest"),
     [
-        ("qwen2", {**WINDOW, "max_window_layers": 1}, 128),
-        ("qwen3", {**WINDOW, "max_window_layers": 0}, 128),
-        ("qwen3", {**WINDOW, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, 128),
         ("qwen3_moe", {**WINDOW}, 128),
         ("qwen3_moe", {**WINDOW, "max_window_layers": 3}, 128),  # transformers slides in all layers of this family
         ("llama", {"sliding_window": 128}, 128),
@@ -104,6 +101,24 @@ def test_unused_windows_and_chunks_are_read(family: str, settings: dict[str, Any
 def test_kinds_of_attention_that_are_unknown_are_refused_by_their_key(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^model.config: config {next(iter(settings))} = "):
         load("llama", **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "windows"),
+    [
+        ("qwen2", {**WINDOW, "max_window_layers": 1}, (1, 2)),
+        ("qwen3", {**WINDOW, "max_window_layers": 0}, (0, 1, 2)),
+        ("qwen3", {**WINDOW, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, (1,)),
+        ("mistral", {"sliding_window": 128}, (0, 1, 2)),
+        ("mistral", {"sliding_window": None}, ()),
+    ],
+)
+def test_windows_that_a_family_computes_are_kinds_of_its_layers(
+    family: str, settings: dict[str, Any], windows: tuple[int, ...]
+) -> None:
+    spec = load(family, **settings)
+    assert (spec.layers_of("window"), spec.window) == (windows, 128 if windows else 0)
+    assert load(family, 128, **settings).kinds == ()  # no row sees less than all
 
 
 def test_kinds_of_layers_are_those_of_the_config() -> None:

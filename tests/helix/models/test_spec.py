@@ -175,9 +175,9 @@ def test_max_position_can_be_overridden(tmp_path: Path) -> None:
     ("family", "settings", "message"),
     [
         (
-            "mistral",
+            "gemma2",
             {},
-            "has model_type 'mistral'; supported: deepseek_v2, deepseek_v3, glm, kimi_k2, llama, qwen2, qwen3",
+            "has model_type 'gemma2'; supported: deepseek_v2, deepseek_v3, glm, ",
         ),
         ("chatglm", {"auto_map": {"AutoConfig": "code.Config"}}, "has model_type 'chatglm'; supported: deepseek"),
         ("llama", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from helix.config import DraftModelConfig
-from helix.graphs import DecodeRows, StepGraph
+from helix.decode_rows import DecodeRows
+from helix.graphs import StepGraph
 from helix.llm import LLM
 from helix.request import Request
 from helix.sampling import SamplingParams

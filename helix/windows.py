@@ -1,0 +1,83 @@
+"""What settings become for a model with windows, and the pages that its layers with a window have."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from attention.pages import Pages
+from parallel.placement import BlockCyclic
+
+from .cache.pages import PagedCache, page_layout
+from .cache.windows import WindowPages, pages_for
+from .config import HelixConfig
+from .models.kinds import WINDOW
+from .models.parts import Part
+from .models.spec import ModelSpec
+
+_log = logging.getLogger(__name__)
+
+
+def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
+    """Return the settings, with reuse off where a model has windows, which is said.
+
+    Raises:
+        ValueError: in one line, for settings that need what has left a window, or windows elsewhere.
+    """
+    if not spec.window:
+        return config
+    if config.transfer.enabled:
+        raise ValueError(
+            f"transfer.* brings what a sequence's owners hold, and {spec.family} models have layers with a window, "
+            "which every rank holds for itself; leave transfer.* out"
+        )
+    if config.speculative.method not in ("none", "ngram"):
+        raise ValueError(
+            f"speculative.method = {config.speculative.method} drafts for models without windows only, and this "
+            f"{spec.family} has layers with a window; use speculative=ngram or speculative=none"
+        )
+    if config.cache.host_pages:
+        raise ValueError(
+            f"cache.host_pages = {config.cache.host_pages} keeps what later prompts reuse, and prompts of this "
+            f"{spec.family}, which has layers with a window, reuse nothing yet; use cache.host_pages=0"
+        )
+    if config.cache.reuse:
+        _log.info("cache.reuse: off, what has left the windows of %s is not kept", spec.family)
+    return replace(config, cache=replace(config.cache, reuse=False, partial_reuse=False))
+
+
+def num_window_pages(config: HelixConfig, spec: ModelSpec) -> int:
+    """Return the pages of the second pool, on every rank: what the running sequences may hold; 0 without windows."""
+    if not spec.window:
+        return 0
+    scheduler, block_size = config.scheduler, config.cache.block_size
+    drafts = 0 if config.speculative.method == "none" else config.speculative.max_draft_len
+    wanted = pages_for(
+        spec.window,
+        block_size,
+        max_batch=scheduler.max_batch,
+        max_run=max(2, 1 + drafts),  # a row that is computed and one that is launched ahead
+        prefill_chunk=scheduler.prefill_chunk,
+    )
+    return min(wanted, scheduler.max_batch * BlockCyclic(block_size, 1).num_blocks(spec.max_position))
+
+
+def window_control(config: HelixConfig, spec: ModelSpec) -> WindowPages | None:
+    """Return who gives these pages to sequences; None without windows."""
+    pages = num_window_pages(config, spec)
+    return WindowPages(spec.window, config.cache.block_size, pages) if pages else None
+
+
+def window_pages(
+    config: HelixConfig, spec: ModelSpec, part: Part, *, dtype: torch.dtype, device: torch.device, in_8_bits: bool
+) -> Sequence[Pages] | None:
+    """Return a rank's pages of each layer with a window; None without any."""
+    if not spec.window:
+        return None
+    first, stop = part.window_kv_heads
+    layout = page_layout(spec, stop - first, config.cache.block_size, dtype, in_8_bits=in_8_bits)
+    pages = num_window_pages(config, spec)
+    return PagedCache(layout, num_layers=len(spec.layers_of(WINDOW)), num_pages=pages, device=device).layers
