@@ -81,7 +81,8 @@ class Call:
         if not (self._pieces or self._problem):
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):  # Python 3.11's wait_for may lose that it was cancelled
+                    await self._changed.wait()
             except TimeoutError:
                 return {}
         if self._problem is not None:

@@ -87,7 +87,8 @@ class Settler:
         wait_s = self._setup.serving.template_timeout_s
         try:
             rendering = self.beside(lambda: self._reader.render(request), self._template_threads)
-            text = await asyncio.wait_for(rendering, wait_s)
+            async with asyncio.timeout(wait_s):
+                text = await rendering
         except TimeoutError as error:
             raise ApiError(
                 400, f"the chat template took more than {wait_s:g} s for messages", param="messages"

@@ -136,7 +136,8 @@ class EventStream:
 
     async def _within(self, message: MutableMapping[str, Any]) -> None:
         try:
-            await asyncio.wait_for(self._send(message), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):  # Python 3.11's wait_for may lose that it was cancelled
+                await self._send(message)
         except TimeoutError as error:
             raise ClientGone from error
 

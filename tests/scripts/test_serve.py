@@ -357,7 +357,7 @@ def test_metrics_have_what_routers_read(served: Served) -> None:
         ("/v1/completions", b"[1]", 400, None, "the body is a list"),
         ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "model", "'other' is not served here"),
         ("/v1/completions", {}, 400, "prompt", "prompt must be"),
-        ("/v1/completions", {"prompt": [999999]}, 400, None, "outside the vocabulary"),
+        ("/v1/completions", {"prompt": [999999]}, 400, "prompt", "outside the vocabulary"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature", "temperature = -1"),
         ("/v1/completions", {"prompt": "a", "logprobs": 21}, 400, "logprobs", "scheduler.max_logprobs"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, 400, "best_of", "best_of = 2"),

@@ -1,10 +1,11 @@
 """The HTTP side before a scripted world: parts of answers, limits, clients that misbehave, and how it ends."""
 
+import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers.utils.chat_parsing.response_templates import load_response_tem
 from helix.commands import Add, Close
 from helix.serving import wire
 from helix.serving.forced_calls import forced_call
+from helix.serving.link import Call, Link
+from helix.serving.sending import ClientGone, while_connected
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.serving.fake_world import FakeWorld, at_once, never, serving
 
@@ -294,6 +297,45 @@ def test_what_people_send_is_read_or_its_fault_is_named(model: Path) -> None:
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 9\r\n\r\n"
             )
             assert b"content-encoding gzip" in read_until(client, b"}}")
+
+
+def test_a_client_that_leaves_as_a_token_comes_is_seen() -> None:
+    dropped: list[int] = []
+
+    class Nobody(Link):
+        def __init__(self) -> None:
+            pass
+
+        def drop(self, indices: Sequence[int], running: set[int]) -> None:
+            dropped.extend(running)
+
+    async def leave() -> None:
+        call, gone = Call(Nobody(), [7]), asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def work() -> None:
+            try:
+                while True:
+                    await call.take(60)
+            finally:
+                call.close()
+
+        async def at_once() -> None:
+            await asyncio.sleep(0.05)
+            gone.set()
+            call.push(wire.Delta(7, [1], "a"))
+
+        serving = asyncio.create_task(while_connected(receive, work()))
+        await at_once()
+        done, _ = await asyncio.wait((serving,), timeout=3)
+        assert dropped == [7] and done == {serving}
+        with pytest.raises(ClientGone):
+            serving.result()
+
+    asyncio.run(leave())
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------
