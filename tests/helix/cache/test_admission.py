@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 
+from helix.ahead import Ahead
 from helix.cache.claim import Claim
 from helix.cache.control import CacheControl
 from helix.cache.keys import BlockKeys
@@ -24,11 +25,11 @@ class OneByOne(Scheduler):
     def _choose(self, dues: list[Due]) -> list[tuple[Sequence, Claim]]:
         return [(seq, self._claim(seq)) for seq in self.waiting[:1]]
 
-    def _admit_waiting(self, step: Step) -> None:
+    def _admit_waiting(self, step: Step, ahead: Ahead) -> None:
         num_admitted = -1
         while num_admitted < len(step.admitted):
             num_admitted = len(step.admitted)
-            super()._admit_waiting(step)
+            super()._admit_waiting(step, ahead)
 
 
 def sequence(index: int, tokens: list[int], made: int = 1) -> Sequence:
