@@ -19,6 +19,8 @@ from .request import Request
 from .sampling import SEED_LIMIT, SamplingParams
 
 Prompt = str | Sequence[int] | Request
+MAX_SCORES = 1 << 22
+"""Log-probabilities of one prompt, which every rank keeps until its request ends."""
 # What apply_chat_template takes for itself, and a template never sees.
 _OWN_ARGUMENTS = (
     "conversation", "messages", "chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors",
@@ -240,12 +242,7 @@ class Preparer:
         """Return the command that adds a request; ValueError says in one line why it cannot run."""
         token_ids, limits = self._prompts.token_ids(request), self.limits
         sampling = replace(sampling)  # checked again: a caller may have changed it since it was made
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(sampling, name) or 0) > limits.max_logprobs:
-                raise ValueError(
-                    f"sampling.{name} = {getattr(sampling, name)} exceeds scheduler.max_logprobs = "
-                    f"{limits.max_logprobs}; raise that, or ask for fewer"
-                )
+        self._check_logprobs(sampling, len(token_ids))
         is_answer = request.messages is not None or request.is_rendered
         if is_answer and self.end_of_turn_ids and not sampling.ignore_eos:
             sampling = replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *self.end_of_turn_ids])
@@ -277,6 +274,21 @@ class Preparer:
     def new_seed(self) -> int:
         """Return a seed that no other request has."""
         return (self._entropy + next(self._num_seeded)) % SEED_LIMIT
+
+    def _check_logprobs(self, sampling: SamplingParams, num_tokens: int) -> None:
+        most = self.limits.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(sampling, name) or 0) > most:
+                raise ValueError(
+                    f"sampling.{name} = {getattr(sampling, name)} exceeds scheduler.max_logprobs = "
+                    f"{most}; raise that, or ask for fewer"
+                )
+        num_scores = 0 if sampling.prompt_logprobs is None else num_tokens * (1 + sampling.prompt_logprobs)
+        if num_scores > MAX_SCORES:
+            raise ValueError(
+                f"sampling.prompt_logprobs = {sampling.prompt_logprobs} of {num_tokens} prompt tokens makes "
+                f"{num_scores} values, at most {MAX_SCORES} are kept; ask for fewer, or score parts of the prompt"
+            )
 
     def _check_biases(self, sampling: SamplingParams) -> None:
         vocab = self._prompts.vocab_size

@@ -337,6 +337,13 @@ def test_prompts_that_are_no_text_and_no_ids_fail_alone(llm: LLM, prompt: Any, m
     assert len(good.token_ids) == 2
 
 
+def test_a_prompt_of_too_many_scores_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helix.prompts.MAX_SCORES", 8)
+    bad, good = llm.generate(["abcde", "abcd"], greedy(2, prompt_logprobs=1))
+    assert (bad.error or "").startswith("sampling.prompt_logprobs = 1 of 5 prompt tokens makes 10 values, at most 8")
+    assert len(good.prompt_logprobs or ()) == 4
+
+
 def test_settings_changed_after_they_were_made_are_checked_again(llm: LLM) -> None:
     changed = greedy(2)
     changed.stop = ["\ud800"]
