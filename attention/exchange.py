@@ -24,7 +24,7 @@ from parallel.layout import split_evenly
 from parallel.symmetric import Faults, shares_memory
 
 from .fused_exchange import FusedExchange, supports
-from .merge import lse_words, merge_packed, merge_parts, merge_reference
+from .merge import join_sinks, lse_words, merge_packed, merge_parts, merge_reference
 from .partial import Partials
 
 EXCHANGES = ("auto", "collective", "fused")
@@ -49,7 +49,7 @@ class Exchange(Protocol):
         """Stand before the first layer of every step."""
         ...
 
-    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
+    def __call__(self, partials: Partials, *, layer: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Merge one layer's partials over parts and ranks.
 
         Collective over the KVP group: every rank calls it with partials of the same R rows, layer by layer in the same
@@ -58,6 +58,7 @@ class Exchange(Protocol):
         Args:
             partials: of R rows over this rank's shard; the collective exchange takes any D, the same on every rank.
             layer: which exchange of the step this is.
+            sinks: [heads of this rank] float32, scores without a value that join the merge of each row; None for none.
 
         Returns:
             [R, heads of this rank, D] in the model's dtype.
@@ -74,9 +75,9 @@ class NoExchange:
     def begin_step(self) -> None:
         """Do nothing."""
 
-    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
+    def __call__(self, partials: Partials, *, layer: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Merge the parts; see ``Exchange``."""
-        return merge_parts(partials, self._dtype, pdl=self._pdl)[0]
+        return merge_parts(partials, self._dtype, sinks=sinks, pdl=self._pdl)[0]
 
 
 class CollectiveExchange:
@@ -103,14 +104,14 @@ class CollectiveExchange:
     def begin_step(self) -> None:
         """Do nothing."""
 
-    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
+    def __call__(self, partials: Partials, *, layer: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Merge the parts, exchange and merge; see ``Exchange``."""
         out, lse = merge_parts(partials, self._dtype)
         received = all_to_all(self._pack(out, lse), self._group)
         if received.is_cuda:
-            return merge_packed(received, self._heads, out.shape[-1])
-        out, lse = unpack(received[:, :, : self._heads], out.shape[-1])
-        return merge_reference(out, lse)[0]
+            return merge_packed(received, self._heads, out.shape[-1], sinks)
+        merged, lse = merge_reference(*unpack(received[:, :, : self._heads], out.shape[-1]))
+        return merged if sinks is None else join_sinks(merged, lse, sinks)
 
     def _pack(self, out_RQD: torch.Tensor, lse_RQ: torch.Tensor) -> torch.Tensor:
         if self._head_index is not None:
@@ -134,10 +135,10 @@ class BySizeExchange:
         """Advance the fused exchange's step counter."""
         self._fused.begin_step()
 
-    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
+    def __call__(self, partials: Partials, *, layer: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Exchange and merge; see ``Exchange``."""
         fits = partials.num_rows <= self._fused.max_rows and partials.out.shape[-1] == self._fused.head_dim
-        return (self._fused if fits else self._collective)(partials, layer=layer)
+        return (self._fused if fits else self._collective)(partials, layer=layer, sinks=sinks)
 
 
 def unpack(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

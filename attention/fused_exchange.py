@@ -110,10 +110,11 @@ def _weigh(a, b, word, weight, decay, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rank", "layer", "layers", "place", "timeout_ns", "merged_heads"])
 def _exchange_kernel(
-    part, part_lse, part_start, merged, peers, faults, clock, rank, layer, layers, place, timeout_ns, merged_heads,
+    part, part_lse, part_start, sinks, merged, peers, faults, clock, rank, layer, layers, place, timeout_ns,
+    merged_heads,
     HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, CAPACITY: tl.constexpr, PADDED: tl.constexpr,
     SLOT_BYTES: tl.constexpr, PUSH: tl.constexpr, PUSH_PAD: tl.constexpr, MERGE: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT: tl.constexpr, MOST_PAD: tl.constexpr, TURN: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, MOST_PAD: tl.constexpr, TURN: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A program takes some heads of a row, and one slice of their granules; every slice has an lse word of its own.
     # Programs start in the order of their index, all of a row before the next, on every rank: what a resident program
@@ -174,6 +175,9 @@ def _exchange_kernel(
     top = tl.full([MERGE, part_of_head], float("-inf"), tl.float32)
     total = tl.zeros([MERGE, part_of_head], tl.float32)
     a0, a1, a2, a3, a4, a5, a6, a7 = total, total, total, total, total, total, total, total
+    if SINKS:  # a score without a value
+        top = tl.load(sinks + own + g * 0, mask=(own < merged_heads) & (g >= 0), other=0.0)
+        total += 1.0
     missing = tl.full([MERGE, part_of_head], -1, tl.int32)
     for n in tl.static_range(N):
         cell = (n * CAPACITY + row) * PADDED + own + g * 0
@@ -258,7 +262,7 @@ class FusedExchange:
         """Advance the step counter on the current stream."""
         self._clock.add_(1)
 
-    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
+    def __call__(self, partials: Partials, *, layer: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Exchange and merge one layer's partials; see ``Exchange``. At most max_rows rows."""
         rows, (_, heads, head_dim) = partials.num_rows, partials.out.shape
         split = partials.part_start is not None
@@ -269,14 +273,15 @@ class FusedExchange:
         push = 1 if split else _heads_of_a_program(rows, heads, granules)
         programs, slices = -(-heads // push), _slices_of_a_head(rows, heads, granules)
         _exchange_kernel[(programs * slices, rows)](
-            partials.out, partials.lse, self._clock if partials.part_start is None else partials.part_start, merged,
+            partials.out, partials.lse, self._clock if partials.part_start is None else partials.part_start,
+            partials.lse if sinks is None else sinks, merged,
             self._buffer.peers, self._faults.word, self._clock,
             self._rank, layer, self._num_layers, layer * 4 + OPERATION, self._timeout_ns, self._merged,
             HEADS=heads, D=head_dim, N=self._kvp, CAPACITY=self.max_rows, PADDED=self._padded,
             SLOT_BYTES=self._slot_bytes, PUSH=push, PUSH_PAD=1 if split else max(push, 32 * slices // granules),
             MERGE=triton.next_power_of_2(-(-self._padded // programs)), SLICES=slices,
             SPLIT=split, MOST_PAD=triton.next_power_of_2(partials.most), TURN=parts_at_once(rows * heads),
-            PDL=self._pdl,
+            SINKS=sinks is not None, PDL=self._pdl,
             num_warps=4 if split else max(1, min(4, push * granules // slices // 32)),
             **({"launch_pdl": True} if self._pdl else {}),
         )  # fmt: skip

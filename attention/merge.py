@@ -44,15 +44,33 @@ def merge_reference(out_NRQD: torch.Tensor, lse_NRQ: torch.Tensor) -> tuple[torc
     return merged.to(out_NRQD.dtype), top_RQ + torch.log(total_RQ)
 
 
+def join_sinks(out_RQD: torch.Tensor, lse_RQ: torch.Tensor, sinks_Q: torch.Tensor) -> torch.Tensor:
+    """Let each head's sink join what its rows make of all their tokens: a score that has no value.
+
+    It joins once, where a row's log-sum-exp is that of all its tokens. A row that saw nothing stays zero.
+
+    Args:
+        out_RQD: merged, normalised over the tokens alone.
+        lse_RQ: float32 or float64, natural log.
+        sinks_Q: float32, scores as they are.
+    """
+    kept = torch.sigmoid(lse_RQ - sinks_Q).unsqueeze(-1)
+    joined = out_RQD.to(lse_RQ.dtype) * kept
+    return joined.masked_fill(kept == 0, 0.0).to(out_RQD.dtype)
+
+
 @triton.jit
 def _merge_packed_kernel(
-    packed, out, heads, N: tl.constexpr, H_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr
-):
+    packed, out, sinks, heads, N: tl.constexpr, H_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    W: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = tl.num_programs(0)
     d = tl.arange(0, D_PAD)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
+    if SINKS:  # a score without a value
+        top, total = tl.load(sinks + head), tl.full([], 1.0, tl.float32)
     acc = tl.zeros([D_PAD], tl.float32)
     for n in tl.static_range(N):
         cell = (n * rows + row) * H_PAD + head
@@ -75,7 +93,9 @@ def lse_words(dtype: torch.dtype) -> int:
     return 4 // dtype.itemsize
 
 
-def merge_packed(packed_NRQW: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
+def merge_packed(
+    packed_NRQW: torch.Tensor, heads: int, head_dim: int, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """Merge a received packed message with one Triton launch.
 
     Args:
@@ -83,6 +103,7 @@ def merge_packed(packed_NRQW: torch.Tensor, heads: int, head_dim: int) -> torch.
             elements of a row are the bits of its float32 lse.
         heads: how many of the padded heads are real.
         head_dim: D.
+        sinks: [heads] float32, scores that join; None for none.
 
     Returns:
         [R, heads, D] in the message's dtype.
@@ -93,12 +114,14 @@ def merge_packed(packed_NRQW: torch.Tensor, heads: int, head_dim: int) -> torch.
         _merge_packed_kernel[(rows, heads)](
             packed_NRQW,
             out,
+            packed_NRQW if sinks is None else sinks,
             heads,
             N=n,
             H_PAD=padded,
             D=head_dim,
             D_PAD=triton.next_power_of_2(head_dim),
             W=lse_words(packed_NRQW.dtype),
+            SINKS=sinks is not None,
             num_warps=1,
         )
     return out
@@ -106,8 +129,8 @@ def merge_packed(packed_NRQW: torch.Tensor, heads: int, head_dim: int) -> torch.
 
 @triton.jit
 def _merge_parts_kernel(
-    part, part_lse, part_start, out, lse, num_heads, D: tl.constexpr, D_PAD: tl.constexpr, TURN: tl.constexpr,
-    PDL: tl.constexpr,
+    part, part_lse, part_start, sinks, out, lse, num_heads, D: tl.constexpr, D_PAD: tl.constexpr, TURN: tl.constexpr,
+    SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of a row, TURN parts at a time, values and lse asked for at once; sums shrink as the top grows."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -119,6 +142,8 @@ def _merge_parts_kernel(
         tl.extra.cuda.gdc_wait()
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
+    if SINKS:
+        top, total = tl.load(sinks + head), tl.full([], 1.0, tl.float32)
     acc = tl.zeros([D_PAD], tl.float32)
     for first in range(start, stop, TURN):
         p = first + tl.arange(0, TURN)
@@ -138,29 +163,32 @@ def _merge_parts_kernel(
     tl.store(lse + here, tl.where(total == 0.0, float("-inf"), top + tl.log(whole)))
 
 
-def merge_parts(partials: Partials, dtype: torch.dtype, *, pdl: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_parts(
+    partials: Partials, dtype: torch.dtype, *, sinks: torch.Tensor | None = None, pdl: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge the partials of each row of one rank: [R, Q, D] in ``dtype`` and lse [R, Q].
 
-    Rows that have one partial each are returned as they are. ``pdl`` launches programmatically dependent.
+    Rows that have one partial each are returned as they are. ``sinks`` [Q] float32 join, where these are all partials
+    of the rows; lse may then be with or without them. ``pdl`` launches programmatically dependent.
     """
     part, part_lse, part_start = partials.out, partials.lse, partials.part_start
     if part_start is None:
-        return part.to(dtype), part_lse
+        return (part if sinks is None else join_sinks(part, part_lse, sinks)).to(dtype), part_lse
     rows, (_, heads, head_dim) = partials.num_rows, part.shape
     if not (part.is_cuda or triton.knobs.runtime.interpret):
         index = part_start[:-1] + torch.arange(partials.most).unsqueeze(1)  # [most, R]
         seen = index < part_start[1:]
         index = index.clamp(max=part.shape[0] - 1)
         out, lse = merge_reference(part[index], part_lse[index].masked_fill(~seen.unsqueeze(-1), -torch.inf))
-        return out.to(dtype), lse
+        return (out if sinks is None else join_sinks(out, lse, sinks)).to(dtype), lse
     out = part.new_empty((rows, heads, head_dim), dtype=dtype)
     lse = part_lse.new_empty((rows, heads))
     if rows:
         few = rows * heads < FEW_HEADS
         columns = min(32, triton.next_power_of_2(head_dim)) if few else triton.next_power_of_2(head_dim)
         _merge_parts_kernel[(rows, heads, -(-head_dim // columns))](
-            part, part_lse, part_start, out, lse, heads, D=head_dim, D_PAD=columns,
-            TURN=parts_at_once(rows * heads), PDL=pdl,
+            part, part_lse, part_start, part_lse if sinks is None else sinks, out, lse, heads, D=head_dim,
+            D_PAD=columns, TURN=parts_at_once(rows * heads), SINKS=sinks is not None, PDL=pdl,
             num_warps=4 if few else 1, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out, lse

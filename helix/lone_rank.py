@@ -12,7 +12,8 @@ from math import prod
 
 import torch
 
-from attention.exchange import Exchange, Heads, NoExchange
+from attention.exchange import Exchange, Heads
+from attention.merge import join_sinks, merge_parts
 from attention.partial import Partials
 from parallel.grid import HelixGrid
 from parallel.launch import Launch
@@ -81,14 +82,16 @@ class _OwnHeads:
     """An exchange without the others: all heads' parts are merged, as they are to be sent, and this rank's kept."""
 
     def __init__(self, heads: Heads, own: tuple[int, int], *, pdl: bool) -> None:
-        self._merge, self._own = NoExchange(heads.dtype, pdl=pdl), slice(*own)
+        self._dtype, self._pdl, self._own = heads.dtype, pdl, slice(*own)
 
     def begin_step(self) -> None:
         """Do nothing."""
 
-    def __call__(self, partials: Partials, *, layer: int = 0) -> torch.Tensor:
-        """Merge the parts; see ``Exchange``."""
-        return self._merge(partials, layer=layer)[:, self._own].contiguous()
+    def __call__(self, partials: Partials, *, layer: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        """Merge the parts; see ``Exchange``. Sinks, of this rank's heads, join behind it."""
+        out, lse = merge_parts(partials, self._dtype, pdl=self._pdl)
+        mine = out[:, self._own]
+        return mine.contiguous() if sinks is None else join_sinks(mine, lse[:, self._own], sinks)
 
 
 class _OthersHeads:

@@ -74,10 +74,16 @@ SHAPES = [
 ]
 
 
-def check(merged, kvp, layer, shape, dtype):
+def sinks_of(heads):
+    return torch.linspace(-4.0, 6.0, heads)
+
+
+def check(merged, kvp, layer, shape, dtype, *, sinks=False):
     """Compare what each rank merged of one layer with the oracle; ranks of other KVP groups follow the first's."""
     splits, rows, heads, head_dim = shape
     parts = [partials(layer, rank, splits, rows, heads, head_dim, dtype) for rank in range(kvp)]
+    if sinks:  # one partial more, without a value
+        parts.append((torch.zeros(1, rows, heads, head_dim), sinks_of(heads).expand(1, rows, heads)))
     expected, _ = merge_reference(
         torch.cat([part.float() for part, _ in parts]).double(), torch.cat([lse for _, lse in parts]).double()
     )
@@ -105,8 +111,8 @@ def test_fused_exchange_equals_the_oracle_eagerly_and_in_graphs(ranks, world, tp
 @pytest.mark.parametrize(
     "shape", [(1, 1, 64, 128), (1, 8, 28, 128), (33, 1, 8, 128), (5, 1, 9, 64), (132, 1, 8, 64), (1, 1, 32, 512)]
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, kvp, shape, dtype):
+@pytest.mark.parametrize(("dtype", "sinks"), [(torch.bfloat16, True), (torch.float32, False), (torch.float32, True)])
+def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, kvp, shape, dtype, sinks):
     world, device = LocalWorld(kvp, monkeypatch, "attention.fused_exchange"), torch.device("cuda")
     splits, rows, heads, head_dim = shape
     faults = Faults(device)
@@ -124,13 +130,14 @@ def test_up_to_eight_ranks_of_one_gpu_equal_the_oracle(monkeypatch, kvp, shape, 
 
     def step(rank):
         exchanges[rank].begin_step()
-        return [exchanges[rank](stacked(*data[rank][layer]), layer=layer) for layer in range(3)]
+        own = sinks_of(heads)[slice(*split_evenly(heads, kvp, rank))].cuda() if sinks else None
+        return [exchanges[rank](stacked(*data[rank][layer]), layer=layer, sinks=own) for layer in range(3)]
 
     delays = torch.Generator().manual_seed(kvp)
     first, *others = [world.run(step, delays=delays) for _ in range(6)]
     assert Faults.decode(int(faults.word)) is None
     for layer in range(3):
-        check([merged[layer] for merged in first], kvp, layer, shape, dtype)
+        check([merged[layer] for merged in first], kvp, layer, shape, dtype, sinks=sinks)
         for other in others:
             assert all(torch.equal(a[layer], b[layer]) for a, b in zip(first, other, strict=True))
 
