@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
-WINDOWED = ("mistral",)  # all layers see a window; of other families that have windows every second one does
+WINDOWED = ("gpt_oss", "mistral")  # of mistral all layers may see a window, of other families every second one
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
@@ -49,6 +49,8 @@ GAINS = {
     "q_norm": 2.0,
     "k_norm": 2.0,
     "o_proj": 4.0,
+    "sinks": 2.0,
+    "proj_bias": 0.5,
     "gate": 1.5,
     "down_proj": 2.0,
     "lm_head": 5.0,
@@ -185,6 +187,16 @@ def _config(recipe: Recipe) -> Any:
             "norm_topk_prob": True,
             "mlp_only_layers": [1],
         }
+    if recipe.family == "gpt_oss":
+        more |= {
+            "num_local_experts": recipe.experts,
+            "num_experts_per_tok": recipe.experts_chosen,
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": recipe.max_position // 32, "rope_theta": 150000.0,
+            },
+            "swiglu_limit": 2.0,
+        }  # fmt: skip
     if recipe.window or recipe.family == "mistral":
         more["sliding_window"] = recipe.window or None
     if recipe.window and recipe.family != "mistral":

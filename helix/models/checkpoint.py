@@ -119,8 +119,12 @@ class Checkpoint:
         handle = self._tensor(piece.name)
         rows, cols = (slice(*span) if span else slice(None) for span in (piece.rows, piece.cols))
         if piece.index is not None:
-            stacked: torch.Tensor = handle[piece.index : piece.index + 1, rows, cols]
-            return stacked[0]
+            which = slice(piece.index, piece.index + 1)
+            if len(handle.get_shape()) == 2:
+                found: torch.Tensor = handle[which, rows][0]
+            else:
+                found = handle[which, cols, rows][0].T if piece.turned else handle[which, rows, cols][0]
+            return found if piece.parity is None else found[piece.parity :: 2]
         data: torch.Tensor = handle[rows] if len(handle.get_shape()) == 1 else handle[rows, cols]
         if not self._spec.is_quantized(piece.name):
             return data
@@ -258,7 +262,7 @@ def fill_dummy(role: str, columns: int, out: Matrix, generator: torch.Generator 
             out.put_values(start, values.to(VALUES))
     elif role.endswith("norm"):
         out.fill_(1.0)
-    elif role.endswith("bias"):
+    elif role.endswith(("bias", "sinks")):
         out.normal_(0.0, 0.02, generator=generator)
     elif role == "embedding":
         out.normal_(0.0, 1.0, generator=generator)

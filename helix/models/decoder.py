@@ -38,7 +38,7 @@ from parallel.sharded_argmax import ShardedArgmax
 from ..states.cache import StateCache
 from ..states.layer import advance
 from .embed import embed
-from .experts import mixture
+from .experts import ExpertBiases, mixture
 from .gate import gate_heads
 from .heads import append_and_query
 from .kinds import STATE, WINDOW
@@ -51,6 +51,7 @@ from .row_share import RowShare
 from .spec import Experts, ModelSpec
 from .weights import layer_weights, model_weights, next_weights, part_of
 
+EXPERT_ROLES = ("experts_gate_up", "experts_down")
 Parameters = dict[str, Any]  # tensors, and matrices that may be quantised
 
 
@@ -201,7 +202,8 @@ class Decoder:
                 q = self._project_qkv(
                     weights, normed, *own, slot, pages[place], share, queries, plain=bool(fillings), chunk=chunk
                 )
-                merged = exchange(self._attend(q, pages[place], rows, fillings, weights), layer=place)
+                partials = self._attend(q, pages[place], rows, fillings, weights)
+                merged = exchange(partials, layer=place, sinks=weights.get("sinks"))
             if "output_gate" in weights:
                 scores = split_linear(normed, weights["output_gate"], pdl=self._pdl, chunk=chunk)
                 merged = gate_heads(merged, scores, pdl=self._pdl)
@@ -230,7 +232,7 @@ class Decoder:
             num_kv_heads=stop_kv - first_kv, pdl=self._pdl,
         )  # fmt: skip
         partials = self._attention(q, self.windows[place], rows, self.spec.scale)
-        return merge_parts(partials, self.dtype, pdl=self._pdl)[0]
+        return merge_parts(partials, self.dtype, sinks=weights.get("sinks"), pdl=self._pdl)[0]
 
     def _finish(
         self,
@@ -251,6 +253,8 @@ class Decoder:
             size = self.spec.latent.value_dim
             merged = values_of(merged, weights["v_up"][first * size : stop * size], self.spec.latent, pdl=self._pdl)
         projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl, chunk=chunk)
+        if "o_bias" in weights:  # once: every rank has the same stream, and the all-reduce adds what they project
+            stream += weights["o_bias"]
         normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * index)
         added = self._feed_forward(weights, normed, self.spec.experts_of(layer), chunk)
         return self._sum_and_norm(added, stream, next_norm, 2 * index + 1)
@@ -304,7 +308,11 @@ class Decoder:
         if experts is None:
             return feed_forward(normed, weights["gate_up"], weights["down"], pdl=self._pdl, chunk=chunk)
         first, stop = self.part.experts
-        gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in ("experts_gate_up", "experts_down"))
+        gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in EXPERT_ROLES)
+        biases = None
+        if experts.clamped is not None:
+            of_up, of_down = (weights[f"{role}_bias"].unflatten(0, (stop - first, -1)) for role in EXPERT_ROLES)
+            biases = ExpertBiases(weights["score_bias"], of_up, of_down, share=1.0 / self.grid.layout.tpf)
         return mixture(
             normed,
             weights["router"],
@@ -315,6 +323,7 @@ class Decoder:
             bias=weights.get("router_bias"),
             shared=(weights["shared_gate_up"], weights["shared_down"]) if experts.shared_size else None,
             shared_router=weights.get("shared_router"),
+            biases=biases,
             pdl=self._pdl,
             chunk=chunk,
         )

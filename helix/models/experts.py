@@ -13,6 +13,8 @@ Shape letters: R rows, C experts a row chooses, E experts of this rank, F units 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -35,10 +37,23 @@ from .linear import (
 from .quantization import BLOCK
 from .quantized import Matrix, as_float, in_stored_order, product
 from .routing import experts_in_use, logits_of, queue_kernel, route, rule_of
-from .spec import Experts
+from .spec import ClampedGate, Experts
 
 MIN_DOT = 16  # the least rows of a product on tensor cores
 MANY_PAIRS = 256  # of an expert on average, from which on they are copied together into blocks
+
+
+@dataclass(frozen=True)
+class ExpertBiases:
+    """The biases of a mixture: of the router [all experts] float32, of its experts' matrices [E, 2 F] and [E, h].
+
+    ``share`` is how much of the last this rank adds, of the ranks that share its experts.
+    """
+
+    score: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    share: float
 
 
 def mixture(
@@ -52,6 +67,7 @@ def mixture(
     bias: torch.Tensor | None = None,
     shared: tuple[Matrix, Matrix] | None = None,
     shared_router: torch.Tensor | None = None,
+    biases: ExpertBiases | None = None,
     pdl: bool = False,
     chunk: bool = False,
 ) -> torch.Tensor:
@@ -69,9 +85,16 @@ def mixture(
         bias: [all experts] float32, where experts are chosen by sigmoid.
         shared: the matrices [2 F', h] and [h, F'] of experts that every row goes through.
         shared_router: [1, h], of the score that gates what these add; None where they are not gated.
+        biases: of experts whose gates are clamped, which have no shared ones beside them; None without.
         pdl: launch programmatically dependent.
         chunk: rows are a prompt's, which may be quantised to meet quantised matrices.
     """
+    if biases is not None:
+        if x.is_cuda:
+            scores = logits_of(x, router, biases.score)
+            return mix_queued(x, scores, gate_up, down, experts=experts, first=first, biases=biases)[None]
+        chosen = route(x, router, experts, score_bias=biases.score)
+        return mix_reference(x, *chosen, gate_up, down, first=first, gate=experts.clamped, biases=biases)[None]
     if _few(x, router, (gate_up, down), shared):
         scores = split_linear(x, router, pdl=pdl, exact=True)
         used = experts_in_use(scores, down.shape[0], experts, first=first, bias=bias, pdl=pdl)
@@ -110,6 +133,8 @@ def mix_reference(
     down: Matrix,
     *,
     first: int,
+    gate: ClampedGate | None = None,
+    biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
     """Return what this rank's experts add to each row, one by one: [R, h] in x's dtype, summed in float32 at least.
 
@@ -119,12 +144,20 @@ def mix_reference(
         gate_up: [E, 2 F, h], the gate's rows first.
         down: [E, h, F].
         first: the id of this rank's first expert.
+        gate, biases: of experts whose gates are clamped.
     """
     out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for expert in range(gate_up.shape[0]):
         row, choice = (ids == first + expert).nonzero(as_tuple=True)
-        gate, up = product(x[row], gate_up[expert]).chunk(2, -1)
-        added = product(F.silu(gate) * up, down[expert])
+        both = product(x[row], gate_up[expert])
+        if gate is None or biases is None:
+            its_gate, up = both.chunk(2, -1)
+            added = product(F.silu(its_gate) * up, down[expert])
+        else:
+            its_gate, up = (both + biases.gate_up[expert]).chunk(2, -1)
+            its_gate, up = its_gate.clamp(max=gate.limit), up.clamp(-gate.limit, gate.limit)
+            units = (up + 1) * its_gate * torch.sigmoid(gate.alpha * its_gate)
+            added = product(units, down[expert]) + biases.down[expert] * biases.share
         out.index_add_(0, row, added.to(out.dtype) * weights[row, choice].unsqueeze(-1))
     return out.to(x.dtype)
 
@@ -150,12 +183,14 @@ def _add_product(acc, x_mk, w_nk, scale_n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gate_up_kernel(
-    x, w, scales, scale_stride, counts, queues, hidden, num_rows,
+    x, w, scales, scale_stride, bias, alpha, limit, counts, queues, hidden, num_rows,
     K: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-    HELD: tl.constexpr, HELD_PAD: tl.constexpr, CHOSEN: tl.constexpr, UNITS: tl.constexpr,
+    HELD: tl.constexpr, HELD_PAD: tl.constexpr, CHOSEN: tl.constexpr, UNITS: tl.constexpr, CLAMPED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """hidden[pair, n] = silu(x . gate row n) * (x . up row n), x the pair's row, for the pairs of one block."""
+    """hidden[pair, n] = silu(x . gate row n) * (x . up row n), x the pair's row, for the pairs of one block; or as a
+    ``ClampedGate`` says, with biases.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)  # fastest, so that the cache holds a block's rows and weights
     expert, pair, real = block_of(counts, queues, num_rows, tl.program_id(1), HELD, HELD_PAD, BM)
     if expert < HELD:
@@ -172,18 +207,24 @@ def _gate_up_kernel(
             up_nk = tl.load(w + (gate[:, None] + UNITS) * STRIDE + k[None, :], mask=here, other=0)
             a = _add_product(a, x_mk, gate_nk, _scale_of(scales, scale_stride, gate, n < UNITS, at, BLOCK), BLOCK)
             b = _add_product(b, x_mk, up_nk, _scale_of(scales, scale_stride, gate + UNITS, n < UNITS, at, BLOCK), BLOCK)
-        value = (a / (1.0 + tl.exp(-a)) * b).to(hidden.dtype.element_ty)
+        if CLAMPED:
+            a += tl.load(bias + gate, mask=n < UNITS, other=0.0).to(tl.float32)[None, :]
+            b += tl.load(bias + gate + UNITS, mask=n < UNITS, other=0.0).to(tl.float32)[None, :]
+            a, b = tl.minimum(a, limit), tl.minimum(tl.maximum(b, -limit), limit) + 1.0
+        else:
+            alpha = 1.0
+        value = (a / (1.0 + tl.exp(-alpha * a)) * b).to(hidden.dtype.element_ty)
         tl.store(hidden + pair[:, None] * UNITS + n[None, :], value, mask=real[:, None] & (n < UNITS)[None, :])
 
 
 @triton.jit
 def _down_kernel(
-    hidden, w, scales, scale_stride, counts, queues, out, num_rows,
+    hidden, w, scales, scale_stride, bias, share, counts, queues, out, num_rows,
     K: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-    HELD: tl.constexpr, HELD_PAD: tl.constexpr, H: tl.constexpr,
+    HELD: tl.constexpr, HELD_PAD: tl.constexpr, H: tl.constexpr, BIASED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[pair, n] = hidden[pair] . down row n, for the pairs of one block."""
+    """out[pair, n] = hidden[pair] . down row n, and a share of its bias, for the pairs of one block."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     expert, pair, real = block_of(counts, queues, num_rows, tl.program_id(1), HELD, HELD_PAD, BM)
     if expert < HELD:
@@ -197,6 +238,8 @@ def _down_kernel(
             here = (n < H)[:, None] & inside[None, :]
             down_nk = tl.load(w + down[:, None] * STRIDE + k[None, :], mask=here, other=0)
             acc = _add_product(acc, hidden_mk, down_nk, _scale_of(scales, scale_stride, down, n < H, at, BLOCK), BLOCK)
+        if BIASED:
+            acc += tl.load(bias + down, mask=n < H, other=0.0).to(tl.float32)[None, :] * share
         to = out + pair[:, None] * H + n[None, :]
         tl.store(to, acc.to(out.dtype.element_ty), mask=real[:, None] & (n < H)[None, :])
 
@@ -228,6 +271,7 @@ def mix_queued(
     experts: Experts,
     first: int,
     bias: torch.Tensor | None = None,
+    biases: ExpertBiases | None = None,
     chunk: bool = False,
 ) -> torch.Tensor:
     """Do what ``route`` and ``mix_reference`` do in a few launches, from the router's logits [R, all experts].
@@ -249,7 +293,9 @@ def mix_queued(
         HELD=num_held, BR=of_rows, **rule_of(experts), num_warps=4,
     )  # fmt: skip
     out, placed = torch.empty_like(x), False
-    if chunk and multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
+    if biases is not None:
+        added = place_of = _feed_forward(x, gate_up, down, counts, queues, num_pairs, experts.clamped, biases)
+    elif chunk and multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
         placed = True
         added, place_of = feed_forward_in_8_bits(x, gate_up, down, counts, queues, num_pairs)
     elif num_pairs >= MANY_PAIRS * experts.num_experts and grouped.supports(x, gate_up, down):
@@ -266,7 +312,14 @@ def mix_queued(
 
 
 def _feed_forward(
-    x: torch.Tensor, gate_up: Matrix, down: Matrix, counts: torch.Tensor, queues: torch.Tensor, num_pairs: int
+    x: torch.Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    counts: torch.Tensor,
+    queues: torch.Tensor,
+    num_pairs: int,
+    gate: ClampedGate | None = None,
+    biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
     """Return what experts make of their pairs, tiles widened where they are of 8 bits: [pairs, h] in x's dtype."""
     num_rows, hidden_size = x.shape
@@ -285,14 +338,17 @@ def _feed_forward(
     }
     blocks = num_blocks_of(num_pairs, num_held, rows)
     hidden, added = x.new_empty((num_pairs, units)), x.new_empty((num_pairs, hidden_size))
+    alpha, most = (1.0, 0.0) if gate is None else (gate.alpha, gate.limit)
     operand, w, how = _operands(x, gate_up)
     _gate_up_kernel[(-(-units // tile["BN"]), blocks)](
-        operand, *w, counts, queues, hidden, num_rows, CHOSEN=num_pairs // num_rows, UNITS=units, **how, **tile
-    )
+        operand, *w, operand if biases is None else biases.gate_up, alpha, most, counts, queues, hidden, num_rows,
+        CHOSEN=num_pairs // num_rows, UNITS=units, CLAMPED=gate is not None, **how, **tile,
+    )  # fmt: skip
     operand, w, how = _operands(hidden, down)
     _down_kernel[(-(-hidden_size // tile["BN"]), blocks)](
-        operand, *w, counts, queues, added, num_rows, H=hidden_size, **how, **tile
-    )
+        operand, *w, operand if biases is None else biases.down, 1.0 if biases is None else biases.share, counts,
+        queues, added, num_rows, H=hidden_size, BIASED=biases is not None, **how, **tile,
+    )  # fmt: skip
     return added
 
 

@@ -54,13 +54,16 @@ class Part:
 class Piece:
     """A slice of the checkpoint tensor `name`: half-open ranges along dim 0 (rows) and dim 1 (cols), None for all.
 
-    index: which matrix, where the tensor is a stack of them.
+    index: which matrix, where the tensor is a stack of them. turned: each is stored transposed; rows and cols are those
+    of what it means. parity: 0 or 1 for the even or odd ones of ``rows`` alone.
     """
 
     name: str
     rows: Range | None = None
     cols: Range | None = None
     index: int | None = None
+    turned: bool = False
+    parity: int | None = None
 
 
 @dataclass(frozen=True)

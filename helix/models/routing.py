@@ -16,19 +16,27 @@ from .spec import Experts
 ROUTE_WARP = 128  # scores that a warp looks through
 
 
-def logits_of(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+def logits_of(x: torch.Tensor, router: torch.Tensor, score_bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return the router's scores [R, all experts] in float32 at least: products of x's dtype are exact in it.
+
+    ``score_bias``, [all experts] float32, is part of them.
 
     Rounded to 2 bytes, scores of many rows would choose other experts than the float32 sums of few rows do.
     """
     if x.is_cuda and x.element_size() == 2:
-        return torch.mm(x, router.T, out_dtype=torch.float32)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return F.linear(x.to(dtype), router.to(dtype))
+        logits = torch.mm(x, router.T, out_dtype=torch.float32)
+    else:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(dtype), router.to(dtype))
+    return logits if score_bias is None else logits + score_bias
 
 
 def route(
-    x: torch.Tensor, router: torch.Tensor, experts: Experts, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    router: torch.Tensor,
+    experts: Experts,
+    bias: torch.Tensor | None = None,
+    score_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose each row's experts: their weights [R, C] float32 and ids [R, C] int64, equal on all ranks.
 
@@ -37,8 +45,9 @@ def route(
         router: [all experts, h].
         experts: how many are chosen, and how.
         bias: [all experts] float32, where experts are chosen by sigmoid.
+        score_bias: [all experts] float32, part of the scores.
     """
-    logits = logits_of(x, router)
+    logits = logits_of(x, router, score_bias)
     scores = logits.float().sigmoid() if experts.sigmoid else logits.float().softmax(-1)
     choice = scores if bias is None else scores + bias
     if experts.groups > 1:

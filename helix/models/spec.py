@@ -25,6 +25,7 @@ FAMILIES = {
     "deepseek_v2": ".deepseek",
     "deepseek_v3": ".deepseek",
     "glm": ".glm",
+    "gpt_oss": ".gpt_oss",
     "kimi_k2": ".deepseek",
     "llama": ".llama",
     "mistral": ".mistral",
@@ -95,6 +96,14 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class ClampedGate:
+    """(up + 1) * gate * sigmoid(alpha * gate), the gate at most ``limit``, up within it; with biases on all of it."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """The mixture that stands in for the feed-forward network of a layer.
 
@@ -108,6 +117,7 @@ class Experts:
     shared_size: units of experts that every token goes through, taken as one; 0 for none.
     gates_shared: what these add is multiplied by the sigmoid of a score of the token.
     stacked: the checkpoint holds the experts' matrices of a layer as two tensors.
+    clamped: what stands in for silu(gate) * up; None for that. Experts and router have biases then.
     """
 
     num_experts: int
@@ -122,6 +132,7 @@ class Experts:
     shared_size: int = 0
     gates_shared: bool = False
     stacked: bool = False
+    clamped: ClampedGate | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_chosen", "ffn_size", "groups", "groups_chosen"):
@@ -149,7 +160,7 @@ class ModelSpec:
     Every layer is: RMSNorm, grouped-query attention with RoPE, residual, RMSNorm, SiLU-gated feed-forward, residual;
     the feed-forward may be a mixture of experts.
     num_kv_heads, head_dim: of what is cached of a token; with latents one head of latent and turned key.
-    qkv_bias: q, k and v projections have biases (no other projection ever does).
+    qkv_bias: q, k and v projections have biases.
     qk_norm: RMSNorm over each head of q and k, before RoPE, with weights [head_dim] shared by all heads.
     tied_embeddings: the output head is the embedding matrix; false where the checkpoint's files hold a head beside it.
     max_position: the longest context the model takes, in tokens.
@@ -163,6 +174,7 @@ class ModelSpec:
     states: what state layers are made of; None for a model without.
     output_gate: attention's output is multiplied by a sigmoid; a head's gate stands behind its query in q's matrix.
     norms_exceed_one: the files hold what the weights of norms exceed one by (not of those of state layers).
+    o_bias: the output projection has a bias. sinks: each head has a score without a value, which joins its softmax.
     """
 
     family: str
@@ -190,6 +202,8 @@ class ModelSpec:
     states: States | None = None
     output_gate: bool = False
     norms_exceed_one: bool = False
+    o_bias: bool = False
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():

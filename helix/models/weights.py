@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from parallel.layout import Layout, Range, split_evenly, split_units
 
+from .clamped_experts import clamped_experts_shapes, clamped_experts_weights
 from .kinds import STATE
 from .parts import Part, Piece, Weight
 from .spec import Latent, ModelSpec
@@ -127,6 +128,7 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     qkv [(q heads + 2 * KV heads) * D, h]: rows of the q heads, then of the k heads, then of the v heads
     qkv_bias [(q heads + 2 * KV heads) * D] when the model has it, in the same order
     q_norm, k_norm [D] when the model has them
+    o_bias [h] whole on every rank, sinks [out heads] of part.out_heads, when the model has them
     output_gate [out heads * D, h]: rows of part.out_heads, when the model has it
     o [h, out heads * D]: columns of part.out_heads
     gate_up [2 * ffn, h]: gate rows, then up rows, of part.ffn
@@ -142,6 +144,7 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     shared_router [1, h] whole on every rank, where what they add is gated
     experts_gate_up [experts * 2 * units, h]: of each of part.experts gate rows, then up rows, of part.expert_ffn
     experts_down [experts * h, units]: of each of part.experts columns of part.expert_ffn
+    and their biases, see ``clamped_experts``
 
     A quantised checkpoint's matrices stay quantised in the roles of IN_8_BITS, where all of a role's pieces are: k_up
     and v_up multiply other dims of what the checkpoint has as one matrix, head by head, and are widened when read.
@@ -215,6 +218,11 @@ def _attention(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
             (qkv_len,),
             (Piece(name(names.q_bias), q_rows), Piece(name(names.k_bias), kv_rows), Piece(name(names.v_bias), kv_rows)),
         )
+    if spec.o_bias:
+        weights["o_bias"] = Weight((h,), (Piece(name(names.o_bias)),))
+    if spec.sinks:
+        sinks = Piece(name(names.sinks), part.out_heads)
+        weights["sinks"] = Weight((_len(part.out_heads),), (sinks,), exact=True)
     if spec.qk_norm:
         weights["q_norm"] = _norm(spec, name(names.q_norm), D)
         weights["k_norm"] = _norm(spec, name(names.k_norm), D)
@@ -259,6 +267,8 @@ def _dense_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
 
 
 def _experts_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
+    if spec.experts is not None and spec.experts.clamped is not None:
+        return clamped_experts_weights(spec, layer, part)
     h, names, units = spec.hidden_size, spec.names, part.expert_ffn
     mine = range(*part.experts)
 
@@ -340,6 +350,12 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.experts is not None and spec.experts.stacked:
         one_expert = {}
         router |= {names.experts_gate_up: (num_experts, 2 * units, h), names.experts_down: (num_experts, h, units)}
+    if spec.experts is not None and spec.experts.clamped is not None:
+        router = clamped_experts_shapes(spec)
+    if spec.o_bias:
+        layer[names.o_bias] = (h,)
+    if spec.sinks:
+        layer[names.sinks] = (spec.num_heads,)
     if spec.qkv_bias:
         layer |= {names.q_bias: (q_len,), names.k_bias: (kv_len,), names.v_bias: (kv_len,)}
     if spec.qk_norm:

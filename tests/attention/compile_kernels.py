@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from attention import append, latent_append, latent_kv, split_kv
 from attention.partial import select_backend
-from helix.models import experts
+from helix.models import experts, routing
 from helix.models.spec import Experts
 from tests.attention.cases import in_8_bits, make_case, partials_of, shard
 
@@ -77,7 +77,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 KERNELS = (
     split_kv._split_kernel, latent_kv._latent_kernel, experts._gate_up_kernel, experts._down_kernel,
-    experts._queue_kernel, experts._combine_kernel, append._append_kernel, append._rope_append_kernel,
+    routing.queue_kernel, experts._combine_kernel, append._append_kernel, append._rope_append_kernel,
     latent_append._append_kernel,
 )  # fmt: skip
 

@@ -50,7 +50,7 @@ def generate_body(path, kvp, tpa, runs, prompts):
     for block_size, prefill_chunk, max_batch, more in runs:
         config = HelixConfig(
             model=ModelConfig(path=path, dtype="float32"),
-            parallel=ParallelConfig(kvp=kvp, tpa=tpa),
+            parallel=ParallelConfig(kvp=kvp, tpa=tpa, ep=more.get("ep", 1)),
             cache=CacheConfig(block_size=block_size, num_pages=more.get("num_pages", 2048 // block_size)),
             scheduler=SchedulerConfig(max_batch=max_batch, prefill_chunk=prefill_chunk),
             runtime=RuntimeConfig(check_ranks=more.get("check_ranks", False)),
@@ -76,6 +76,9 @@ def generate_body(path, kvp, tpa, runs, prompts):
         ("qwen2", 2, 2, [(4, 20, 8, {})]),
         ("qwen3", 2, 4, [(16, 40, 8, {})]),
         ("mistral", 1, 8, [(16, 2048, 8, {})]),
+        ("gpt_oss", 1, 1, [(16, 2048, 8, {}), (1, 7, 3, {})]),
+        ("gpt_oss", 4, 1, [(16, 33, 4, {"check_ranks": True, "ep": 2})]),
+        ("gpt_oss", 2, 2, [(4, 20, 8, {})]),
     ],
 )
 def test_tokens_equal_transformers_whatever_is_cut(ranks, models, family, kvp, tpa, runs):

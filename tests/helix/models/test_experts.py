@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from helix.models import grouped
-from helix.models.experts import mix_queued, mix_reference, mixture
+from helix.models.experts import ExpertBiases, mix_queued, mix_reference, mixture
 from helix.models.linear import can_stream
 from helix.models.routing import experts_in_use, route
-from helix.models.spec import Experts
+from helix.models.spec import ClampedGate, Experts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -45,6 +45,30 @@ def of(num_experts, num_chosen, units, normalised=True):
 )
 def test_queues_of_pairs_do_what_the_reference_does(dtype, normalised, rows, num_experts, held, units, hidden, chosen):
     check_queues(dtype, normalised, rows, num_experts, held, units, hidden, chosen)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "held", "share"), [(1, (0, 6), 1.0), (90, (2, 5), 0.25)])
+def test_clamped_gates_and_biases_are_those_of_the_reference(dtype, rows, held, share):
+    x, router, gate_up, down = inputs(rows, rows, 6, 40, 72, dtype)
+    gate_up, down = 3 * gate_up[slice(*held)], down[slice(*held)]
+    gate = ClampedGate(1.702, 1.5)
+    experts = replace(of(6, 3, 40), clamped=gate)
+    generator = torch.Generator().manual_seed(9)
+    of_up, of_down = torch.randn(6, 80, generator=generator), torch.randn(6, 72, generator=generator)
+    held_biases = [each[slice(*held)].to(dtype).to(DEVICE) for each in (of_up, of_down)]
+    biases = ExpertBiases(torch.randn(6, generator=generator).to(DEVICE), *held_biases, share=share)
+
+    def mixed(kind):
+        exact = ExpertBiases(biases.score, biases.gate_up.to(kind), biases.down.to(kind), share)
+        chosen = route(x.to(kind), router.to(kind), experts, score_bias=biases.score)
+        weights = (each.to(kind) for each in (gate_up, down))
+        return mix_reference(x.to(kind), *chosen, *weights, first=held[0], gate=gate, biases=exact)
+
+    logits = x.double() @ router.double().T + biases.score
+    ours = mix_queued(x, logits.float(), gate_up, down, experts=experts, first=held[0], biases=biases)
+    error, allowed = ((each - mixed(torch.float64)).abs().max() for each in (ours, mixed(dtype)))
+    assert error <= 2 * allowed + (1e-5 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.gpu
