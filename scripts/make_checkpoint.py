@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
 WINDOWED = ("gpt_oss", "mistral")  # of mistral all layers may see a window, of other families every second one
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
+PASSKEY = "passkey"  # a Llama made by hand: scripts/passkey_model.py
+ALL = (*FAMILIES, *WINDOWED, *HYBRIDS, PASSKEY)
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 NUM_BYTES = 256
@@ -62,7 +64,8 @@ class Recipe:
     """The model to make.
 
     Attributes:
-        family: the model_type of its config.
+        family: the model_type of its config; passkey is a Llama of a size of its own whose weights find a key anywhere
+            in a text (scripts/passkey_model.py): of what follows it takes max_position, dtype and max_shard_size alone.
         layers: decoder layers.
         hidden: elements of a row.
         heads: query heads.
@@ -104,8 +107,15 @@ class Recipe:
     window: int = 0
 
     def __post_init__(self) -> None:
-        if self.family not in (*FAMILIES, *WINDOWED, *HYBRIDS):
-            raise ValueError(f"family = {self.family!r}, must be one of {', '.join((*FAMILIES, *WINDOWED, *HYBRIDS))}")
+        if self.family not in ALL:
+            raise ValueError(f"family = {self.family!r}, must be one of {', '.join(ALL)}")
+        if self.family == PASSKEY:
+            fixed = {field.name: field.default for field in fields(Recipe)}
+            for name in {*fixed} - {"family", "max_position", "dtype", "max_shard_size"}:
+                if getattr(self, name) != fixed[name]:
+                    raise ValueError(
+                        f"{name} = {getattr(self, name)!r} is not for family = passkey, whose size is its own"
+                    )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}, must be one of {', '.join(DTYPES)}")
         if self.vocab < NUM_BYTES + len(SPECIAL_TOKENS):
@@ -121,6 +131,8 @@ def make_checkpoint(path: str | Path, *, force: bool = False, **sizes: Any) -> P
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    from scripts.passkey_model import construct
+
     recipe, path = Recipe(**sizes), Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"DIR = {path} is a file; give a folder")
@@ -131,7 +143,10 @@ def make_checkpoint(path: str | Path, *, force: bool = False, **sizes: Any) -> P
         old.unlink()
 
     model = AutoModelForCausalLM.from_config(_config(recipe))
-    randomise(model, recipe.seed)
+    if recipe.family == PASSKEY:
+        construct(model)
+    else:
+        randomise(model, recipe.seed)
     model.generation_config = GenerationConfig(bos_token_id=NUM_BYTES, eos_token_id=EOS_ID, pad_token_id=EOS_ID)
     shards = {"max_shard_size": recipe.max_shard_size} if recipe.max_shard_size else {}
     with _no_progress_bar():
@@ -178,6 +193,18 @@ def _no_progress_bar() -> Iterator[None]:
 def _config(recipe: Recipe) -> Any:
     from transformers import AutoConfig
 
+    from scripts.passkey_model import SIZES
+
+    ends = {
+        "vocab_size": recipe.vocab,
+        "max_position_embeddings": recipe.max_position,
+        "tie_word_embeddings": recipe.tied,
+        "bos_token_id": NUM_BYTES,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": EOS_ID,
+    }
+    if recipe.family == PASSKEY:
+        return AutoConfig.for_model("llama", **SIZES, **ends)
     more: dict[str, Any] = {"rope_scaling": recipe.rope_scaling} if recipe.rope_scaling else {}
     if recipe.family in ("qwen3_moe", "qwen3_next", "qwen3_5_moe"):
         more |= {
@@ -241,12 +268,7 @@ def _config(recipe: Recipe) -> Any:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=recipe.ffn,
-        vocab_size=recipe.vocab,
-        max_position_embeddings=recipe.max_position,
-        tie_word_embeddings=recipe.tied,
-        bos_token_id=NUM_BYTES,
-        eos_token_id=EOS_ID,
-        pad_token_id=EOS_ID,
+        **ends,
         **more,
     )
 
@@ -287,7 +309,7 @@ def main() -> None:
     for item in fields(Recipe):
         flag, text = "--" + item.name.replace("_", "-"), said[item.name]
         if item.name == "family":
-            parser.add_argument(flag, choices=(*FAMILIES, *WINDOWED, *HYBRIDS), required=True, help=text)
+            parser.add_argument(flag, choices=ALL, required=True, help=text)
         elif item.name == "tied":
             parser.add_argument(flag, action="store_true", help=text)
         elif item.name == "dtype":
