@@ -16,6 +16,7 @@ import torch
 
 from parallel.layout import Range
 
+from .fp4 import BLOCKS, GROUP, SCALES, widen_fp4
 from .parts import Piece, Weight
 from .quantization import BLOCK, SCALE_DTYPES, Quantization, num_blocks
 from .quantized import TILE, VALUES, Matrix, Quantized, widen_slice
@@ -26,6 +27,7 @@ from .weights import tensor_shapes
 
 DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 DTYPE_8_BITS = "F8_E4M3"
+DTYPE_4_BITS = "U8"  # two elements a byte
 DUMMY_SPREAD = 16.0  # the standard deviation of random 8-bit values, whose largest is 448
 # ends of names of tensors of quantised files that no weight needs: scales of activations, and of keys and values
 UNREAD_SCALES = ("_proj.input_scale", "_proj.k_scale", "_proj.v_scale", "self_attn.k_scale", "self_attn.v_scale")
@@ -118,6 +120,8 @@ class Checkpoint:
     def _slice(self, piece: Piece) -> torch.Tensor | _EightBits:
         handle = self._tensor(piece.name)
         rows, cols = (slice(*span) if span else slice(None) for span in (piece.rows, piece.cols))
+        if piece.index is not None and piece.name.endswith(BLOCKS):
+            return self._widened(piece, piece.index)
         if piece.index is not None:
             which = slice(piece.index, piece.index + 1)
             if len(handle.get_shape()) == 2:
@@ -132,6 +136,16 @@ class Checkpoint:
         columns = piece.cols or (0, whole[1])
         scales = self._scales(piece.name, piece.rows or (0, whole[0]), columns)
         return _EightBits(data, scales, columns[0] % BLOCK)
+
+    def _widened(self, piece: Piece, index: int) -> torch.Tensor:
+        """Return a piece of one of a stack of matrices in 4 bits, in float32."""
+        blocks, scales = self._tensor(piece.name), self._tensor(piece.name.removesuffix(BLOCKS) + SCALES)
+        start, stop = piece.cols or (0, blocks.get_shape()[2] * GROUP)
+        rows, first = slice(*piece.rows) if piece.rows else slice(None), start // GROUP
+        groups = slice(first, -(-stop // GROUP))
+        wide = widen_fp4(blocks[index : index + 1, rows, groups][0], scales[index : index + 1, rows, groups][0])
+        wide = wide[:, start - first * GROUP : stop - first * GROUP]
+        return wide if piece.parity is None else wide[piece.parity :: 2]
 
     def _scales(self, name: str, rows: Range, columns: Range) -> torch.Tensor:
         """Return the scale of each block of the columns and each of the rows of a matrix: [B, N] float32."""
@@ -180,6 +194,9 @@ class Checkpoint:
             if spec.is_quantized(name):
                 self._check_quantized(name, shape, dtype)
                 scales.add(self._quantization.scale_of(name))
+            elif name.endswith((BLOCKS, SCALES)):
+                if dtype != DTYPE_4_BITS:
+                    raise CheckpointError(f"{self.path}: {name} has dtype {dtype}, must be {DTYPE_4_BITS}, of MXFP4")
             elif dtype not in DTYPES:
                 raise CheckpointError(f"{self.path}: {name} has dtype {dtype}, must be one of {', '.join(DTYPES)}")
         if spec.quantization is not None and spec.quantization.caches_in_8_bits and spec.latent is None:

@@ -14,12 +14,14 @@ def make_spec(config: Any) -> ModelSpec:
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
     require(bool(config.attention_bias), "attention_bias", False, "the family's projections have biases; valid: true")
+    how = getattr(config, "quantization_config", None)
     experts = Experts(
         num_experts=config.num_local_experts,
         num_chosen=config.num_experts_per_tok,
         ffn_size=config.intermediate_size,
         normalised=True,  # a softmax over those chosen
         stacked=True,
+        in_4_bits=isinstance(how, dict) and how.get("quant_method") == "mxfp4",
         clamped=ClampedGate(
             float(getattr(config, "swiglu_alpha", 1.702)), float(getattr(config, "swiglu_limit", None) or 7.0)
         ),

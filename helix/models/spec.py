@@ -118,6 +118,7 @@ class Experts:
     gates_shared: what these add is multiplied by the sigmoid of a score of the token.
     stacked: the checkpoint holds the experts' matrices of a layer as two tensors.
     clamped: what stands in for silu(gate) * up; None for that. Experts and router have biases then.
+    in_4_bits: the checkpoint holds those in MXFP4, which is widened when it is read.
     """
 
     num_experts: int
@@ -133,6 +134,7 @@ class Experts:
     gates_shared: bool = False
     stacked: bool = False
     clamped: ClampedGate | None = None
+    in_4_bits: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_chosen", "ffn_size", "groups", "groups_chosen"):
