@@ -25,9 +25,9 @@ class CacheConfig:
         memory_fraction: the part of a device's memory that weights, activations and cache may fill together.
         reuse: keep the blocks of ended and preempted sequences for later ones with the same prefix.
         partial_reuse: also reuse the leading tokens of a block.
-        checkpoint_every: tokens of a prompt between two checkpoints of its states, where the model has state layers,
-            which go on from a checkpoint only; one more is near the prompt's end. None takes so many that checkpoints
-            need at most a quarter of the bytes of keys and values.
+        checkpoint_every: tokens of a prompt between two checkpoints, where the model has state layers or windows, which
+            go on from a checkpoint only; one more is near the prompt's end. None takes so many that checkpoints of
+            states need at most a quarter of the bytes of keys and values; 16384 with windows.
         host_pages: pages of host memory a rank, where evicted blocks go; 0 drops them.
         offload_min_priority: blocks of a lower retention priority (0 to 100, 35 unless a request says) are dropped.
         events: a file that gets a JSON line for each block stored, removed or moved.

@@ -63,7 +63,7 @@ from .scheduler import Scheduler
 from .states.cache import StateCache
 from .states.checkpoints import CheckpointPlan, StateCheckpoints
 from .text import TextReader
-from .windows import window_control, window_pages
+from .windows import window_checkpoints, window_control, window_pages
 
 if TYPE_CHECKING:
     from .transfer.receiver import Receiver
@@ -136,6 +136,7 @@ class LLM:
             self.runner.capture(speculator.schedule.reachable(buckets) if speculator is not None else ())
         if self.faults is not None and self.runner.sampler is not None:
             self.runner.sampler.warm_up()
+        windows = window_control(config, self.spec)
         cache = CacheControl(
             self.placement,
             self.num_pages,
@@ -143,17 +144,12 @@ class LLM:
             reuse=config.cache.reuse,
             partial_reuse=config.cache.partial_reuse,
             offload_min_priority=config.cache.offload_min_priority,
-            checkpoints=self._checkpoints.control(self.num_pages),
+            checkpoints=window_checkpoints(config, windows) or self._checkpoints.control(self.num_pages),
         )
         self.vocabulary = prepared.vocabulary
         masks = Masks(Matchers(self.vocabulary) if self.launch.speaks else None, self.spec.vocab_size)
         self.engine = Engine(
-            Scheduler(
-                config.scheduler,
-                cache,
-                recomputed=int(self.spec.looks_further),
-                windows=window_control(config, self.spec),
-            ),
+            Scheduler(config.scheduler, cache, recomputed=int(self.spec.looks_further), windows=windows),
             self.runner,
             agree(
                 lambda: PageMover(

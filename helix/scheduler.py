@@ -22,6 +22,7 @@ from .cache.control import CacheControl
 from .cache.keys import BlockKeys
 from .cache.movements import Movement
 from .cache.pool import BlockTable
+from .cache.window_checkpoints import WindowCheckpoints
 from .cache.windows import WindowPages
 from .config import SchedulerConfig
 from .fair_share import Due, divide
@@ -133,7 +134,7 @@ class Scheduler:
         Structured sequences whose tokens are not known sit this step out: what may follow is found on rank 0. Beside
         others, which lose nothing by it, they have a row in every other step.
         """
-        decodes_alone = decodes_alone or self.cache.checkpoints is not None
+        decodes_alone = decodes_alone or (self.cache.checkpoints is not None and self.cache.checkpoints.copies)
         ahead = Ahead(launched.chunks)
         if ahead.something_ends and self.waiting and (self._blocked is not None or not self._free_slots):
             return None
@@ -187,8 +188,8 @@ class Scheduler:
             seq.num_computed = chunk.stop
             self._commit(seq)
             if self.cache.checkpoints is not None:
-                keep = self.cache.checkpoints.keep(seq.blocks.tail, chunk.stop, len(seq.token_ids), seq.batch_slot)
-                self.cache.blocks.movements += [] if keep is None else [keep]
+                keep = self.cache.checkpoints.keep(seq.blocks, chunk.stop, len(seq.token_ids), seq.batch_slot)
+                self.cache.blocks.movements += keep
 
     def extend_for_drafts(self, seq: Sequence, num_drafts: int) -> int:
         """Give a running sequence the pages of drafts after its last token; return how many drafts have them.
@@ -252,8 +253,7 @@ class Scheduler:
         seq.blocks, seq.batch_slot = table, heapq.heappop(self._free_slots)
         seq.num_computed = self._skipped(table.num_reused)
         if self.cache.checkpoints is not None and table.num_reused:
-            assert table.tail is not None
-            self.cache.blocks.movements.append(self.cache.checkpoints.restore(table.tail, seq.batch_slot))
+            self.cache.blocks.movements += self.cache.checkpoints.restore(table, seq.batch_slot)
 
     def run_held(self, seq: Sequence, num_computed: int) -> None:
         """Let a sequence run of which so many tokens are computed, and cache its blocks."""
@@ -416,6 +416,9 @@ class Scheduler:
     def _stop(self, seq: Sequence, keep: bool) -> None:
         self.running.remove(seq)
         if self.windows is not None:
+            if keep and isinstance(self.cache.checkpoints, WindowCheckpoints):
+                self.cache.commit(seq.blocks, seq.num_computed)
+                self.cache.checkpoints.keep_end(seq.blocks, seq.num_computed)
             self.windows.release(seq.blocks.window)
         if not seq.keeps_pages:
             self.cache.release(seq.blocks, seq.num_computed if keep else 0)

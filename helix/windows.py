@@ -11,7 +11,9 @@ import torch
 from attention.pages import Pages
 from parallel.placement import BlockCyclic
 
+from .cache.checkpoints import UNIT
 from .cache.pages import PagedCache, page_layout
+from .cache.window_checkpoints import EVERY, WindowCheckpoints
 from .cache.windows import WindowPages, pages_for
 from .config import HelixConfig
 from .models.kinds import WINDOW
@@ -22,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
-    """Return the settings, with reuse off where a model has windows, which is said.
+    """Return the settings, with partial reuse off where a model has windows, which is said.
 
     Raises:
         ValueError: in one line, for settings that need what has left a window, or windows elsewhere.
@@ -41,16 +43,19 @@ def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
         )
     if config.cache.host_pages:
         raise ValueError(
-            f"cache.host_pages = {config.cache.host_pages} keeps what later prompts reuse, and prompts of this "
-            f"{spec.family}, which has layers with a window, reuse nothing yet; use cache.host_pages=0"
+            f"cache.host_pages = {config.cache.host_pages} brings back pages of full layers alone, and this "
+            f"{spec.family} has layers with a window; use cache.host_pages=0"
         )
-    if config.cache.reuse:
-        _log.info("cache.reuse: off, what has left the windows of %s is not kept", spec.family)
-    return replace(config, cache=replace(config.cache, reuse=False, partial_reuse=False))
+    if config.cache.partial_reuse and config.cache.reuse:
+        _log.info("cache.partial_reuse: off, sequences of %s begin behind blocks whose windows are there", spec.family)
+    return replace(config, cache=replace(config.cache, partial_reuse=False))
 
 
 def num_window_pages(config: HelixConfig, spec: ModelSpec) -> int:
-    """Return the pages of the second pool, on every rank: what the running sequences may hold; 0 without windows."""
+    """Return the pages of the second pool, on every rank; 0 without windows.
+
+    They are what the running sequences may hold, and as many again for checkpoints where prefixes are reused.
+    """
     if not spec.window:
         return 0
     scheduler, block_size = config.scheduler, config.cache.block_size
@@ -62,13 +67,23 @@ def num_window_pages(config: HelixConfig, spec: ModelSpec) -> int:
         max_run=max(2, 1 + drafts),  # a row that is computed and one that is launched ahead
         prefill_chunk=scheduler.prefill_chunk,
     )
-    return min(wanted, scheduler.max_batch * BlockCyclic(block_size, 1).num_blocks(spec.max_position))
+    wanted = min(wanted, scheduler.max_batch * BlockCyclic(block_size, 1).num_blocks(spec.max_position))
+    return 2 * wanted if config.cache.reuse else wanted
 
 
 def window_control(config: HelixConfig, spec: ModelSpec) -> WindowPages | None:
     """Return who gives these pages to sequences; None without windows."""
     pages = num_window_pages(config, spec)
     return WindowPages(spec.window, config.cache.block_size, pages) if pages else None
+
+
+def window_checkpoints(config: HelixConfig, windows: WindowPages | None) -> WindowCheckpoints | None:
+    """Return the checkpoints of these pages; None without windows, or reuse."""
+    if windows is None or not config.cache.reuse:
+        return None
+    unit = max(UNIT, config.cache.block_size)
+    every = -(-(config.cache.checkpoint_every or EVERY) // unit) * unit
+    return WindowCheckpoints(windows, every, config.cache.block_size)
 
 
 def window_pages(

@@ -12,6 +12,7 @@ was used least recently gives its slot up, whoever needs the block: a sequence t
 from __future__ import annotations
 
 from .movements import EVERY_RANK, CopyState, Movement
+from .pool import BlockTable
 from .tree import Block, match
 
 UNIT = 64
@@ -24,7 +25,12 @@ class Checkpoints:
         num_slots: how many there are.
         every: tokens between two of a prompt, a multiple of ``unit``.
         block_size: tokens a block, a power of two.
+
+    Attributes:
+        copies: leaving one, and beginning with one, are movements; no chunk may be launched over them.
     """
+
+    copies = True
 
     def __init__(self, num_slots: int, every: int, block_size: int) -> None:
         self.num_slots, self.every, self.unit = num_slots, every, max(UNIT, block_size)
@@ -49,26 +55,36 @@ class Checkpoints:
     def match(self, root: Block, keys: list[bytes], limit: int) -> list[Block]:
         """Return the longest chain of matching blocks that ends at a checkpoint; see ``tree.match``."""
         chain = match(root, keys, limit)
-        while chain and chain[-1] not in self._slots:
+        while chain and not self.has(chain[-1]):
             chain.pop()
         return chain
 
-    def restore(self, block: Block, batch_slot: int) -> Movement:
-        """Return the copy that begins a sequence behind a block that has a checkpoint."""
-        slot = self._slots[block] = self._slots.pop(block)  # used last
-        return CopyState(EVERY_RANK, batch_slot, slot, keeps=False)
+    def has(self, block: Block) -> bool:
+        """Return whether a sequence may begin behind a block."""
+        return block in self._slots
 
-    def keep(self, block: Block | None, position: int, length: int, batch_slot: int) -> Movement | None:
-        """Return the copy that keeps the state of a sequence of which ``position`` tokens are computed.
+    def restore(self, table: BlockTable, batch_slot: int) -> list[Movement]:
+        """Return the copy that begins a sequence behind the block that it shares, which has a checkpoint."""
+        assert table.tail is not None
+        slot = self._slots[table.tail] = self._slots.pop(table.tail)  # used last
+        return [CopyState(EVERY_RANK, batch_slot, slot, keeps=False)]
 
-        None where no checkpoint is due, it is there already, or ``block`` is not the one that ends at the position.
+    def keep(self, table: BlockTable, position: int, length: int, batch_slot: int) -> list[Movement]:
+        """Return the copy that keeps the state of a sequence of which ``position`` tokens are computed, if due."""
+        block = table.tail
+        if block is None or not self.num_slots or not self.is_due(block, position, length):
+            return []
+        slot = self._slots[block] = self._take()
+        return [CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
+
+    def is_due(self, block: Block | None, position: int, length: int) -> bool:
+        """Return whether a sequence of which ``position`` tokens are computed leaves a checkpoint behind a block.
+
+        It does not where none is due, one is there already, or ``block`` is not the one that ends at the position.
         """
         if block is None or (block.depth + 1) * self._block_size != position or position >= length:
-            return None
-        if (position % self.every and position != self._last(length)) or block in self._slots or not self.num_slots:
-            return None
-        slot = self._slots[block] = self._take()
-        return CopyState(EVERY_RANK, batch_slot, slot, keeps=True)
+            return False
+        return (position % self.every == 0 or position == self._last(length)) and not self.has(block)
 
     def _last(self, length: int) -> int:
         return (length - 1) // self.unit * self.unit

@@ -1,12 +1,28 @@
 """Layers with a window: transformers' tokens in every layout, and memory for the window alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from helix.cache.pool import BlockTable
+from helix.cache.tree import NOWHERE, Block
+from helix.cache.window_checkpoints import WindowCheckpoints
 from helix.cache.windows import WindowPages, WindowTable, pages_for
-from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from helix.config import (
+    CacheConfig,
+    HelixConfig,
+    ModelConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    TransferConfig,
+)
 from helix.llm import LLM
+from helix.models.spec import load_spec
 from helix.sampling import SamplingParams
+from helix.windows import with_windows
 from scripts.make_checkpoint import make_checkpoint
 
 WINDOW, MAX_TOKENS = 24, 40
@@ -59,6 +75,7 @@ def generate_body(path, kvp, tpa, runs, prompts):
         windows = llm.engine.scheduler.windows
         total = windows.num_free
         made = llm.generate([list(p) for p in prompts], SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True))
+        llm.engine.scheduler.cache.clear()
         assert windows.num_free == total, f"window pages were lost: {windows.num_free} of {total}"
         if "num_pages" in more:
             assert llm.metrics.cache.preemptions
@@ -92,6 +109,87 @@ def test_tokens_equal_transformers_whatever_is_cut(ranks, models, family, kvp, t
             assert first is None or gaps[first] < TIE, f"prompt of {len(prompt)}: token {first}, gap {gaps[first]}"
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cache": CacheConfig(host_pages=4)}, "cache.host_pages = 4 brings back pages of full layers alone, .*=0"),
+        ({"speculative": SpeculativeConfig(method="eagle3", path="x")}, "method = eagle3 drafts for models without"),
+        ({"transfer": TransferConfig(prefill_ranks=1)}, r"transfer.\* brings what a sequence's owners hold"),
+    ],
+)
+def test_what_cannot_be_with_windows_is_refused_in_one_line(models, settings, said):
+    spec = load_spec(models("qwen3")[0])
+    with pytest.raises(ValueError, match=f"^[^\n]*{said}[^\n]*$"):
+        with_windows(HelixConfig(**settings), spec)
+    assert with_windows(HelixConfig(**settings), replace(spec, kinds=())) == HelixConfig(**settings)
+    assert not with_windows(HelixConfig(), spec).cache.partial_reuse
+
+
+def reuse_body(path, kvp, conversations, others):
+    """What each turn makes and found cached, with reuse and without; ``others`` come in between."""
+    results = []
+    for reuse in (True, False):
+        config = HelixConfig(
+            model=ModelConfig(path=path, dtype="float32"),
+            parallel=ParallelConfig(kvp=kvp),
+            cache=CacheConfig(block_size=16, num_pages=256, reuse=reuse, checkpoint_every=64),
+            scheduler=SchedulerConfig(max_batch=2, prefill_chunk=50),
+            runtime=RuntimeConfig(check_ranks=True),
+        )
+        llm = LLM(config)
+        settings = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
+        total, turns = llm.engine.scheduler.windows.num_free, []
+        for prompt in conversations:
+            made = llm.generate([prompt], settings)[0]
+            again = llm.generate([prompt + made.token_ids + [7] * 5, prompt], settings)
+            llm.generate(others, settings)
+            turns.append([(each.token_ids, each.cached_tokens) for each in (made, *again)])
+        llm.engine.scheduler.cache.clear()
+        assert llm.engine.scheduler.windows.num_free == total
+        results.append(turns)
+    return results
+
+
+@pytest.mark.parametrize(("family", "kvp"), [("qwen3", 2), ("mistral", 1)])
+def test_prompts_that_come_again_and_next_turns_reuse_what_is_there(ranks, models, family, kvp):
+    path, prompts, _ = models(family)
+    mine, others = [prompts[-1], prompts[-2]], [[i] * 90 for i in range(3)]
+    for reused, computed in ranks(kvp).run(reuse_body, path, kvp, [*mine, mine[0]], others):
+        assert [[tokens for tokens, _ in turn] for turn in reused] == [
+            [tokens for tokens, _ in turn] for turn in computed
+        ]
+        # 131 tokens leave a checkpoint at 128, 70 at 64; their answers one behind their last whole block
+        assert [cached for _, cached in reused[0]] == [0, 160, 128]
+        assert [cached for _, cached in reused[1]] == [0, 96, 64]
+        assert reused[2][0][1] in (0, 64, 128) and [cached for _, cached in reused[2][1:]] == [160, 128]
+        assert all(cached == 0 for turn in computed for _, cached in turn)
+
+
+def test_checkpoints_give_up_their_pages_to_sequences_and_lose_none():
+    windows = WindowPages(24, 16, 8)
+    checkpoints, root = WindowCheckpoints(windows, 64, 16), Block(b"", None, NOWHERE, NOWHERE, 0)
+    tables = []
+    for number in range(5):  # each ends behind its third block: pages of blocks 1 and 2 stay, while there is room
+        block = root
+        for depth in range(3):
+            block = Block(bytes([number, depth]), block, 0, 0, depth)
+        table = BlockTable(0, tail=block)
+        windows.extend(table.window, 50)
+        windows.trim(table.window, 50)
+        checkpoints.keep_end(table, 50)
+        windows.release(table.window)
+        tables.append(table)
+    assert [checkpoints.has(table.tail) for table in tables] == [False, False, True, True, True]
+    late = BlockTable(0, tail=tables[2].tail)
+    checkpoints.restore(late, 0)
+    assert (late.window.first, len(late.window.pages)) == (1, 2)
+    windows.extend(late.window, 48 + 6 * 16)  # takes all that others hold, not its own
+    assert late.window.stop == 9 and len({*late.window.pages}) == 8
+    windows.release(late.window)
+    checkpoints.clear()
+    assert windows.num_free == 8
+
+
 @pytest.mark.parametrize(("window", "block_size", "chunk"), [(24, 16, 33), (128, 64, 2048), (5, 1, 3), (1, 64, 64)])
 def test_a_long_sequence_holds_pages_of_its_window_and_a_chunk_alone(window, block_size, chunk):
     most = pages_for(window, block_size, max_batch=1, max_run=2, prefill_chunk=chunk)
@@ -101,6 +199,6 @@ def test_a_long_sequence_holds_pages_of_its_window_and_a_chunk_alone(window, blo
         held = max(held, len(table.pages))
         assert table.first * block_size <= max(start + 1 - window, 0)  # what the chunk's first row sees has pages
         pages.trim(table, start + chunk)
-    assert held <= (window + chunk) // block_size + 2
+    assert held <= (window + chunk) // block_size + 3
     pages.release(table)
     assert pages.num_free == most and table.stop == table.first

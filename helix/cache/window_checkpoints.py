@@ -1,0 +1,77 @@
+"""Which blocks of the prefix tree a sequence may begin behind where layers see a window: those whose window is there.
+
+A checkpoint holds on to the window's pages before the end of its block; there is nothing to copy, neither when it is
+left nor when a sequence begins with it. Prompts leave them where ``Checkpoints`` says, and every sequence leaves one
+behind the last block that it filled, where its next turn goes on.
+"""
+
+from __future__ import annotations
+
+from .checkpoints import Checkpoints
+from .movements import Movement
+from .pool import BlockTable
+from .tree import Block
+from .windows import WindowPages
+
+EVERY = 16384
+"""Tokens of a prompt between two checkpoints, unless a setting says otherwise: chunks end there."""
+
+
+class WindowCheckpoints(Checkpoints):
+    """The checkpoints of a pool of pages, as many as it has room for.
+
+    Args:
+        windows: the pool, whose pages they give up when a sequence needs them.
+        every: tokens between two of a prompt, a multiple of ``unit``.
+        block_size: tokens a block, a power of two.
+    """
+
+    copies = False
+
+    def __init__(self, windows: WindowPages, every: int, block_size: int) -> None:
+        self._windows = windows
+        self._pages: dict[Block, list[int]] = {}  # the least recently used first
+        super().__init__(0, every, block_size)
+        windows.give_up = self._give_up
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        while self._give_up():
+            pass
+
+    def has(self, block: Block) -> bool:
+        """Return whether a sequence may begin behind a block."""
+        return block in self._pages
+
+    def restore(self, table: BlockTable, batch_slot: int) -> list[Movement]:
+        """Give a sequence that begins behind a block the window's pages; nothing moves."""
+        assert table.tail is not None
+        pages = self._pages[table.tail] = self._pages.pop(table.tail)  # used last
+        self._windows.begin(table.window, (table.tail.depth + 1) * self._block_size, pages)
+        return []
+
+    def keep(self, table: BlockTable, position: int, length: int, batch_slot: int) -> list[Movement]:
+        """Hold on to the window's pages of a sequence where a checkpoint is due; nothing moves."""
+        if self.is_due(table.tail, position, length):
+            self._hold(table, position)
+        return []
+
+    def keep_end(self, table: BlockTable, num_computed: int) -> None:
+        """Hold on to the window's pages before the last whole block of a sequence that ends, once it is in the tree."""
+        position = num_computed // self._block_size * self._block_size
+        tail = table.tail
+        if position and tail is not None and (tail.depth + 1) * self._block_size == position and not self.has(tail):
+            self._hold(table, position)
+
+    def _hold(self, table: BlockTable, position: int) -> None:
+        assert table.tail is not None
+        pages = self._windows.before(table.window, position)
+        self._windows.share(pages)
+        self._pages[table.tail] = pages
+
+    def _give_up(self) -> bool:
+        """Give up the checkpoints of blocks that left the tree, else the one that was used least recently."""
+        gone = [block for block in self._pages if block.parent is None] or list(self._pages)[:1]
+        for block in gone:
+            self._windows.drop(self._pages.pop(block))
+        return bool(gone)
