@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-from ..models.kinds import FULL, STATE
+from ..models.kinds import FULL, STATE, WINDOW
 from ..models.spec import Experts
 from .footprint import EXPERT_ROLES, Footprint, LayerKind
 from .hardware import Hardware
@@ -68,6 +68,9 @@ class CostModel:
             self.add_products(layer, kind, batch, shared=False)
             if kind.kind == STATE:
                 layer["cache"] += 2 * batch * foot.matrices_bytes / hw.read_bytes_per_us
+            elif kind.kind == WINDOW:
+                seen = batch * min(context, foot.spec.window)
+                self.add_window(layer, rows_times_tokens=seen, read_tokens=seen)
             _add(terms, layer, kind.count)
         self.add_ends(terms, batch)
         kvp = foot.layout.kvp
@@ -87,6 +90,9 @@ class CostModel:
                 layer = self._waits(kind, rows)
                 self.add_products(layer, kind, rows, shared=rows >= SHARE_ROWS)
                 layer["elements"] += self._element_bytes(rows) / hw.read_bytes_per_us
+                if kind.kind == WINDOW:
+                    seen = min(prompt, foot.spec.window)
+                    self.add_window(layer, rows_times_tokens=rows * seen, read_tokens=rows + seen)
                 _add(terms, layer, times * kind.count)
         terms["weights"] += foot.top["lm_head"].num_bytes / hw.read_bytes_per_us
         kvp = foot.layout.kvp
@@ -104,9 +110,9 @@ class CostModel:
         terms: Terms = defaultdict(float)
         terms["launches"] = self.launch_us(kind, rows)
         terms["all-reduce"] = 2 * self.all_reduce_us(rows, world)
-        if kind.kind != FULL:
+        if kind.kind == STATE:
             return terms
-        if kvp == 1:
+        if kvp == 1 or kind.kind == WINDOW:
             terms["launches"] += hw.merge_us
             return terms
         sent = rows * foot.num_heads * foot.spec.value_dim * ELEMENT * (kvp - 1) / kvp
@@ -198,6 +204,13 @@ class CostModel:
         flops = 2 * num_layers * foot.num_heads * products * rows_times_tokens
         us = flops / hw.attention_flops_per_us
         self._add_larger(terms, "cache", read_tokens * foot.token_bytes, "attention", us)
+
+    def add_window(self, terms: Terms, *, rows_times_tokens: float, read_tokens: float) -> None:
+        """Attention of one layer with a window: the larger of reading what is seen and multiplying, on one rank."""
+        foot, hw = self.footprint, self.hardware
+        flops = 4 * foot.num_window_heads * foot.spec.head_dim * rows_times_tokens
+        num_bytes = read_tokens * foot.storage.token_bytes(foot.spec, foot.num_window_kv_heads)
+        self._add_larger(terms, "cache", num_bytes, "attention", flops / hw.attention_flops_per_us)
 
     def _add_larger(self, terms: Terms, read: str, num_bytes: float, multiply: str, multiply_us: float) -> None:
         read_us = num_bytes / self.hardware.read_bytes_per_us

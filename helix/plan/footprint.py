@@ -14,6 +14,7 @@ from attention.work import WORKSPACE_TOKENS
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
+from ..cache.windows import pages_for
 from ..models.kinds import FULL, STATE, WINDOW
 from ..models.parts import Part, Weight
 from ..models.quantization import num_blocks
@@ -160,6 +161,11 @@ class Footprint:
         return self.part.kv_heads[1] - self.part.kv_heads[0]
 
     @cached_property
+    def num_window_heads(self) -> int:
+        """Query heads of the rank in layers with a window."""
+        return self.part.window_q_heads[1] - self.part.window_q_heads[0]
+
+    @cached_property
     def num_window_kv_heads(self) -> int:
         """KV heads of the rank in layers with a window."""
         return self.part.window_kv_heads[1] - self.part.window_kv_heads[0]
@@ -185,6 +191,14 @@ class Footprint:
     def window_page_bytes(self) -> int:
         """The bytes of one page of the second pool, all layers with a window."""
         return self._page_bytes(len(self.spec.layers_of(WINDOW)), self.num_window_kv_heads)
+
+    def windows_bytes(self, num_sequences: int, *, prefill_chunk: int) -> int:
+        """Return what the second pool takes for so many sequences that decode beside a chunk, checkpoints included."""
+        window, size = self.spec.window, self.block_size
+        if not window:
+            return 0
+        pages = pages_for(window, size, max_batch=num_sequences, max_run=2, prefill_chunk=prefill_chunk)
+        return 2 * pages * self.window_page_bytes
 
     def _page_bytes(self, num_layers: int, num_kv_heads: int) -> int:
         if self.storage.cache != "fp8":

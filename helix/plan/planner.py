@@ -102,6 +102,7 @@ class Setup:
         hw = self.hardware
         taken = foot.weights_bytes + foot.activation_bytes(self.prefill_chunk + STEP_ROWS) + int(hw.reserved_bytes)
         taken += foot.states_bytes(STEP_ROWS, max_run=1)
+        taken += foot.windows_bytes(STEP_ROWS, prefill_chunk=self.prefill_chunk)
         checkpoints = foot.page_bytes // CHECKPOINT_SHARE if foot.spec.states is not None else 0
         pages = foot.num_pages(int(hw.memory_bytes * self.memory_fraction) - taken, page_bytes_beside=checkpoints)
         if not pages:

@@ -21,8 +21,13 @@ from helix.config import (
 )
 from helix.llm import LLM
 from helix.models.spec import load_spec
+from helix.models.weights import part_of
+from helix.plan.cost import CostModel
+from helix.plan.footprint import Footprint, Storage
+from helix.plan.hardware import named_hardware
 from helix.sampling import SamplingParams
-from helix.windows import with_windows
+from helix.windows import window_pages, with_windows
+from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint
 
 WINDOW, MAX_TOKENS = 24, 40
@@ -107,6 +112,30 @@ def test_tokens_equal_transformers_whatever_is_cut(ranks, models, family, kvp, t
             assert len(tokens) == MAX_TOKENS
             first = next((at for at in range(MAX_TOKENS) if tokens[at] != theirs[at]), None)
             assert first is None or gaps[first] < TIE, f"prompt of {len(prompt)}: token {first}, gap {gaps[first]}"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp8"])
+def test_what_windows_take_is_what_is_planned_and_the_plan_knows_them(models, dtype):
+    spec, layout = load_spec(models("qwen3")[0]), Layout(kvp=4, tpa=2)
+    config = HelixConfig(scheduler=SchedulerConfig(max_batch=6, prefill_chunk=512), cache=CacheConfig(block_size=16))
+    layers = window_pages(
+        config, spec, part_of(spec, layout, 0), dtype=torch.float32, device=torch.device("cpu"),
+        in_8_bits=dtype == "fp8",
+    )  # fmt: skip
+    foot = Footprint(spec, layout, Storage("fp32", dtype), 16)
+    planes = [layer if isinstance(layer, torch.Tensor) else (layer.values, layer.scales) for layer in layers]
+    taken = sum(each.nbytes for plane in planes for each in (plane if isinstance(plane, tuple) else (plane,)))
+    planned = foot.windows_bytes(6, prefill_chunk=512)
+    assert len(layers) == len(spec.layers_of("window")) == 2 and planned == pytest.approx(taken, rel=0.01)
+    hardware = named_hardware("h200")
+
+    def steps(spec):
+        model = CostModel(Footprint(spec, Layout(), Storage("bf16", "bf16")), hardware, 4096)
+        return [model.decode(context, 8).us for context in (32, 60_000)]
+
+    (short, long), (_, full) = steps(spec), steps(replace(spec, kinds=()))
+    cached = 8 * 60_000 * 2 * spec.num_kv_heads * spec.head_dim * 2 / hardware.read_bytes_per_us  # of one layer
+    assert long - short == pytest.approx(cached, rel=0.05) and full - long == pytest.approx(2 * cached, rel=0.05)
 
 
 @pytest.mark.parametrize(
