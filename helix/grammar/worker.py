@@ -15,7 +15,6 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
-MAX_BLANKS = 20  # in a row, between the parts of JSON: else a model may go on with them to its length
 _BEFORE = re.compile(r"^(\[[\d:]+\] \S+: )?(Check failed: .*? is false: )?")
 
 
@@ -73,7 +72,7 @@ def _compiled(kind: str, text: str, info: Any, most: int) -> bytes:
 
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     if kind == "json":
-        compiled = compiler.compile_json_schema(text, max_whitespace_cnt=MAX_BLANKS)
+        compiled = compiler.compile_json_schema(text)
     elif kind == "call":
         call = json.loads(text)
         inner = {"type": "json_schema", "json_schema": call["schema"]}
