@@ -11,11 +11,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 import pytest
+import zmq
 
 from helix import LLM, HelixConfig, Request, SamplingParams
 from helix.config import CacheConfig, ModelConfig, RuntimeConfig
@@ -37,7 +40,7 @@ class Served:
     process: subprocess.Popen[bytes]
     log: Path
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=60)
 
@@ -111,6 +114,8 @@ def pid_of(served: Served, rank: int) -> int:
 
 
 def end(served: Served) -> None:
+    if "client" in vars(served):
+        served.client.close()
     if served.process.poll() is None:
         served.process.send_signal(signal.SIGTERM)
         served.process.wait(60)
@@ -124,7 +129,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of two ranks, for all tests that do not end it."""
-    served = start(model, tmp_path_factory.mktemp("log"), "scheduler.prefill_chunk=64", "serve.keepalive_s=0.3")
+    folder = tmp_path_factory.mktemp("log")
+    events = [f"serve.kv_events=ipc://{folder}/events", f"serve.kv_events_replay=ipc://{folder}/replay"]
+    served = start(model, folder, "scheduler.prefill_chunk=64", "serve.keepalive_s=0.3", *events)
     yield served
     end(served)
 
@@ -280,6 +287,19 @@ def test_a_repeated_prompt_is_found_in_the_cache(served: Served) -> None:
     usages = [served.client.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage for _ in range(2)]
     assert usages[1] is not None and usages[1].prompt_tokens_details is not None
     assert usages[1].prompt_tokens_details.cached_tokens == len(prompt) - 1
+
+
+def test_a_router_that_comes_late_hears_of_cached_blocks(served: Served) -> None:
+    prompt = "what routers look for".ljust(32)
+    assert served.ask("/v1/completions", {"prompt": prompt, "max_tokens": 1})[0] == 200
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        sock.connect(f"ipc://{served.log.parent}/replay")
+        sock.send_multipart((b"", bytes(8)))
+        events: list[dict[str, Any]] = []
+        while data := sock.recv_multipart()[2]:
+            events += msgspec.msgpack.decode(data)[1]
+    stored = {bytes(event["token_ids"]) for event in events if event["type"] == "BlockStored"}
+    assert {prompt[:16].encode(), prompt[16:].encode()} <= stored
 
 
 USAGE = {"include_usage": True}
