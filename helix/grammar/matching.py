@@ -22,20 +22,22 @@ from ..commands import Add
 from ..request import MASK_BITS, Chunk, Sequence
 from .vocabulary import Vocabulary
 
-SLOW_S = 0.02
-"""Of one core, for one row: what takes longer is ambiguous, and would take ever longer while all ranks wait."""
+ROW_S, SPARE_S = 0.005, 0.2
+"""Of one core: what a row may take on average, and a request beyond that. Most take 0.1 ms, a grammar's first may take
+40; those of an ambiguous one take ever longer, and all ranks wait meanwhile."""
 TOO_SLOW = -1
 NUM_KEPT = 32
 
 
 @dataclass
 class _Matched:
-    """One request's grammar, of a kind, the matcher once there is one, and how many output tokens that accepted."""
+    """One request's grammar, its matcher once there is one, the tokens that accepted, and what is left of SPARE_S."""
 
     compiled: Any
     kind: str
     matcher: Any = None
     num_accepted: int = 0
+    spare_s: float = SPARE_S
 
 
 class Matchers:
@@ -92,7 +94,13 @@ class Matchers:
         return counts
 
     def _fill(self, chunk: Chunk, masks: npt.NDArray[np.int32]) -> int:
-        began = time.thread_time()
+        began, matched = time.thread_time(), self._matched[chunk.seq.index]
+        num_tried = self._match(chunk, masks)
+        spare_s = matched.spare_s + ROW_S * (1 + num_tried) - (time.thread_time() - began)
+        matched.spare_s = min(spare_s, SPARE_S)
+        return TOO_SLOW if spare_s < 0 else num_tried
+
+    def _match(self, chunk: Chunk, masks: npt.NDArray[np.int32]) -> int:
         seq, vocabulary = chunk.seq, self._vocabulary
         matcher, num_tried = self._caught_up(seq), 0
         in_json = self._matched[seq.index].kind in ("json", "call")
@@ -103,8 +111,6 @@ class Matchers:
                 mask &= vocabulary.json_mask
             if last is not None and (after := vocabulary.mask_after(last)) is not None:
                 mask &= after
-            if time.thread_time() - began > SLOW_S * (1 + num_tried):
-                return TOO_SLOW
             if draft is None or not (mask[draft // MASK_BITS] >> draft % MASK_BITS & 1):
                 break
             matcher.accept_token(draft)

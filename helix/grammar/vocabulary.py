@@ -54,11 +54,15 @@ class Vocabulary:
 
     @property
     def info(self) -> Any:
-        """What xgrammar knows of it: equal wherever it is made of the same model. The first call takes a second."""
+        """What xgrammar knows of it: equal wherever it is made of the same model. The first call takes a second.
+
+        The masks are made with it, in the time of a thread that waits.
+        """
         import xgrammar
 
         with self._lock:
             if self._info is None:
+                _ = self.json_mask, self._seconds
                 self._info = xgrammar.TokenizerInfo(
                     self._bytes, xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=self.end_ids
                 )

@@ -179,7 +179,7 @@ def _who(chunks: Sequence[Any]) -> tuple[int, ...]:
 def test_an_ambiguous_grammar_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """One with ever more readings takes ever longer to match, while all ranks wait."""
     [plain] = run(llm, [PLAIN])
-    monkeypatch.setattr(matching, "SLOW_S", 0.002)
+    monkeypatch.setattr(matching, "ROW_S", 0.001)
     ambiguous = asking({"grammar": 'root ::= "a" | root root'}, max_tokens=1_500, logit_bias={97: 100.0})
     slow, beside = run(llm, [ambiguous, PLAIN])
     assert slow.finish_reason == "error" and "ambiguous" in str(slow.error)
