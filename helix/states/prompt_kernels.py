@@ -22,7 +22,10 @@ from .decode_kernel import silu_rounded, softplus
 from .inputs import Inputs
 from .reference import CHUNK, NORM_EPS
 
-COLUMNS = 256  # of the convolution, a program
+ROWS, COLUMNS = 16, 128  # of the convolution, a program
+PART = tl.constexpr(
+    16
+)  # rows of a chunk's triangular system that are solved one by one, in each of CHUNK / PART blocks
 STATE_COLUMNS = 32  # of a head's state, a program
 
 
@@ -30,26 +33,32 @@ STATE_COLUMNS = 32  # of a head's state, a program
 def _convolve_kernel(
     flat, positions, row_seq, inputs, conv, mixed, num_rows,
     SUMMANDS: tl.constexpr, CHANNELS: tl.constexpr, INPUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
-    RING: tl.constexpr, BLOCK: tl.constexpr,
+    RING: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    real = column < CHANNELS
+    """Some columns of BR rows."""
+    row, column = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there, real = row < num_rows, (column < CHANNELS)[None, :]
     dtype: tl.constexpr = mixed.dtype.element_ty
-    slot, position = tl.load(row_seq + row), tl.load(positions + row).to(tl.int32)
+    slot = tl.load(row_seq + row, mask=there, other=-1)
+    position = tl.load(positions + row, mask=there, other=0).to(tl.int32)
     split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
     ring = inputs + slot.to(tl.int64) * (RING * INPUT)
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BR, BLOCK], tl.float32)
     for tap in tl.static_range(TAPS):
         back = TAPS - 1 - tap
-        there = row >= back
         # a sequence has one run of rows, so its rows before this one are this run's
-        same = there & (tl.load(row_seq + row - back, mask=there, other=-1) == slot)
-        x = load_sum(flat, split_stride, (row - back) * WIDTH + column, real & same, SUMMANDS, dtype).to(tl.float32)
+        same = there & (row >= back)
+        same &= tl.load(row_seq + row - back, mask=same, other=-1) == slot
+        source = (row - back).to(tl.int64)[:, None] * WIDTH + column[None, :]
+        x = load_sum(flat, split_stride, source, real & same[:, None], SUMMANDS, dtype).to(tl.float32)
         at = position - back
-        kept = real & (at >= 0) & (same == 0)
-        x += tl.load(ring + (at & (RING - 1)) * INPUT + column, mask=kept, other=0.0).to(tl.float32)
-        total += x * tl.load(conv + column * TAPS + tap, mask=real, other=0.0).to(tl.float32)
-    tl.store(mixed + row * CHANNELS + column, silu_rounded(total, dtype), mask=real)
+        kept = there & (at >= 0) & (same == 0)
+        old = (ring + (at & (RING - 1)) * INPUT)[:, None] + column[None, :]
+        x += tl.load(old, mask=real & kept[:, None], other=0.0).to(tl.float32)
+        weight = tl.load(conv + column * TAPS + tap, mask=column < CHANNELS, other=0.0).to(tl.float32)
+        total += x * weight[None, :]
+    to = mixed + row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
+    tl.store(to, silu_rounded(total, dtype), mask=real & there[:, None])
 
 
 @triton.jit
@@ -69,6 +78,28 @@ def _chunk_at(query_start, num_runs, n, MAX_RUN: tl.constexpr, CHUNK: tl.constex
 @triton.jit
 def _unit(x, NORM_EPS: tl.constexpr):
     return x * tl.rsqrt(tl.sum(x * x, 1) + NORM_EPS)[:, None]
+
+
+@triton.jit
+def _inverse(below, i, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the inverse of 1 - below, a matrix with zeros on and above its diagonal; ``i`` are its rows.
+
+    Blocks of PART on the diagonal row by row, all at once. What is left is 1 - m, whose m has zeros on and above its
+    diagonal of blocks, so that no more than the third power of it is another matrix than zero.
+    """
+    near = (i // PART)[:, None] == (i // PART)[None, :]
+    diagonal, rest = tl.where(near, below, 0.0), tl.where(near, 0.0, below)
+    inverse = tl.zeros([CHUNK, CHUNK], tl.float32)  # of the diagonal's blocks, less the ones
+    for turn in range(1, PART):
+        mine = (i % PART == turn)[:, None]
+        line = tl.sum(tl.where(mine, diagonal, 0.0), 0)  # of each block one row, side by side
+        line += tl.sum(line[:, None] * inverse, 0)
+        inverse = tl.where(mine & near, line[None, :], inverse)
+    inverse = tl.where(i[:, None] == i[None, :], 1.0, inverse)
+    m = tl.dot(inverse, rest, input_precision=PRECISION)
+    square = tl.dot(m, m, input_precision=PRECISION)
+    inverse += tl.dot(square, inverse, input_precision=PRECISION)
+    return inverse + tl.dot(m, inverse, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_runs"])
@@ -105,13 +136,7 @@ def _within_kernel(
         k_t = tl.trans(k.to(dtype))
         system = tl.dot(k.to(dtype), k_t, input_precision=PRECISION) * between * beta[:, None]
         system = tl.where(i[:, None] > i[None, :], -system, 0.0)
-        inverse = tl.zeros([CHUNK, CHUNK], tl.float32)  # less the diagonal of ones, row by row
-        for turn in range(1, CHUNK):
-            mine = (i == turn)[:, None]
-            line = tl.sum(tl.where(mine, system, 0.0), 0)
-            line += tl.sum(line[:, None] * inverse, 0)
-            inverse = tl.where(mine, line[None, :], inverse)
-        inverse = tl.where(i[:, None] == i[None, :], 1.0, inverse)
+        inverse = _inverse(system, i, CHUNK, PRECISION)
         cell = (n.to(tl.int64) * V + head) * CHUNK + i[:, None]
         made = tl.dot(inverse, v * beta[:, None], input_precision=PRECISION)
         tl.store(values + cell * W + w[None, :], made.to(dtype), mask=(w < W)[None, :])
@@ -230,10 +255,10 @@ def advance_many(
     V, W, D, channels = heads.num_value, heads.value_dim, heads.key_dim, heads.conv_size
     chunks = rows // CHUNK + runs
     mixed = out.new_empty((rows, channels))
-    _convolve_kernel[(rows, -(-channels // COLUMNS))](
+    _convolve_kernel[(-(-rows // ROWS), -(-channels // COLUMNS))](
         flat, positions, row_seq, states.inputs, weights["state_conv"], mixed, rows,
         **from_flat, CHANNELS=channels, INPUT=heads.input_size, TAPS=heads.taps,
-        RING=states.inputs.shape[1], BLOCK=COLUMNS, num_warps=4,
+        RING=states.inputs.shape[1], BR=ROWS, BLOCK=COLUMNS, num_warps=4,
     )  # fmt: skip
     values = out.new_empty((chunks, V, CHUNK, W))
     erased, asks, puts = out.new_empty((3, chunks, V, CHUNK, D)).unbind(0)
