@@ -177,6 +177,11 @@ class Scheduler:
 
     def _with_movements(self, step: Step) -> Step:
         self._give_windows(step.chunks)
+        if self.cache.checkpoints is not None:
+            for chunk in step.chunks:
+                if chunk.stop - chunk.start == 1:
+                    passing = self.cache.checkpoints.pass_by(chunk.start, chunk.seq.batch_slot)
+                    self.cache.blocks.movements += passing
         self.cache.offload_ahead()
         step.movements = self.cache.take_movements()
         return step
@@ -422,6 +427,8 @@ class Scheduler:
             self.windows.release(seq.blocks.window)
         if not seq.keeps_pages:
             self.cache.release(seq.blocks, seq.num_computed if keep else 0)
+        if self.cache.checkpoints is not None:
+            self.cache.checkpoints.leave(seq.batch_slot)
         self.free_slot(seq)
         self.on_leave(seq)
 

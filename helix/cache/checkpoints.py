@@ -3,7 +3,9 @@
 A model with state layers cannot go on from any block: keys and values of its full layers are there for every token, but
 of the others there is one state, of the last. So some positions of a prompt keep a copy of it, in slots that are alike
 on all ranks: the last multiple of ``unit`` below the prompt's end, where the same prompt comes again or a later turn
-goes on, and every ``every`` tokens. Chunks end there, and a match ends at the last one.
+goes on, and every ``every`` tokens. Chunks end there, and a match ends at the last one. A sequence that decodes keeps
+one at the last multiple of ``unit`` that it passed, where its next turn goes on: it is copied by the step whose row
+begins there, and is the block's once that step is committed.
 
 A block that leaves the tree has no parent any more; its slot is found free when one is needed. Else the checkpoint that
 was used least recently gives its slot up, whoever needs the block: a sequence that begins with it has copied it.
@@ -35,12 +37,16 @@ class Checkpoints:
     def __init__(self, num_slots: int, every: int, block_size: int) -> None:
         self.num_slots, self.every, self.unit = num_slots, every, max(UNIT, block_size)
         self._block_size = block_size
+        self._passing: dict[int, tuple[int, int]] = {}  # by batch slot: a position, and the checkpoint copied for it
+        self._passed: dict[int, Block] = {}  # by batch slot: the last block that decoding left a checkpoint behind
         self.clear()
 
     def clear(self) -> None:
         """Forget all of them."""
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._slots: dict[Block, int] = {}  # the least recently used first
+        self._passing.clear()
+        self._passed.clear()
 
     def end(self, start: int, stop: int, length: int) -> int:
         """Return where a chunk that may reach from ``start`` to ``stop`` ends, of a sequence of ``length`` tokens."""
@@ -71,11 +77,46 @@ class Checkpoints:
 
     def keep(self, table: BlockTable, position: int, length: int, batch_slot: int) -> list[Movement]:
         """Return the copy that keeps the state of a sequence of which ``position`` tokens are computed, if due."""
+        self._bind(table, position, batch_slot)
         block = table.tail
-        if block is None or not self.num_slots or not self.is_due(block, position, length):
+        slot = None if block is None or not self.is_due(block, position, length) else self._take()
+        if block is None or slot is None:
             return []
-        slot = self._slots[block] = self._take()
+        self._slots[block] = slot
         return [CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
+
+    def pass_by(self, start: int, batch_slot: int) -> list[Movement]:
+        """Return the copy that a step makes before it decodes the row at ``start``, where that passes a checkpoint."""
+        slot = None if start % self.unit or not self.copies else self._take()
+        if slot is None:
+            return []
+        self.leave(batch_slot, ends=False)
+        self._passing[batch_slot] = start, slot
+        return [CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
+
+    def leave(self, batch_slot: int, *, ends: bool = True) -> None:
+        """Forget what a batch slot's sequence was passing by, and at its end which checkpoint it would replace."""
+        if batch_slot in self._passing:
+            self._free.append(self._passing.pop(batch_slot)[1])
+        if ends:
+            self._passed.pop(batch_slot, None)
+
+    def _bind(self, table: BlockTable, position: int, batch_slot: int) -> None:
+        """Give a checkpoint that was copied in passing to its block, and free the one before."""
+        start, slot = self._passing.get(batch_slot, (position, 0))
+        if start >= position:
+            return
+        del self._passing[batch_slot]
+        block = table.tail
+        while block is not None and (block.depth + 1) * self._block_size > start:
+            block = block.parent
+        if block is None or (block.depth + 1) * self._block_size != start or block in self._slots or not start:
+            self._free.append(slot)
+            return
+        before = self._passed.get(batch_slot)
+        if before is not None and before in self._slots:
+            self._free.append(self._slots.pop(before))
+        self._slots[block], self._passed[batch_slot] = slot, block
 
     def is_due(self, block: Block | None, position: int, length: int) -> bool:
         """Return whether a sequence of which ``position`` tokens are computed leaves a checkpoint behind a block.
@@ -89,8 +130,9 @@ class Checkpoints:
     def _last(self, length: int) -> int:
         return (length - 1) // self.unit * self.unit
 
-    def _take(self) -> int:
+    def _take(self) -> int | None:
+        """Return a slot that is free, or was used least recently; None where others are copying into all of them."""
         if not self._free:
-            gone = [block for block in self._slots if block.parent is None] or [next(iter(self._slots))]
+            gone = [block for block in self._slots if block.parent is None] or list(self._slots)[:1]
             self._free += [self._slots.pop(block) for block in gone]
-        return self._free.pop()
+        return self._free.pop() if self._free else None

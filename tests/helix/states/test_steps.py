@@ -59,6 +59,25 @@ def test_later_prompts_go_on_from_checkpoints(model):
     assert found == [[0], [192], [192], [128], [0], [192, 192, 256, 192, 128]]
 
 
+def test_a_next_turn_goes_on_where_the_answer_was(model):
+    rng = Random(2)
+    prompt, other = ([rng.randrange(256) for _ in range(length)] for length in (180, 30))
+    long = SamplingParams(max_tokens=90, ignore_eos=True)
+    llm, alone = make_llm(model, look_ahead=True), make_llm(model, cache={"reuse": False})
+    answer = run(llm, [prompt], long)[0].token_ids
+    checkpoints = llm.engine.scheduler.cache.checkpoints
+    assert len(checkpoints._slots) == 2, "decoding keeps one, the last, beside the prompt's"
+    turn = run(llm, [[*prompt, *answer, *other]], SAMPLING)
+    assert turn[0].cached_tokens == 256 and told(turn) == told(run(alone, [[*prompt, *answer, *other]], SAMPLING))
+    # drafted rows pass by as well: what waits in their rings is kept and worked in
+    drafted = {"method": "ngram", "max_draft_len": 3, "draft_len_schedule": {8: 3}}
+    llm = use(make_llm(model, graphs=True, speculative=drafted), Recorded(run(alone, [prompt], long), 0.7))
+    outputs = run(llm, [prompt], long)
+    assert outputs[0].token_ids == answer
+    again = run(llm, [[*prompt, *answer, *other]], SAMPLING)
+    assert again[0].cached_tokens >= 128 and again[0].token_ids == turn[0].token_ids
+
+
 def test_samples_of_one_prompt_wait_for_its_checkpoint_and_for_nothing_else(model):
     prompt, steps = [Random(1).randrange(256) for _ in range(220)], []
     llm = make_llm(model, prefill_chunk=512, look_ahead=True)
