@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
-WINDOWED = ("gpt_oss", "mistral")  # of mistral all layers may see a window, of other families every second one
+WINDOWED = ("gpt_oss", "mistral", "mixtral")  # of gpt_oss every second layer, as of other families that may
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
 PASSKEY = "passkey"  # a Llama made by hand: scripts/passkey_model.py
 ALL = (*FAMILIES, *WINDOWED, *HYBRIDS, PASSKEY)
@@ -224,9 +224,12 @@ def _config(recipe: Recipe) -> Any:
             },
             "swiglu_limit": 2.0,
         }  # fmt: skip
-    if recipe.window or recipe.family == "mistral":
+    of_all = recipe.family in ("mistral", "mixtral")
+    if recipe.family == "mixtral":
+        more |= {"num_local_experts": recipe.experts, "num_experts_per_tok": recipe.experts_chosen}
+    if recipe.window or of_all:
         more["sliding_window"] = recipe.window or None
-    if recipe.window and recipe.family != "mistral":
+    if recipe.window and not of_all:
         more["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(recipe.layers)]
         more["use_sliding_window"] = True
     if recipe.family in HYBRIDS:

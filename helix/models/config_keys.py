@@ -137,7 +137,7 @@ def _other_layers(config: Any) -> int | None:
     return 0 if others - known else None
 
 
-WINDOWED = ("gpt_oss", "mistral", "qwen2", "qwen3")  # families whose layers with a window are computed
+WINDOWED = ("gpt_oss", "mistral", "mixtral", "qwen2", "qwen3")  # families whose layers with a window are computed
 
 
 def _sliding_window(config: Any) -> int | None:

@@ -29,6 +29,7 @@ FAMILIES = {
     "kimi_k2": ".deepseek",
     "llama": ".llama",
     "mistral": ".mistral",
+    "mixtral": ".mixtral",
     "qwen2": ".qwen2",
     "qwen3": ".qwen3",
     "qwen3_5": ".qwen3_5",
