@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,6 +94,13 @@ def test_a_room_imports_only_rooms_below_it() -> None:
 
 def test_the_control_plane_reaches_no_torch() -> None:
     assert torch_in_the_control_plane(ROOT) == []
+
+
+def test_the_http_process_starts_without_torch() -> None:
+    pytest.importorskip("uvicorn")
+    code = "import sys; sys.modules['torch'] = None; import helix.serving.process"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_only_scripts_use_hydra_print_and_exit() -> None:
