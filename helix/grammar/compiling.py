@@ -130,7 +130,7 @@ class GrammarCompiler:
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             )
         with Connection(os.dup(ours.fileno())) as begin:
-            begin.send_bytes(str(self._vocabulary.info.serialize_json()).encode())
+            begin.send_bytes(self._vocabulary.packed())
         self._end = weakref.finalize(self, _hang_up, self._process, ours)
         ours.settimeout(_START_S)
         if ours.recv(1) != b"\0":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import importlib.util
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from threading import Lock
@@ -51,6 +52,11 @@ class Vocabulary:
             raise ValueError("sampling.structured_outputs needs a tokenizer, but the model folder has none")
         if not self.end_ids:
             raise ValueError("sampling.structured_outputs needs a token that ends an answer, but the model has none")
+
+    def packed(self) -> bytes:
+        """Return what a compiler's process makes ``info`` of: xgrammar imports torch, which this one may not have."""
+        spelled = [each.decode("latin-1") for each in self._bytes]
+        return json.dumps({"end_ids": self.end_ids, "spelled": spelled}).encode()
 
     @property
     def info(self) -> Any:

@@ -26,10 +26,13 @@ def main(handle: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing behind
     control = socket.socket(fileno=handle)
     with contextlib.closing(Connection(os.dup(handle))) as begin:
-        text = begin.recv_bytes().decode()
+        vocabulary = json.loads(begin.recv_bytes())
     import xgrammar
 
-    info = xgrammar.TokenizerInfo.deserialize_json(text)
+    spelled = [each.encode("latin-1") for each in vocabulary["spelled"]]
+    info = xgrammar.TokenizerInfo(
+        spelled, xgrammar.VocabType.RAW, vocab_size=len(spelled), stop_token_ids=vocabulary["end_ids"]
+    )
     control.send(b"\0")
     while True:
         message, handles, _, _ = socket.recv_fds(control, 1, 1)

@@ -216,6 +216,22 @@ def test_n_answers_have_seeds_of_their_own(served: Served, llm: LLM) -> None:
     assert answer.usage is not None and answer.usage.prompt_tokens == len("dice")
 
 
+def test_structured_answers_are_what_generate_makes(served: Served, llm: LLM) -> None:
+    schema: Any = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}, "s": {"enum": ["a", "b"]}},
+                   "required": ["n", "s"]}  # fmt: skip
+    settings: dict[str, Any] = {"max_tokens": 400, "temperature": 1.0, "seed": 3}
+    structured = SamplingParams(**settings, structured_outputs={"json": schema})
+    messages: Any = [{"role": "user", "content": "form"}]
+    [expected] = llm.generate(Request(messages=messages), structured)
+    form: Any = {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}
+    answer = served.client.chat.completions.create(
+        model="tiny", messages=messages, response_format=form, n=2, **settings
+    )
+    assert answer.choices[0].message.content == expected.text
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop" and set(json.loads(choice.message.content or "")) == {"n", "s"}
+
+
 def test_logprobs_come_with_text_and_bytes_in_both_forms(served: Served, llm: LLM) -> None:
     [expected] = llm.generate("odds", SamplingParams(max_tokens=6, logprobs=3))
     assert expected.logprobs is not None
@@ -385,6 +401,10 @@ def test_metrics_have_what_routers_read(served: Served) -> None:
         ("/v1/completions", {"prompt": "a", "retention": {"priority": 90}}, 400, "retention", "serve.max_retention_s"),
         ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages", "has no content"),
         ("/v1/chat/completions", {"messages": "hi"}, 400, "messages", "messages must be"),
+        (
+            *("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "(a"}}),
+            *(400, "structured_outputs", "parenthesis is not closed"),
+        ),
         ("/v1/nothing", {}, 404, None, "not answered here"),
         ("/v1/models/other", None, 404, "model", "not served"),
     ],
