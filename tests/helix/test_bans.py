@@ -68,7 +68,7 @@ def test_logits_have_one_dtype_on_ranks_with_and_without_the_tokens_in_question(
     for vocab in ((0, 10), (10, 20)):
         decoder: Any = SimpleNamespace(
             part=SimpleNamespace(vocab=vocab), spec=SimpleNamespace(vocab_size=20),
-            grid=SimpleNamespace(world_group=None), device=torch.device("cpu"),
+            grid=SimpleNamespace(world_group=None, world_size=2), device=torch.device("cpu"),
         )  # fmt: skip
         sampler = Sampler(decoder, max_batch=1, eos_token_ids=[3])
         choices = sampler.prepare([Chunk(seq, 3, 4)], torch.zeros(1, dtype=torch.int64))

@@ -23,4 +23,4 @@ def test_both_ways_make_all_tokens(capfd: pytest.CaptureFixture[str]) -> None:
     )
     rows = json.loads(capfd.readouterr().out.splitlines()[-1])["rows"]
     assert [(row["batch"], row["way"]) for row in rows] == [(2, "alone"), (2, "served")]
-    assert all(0 < row["TTL ms p50"] <= row["TTL ms p99"] and row["tokens/s"] > 0 for row in rows)
+    assert all(0 <= row["TTL ms p50"] <= row["TTL ms p99"] and row["tokens/s"] > 0 for row in rows)

@@ -365,7 +365,7 @@ def test_an_error_out_of_a_step_is_no_bad_input(
     def run_chunks(*_: Any) -> None:
         raise error("a defect")
 
-    monkeypatch.setattr(Runner, "sample", run_chunks)
+    monkeypatch.setattr(Runner, "launch", run_chunks)
     ended = command(f"model.path={model}", "prompt=hi", *SMALL)
     assert ended.code == 1
     assert "Traceback" in ended.err
