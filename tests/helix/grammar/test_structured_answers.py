@@ -136,6 +136,17 @@ def test_stops_that_are_text_end_an_answer_early_and_special_ones_only_a_whole_o
     assert late.finish_reason == STOP and len(json.loads(late.text)) >= 3
 
 
+def test_an_aborted_answer_is_the_beginning_of_one_and_leaves_nothing(llm: LLM) -> None:
+    asked = asking({"regex": "[ab]{60}"}, max_tokens=80)
+    stream = llm.stream([asked, PLAIN])
+    made = [token for _, event in zip(range(60), stream, strict=False) if event.index == 0 for token in event.token_ids]
+    stream.close()  # type: ignore[attr-defined]
+    [whole] = run(llm, [asked])
+    assert 10 < len(made) < 60 and made == whole.token_ids[: len(made)]
+    matchers = llm.engine._masks._matchers
+    assert matchers is not None and not matchers._matched
+
+
 @pytest.mark.parametrize(
     ("structure", "made", "forbidden"),
     [
