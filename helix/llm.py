@@ -12,23 +12,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
-from attention.exchange import Exchange, Heads, make_exchange
-from attention.pages import PageLayout
-from attention.partial import PartialAttention
-from parallel.all_reduce_norm import AllReduceNorm
-from parallel.grid import HelixGrid
-from parallel.launch import Launch, agree, minimum, start, stop
-from parallel.placement import BlockCyclic
-from parallel.sharded_argmax import ShardedArgmax
-from parallel.symmetric import Faults, shares_memory
+from parallel.launch import Launch, agree, start, stop
 
+from .building import Builder
 from .cache.control import CacheControl
 from .cache.events import Listener
 from .cache.mover import PageMover
-from .cache.pages import PagedCache, free_bytes, page_layout
 from .callbacks import Callback
 from .commands import Add
 from .config import HelixConfig
@@ -39,31 +30,20 @@ from .front import Front
 from .grammar.compiling import GrammarCompiler
 from .grammar.masks import Masks
 from .grammar.matching import Matchers
-from .graphs import buckets_up_to
 from .inbox import Inbox
 from .loop import StepLoop
 from .metrics import RunMetrics
-from .models.decoder import Decoder
-from .models.eagle import EagleDecoder
 from .models.generation_config import with_models_sampling
-from .models.kinds import FULL
-from .models.loading import fill
-from .models.next_decoder import NextDecoder
-from .models.query_share import QueryGather, make_query_gather
 from .models.tokenizer import end_of_turn_ids
-from .models.weights import part_of
 from .prepare import Prepared
 from .prompts import Limits, Preparer, Prompt, as_prompts
 from .request import RequestOutput, StreamEvent
 from .request import Sequence as RunningSequence
-from .runner import Runner
-from .sampler import Sampler
 from .sampling import SamplingParams
 from .scheduler import Scheduler
-from .states.cache import StateCache
-from .states.checkpoints import CheckpointPlan, StateCheckpoints
+from .states.checkpoints import StateCheckpoints
 from .text import TextReader
-from .windows import window_checkpoints, window_control, window_pages
+from .windows import window_checkpoints, window_control
 
 if TYPE_CHECKING:
     from .transfer.receiver import Receiver
@@ -108,34 +88,15 @@ class LLM:
         self.launch: Launch = self._enter(config)
         prepared = Prepared(with_models_sampling(config), self.launch, prompts=as_prompts(prompts))
         self.config = config = prepared.config
-        self.spec, self.layout = prepared.spec, prepared.layout
+        self.spec, self.layout, self.footprint = prepared.spec, prepared.layout, prepared.footprint
         self.dtype, self.tokenizer = prepared.dtype, prepared.tokenizer
-        self.placement = BlockCyclic(config.cache.block_size, self.layout.kvp)
-        self._drafting, self._pdl, self._in_8_bits = prepared.drafting, prepared.pdl, prepared.in_8_bits
-        self.footprint = prepared.footprint
-        self.grid = self._make_grid()
-        self.faults = Faults(self.launch.device) if self.launch.device.type == "cuda" else None
-        decoder = self._make_decoder(prepared.attention)
-        agree(lambda: fill(decoder, prepared.checkpoint))
-        self._drafting.load_weights(
-            decoder, prepared.attention, in_8_bits=self._in_8_bits, faults=self.faults, pdl=self._pdl
-        )
-        heads = Heads(
-            decoder.num_heads,
-            self.spec.value_dim,
-            self.dtype,
-            self.launch.device,
-            num_layers=len(self.spec.layers_of(FULL)),
-        )
-        self.exchange = self._make_exchange(heads)
-        self._checkpoints = CheckpointPlan.of(config.cache, self.footprint, 1 + self._drafting.max_draft_len)
-        self.runner, self.num_pages = self._make_runner(decoder, prepared.eos_token_ids)
-        speculator = self._drafting.make_speculator(self.num_pages * self.layout.kvp, self.runner)
-        if self.faults is not None and config.runtime.graphs:
-            buckets = buckets_up_to(config.scheduler.max_batch)
-            self.runner.capture(speculator.schedule.reachable(buckets) if speculator is not None else ())
-        if self.faults is not None and self.runner.sampler is not None:
-            self.runner.sampler.warm_up()
+        builder = self._builder(prepared)
+        self.grid, self.placement = builder.grid, builder.placement
+        decoder = builder.decoder()
+        self.exchange = builder.exchange(decoder)
+        self.runner = builder.runner(decoder, self.exchange)
+        self.num_pages = builder.num_pages
+        speculator = builder.speculator(self.runner)
         windows = window_control(config, self.spec)
         cache = CacheControl(
             self.placement,
@@ -144,7 +105,7 @@ class LLM:
             reuse=config.cache.reuse,
             partial_reuse=config.cache.partial_reuse,
             offload_min_priority=config.cache.offload_min_priority,
-            checkpoints=window_checkpoints(config, windows) or self._checkpoints.control(self.num_pages),
+            checkpoints=window_checkpoints(config, windows) or builder.checkpoints.control(self.num_pages),
         )
         self.vocabulary = prepared.vocabulary
         masks = Masks(Matchers(self.vocabulary) if self.launch.speaks else None, self.spec.vocab_size)
@@ -322,131 +283,5 @@ class LLM:
     def _enter(self, config: HelixConfig) -> Launch:
         return enter(config)
 
-    def _make_grid(self) -> HelixGrid:
-        return HelixGrid.create(self.layout)
-
-    def _make_exchange(self, heads: Heads) -> Exchange:
-        return make_exchange(
-            self.config.attention.exchange,
-            group=self.grid.kvp_group,
-            heads=heads,
-            faults=self.faults,
-            timeout_s=self.config.runtime.timeout_s,
-            pdl=self._pdl,
-        )
-
-    def _make_query_gather(self, *, near: bool) -> QueryGather | None:
-        return make_query_gather(
-            self.config.attention.split_query_rows,
-            self.spec,
-            self.grid,
-            dtype=self.dtype,
-            device=self.launch.device,
-            near=near,
-            faults=self.faults,
-            timeout_s=self.config.runtime.timeout_s,
-            pdl=self._pdl,
-        )
-
-    def _make_decoder(self, attention: PartialAttention) -> Decoder:
-        """Make this rank's model; its collectives are fused where all ranks share GPU memory."""
-        near = minimum(int(shares_memory(self.grid.world_group, self.launch.device))) == 1
-        reduce_norm = AllReduceNorm(
-            self.grid.world_group,
-            hidden_size=self.spec.hidden_size,
-            dtype=self.dtype,
-            device=self.launch.device,
-            fused=near,
-            faults=self.faults,
-            timeout_s=self.config.runtime.timeout_s,
-            pdl=self._pdl,
-        )
-        part = part_of(self.spec, self.layout, self.launch.rank)
-        argmax = ShardedArgmax(
-            self.grid.world_group,
-            vocab=part.vocab,
-            vocab_size=self.spec.vocab_size,
-            device=self.launch.device,
-            fused=near,
-            faults=self.faults,
-            timeout_s=self.config.runtime.timeout_s,
-        )
-        attention_config = self.config.attention
-        workspace = None
-        if attention_config.expand_rows:
-            workspace = attention_config.workspace_tokens, self._page_layout(part.kv_heads[1] - part.kv_heads[0])
-        make: Callable[..., Decoder] = NextDecoder if self.spec.predicts_next else Decoder
-        if self._drafting.head is not None:
-            make = partial(EagleDecoder, head=self._drafting.head)
-        return make(
-            self.spec,
-            self.grid,
-            dtype=self.dtype,
-            device=self.launch.device,
-            attention=attention,
-            reduce_norm=reduce_norm,
-            argmax=argmax,
-            query_gather=self._make_query_gather(near=near),
-            workspace=workspace,
-            states=StateCache.for_model(
-                self.spec,
-                part.value_heads,
-                num_slots=self.config.scheduler.max_batch,
-                max_run=1 + self._drafting.max_draft_len,
-                dtype=self.dtype,
-                device=self.launch.device,
-            ),
-            windows=window_pages(
-                self.config, self.spec, part, dtype=self.dtype, device=self.launch.device, in_8_bits=self._in_8_bits
-            ),
-            pdl=self._pdl,
-        )
-
-    def _page_layout(self, num_kv_heads: int) -> PageLayout:
-        block_size = self.config.cache.block_size
-        return page_layout(self.spec, num_kv_heads, block_size, self.dtype, in_8_bits=self._in_8_bits)
-
-    def _make_runner(self, decoder: Decoder, eos_token_ids: tuple[int, ...]) -> tuple[Runner, int]:
-        """Make the runner and the pages it runs on: as many as asked for, or as fit on every rank."""
-        cache, scheduler = self.config.cache, self.config.scheduler
-        layout = self._page_layout(decoder.num_kv_heads)
-
-        def paged_cache(num_pages: int) -> PagedCache:
-            return PagedCache(
-                layout, num_layers=self.spec.num_cached_layers, num_pages=num_pages, device=self.launch.device
-            )
-
-        runner = Runner(
-            decoder,
-            self.exchange,
-            paged_cache(1),
-            self.placement,
-            max_batch=scheduler.max_batch,
-            max_len=self.spec.max_position,
-            share_qkv_rows=self.config.attention.share_qkv_rows,
-            expand_rows=self.config.attention.expand_rows,
-            faults=self.faults,
-            sampler=Sampler(decoder, max_batch=scheduler.max_batch, eos_token_ids=eos_token_ids),
-            max_draft_len=self._drafting.max_draft_len,
-        )
-        num_choices = scheduler.max_batch * (1 + self._drafting.max_draft_len)
-        runner.compile_steps(scheduler.prefill_chunk + num_choices)
-        num_pages = cache.num_pages
-        if num_pages is None:
-            if self.launch.device.type == "cuda":
-                runner.warm_up(scheduler.prefill_chunk + num_choices, num_choices)
-            free = free_bytes(self.launch.device, cache.memory_fraction, self.launch.local_world_size)
-            # a draft model's cache holds as many tokens
-            beside = self.layout.kvp * self._drafting.page_bytes + self._checkpoints.page_bytes
-            fitting = minimum(self.footprint.num_pages(free, page_bytes_beside=beside))
-            num_pages = min(fitting, scheduler.max_batch * self.footprint.pages_of(self.spec.max_position))
-            if num_pages < 1:
-                raise ValueError(
-                    f"cache.memory_fraction = {cache.memory_fraction} leaves no memory for one page of "
-                    f"{self.footprint.page_bytes + beside} bytes on some rank; raise it or spread the model over more "
-                    "ranks"
-                )
-            tokens = self.footprint.max_tokens(num_pages)
-            _log.info("cache.num_pages: %d a rank, %d tokens in all", num_pages, tokens)
-        runner.cache = agree(lambda: paged_cache(num_pages))
-        return runner, num_pages
+    def _builder(self, prepared: Prepared) -> Builder:
+        return Builder(prepared)

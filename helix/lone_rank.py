@@ -19,9 +19,11 @@ from parallel.grid import HelixGrid
 from parallel.launch import Launch
 from parallel.layout import split_evenly
 
+from .building import Builder
 from .config import HelixConfig
 from .llm import LLM, enter
 from .models.query_share import rows_to_split
+from .prepare import Prepared
 
 LEFT_OUT = "all-to-all of partials, all-reduces, gather of queries, choice among ranks"
 
@@ -50,22 +52,32 @@ class LoneRank(LLM):
             raise ValueError(f"of = {of} is for one process that stands in for a rank, but {launch.world_size} started")
         return _Alone(**asdict(launch) | {"rank": rank, "world_size": of})
 
-    def _make_grid(self) -> HelixGrid:
-        return HelixGrid(self.layout, rank=self.launch.rank, kvp_group=None, world_group=None)
+    def _builder(self, prepared: Prepared) -> Builder:
+        return _LoneBuilder(prepared)
 
-    def _make_exchange(self, heads: Heads) -> Exchange:
-        if self.layout.kvp == 1:
-            return super()._make_exchange(heads)
-        return _OwnHeads(heads, split_evenly(heads.num_heads, self.layout.kvp, self.grid.kvp_rank), pdl=self._pdl)
 
-    def _make_query_gather(self, *, near: bool) -> _OthersHeads | None:
-        asked, kvp = self.config.attention.split_query_rows, self.layout.kvp
-        max_rows = rows_to_split(asked, self.spec, kvp, self.dtype, near=True)
+class _LoneBuilder(Builder):
+    """Makes what speaks to other ranks without them."""
+
+    def make_grid(self) -> HelixGrid:
+        """Make a place in the layout, and no group."""
+        return HelixGrid(self._prepared.layout, rank=self._prepared.launch.rank, kvp_group=None, world_group=None)
+
+    def make_exchange(self, heads: Heads) -> Exchange:
+        """Make a merge of this rank's partials."""
+        kvp = self._prepared.layout.kvp
+        if kvp == 1:
+            return super().make_exchange(heads)
+        return _OwnHeads(heads, split_evenly(heads.num_heads, kvp, self.grid.kvp_rank), pdl=self._prepared.pdl)
+
+    def make_query_gather(self, *, near: bool) -> _OthersHeads | None:
+        """Make random queries of other ranks, where ranks next to each other would share the projections."""
+        asked, kvp, dtype = self._config.attention.split_query_rows, self._prepared.layout.kvp, self._prepared.dtype
+        max_rows = rows_to_split(asked, self._spec, kvp, dtype, near=True)
         if not max_rows:
             return None
-        shape = max_rows, self.spec.num_heads, self.spec.head_dim
-        gathered = torch.randn(shape, dtype=self.dtype, device=self.launch.device)
-        return _OthersHeads(split_evenly(self.spec.num_heads, kvp, self.grid.kvp_rank), gathered)
+        gathered = torch.randn((max_rows, self._spec.num_heads, self._spec.head_dim), dtype=dtype, device=self._device)
+        return _OthersHeads(split_evenly(self._spec.num_heads, kvp, self.grid.kvp_rank), gathered)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import helix.building
 import helix.llm
 import scripts.progress
 from helix.metrics import RunMetrics
@@ -408,7 +409,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def decoder(*_: Any, **__: Any) -> None:
         raise AssertionError("memory was taken for the model")
 
-    monkeypatch.setattr(helix.llm, "Decoder", decoder)
+    monkeypatch.setattr(helix.building, "Decoder", decoder)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
