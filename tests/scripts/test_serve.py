@@ -314,8 +314,8 @@ def test_a_router_that_comes_late_hears_of_cached_blocks(served: Served) -> None
         events: list[dict[str, Any]] = []
         while data := sock.recv_multipart()[2]:
             events += msgspec.msgpack.decode(data)[1]
-    stored = {bytes(event["token_ids"]) for event in events if event["type"] == "BlockStored"}
-    assert {prompt[:16].encode(), prompt[16:].encode()} <= stored
+    stored = {tuple(event["token_ids"]) for event in events if event["type"] == "BlockStored"}
+    assert {tuple(prompt[:16].encode()), tuple(prompt[16:].encode())} <= stored
 
 
 USAGE = {"include_usage": True}
