@@ -82,7 +82,7 @@ def sharing(llm: LLM, other: LLM) -> LLM:
 
 
 def test_random_schemas_are_kept_alike_in_every_layout(ranks: Callable[..., Any], model: str) -> None:
-    tokens, *_ = ranks(1).run(layout_body, model, 1, 1, 20, True)
+    tokens, *_ = ranks(1).run(layout_body, model, 1, 1, 8, True)
     for others in ranks(4).run(layout_body, model, 2, 2, 4, False):
         assert others == [*tokens[:4], tokens[-1]]
 

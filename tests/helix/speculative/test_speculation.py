@@ -223,7 +223,7 @@ def ways_body(path: str, kvp: int) -> dict[str, Any]:
     return {name: (figures["cache"], figures["speculative"]) for name, figures in counters.items()}
 
 
-@pytest.mark.parametrize("kvp", [1, 2, 4])
+@pytest.mark.parametrize("kvp", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_tokens_are_the_same_however_they_were_cached(ranks: Callable[..., Any], model: str, kvp: int) -> None:
     results = ranks(kvp).run(ways_body, model, kvp, timeout_s=250)
     assert all(result == results[0] for result in results)
