@@ -31,7 +31,6 @@ MORE = (
     [
         (80, ("decode", "decode-8-bits", "append")),
         (86, CASES),
-        (89, ("decode",)),
         (90, ("latents",)),
         (100, ("decode",)),
         (120, ("experts",)),

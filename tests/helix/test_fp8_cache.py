@@ -111,7 +111,7 @@ def body(path, kvp, tpa, runs, drafts, expand):
     [
         ("llama", 1, 1, True, 5),
         ("qwen2", 2, 2, False, 0),
-        ("qwen2", 3, 1, False, 5),
+        pytest.param("qwen2", 3, 1, False, 5, marks=pytest.mark.slow),
         ("deepseek_v3", 3, 1, False, 5),
         ("deepseek_v2", 1, 1, True, 0),
     ],

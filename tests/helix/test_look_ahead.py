@@ -167,7 +167,7 @@ def note_ahead(llm: LLM) -> list[Step]:
     return ahead
 
 
-@pytest.mark.parametrize("kvp", [1, 4])
+@pytest.mark.parametrize("kvp", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_preemption_full_batches_and_full_pools_change_no_request(
     ranks: Callable[..., Any], model: Path, kvp: int
 ) -> None:

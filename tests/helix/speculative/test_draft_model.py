@@ -81,7 +81,7 @@ def parity_body(path: str, draft: str, kvp: int, tpa: int, runs: list[tuple[int,
     return figures
 
 
-@pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2)])
+@pytest.mark.parametrize(("kvp", "tpa"), [(1, 1), (2, 1), (4, 1), pytest.param(8, 1, marks=pytest.mark.slow), (2, 2)])
 def test_a_draft_model_equal_to_the_target_is_always_right(ranks, model, kvp, tpa):
     runs = [(16, False, {"max_draft_len": 4}), (1, True, {"max_draft_len": 3}), (64, True, {"max_draft_len": 8})]
     chosen = {4: runs[:1], 8: runs[1:2]}.get(kvp * tpa, runs)

@@ -71,7 +71,16 @@ def check(results: list[Any], *, drafts: bool = True) -> None:
 
 @pytest.mark.parametrize(
     ("kvp", "tpa", "block_size"),
-    [(1, 1, 1), (1, 1, 64), (2, 1, 1), (2, 1, 16), (2, 1, 64), (2, 2, 16), (4, 1, 64), (8, 1, 1)],
+    [
+        (1, 1, 1),
+        (1, 1, 64),
+        (2, 1, 1),
+        (2, 1, 16),
+        (2, 1, 64),
+        (2, 2, 16),
+        (4, 1, 64),
+        pytest.param(8, 1, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_with_speculation_equal_those_without(ranks, model, kvp, tpa, block_size):
     lengths = [{"max_draft_len": length} for length in (4, 8, 3)]
@@ -79,7 +88,7 @@ def test_tokens_with_speculation_equal_those_without(ranks, model, kvp, tpa, blo
     check(ranks(kvp * tpa).run(parity_body, model, kvp, tpa, block_size, runs, timeout_s=250))
 
 
-@pytest.mark.parametrize("length", range(1, 9))
+@pytest.mark.parametrize("length", [1, 4, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5, 6, 7))])
 def test_tokens_of_every_draft_length_equal_those_without(ranks, model, length):
     settings = {"max_draft_len": length}
     runs = [(name, settings) for name in ("mixed", "right")]
