@@ -171,7 +171,8 @@ def take_template(given: dict[str, Any]) -> dict[str, Any]:
             template.update(value if name == "chat_template_kwargs" else {name: value})
     choice = given.pop("tool_choice", "auto")
     require_neutral("tool_choice", choice)
-    if not all(isinstance(tool, dict) for tool in template.get("tools", ())):
+    tools = template.get("tools", [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("tools must be a list of objects")
     if choice == "none" or not template.get("tools"):
         template.pop("tools", None)

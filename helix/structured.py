@@ -65,7 +65,11 @@ def structured(given: Any) -> dict[str, str]:
         raise ValueError(f"{_SETTING}.{name} has {num_bytes} bytes, must have at most {MAX_BYTES}")
     if kind in ("json", "call"):
         schema = _parsed(text, name)
-        _check_schema(schema if kind == "json" else schema.get("schema"), name)
+        if kind == "call":
+            if not (isinstance(schema, dict) and all(isinstance(schema.get(end), str) for end in ("begin", "end"))):
+                raise ValueError(f'{_SETTING}.{name} must be {{"begin": TEXT, "schema": SCHEMA, "end": TEXT}}')
+            schema = schema.get("schema")
+        _check_schema(schema, name)
     return {kind: text}
 
 
@@ -89,7 +93,7 @@ def _one_form(name: str, value: Any) -> tuple[str, str]:
     setting = f"{_SETTING}.{name}"
     if name == "json":
         if isinstance(value, dict | bool):
-            _require_depth(value, name)
+            require_depth(value, name)
             return "json", json.dumps(value, ensure_ascii=False)
     elif name == "json_object":
         if value is True:
@@ -116,12 +120,12 @@ def _parsed(text: str, name: str) -> Any:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{_SETTING}.{name} is not JSON: {error}") from error
-    _require_depth(schema, name)
+    require_depth(schema, name)
     return schema
 
 
-def _require_depth(value: Any, name: str) -> None:
-    """Raise ValueError for a value that nests too deep; it never recurses."""
+def require_depth(value: Any, name: str) -> None:
+    """Raise ValueError for a value of a setting that nests too deep; it never recurses."""
     layer, depth = [value], 0
     while layer := [each for each in layer if isinstance(each, dict | list | tuple)]:
         depth += 1

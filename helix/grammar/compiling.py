@@ -28,6 +28,7 @@ MAX_CACHED_BYTES = 1 << 27
 NUM_AT_ONCE = 2
 _START_S = 120.0  # for the process to load the compiler
 _GRACE_S = 5.0
+_INHERITED = ("PATH", "PYTHON", "LD_", "HOME", "LANG", "LC_", "TMPDIR", "VIRTUAL_ENV")  # as names begin
 _SCRIPT = Path(__file__).with_name("worker.py")
 
 
@@ -116,7 +117,12 @@ class GrammarCompiler:
                 self.close()
                 self._control = self._start()
             assert self._control is not None
-            socket.send_fds(self._control, [b"\0"], [handle.fileno()])
+            try:
+                socket.send_fds(self._control, [b"\0"], [handle.fileno()])
+            except OSError:  # it died since it was looked at
+                self.close()
+                self._control = self._start()
+                socket.send_fds(self._control, [b"\0"], [handle.fileno()])
 
     def _start(self) -> socket.socket:
         """Start the process; return what leads to it."""
@@ -127,15 +133,27 @@ class GrammarCompiler:
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                env=_environment(),
             )
-        with Connection(os.dup(ours.fileno())) as begin:
-            begin.send_bytes(self._vocabulary.packed())
         self._end = weakref.finalize(self, _hang_up, self._process, ours)
         ours.settimeout(_START_S)
-        if ours.recv(1) != b"\0":
+        try:
+            with Connection(os.dup(ours.fileno())) as begin:
+                begin.send_bytes(self._vocabulary.packed())
+            ready = ours.recv(1) == b"\0"
+        except OSError:  # a time-out, too
+            ready = False
+        if not ready:
+            self._process.kill()  # which the next grammar finds, and starts another
+            self._process.wait()
             raise RuntimeError("the process that compiles grammars did not start; what it said is above")
         return ours
+
+
+def _environment() -> dict[str, str]:
+    """Return what the process gets of ours: what Python needs, and no key or token that may stand beside it."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(_INHERITED)}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def _hang_up(process: subprocess.Popen[bytes], control: socket.socket) -> None:

@@ -5,6 +5,7 @@ The step loop waits for it nowhere. When it is gone the world is closed: nobody 
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -20,6 +21,8 @@ from . import wire
 from .framing import read_frame
 from .outbox import Outbox
 from .stats import progress_of, stats_of
+
+_log = logging.getLogger(__name__)
 
 PUBLISH_S = 1.0  # between two sets of counters
 
@@ -105,8 +108,11 @@ class Clients:
         return encode_command(self._llm.admit(command))
 
     def _read(self) -> None:
-        while (frame := read_frame(self._sock)) is not None:
-            self.inbox.put(self._admitted(frame), always=True)
+        try:
+            while (frame := read_frame(self._sock)) is not None:
+                self.inbox.put(self._admitted(frame), always=True)
+        except Exception:
+            _log.exception("what clients ask for can not be read any more: the server ends")
         self.has_gone = True
         self.inbox.put(encode_command(Close(abort=True)), always=True)
 

@@ -11,9 +11,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..structured import require_depth
 from .parsing import TOOL_CALL, AnswerParser
 
 _ESCAPED = re.compile(r"\\([^\w\s])")
+_VALUES = ("const", "enum", "default", "examples")  # of a schema, what holds no schemas
 _SPECIAL = re.compile(r"[\\^$.|?*+()\[\]{}]")
 
 
@@ -25,7 +27,9 @@ def names_of(choice: Any, tools: Sequence[dict[str, Any]]) -> list[str]:
     """
     if choice in ("auto", "none"):
         return []
-    names = [str(_function(tool).get("name")) for tool in tools]
+    names = [name for tool in tools if isinstance(name := _function(tool).get("name"), str) and name]
+    if len(names) < len(tools):
+        raise ValueError("tools must each have function.name, a text, where one of them has to be called")
     if choice == "required":
         if not names:
             raise ValueError('tool_choice = "required" needs tools')
@@ -60,7 +64,9 @@ def forced_call(template: Any, prompt: str, tools: Sequence[dict[str, Any]], nam
         function = _function(tool)
         if function.get("name") in names:
             root = f"#/anyOf/{len(schemas)}/properties/{_pointer(arguments_key)}"
-            arguments = _moved(function.get("parameters") or {"type": "object"}, root)
+            parameters = function.get("parameters") or {"type": "object"}
+            require_depth(parameters, "tools")
+            arguments = _moved(parameters, root)
             properties = {name_key: {"const": function["name"]}, arguments_key: arguments}
             schemas.append({
                 "type": "object", "properties": properties, "required": [name_key, arguments_key],
@@ -112,8 +118,8 @@ def _moved(schema: Any, root: str) -> Any:
         return [_moved(each, root) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {key: _moved(value, root) for key, value in schema.items()}
-    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#"):
+    moved = {key: value if key in _VALUES else _moved(value, root) for key, value in schema.items()}
+    if isinstance(reference := schema.get("$ref"), str) and (reference == "#" or reference.startswith("#/")):
         moved["$ref"] = root + reference[1:]
     return moved
 

@@ -99,6 +99,10 @@ class Publisher:
         import zmq
 
         sock = self._context.socket(kind)
+        if kind == zmq.ROUTER:  # it drops what is beyond: a whole replay and its end have to fit
+            sock.setsockopt(zmq.SNDHWM, 2 * KEPT_BATCHES)
+        if "[" in endpoint:
+            sock.setsockopt(zmq.IPV6, 1)
         try:
             sock.bind(endpoint)
         except zmq.ZMQError as error:

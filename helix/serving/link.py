@@ -212,10 +212,15 @@ class Link:
     async def run(self) -> None:
         """Hear what rank 0 says until it hangs up; then every call that is open ends with an error."""
         watching = asyncio.create_task(self._watch())
-        while (frame := await next_frame(self._reader)) is not None:
-            self._heard_s = time.monotonic()
-            self._take(wire.decode(frame))
-        watching.cancel()
+        try:
+            while (frame := await next_frame(self._reader)) is not None:
+                self._heard_s = time.monotonic()
+                self._take(wire.decode(frame))
+        finally:
+            watching.cancel()
+            self._hang_up()
+
+    def _hang_up(self) -> None:
         self.has_gone = True
         self._fail_all(gone())
         for event in (self.set_up, self._is_ready, self._gone):

@@ -71,6 +71,8 @@ def test_it_has_one_form(given: dict[str, Any], form: dict[str, str] | None) -> 
         ({"json": {"type": "object", "patternProperties": {"\\\\": {}}}}, "with a quote, backslash"),
         ({"json": {"type": "string", "pattern": "\\x22"}}, "with a quote, backslash"),
         ({"json": {"type": "string", "pattern": "[!-ÿ]"}}, "with a quote, backslash"),
+        ({"call": "[]"}, 'call must be {"begin"'),
+        ({"call": '{"begin": "<", "schema": {}}'}, 'call must be {"begin"'),
     ],
 )
 def test_anything_else_is_refused(given: Any, problem: str) -> None:
