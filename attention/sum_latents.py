@@ -71,7 +71,7 @@ def sum_heads(
     PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, M: gl.constexpr,
     IN_8_BITS: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """As ``_sum``, where rows x heads fill the tensor core's 64 rows: O += P values."""
+    """As ``sum_up``, where rows x heads fill the tensor core's 64 rows: O += P values."""
     if PDL:
         gdc_wait()
     STAGES: gl.constexpr = free.shape[0]

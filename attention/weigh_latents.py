@@ -185,7 +185,7 @@ def weigh_heads(
     scale_stride,
     HEADS: gl.constexpr, BLOCK_SIZE: gl.constexpr, IN_8_BITS: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """As ``_weigh``, where rows x heads fill the tensor core's 64 rows: S = q [values | turned]^T.
+    """As ``weigh``, where rows x heads fill the tensor core's 64 rows: S = q [values | turned]^T.
 
     A softmax then stays within four threads, and what there is of a column, with a pair of them.
     """

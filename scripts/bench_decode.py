@@ -40,6 +40,7 @@ from helix.config import (
 from helix.graphs import DecodeGraphs
 from helix.llm import LLM
 from helix.lone_rank import LEFT_OUT, LoneRank
+from helix.models.weights import EXPERT_ROLES
 from helix.prediction import cost_of, find_hardware
 from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
@@ -75,7 +76,6 @@ PARTS = {
     "states": ("_advance_kernel",),
     "append": ("_append_kernel", "_queries_kernel", "_values_kernel"),
 }
-EXPERT_ROLES = ("experts_gate_up", "experts_down")
 
 
 @dataclass(kw_only=True, slots=True)

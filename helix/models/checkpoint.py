@@ -202,8 +202,8 @@ class Checkpoint:
         if spec.quantization is not None and spec.quantization.caches_in_8_bits and spec.latent is None:
             for layer in range(spec.num_layers):
                 self.cache_scales(layer)
-        layers = spec.names.q.partition("{layer}")[0]
-        prefixes = tuple(f"{layers}{layer}." for layer in range(spec.num_layers))
+        layers = spec.names.q.removesuffix("self_attn.q_proj.weight")
+        prefixes = tuple(layers.format(layer=layer) for layer in range(spec.num_layers))
 
         def ignored(name: str) -> bool:
             return is_unread(name) or (spec.quantization is not None and name.endswith(UNREAD_SCALES))

@@ -49,9 +49,8 @@ from .quantized import Matrix, Quantized
 from .query_share import QueryGather, QueryShare
 from .row_share import RowShare
 from .spec import Experts, ModelSpec
-from .weights import layer_weights, model_weights, next_weights, part_of
+from .weights import EXPERT_ROLES, layer_weights, model_weights, next_weights, part_of
 
-EXPERT_ROLES = ("experts_gate_up", "experts_down")
 Parameters = dict[str, Any]  # tensors, and matrices that may be quantised
 
 

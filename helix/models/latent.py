@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from attention.append import append, rotate
 from attention.latent_append import latent_append, latent_queries, turn_queries
@@ -26,6 +25,7 @@ from attention.pages import Pages
 from attention.partial import Workspace
 from attention.ranges import PAGE
 from attention.widened import gather_latents
+from parallel.norm import rms_norm
 
 from .linear import linear, split_linear
 from .query_share import QueryShare, rows_of
@@ -135,9 +135,9 @@ def append_latents(
     [flat] = flat
     first, compressed, turning = flat.split((flat.shape[-1] - pages.shape[-1], latent.rank, latent.turned_dim), -1)
     turned = rotate(turning.unsqueeze(1), cos, sin, interleaved=interleaved)
-    cached = torch.cat((_norm(compressed, weights["latent_norm"], latent).unsqueeze(1), turned), -1)
+    cached = torch.cat((rms_norm(compressed, weights["latent_norm"], latent.eps).unsqueeze(1), turned), -1)
     append(cached, None, pages, slot)
-    return first if latent.q_rank is None else _norm(first, weights["q_a_norm"], latent)
+    return first if latent.q_rank is None else rms_norm(first, weights["q_a_norm"], latent.eps)
 
 
 def _absorbed(
@@ -217,7 +217,3 @@ def values_of(merged: torch.Tensor, v_up: torch.Tensor, latent: Latent, *, pdl: 
     if merged.is_cuda and merged.shape[0] <= MAX_ROWS:
         return latent_values(merged, per_head, pdl=pdl)
     return torch.bmm(merged.transpose(0, 1), per_head.mT).transpose(0, 1)
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, latent: Latent) -> torch.Tensor:
-    return F.rms_norm(x, weight.shape, weight, latent.eps)

@@ -160,8 +160,8 @@ class Experts:
 class ModelSpec:
     """One decoder-only model: sizes, switches, RoPE and the names of its checkpoint tensors.
 
-    Every layer is: RMSNorm, grouped-query attention with RoPE, residual, RMSNorm, SiLU-gated feed-forward, residual;
-    the feed-forward may be a mixture of experts.
+    Every layer is: RMSNorm, grouped-query attention with RoPE or, as its kind says, states in its place, residual,
+    RMSNorm, SiLU-gated feed-forward, residual; the feed-forward may be a mixture of experts.
     num_kv_heads, head_dim: of what is cached of a token; with latents one head of latent and turned key.
     qkv_bias: q, k and v projections have biases.
     qk_norm: RMSNorm over each head of q and k, before RoPE, with weights [head_dim] shared by all heads.
@@ -303,7 +303,7 @@ def load_spec(path: str | Path, *, max_position: int | None = None) -> ModelSpec
 
     max_position (tokens) replaces the config's own context limit; the RoPE frequencies stay as the config says.
     Raises ValueError, in one line, when the file is missing or broken, the family is unknown, or the config asks for
-    something that the runtime does not compute (a sliding window, another activation, weights of 4 bits, ...).
+    something that the runtime does not compute (sparse attention, another activation, capped scores, ...).
     """
     config_file = find_config(path)
     generation = config_file.parent / "generation_config.json"

@@ -18,8 +18,9 @@ from .parts import Part, Piece, Weight
 from .spec import Latent, ModelSpec
 from .state_weights import state_shapes, state_weights
 
+EXPERT_ROLES = ("experts_gate_up", "experts_down")
 IN_8_BITS = frozenset(
-    "qkv q_b o output_gate state_in gate_up down shared_gate_up shared_down experts_gate_up experts_down".split()
+    ("qkv", "q_b", "o", "output_gate", "state_in", "gate_up", "down", "shared_gate_up", "shared_down", *EXPERT_ROLES)
 )  # roles whose products take quantised matrices
 
 
@@ -89,22 +90,7 @@ def _window_heads(spec: ModelSpec, world: int, rank: int) -> tuple[Range, Range]
 
 def whole(spec: ModelSpec) -> Part:
     """Return the part of a rank that holds everything."""
-    heads = (0, spec.num_heads)
-    experts, units = spec.expert_sizes
-    window_q, window_kv = _window_heads(spec, 1, 0)
-    return Part(
-        q_heads=heads,
-        kv_heads=(0, spec.num_kv_heads),
-        out_heads=heads,
-        ffn=(0, spec.ffn_size),
-        vocab=(0, spec.vocab_size),
-        experts=(0, experts),
-        expert_ffn=(0, units),
-        shared_ffn=(0, spec.shared_size),
-        window_q_heads=window_q,
-        window_kv_heads=window_kv,
-        value_heads=_value_heads(spec, 1, 0),
-    )
+    return part_of(spec, Layout(), 0)
 
 
 def model_weights(spec: ModelSpec, part: Part) -> dict[str, Weight]:

@@ -14,7 +14,8 @@ from statistics import NormalDist
 
 from ..models.kinds import FULL, STATE, WINDOW
 from ..models.spec import Experts
-from .footprint import EXPERT_ROLES, Footprint, LayerKind
+from ..models.weights import EXPERT_ROLES
+from .footprint import Footprint, LayerKind
 from .hardware import Hardware
 
 ELEMENT = 2  # bytes of an activation
@@ -22,7 +23,7 @@ ONE_SHOT_BYTES = 128 << 10  # from here on an all-reduce takes two flights
 SHARE_ROWS = 512  # attention.share_qkv_rows
 STREAMED_ROWS = 64  # up to here weights stream past the rows, and every expert in use is multiplied with all of them
 NAMES = ("weights", "products", "cache", "attention", "launches", "exchange", "all-reduce", "elements")
-ATTENTION_ROLES = ("qkv", "q_b", "k_up", "v_up", "o")
+ATTENTION_ROLES = ("qkv", "q_b", "k_up", "v_up", "o", "output_gate", "state_in", "state_scores")
 
 
 Terms = defaultdict[str, float]
@@ -61,16 +62,12 @@ class CostModel:
 
     def decode(self, context: float, batch: int) -> Time:
         """Return the time of a decode step (TTL) of ``batch`` sequences of ``context`` tokens each."""
-        foot, hw = self.footprint, self.hardware
+        foot = self.footprint
         terms: Terms = defaultdict(float)
         for kind in foot.layers:
             layer = self._waits(kind, batch)
             self.add_products(layer, kind, batch, shared=False)
-            if kind.kind == STATE:
-                layer["cache"] += 2 * batch * foot.matrices_bytes / hw.read_bytes_per_us
-            elif kind.kind == WINDOW:
-                seen = batch * min(context, foot.spec.window)
-                self.add_window(layer, rows_times_tokens=seen, read_tokens=seen)
+            self.add_bounded(layer, kind, context, batch)
             _add(terms, layer, kind.count)
         self.add_ends(terms, batch)
         kvp = foot.layout.kvp
@@ -181,6 +178,15 @@ class CostModel:
             flops = 2 * elements * rows * experts.num_chosen / experts.num_experts
             self._add_larger(terms, "weights", held * used, "products", flops / rate)
 
+    def add_bounded(self, terms: Terms, kind: LayerKind, context: float, batch: int) -> None:
+        """What a layer of bounded memory reads in a decode step: states, which it writes too, or a window."""
+        foot = self.footprint
+        if kind.kind == STATE:
+            terms["cache"] += 2 * batch * foot.matrices_bytes / self.hardware.read_bytes_per_us
+        elif kind.kind == WINDOW:
+            seen = batch * min(context, foot.spec.window)
+            self.add_window(terms, rows_times_tokens=seen, read_tokens=seen)
+
     def add_ends(self, terms: Terms, rows: int) -> None:
         """What a step takes beside its layers: embedding, head, choice of tokens, and the way to the next step."""
         head, hw = self.footprint.top["lm_head"], self.hardware
@@ -191,7 +197,7 @@ class CostModel:
     def add_attention(
         self, terms: Terms, *, rows_times_tokens: float, read_tokens: float, chunks: bool = False
     ) -> None:
-        """All layers' attention: the larger of reading the cache and multiplying, on one rank.
+        """The full layers' attention: the larger of reading the cache and multiplying, on one rank.
 
         Chunks make keys and values of the latents that they read, and multiply with these.
         """

@@ -67,6 +67,7 @@ class DataParallel:
             layer: Terms = defaultdict(float)
             own.add_products(layer, _only(kind, attention=True), mine, shared=False)
             all_ranks.add_products(layer, _only(other, attention=False), batch, shared=False)
+            own.add_bounded(layer, kind, context, mine)
             layer["launches"] = all_ranks.launch_us(other, batch) + hw.merge_us
             layer["all-reduce"] = own.all_reduce_us(mine, self.tpa)
             if other.has_experts:

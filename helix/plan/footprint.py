@@ -19,17 +19,12 @@ from ..models.kinds import FULL, STATE, WINDOW
 from ..models.parts import Part, Weight
 from ..models.quantization import num_blocks
 from ..models.spec import ModelSpec
-from ..models.weights import layer_weights, model_weights, next_weights, part_of
+from ..models.weights import IN_8_BITS, layer_weights, model_weights, next_weights, part_of
 from ..states.heads import StateHeads
 
 FP4_GROUP = 16
 CHECKPOINT_SHARE = 4  # checkpoints of states take at most one byte for so many of keys and values
 PLANE_ALIGNMENT = 16  # bytes; of the planes of a page in 8 bits
-EXPERT_ROLES = ("experts_gate_up", "experts_down")
-QUANTISED = (
-    *("qkv", "q_b", "o", "output_gate", "state_in", "gate_up", "down", "shared_gate_up", "shared_down"),
-    *EXPERT_ROLES,
-)
 FORMATS = ("fp32", "bf16", "fp8", "fp4")
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2, "fp4": 2}  # of what stays as it is
 
@@ -274,7 +269,7 @@ class Footprint:
         """Whether a parameter is kept in few bits: as its checkpoint says, else wherever it could be."""
         if self.spec.quantization is not None and self.storage.weights == "fp8":
             return weight.quantized
-        return role in QUANTISED
+        return role in IN_8_BITS
 
     def _matrices(self, weights: Mapping[str, Weight]) -> dict[str, Matrix]:
         return {

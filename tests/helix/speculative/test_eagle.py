@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helix.config import HelixConfig, ModelConfig, SpeculativeConfig
@@ -182,6 +182,12 @@ def test_heads_of_other_models_are_refused(tmp_path: Path) -> None:
         model=ModelConfig(path=model, dtype="float32"), speculative=SpeculativeConfig(method="eagle3", path=head)
     )
     with pytest.raises(ValueError, match=rf"speculative.path = {head}: num_attention_heads = 8, must be 4"):
+        LLM(config)
+    _, other = Checkpoint("llama").write(tmp_path / "other")
+    file = Path(other) / "model.safetensors"
+    save_file(load_file(file) | {"midlayer.self_attn.q_proj.bias": torch.zeros(64)}, file)
+    config.speculative.path = other
+    with pytest.raises(ValueError, match="midlayer.self_attn.q_proj.bias"):
         LLM(config)
     config.speculative.path = model
     with pytest.raises(ValueError, match="num_hidden_layers = 7, must be 1: one layer drafts"):
