@@ -23,7 +23,8 @@ class StepRows:
     """The R rows of C chunks; equal on all ranks, int64.
 
     Attributes:
-        token_ids: [R]; -1 is the token that the device chose last for the row's batch slot.
+        token_ids: [R]; -1 is the token that the device chose last for the row's batch slot, -2 its first draft, and
+            so on.
         positions: [R], global.
         row_seq: [R], the batch slot of each row's sequence.
         first_owner: [R], where the sequence's first block lives.

@@ -75,7 +75,7 @@ class Engine:
         speculator: what drafts; None decodes one token a sequence and step.
         masks: which tokens structured sequences may choose.
         eos_token_ids: ids that end a sequence, unless it ignores them.
-        look_ahead: launch decode steps before the tokens of the step before are read; not with check_ranks.
+        look_ahead: launch a step before the tokens of the one before it are read; not with check_ranks.
         check_ranks: compare the decision state over ranks at every step.
         clock: seconds, for the metrics alone.
 
@@ -227,6 +227,10 @@ class Engine:
         for seq in self._live.values():
             self._masks.drop(seq)
         self._live.clear()
+        if self.speculator is not None:
+            self.speculator.reset()
+        if self.runner.sampler is not None:
+            self.runner.sampler.scorer.clear()
         if self.in_step:  # pages that it should have written or moved may hold anything
             self.scheduler.cache.clear()
             self.in_step = False
@@ -274,12 +278,17 @@ class Engine:
             raise RuntimeError(f"{len(self.scheduler.waiting)} sequences wait and none can run")
         self._note_reuse(step)
         if self.speculator is not None:
+            self._compare(step)  # a drafter's steps have collectives too
             self.speculator.propose(step, self.scheduler, self.mover.execute)
-        if self._check_ranks:  # before any collective whose shape the step decides
-            compare_ranks(self.metrics.num_steps, step)
+        self._compare(step)
         step.chunks = self._masks.masked(step.chunks)
         self.mover.execute(step.movements)
         return self._launched(step)
+
+    def _compare(self, step: Step) -> None:
+        """Compare a step over ranks where that is asked for: before any collective whose shape the step decides."""
+        if self._check_ranks:
+            compare_ranks(self.metrics.num_steps, step)
 
     def _has_logprobs(self, step: Step) -> bool:
         """Return whether a step has log-probabilities to make, which the host waits for."""
@@ -312,11 +321,11 @@ class Engine:
         step = self.scheduler.look_ahead(flight.step, decodes_alone=self.speculator is not None)
         if step is None:
             return None
-        step.chunks = self._masks.masked(step.chunks)
         self._note_reuse(step)
         self.mover.execute(step.movements)
         if self.speculator is not None and not self.speculator.skip(step):
             return None
+        step.chunks = self._masks.masked(step.chunks)
         return self._launched(step)
 
     def _land(self, flight: Flight) -> list[StreamEvent]:

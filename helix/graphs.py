@@ -51,10 +51,10 @@ def buckets_up_to(max_batch: int) -> list[int]:
 
 @dataclass(frozen=True)
 class PendingTokens:
-    """Greedy tokens of a launched step, on their way to the host.
+    """The tokens that a launched step chose, on their way to the host.
 
     Attributes:
-        host: int64, the tokens of all rows of the graph, then the word in which its kernels noted a fault.
+        host: int64, the tokens of all its rows that may choose, then the word in which kernels noted a fault.
         done: when they are there; None where they are already.
         rows: which rows are wanted.
         on_device: the next step may ask the device for them.

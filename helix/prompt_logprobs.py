@@ -70,6 +70,10 @@ class PromptScorer:
             sent = upload({"rows": np.array(rows, np.int64), "targets": np.array(targets, np.int64)}, hidden.device)
             self._scored.append((seqs, self._score(hidden[sent["rows"]], sent["targets"], num)))
 
+    def clear(self) -> None:
+        """Forget what was scored and not taken."""
+        self._scored = []
+
     def take(self) -> list[tuple[Sequence, TokenLogprobs]]:
         """Return what was scored since the last call, in the order of the prompts' tokens; waits for the device."""
         scored, self._scored = self._scored, []

@@ -234,7 +234,8 @@ class Chunk:
     sequence's batch slot.
 
     Attributes:
-        drafts: tokens that may come next, at positions [stop, stop + len(drafts)); only of a chunk that samples.
+        drafts: tokens that may come next, at positions [stop, stop + len(drafts)); only of a chunk that samples. Those
+            that the device alone knows yet are -2 and below.
         masks: of a structured sequence's rows that choose, which tokens each may choose: int32 [num_choices, W], bit t
             of a row is token t.
     """

@@ -149,7 +149,7 @@ class Sampler:
         """
         logits, settings = self._adjusted(local, choices), choices.settings
         if settings.rules.filters:
-            whole = logits if self._decoder.grid.world_size == 1 else self._decoder.gather_logits(logits)
+            whole = logits if self.sees_all else self._decoder.gather_logits(logits)
             tokens = choose(whole, settings)
         elif logits.is_cuda:
             first = self._vocab[0]

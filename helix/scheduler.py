@@ -22,7 +22,6 @@ from .cache.control import CacheControl
 from .cache.keys import BlockKeys
 from .cache.movements import Movement
 from .cache.pool import BlockTable
-from .cache.window_checkpoints import WindowCheckpoints
 from .cache.windows import WindowPages
 from .config import SchedulerConfig
 from .fair_share import Due, divide
@@ -421,7 +420,7 @@ class Scheduler:
     def _stop(self, seq: Sequence, keep: bool) -> None:
         self.running.remove(seq)
         if self.windows is not None:
-            if keep and isinstance(self.cache.checkpoints, WindowCheckpoints):
+            if keep and self.cache.checkpoints is not None:
                 self.cache.commit(seq.blocks, seq.num_computed)
                 self.cache.checkpoints.keep_end(seq.blocks, seq.num_computed)
             self.windows.release(seq.blocks.window)

@@ -31,6 +31,8 @@ def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
     """
     if not spec.window:
         return config
+    if spec.states is not None:
+        raise ValueError(f"{spec.family} has layers with a window beside layers of states, whose checkpoints differ")
     if config.transfer.enabled:
         raise ValueError(
             f"transfer.* brings what a sequence's owners hold, and {spec.family} models have layers with a window, "

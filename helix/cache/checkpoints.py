@@ -85,9 +85,12 @@ class Checkpoints:
         self._slots[block] = slot
         return [CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
 
+    def keep_end(self, table: BlockTable, num_computed: int) -> None:
+        """Leave one where a sequence ends, if that is free; a state's is copied in passing, or not at all."""
+
     def pass_by(self, start: int, batch_slot: int) -> list[Movement]:
         """Return the copy that a step makes before it decodes the row at ``start``, where that passes a checkpoint."""
-        slot = None if start % self.unit or not self.copies else self._take()
+        slot = None if not start or start % self.unit else self._take()
         if slot is None:
             return []
         self.leave(batch_slot, ends=False)
@@ -110,7 +113,7 @@ class Checkpoints:
         block = table.tail
         while block is not None and (block.depth + 1) * self._block_size > start:
             block = block.parent
-        if block is None or (block.depth + 1) * self._block_size != start or block in self._slots or not start:
+        if block is None or (block.depth + 1) * self._block_size != start or block in self._slots:
             self._free.append(slot)
             return
         before = self._passed.get(batch_slot)

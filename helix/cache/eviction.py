@@ -64,11 +64,6 @@ class Expiries:
         self._num_pushed = 0
         self._limit = SLACK
 
-    @property
-    def pending(self) -> bool:
-        """True while some priority may still end."""
-        return bool(self._heap)
-
     def push(self, block: Block) -> None:
         """Note that the block's priority ends at ``block.expires``, which has just changed."""
         assert block.expires is not None

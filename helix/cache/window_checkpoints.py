@@ -56,6 +56,10 @@ class WindowCheckpoints(Checkpoints):
             self._hold(table, position)
         return []
 
+    def pass_by(self, start: int, batch_slot: int) -> list[Movement]:
+        """Return nothing: the pages are there for ``keep_end``."""
+        return []
+
     def keep_end(self, table: BlockTable, num_computed: int) -> None:
         """Hold on to the window's pages before the last whole block of a sequence that ends, once it is in the tree."""
         position = num_computed // self._block_size * self._block_size

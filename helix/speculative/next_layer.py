@@ -45,6 +45,10 @@ class NextLayerSpeculator(Speculator):
         self._runner = runner
         self._unread: list[Launched] = []
 
+    def reset(self) -> None:
+        """Forget drafts that nobody will read."""
+        self._unread = []
+
     def settle(self, step: Step) -> None:
         """Read the drafts of a step that was launched without."""
         if self._unread:

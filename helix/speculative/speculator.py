@@ -75,6 +75,9 @@ class Speculator:
     def settle(self, step: Step) -> None:
         """Make a launched step's drafts known, where they are not, before its tokens are looked at."""
 
+    def reset(self) -> None:
+        """Forget what is launched and not read; here nothing ever is."""
+
     def skip(self, step: Step) -> bool:
         """Count a step of decode rows alone as one without drafts; False, and uncounted, where it asks for some."""
         if self.is_due(step):

@@ -176,7 +176,7 @@ def reuse_body(path, kvp, conversations, others):
     return results
 
 
-@pytest.mark.parametrize(("family", "kvp"), [pytest.param("qwen3", 2, marks=pytest.mark.slow), ("mistral", 1)])
+@pytest.mark.parametrize(("family", "kvp"), [("qwen3", 2), pytest.param("mistral", 1, marks=pytest.mark.slow)])
 def test_prompts_that_come_again_and_next_turns_reuse_what_is_there(ranks, models, family, kvp):
     path, prompts, _ = models(family)
     mine, others = [prompts[-1], prompts[-2]], [[i] * 90 for i in range(3)]
@@ -187,5 +187,5 @@ def test_prompts_that_come_again_and_next_turns_reuse_what_is_there(ranks, model
         # 131 tokens leave a checkpoint at 128, 70 at 64; their answers one behind their last whole block
         assert [cached for _, cached in reused[0]] == [0, 160, 128]
         assert [cached for _, cached in reused[1]] == [0, 96, 64]
-        assert reused[2][0][1] in (0, 64, 128) and [cached for _, cached in reused[2][1:]] == [160, 128]
+        assert [cached for _, cached in reused[2]] == [128, 160, 128]
         assert all(cached == 0 for turn in computed for _, cached in turn)
