@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helix import engine
 from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from helix.llm import LLM
 from helix.sampling import SamplingParams
@@ -36,17 +35,16 @@ def logits_body(path, kvp, tpa, block_size, prompts):
     )
     llm = LLM(config)
     ours = []
-    sample = engine.sample
+    sampler = llm.runner.sampler
+    choose = sampler.choose
 
-    def sample_and_keep(logits, batch):
-        ours.extend(logits.cpu())
-        return sample(logits, batch)
+    def choose_and_keep(local, choices):
+        ours.extend(llm.runner.decoder.gather_logits(local).float().cpu())
+        return choose(local, choices)
 
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(engine, "sample", sample_and_keep)
+    sampler.choose = choose_and_keep
     sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)  # log-probabilities need the logits
     outputs = [llm.generate([prompt], sampling)[0].token_ids for prompt in prompts]
-    monkeypatch.undo()
     if dist.get_rank() != 0:
         return ours, None, None
     theirs = {}
