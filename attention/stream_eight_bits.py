@@ -200,7 +200,6 @@ def _attend(
     d = gl.arange(0, HALF, layout=gl.SliceLayout(0, lines))
     d0 = 2 * (d & -2) + (d & 1)  # of the first product; the second takes what is two elements further
     m = gl.arange(0, M, layout=columns)
-    o_d = 2 * gl.arange(0, HALF, layout=its_rows)
     token = gl.arange(0, TURN, layout=its_rows)
     seen_token = gl.arange(0, TURN, layout=gl.SliceLayout(0, operand))
     nothing = gl.zeros([TURN, M], gl.float32, layout=wgmma)
@@ -274,9 +273,14 @@ def _attend(
         cell = cell * num_heads + kv_head * GROUP + m % GROUP
         natural = gl.where(empty, float("-inf"), (shift + gl.log2(sums)) / 1.4426950408889634)
         gl.store(lse + cell, natural, mask=real)
-        to = out + cell[None, :] * D + o_d[:, None]
-        gl.store(to, (acc0 / sums[None, :]).to(out.dtype.element_ty), mask=real[None, :])
-        gl.store(to + 1, (acc1 / sums[None, :]).to(out.dtype.element_ty), mask=real[None, :])
+        value = gl.join(acc0 / sums[None, :], acc1 / sums[None, :])
+        OUT: gl.constexpr = value.type.layout
+        pair = gl.arange(0, HALF, layout=gl.SliceLayout(1, gl.SliceLayout(2, OUT)))
+        odd = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, OUT)))
+        cell = gl.convert_layout(cell, gl.SliceLayout(0, gl.SliceLayout(2, OUT)))
+        here = gl.convert_layout(real.to(gl.int32), gl.SliceLayout(0, gl.SliceLayout(2, OUT))) > 0
+        to = out + cell[None, :, None] * D + 2 * pair[:, None, None] + odd[None, None, :]
+        gl.store(to, value.to(out.dtype.element_ty), mask=here[None, :, None])
 
 
 @gluon.jit
