@@ -57,13 +57,11 @@ class PendingTokens:
         host: int64, the tokens of all its rows that may choose, then the word in which kernels noted a fault.
         done: when they are there; None where they are already.
         rows: which rows are wanted.
-        on_device: the next step may ask the device for them.
     """
 
     host: torch.Tensor
     done: torch.cuda.Event | None
     rows: list[int]
-    on_device: bool = True
 
     @classmethod
     def send(cls, output: torch.Tensor) -> PendingTokens:

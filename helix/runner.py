@@ -19,7 +19,7 @@ from .compile_ahead import compile_ahead
 from .decode_rows import DecodeRows
 from .device_rows import RowSender
 from .draft_graphs import DraftGraphs
-from .graphs import DecodeGraphs, PendingTokens
+from .graphs import DecodeGraphs, PendingTokens, StepGraph
 from .logprobs import SampledTokens
 from .lost import raise_lost
 from .models.decoder import Decoder
@@ -28,7 +28,7 @@ from .models.next_decoder import NextDecoder
 from .next_states import NextStates
 from .page_tables import PageTables
 from .request import Chunk
-from .sampler import Choices, FixedChoices, Sampler
+from .sampler import FixedChoices, Sampler
 from .upload import upload
 
 _LONG = 1 << 16  # tokens; attention over so many is cut into parts wherever it can be
@@ -174,9 +174,10 @@ class Runner:
         decoding, others = list[Chunk](), list[Chunk]()
         for chunk in chunks:
             (decoding if chunk.samples and chunk.stop - chunk.start == 1 else others).append(chunk)
-        if self._graphs is None or not decoding or not self.can_launch(decoding):
+        graph = self._graph_of(decoding)
+        if self._graphs is None or graph is None:
             return self._run_eagerly(chunks)
-        logits = self._graphs.local_logits(self._launch(decoding).rows)
+        logits = self._graphs.local_logits(self._replay(graph, decoding).rows)
         if not others:
             return logits
         num_padding = self.num_padding
@@ -191,6 +192,7 @@ class Runner:
         return logits[upload({"order": np.array(order, np.int64)}, logits.device)["order"]]
 
     def _run_eagerly(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Compute a step without a graph; see ``_local_logits``."""
         self.num_padding = 0
         step = StepRows.of(chunks)
         self.tables.update(chunks)
@@ -202,48 +204,44 @@ class Runner:
         if not choosing:
             first, stop = self.decoder.part.vocab
             return hidden.new_empty((0, stop - first))
-        rows = upload({"rows": np.array(choosing, np.int64)}, hidden.device)["rows"]
-        return self.decoder.local_logits(hidden[rows])
+        if len(choosing) < len(hidden):
+            hidden = hidden[upload({"rows": np.array(choosing, np.int64)}, hidden.device)["rows"]]
+        return self.decoder.local_logits(hidden)
 
     def launch(self, chunks: list[Chunk]) -> PendingTokens:
-        """Launch a step, from its graph where there are any; the tokens of the rows that choose come to the host.
+        """Launch a step, from its graph where there is one; the tokens of the rows that choose come to the host.
 
         Collective over the world. The token of a row that is not known yet is the one that the last launched step chose
-        for its batch slot. With graphs, nothing here waits for the device. Sampling comes behind the graph, which
-        leaves the logits: as a graph of its own, or eagerly.
+        for its batch slot. On a GPU nothing here waits for the device. Sampling comes behind the forward: as a graph of
+        its own, or eagerly.
         """
-        if not self.can_launch(chunks):
-            return self._launch_with_chunks(chunks)
-        if self.sampler is None or all(chunk.seq.sampling.is_plain for chunk in chunks):
-            return self._launch(chunks)
-        fixed = None if self._choices is None else self.sampler.prepare_fixed(chunks)
-        if fixed is not None:
-            return self._launch(chunks, fixed=fixed)
-        choices = self.sampler.prepare(chunks, self._device_tokens)
-        if self._graphs is None:
-            return self._launch(chunks, choices)
-        rows = self._launch(chunks).rows
-        return self._sent(chunks, self.sampler.choose(self._graphs.local_logits(rows), choices).token_ids)
-
-    def _launch_with_chunks(self, chunks: list[Chunk]) -> PendingTokens:
-        """Launch a step with chunks of prompts."""
         choosing = [chunk for chunk in chunks if chunk.samples]
-        if self.sampler is None or all(chunk.seq.sampling.is_plain for chunk in choosing):
+        plain = self.sampler is None or all(chunk.seq.sampling.is_plain for chunk in choosing)
+        graph = self._graph_of(chunks)
+        if graph is not None and plain:
+            return self._replay(graph, chunks)
+        if graph is not None and self.sampler is not None and self._choices is not None:
+            fixed = self.sampler.prepare_fixed(chunks)
+            if fixed is not None:
+                return self._replay(graph, chunks, fixed)
+        if plain:
             local = self._local_logits(chunks)
             return self._sent(choosing, self.decoder.greedy(local) if choosing else None)
-        choices = self.sampler.prepare(choosing, self._device_tokens)
-        return self._sent(choosing, self.sampler.choose(self._local_logits(chunks), choices).token_ids)
+        sampled = self.sample(chunks)
+        return self._sent(choosing, None if sampled is None else sampled.token_ids)
 
-    def _launch(
-        self, chunks: list[Chunk], choices: Choices | None = None, fixed: FixedChoices | None = None
-    ) -> PendingTokens:
+    def _graph_of(self, chunks: list[Chunk]) -> StepGraph | None:
+        """Return the graph that holds the rows of chunks which all choose tokens; None where none does."""
+        if self._graphs is None or not chunks or not all(chunk.samples for chunk in chunks):
+            return None
+        return self._graphs.find(len(chunks), max(chunk.num_rows for chunk in chunks))
+
+    def _replay(self, graph: StepGraph, chunks: list[Chunk], fixed: FixedChoices | None = None) -> PendingTokens:
+        """Launch a step from its graph: its rows choose the most likely tokens, or as ``fixed`` says."""
+        assert self._graphs is not None
         step = StepRows.of(chunks)
         self.tables.update(chunks)
         local = self.tables.local_rows(step)
-        if self._graphs is None:
-            return self._launch_eagerly(chunks, step, local, choices)
-        graph = self._graphs.find(len(chunks), max(chunk.num_rows for chunk in chunks))
-        assert graph is not None
         before, keep = self._taken(chunks)
         rows = DecodeRows(
             step.token_ids, step.positions, local.slot, step.row_seq, local.visible, step.counts, before, keep,
@@ -282,44 +280,11 @@ class Runner:
 
         Its tokens for them are -2 and below, see ``DecodeRows``.
         """
-        if self._graphs is None or not all(chunk.seq.sampling.is_plain for chunk in chunks):
-            return False
-        return self.can_launch(chunks)
+        return all(chunk.seq.sampling.is_plain for chunk in chunks) and self._graph_of(chunks) is not None
 
     def _taken(self, chunks: list[Chunk]) -> tuple[IntArray, IntArray] | tuple[None, None]:
         """Return what ``NextStates.take`` does for the chunks of a step; None without the layer that asks for it."""
         return (None, None) if self.next_states is None else self.next_states.take(chunks)
-
-    def greedy(self, chunks: list[Chunk]) -> PendingTokens:
-        """Launch a step whose chunks all choose a token, or compute it where no graph holds it.
-
-        Collective over the world. Returns the greedy tokens of the rows that choose.
-        """
-        if self.can_launch(chunks):
-            return self.launch(chunks)
-        tokens = self.run(chunks).argmax(-1).cpu()
-        return PendingTokens(torch.cat((tokens, tokens.new_zeros(1))), None, list(range(len(tokens))), on_device=False)
-
-    def can_launch(self, chunks: list[Chunk]) -> bool:
-        """Return whether ``launch`` can run these chunks: all choose tokens, and a graph holds their rows.
-
-        Without graphs it runs those that choose one token each.
-        """
-        if not all(chunk.samples for chunk in chunks):
-            return False
-        most = max(chunk.num_rows for chunk in chunks)
-        return most == 1 if self._graphs is None else self._graphs.find(len(chunks), most) is not None
-
-    @torch.inference_mode()
-    def _launch_eagerly(
-        self, chunks: list[Chunk], step: StepRows, local: LocalRows, choices: Choices | None
-    ) -> PendingTokens:
-        self.num_padding = 0
-        hidden = self._forward(step, local, chunks)
-        logits = self.decoder.local_logits(hidden)
-        if choices is None or self.sampler is None:
-            return self._sent(chunks, self.decoder.greedy(logits))
-        return self._sent(chunks, self.sampler.choose(logits, choices).token_ids)
 
     @torch.inference_mode()
     def _sent(self, chunks: list[Chunk], tokens: torch.Tensor | None) -> PendingTokens:

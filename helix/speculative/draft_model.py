@@ -172,17 +172,17 @@ class DraftModel:
     def _guess(self, drafts: list[_Draft]) -> None:
         """Take the most likely next token of every sequence, again and again, up to its limit.
 
-        Where the device keeps the tokens for the next step, the host launches that before it reads them.
+        The device keeps the tokens for the next step, which is launched before the host reads them.
         """
         waiting: deque[tuple[list[_Draft], int, PendingTokens]] = deque()
         for turn in range(max((draft.limit for draft in drafts), default=0)):
             live = [draft for draft in drafts if draft.limit > turn]
-            pending = self._runner.greedy([Chunk(e.seq, e.seq.num_computed, len(e.seq.token_ids)) for e in live])
+            pending = self._runner.launch([Chunk(e.seq, e.seq.num_computed, len(e.seq.token_ids)) for e in live])
             for draft in live:
                 draft.seq.num_computed = len(draft.seq.token_ids)
                 draft.seq.token_ids.append(-1)  # the token that the device chose last
             waiting.append((live, turn, pending))
-            if len(waiting) == _IN_FLIGHT or not pending.on_device:
+            if len(waiting) == _IN_FLIGHT:
                 _read(*waiting.popleft())
         for each in waiting:
             _read(*each)
