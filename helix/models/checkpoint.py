@@ -30,7 +30,10 @@ DTYPE_8_BITS = "F8_E4M3"
 DTYPE_4_BITS = "U8"  # two elements a byte
 DUMMY_SPREAD = 16.0  # the standard deviation of random 8-bit values, whose largest is 448
 # ends of names of tensors of quantised files that no weight needs: scales of activations, and of keys and values
-UNREAD_SCALES = ("_proj.input_scale", "_proj.k_scale", "_proj.v_scale", "self_attn.k_scale", "self_attn.v_scale")
+UNREAD_SCALES = (
+    "_proj.input_scale", "_proj.activation_scale", "_proj.k_scale", "_proj.v_scale", "self_attn.k_scale",
+    "self_attn.v_scale",
+)  # fmt: skip
 
 
 __all__ = ["Checkpoint", "CheckpointError", "fill_dummy"]
@@ -103,8 +106,9 @@ class Checkpoint:
         Raises CheckpointError where there is one of them, or one that is no single positive number.
         """
         module = self._spec.names.k.format(layer=layer).removesuffix("k_proj.weight")
-        names = [f"{module}{name}_scale" for name in ("k", "v")]
-        if not any(name in self._file_of for name in names):
+        choices = [[f"{module}{part}_scale" for part in parts] for parts in (("k", "v"), ("k_proj.k", "v_proj.v"))]
+        names = next((names for names in choices if any(name in self._file_of for name in names)), None)
+        if names is None:
             return None
         scales = []
         for name in names:
@@ -198,7 +202,9 @@ class Checkpoint:
                 if dtype != DTYPE_4_BITS:
                     raise CheckpointError(f"{self.path}: {name} has dtype {dtype}, must be {DTYPE_4_BITS}, of MXFP4")
             elif dtype not in DTYPES:
-                raise CheckpointError(f"{self.path}: {name} has dtype {dtype}, must be one of {', '.join(DTYPES)}")
+                raise CheckpointError(
+                    f"{self.path}: {name} has dtype {dtype}, must be one of {', '.join(DTYPES)}{self._why_not(dtype)}"
+                )
         if spec.quantization is not None and spec.quantization.caches_in_8_bits and spec.latent is None:
             for layer in range(spec.num_layers):
                 self.cache_scales(layer)
@@ -217,6 +223,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} has {len(unused)} tensors that a {spec.family} model does not use: {few(unused)}"
             )
+
+    def _why_not(self, dtype: str) -> str:
+        """Return why a tensor of this dtype is not taken for a quantised one, where it may be meant as one."""
+        if not dtype.startswith(("F8_", "I", "U")):
+            return ""
+        if self._spec.quantization is None:
+            return "; config.json has no quantization_config that says what it means"
+        return "; quantization_config does not name it among what is quantised"
 
     def _check_quantized(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
         """Raise CheckpointError unless a matrix has 8 bits, and the scale that its shape and the config imply."""

@@ -11,7 +11,7 @@ from parallel.launch import from_rank0
 
 from ..config import SAMPLING_DEFAULTS, HelixConfig, SamplingConfig
 from ..sampling import SamplingParams
-from .spec import read_json
+from .config_files import read_json
 
 _log = logging.getLogger(__name__)
 C = TypeVar("C", bound=HelixConfig)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from .config_files import one_line
 from .kinds import FULL, STATE, WINDOW, Kind
-from .spec import Experts, Latent, ModelSpec, RopeSpec, as_token_ids, one_line
+from .spec import Experts, Latent, ModelSpec, RopeSpec, as_token_ids
 from .weight_names import WeightNames
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")

@@ -1,11 +1,14 @@
 """Which weights of a checkpoint are quantised, and how: its `quantization_config`, read without transformers.
 
-Two formats of 8-bit floats (e4m3) are read. "fp8" is that of DeepSeek-V3 and of Qwen3's FP8 files: one scale for each
-block of 128 x 128 elements, in `X.weight_scale_inv` (arXiv 2412.19437, section 3.3). "compressed-tensors" has one scale
-in `X.weight_scale` for a matrix, for each of its rows, or for such blocks. Either scale is what values are multiplied
-by, and either file leaves embeddings, norms, routers and the output head as they are.
+Three formats of 8-bit floats (e4m3) are read. "fp8" is that of DeepSeek-V3 and of Qwen3's FP8 files: one scale for each
+block of 128 x 128 elements, in `X.weight_scale_inv` (arXiv 2412.19437, section 3.3); or one for a matrix, there or, in
+AutoFP8's files, in `X.weight_scale`. "compressed-tensors" has one scale in `X.weight_scale`
+for a matrix, for each of its rows, or for such blocks; "modelopt" one for a matrix or for each of its rows. Any of them
+is what values are multiplied by, and leaves embeddings, norms, routers and the output head as they are. Scales of
+activations are not used: rows that meet 8 bits are quantised as they come.
 """
 
+import fnmatch
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +17,8 @@ from typing import Any
 BLOCK = 128  # rows and columns that share a scale, counted from the beginning of the whole matrix
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")  # safetensors' names; the last holds powers of two
 FORMATS = (
-    "Helix reads weights of 16 and 32 bits, fp8 (e4m3, blocks of 128 x 128) and float-quantized compressed-tensors"
+    "Helix reads weights of 16 and 32 bits, fp8 (e4m3, scales of blocks of 128 x 128 or of matrices), float-quantized "
+    "compressed-tensors and FP8 of modelopt: take the model in one of these"
 )
 GRAINS = ("block", "channel", "tensor")
 REFUSED = {  # what people call it, by format
@@ -25,6 +29,7 @@ REFUSED = {  # what people call it, by format
     "mxfp4-pack-quantized": "MXFP4 weights",
     "marlin-24": "sparse int4 weights",
 }
+MODELOPT_GRAINS = {"FP8": "tensor", "FP8_PER_CHANNEL_PER_TOKEN": "channel"}  # by quant_algo
 
 
 @dataclass(frozen=True)
@@ -97,27 +102,50 @@ def read_quantization(raw: dict[str, Any]) -> Quantization | None:
     if method == "mxfp4" and raw.get("model_type") == "gpt_oss":
         return None  # of experts alone, which are widened when they are read
     if method == "fp8":
-        return _block_fp8(settings)
+        return _fp8(settings)
     if method == "compressed-tensors":
         return _compressed_tensors(settings)
+    if method == "modelopt":
+        return _modelopt(settings)
     raise ValueError(f"config quantization_config.quant_method = {method!r}; {FORMATS}")
 
 
-def _block_fp8(settings: dict[str, Any]) -> Quantization:
+def _fp8(settings: dict[str, Any]) -> Quantization:
     def known(key: str, *values: Any) -> Any:
         value = settings.get(key) or values[0]
         _require(value in values, key, value, f"valid: {', '.join(str(each) for each in values)}")
         return value
 
+    kept = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or ()
+    # where a matrix has one scale transformers' files say null; AutoFP8's have no such key
+    named = "weight_block_size" in settings
+    autofp8 = not named and ("ignored_layers" in settings or settings.get("activation_scheme") == "static")
+    by_matrix = autofp8 or (named and settings["weight_block_size"] is None)
     known("weight_block_size", [BLOCK, BLOCK])
-    known("activation_scheme", "dynamic")
+    known("activation_scheme", "dynamic", *(("static",) if by_matrix else ()))
     known("fmt", "e4m3", "float8_e4m3fn")
     known("expert_dtype", "fp8")
     more = settings.get("modules_to_convert")
     _require(not more, "modules_to_convert", more, "what is no linear layer is read in 16 and 32 bits only")
-    kept = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or ()
     powers_of_two = known("scale_fmt", "float", "ue8m0") == "ue8m0"
+    if by_matrix:
+        suffix = "weight_scale" if autofp8 else "weight_scale_inv"
+        return Quantization("tensor", suffix, tuple(kept), powers_of_two=powers_of_two)
     return Quantization(kept=tuple(kept), powers_of_two=powers_of_two)
+
+
+def _modelopt(settings: dict[str, Any]) -> Quantization:
+    """Read what modelopt writes: into config.json, or nested into a file of its own."""
+    nested = settings.get("quantization")
+    settings = nested if isinstance(nested, dict) else settings
+    algorithm = str(settings.get("quant_algo")).upper()
+    _require(algorithm in MODELOPT_GRAINS, "quant_algo", settings.get("quant_algo"), FORMATS)
+    scheme = settings.get("kv_cache_scheme")
+    cache = settings.get("kv_cache_quant_algo") or (_scheme_of(scheme) if scheme else None)
+    _require(cache in (None, "FP8"), "kv_cache_quant_algo", cache, "valid: null, FP8")
+    patterns = settings.get("exclude_modules") or settings.get("ignore") or ()
+    kept = tuple(f"re:{fnmatch.translate(str(pattern))}" for pattern in patterns)
+    return Quantization(MODELOPT_GRAINS[algorithm], "weight_scale", kept, exact=True, caches_in_8_bits=cache == "FP8")
 
 
 def _compressed_tensors(settings: dict[str, Any]) -> Quantization:
@@ -135,12 +163,16 @@ def _compressed_tensors(settings: dict[str, Any]) -> Quantization:
     kept = tuple(settings.get("ignore") or ())
     scheme = settings.get("kv_cache_scheme")
     if scheme:
-        for key, valid in (("num_bits", (8,)), ("type", ("float",)), ("symmetric", (True, None))):
-            value = scheme.get(key)
-            _require(
-                value in valid, f"kv_cache_scheme.{key}", value, f"valid: {', '.join(str(each) for each in valid)}"
-            )
+        _scheme_of(scheme)
     return Quantization(weights["strategy"], "weight_scale", kept, exact=True, caches_in_8_bits=bool(scheme))
+
+
+def _scheme_of(scheme: dict[str, Any]) -> str:
+    """Return what keys and values are cached in, where it is read: "FP8"."""
+    for key, valid in (("num_bits", (8,)), ("type", ("float",)), ("symmetric", (True, None))):
+        value = scheme.get(key)
+        _require(value in valid, f"kv_cache_scheme.{key}", value, f"valid: {', '.join(str(each) for each in valid)}")
+    return "FP8"
 
 
 def _require(ok: bool, key: str, value: object, rule: str) -> None:

@@ -6,16 +6,15 @@ table below names them, and a family is imported only when a model asks for it.
 """
 
 import importlib
-import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config_files import find_config, one_line, read_config_file, read_json
 from .kinds import FULL, FULL_KIND, STATE, Kind
 from .quantization import Quantization, read_quantization
 from .states import States
-from .weight_files import OTHER_KINDS, is_lfs_pointer, what_else
 from .weight_names import WeightNames, module_of
 
 if TYPE_CHECKING:
@@ -307,7 +306,7 @@ def load_spec(path: str | Path, *, max_position: int | None = None) -> ModelSpec
     """
     config_file = find_config(path)
     generation = config_file.parent / "generation_config.json"
-    spec = spec_of(read_json(config_file, path), f"model.path = {path}", max_position=max_position)
+    spec = spec_of(read_config_file(config_file, path), f"model.path = {path}", max_position=max_position)
     settings = read_json(generation, path) if generation.is_file() else {}
     try:
         eos = as_token_ids(settings.get("eos_token_id"))
@@ -349,46 +348,6 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
         return raw
     shared = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings", "eos_token_id") if key in raw}
     return shared | text | {"model_type": raw["model_type"]}
-
-
-def find_config(path: str | Path) -> Path:
-    """Return the config.json that `path`, a folder or the file itself, stands for; ValueError if there is none."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(f"model.path = {path} does not exist; give a checkpoint folder or a config.json file")
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return path / "config.json"
-        if other := what_else(path):
-            raise ValueError(f"model.path = {path} holds {other}")
-        raise ValueError(f"model.path = {path} has no config.json; give a checkpoint folder or a config.json file")
-    if path.suffix != ".json":
-        what = "a GGUF file; " + OTHER_KINDS[0][2] if path.suffix == ".gguf" else "a file; give its folder"
-        raise ValueError(f"model.path = {path} is {what}")
-    return path
-
-
-def read_json(file: Path, path: str | Path) -> dict[str, Any]:
-    """Return the JSON object in `file`, part of model.path `path`; ValueError names the line that is broken."""
-    if is_lfs_pointer(file):
-        raise ValueError(f"model.path = {path}: {file.name} is a git-lfs pointer; run git lfs pull in its folder")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"model.path = {path}: {file.name} is not valid JSON: line {error.lineno}, {error.msg}"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"model.path = {path}: {file.name} cannot be read: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"model.path = {path}: {file.name} holds {type(content).__name__}, must be a JSON object")
-    return content
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's message on a single line, with its type when the message alone would not tell."""
-    message = " ".join(str(error).split())
-    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
 
 
 def as_token_ids(value: Any) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ from helix.config import (
     SpeculativeConfig,
 )
 from helix.llm import LLM
+from helix.models.checkpoint import Checkpoint
+from helix.models.spec import load_spec
 from helix.sampling import SamplingParams
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.test_parity import check
@@ -182,3 +184,13 @@ def test_a_checkpoints_kv_cache_scheme_and_its_scales_are_followed(tmp_path):
         save_file(tensors | change, path / "model.safetensors")
         with pytest.raises(ValueError, match=problem):
             LLM(HelixConfig(model=ModelConfig(path=str(path))))
+    # modelopt's files say the same, with the scales beside the matrices
+    renamed = {each.replace("attn.k_s", "attn.k_proj.k_s").replace("attn.v_s", "attn.v_proj.v_s"): t
+               for each, t in tensors.items()}  # fmt: skip
+    save_file(renamed, path / "model.safetensors")
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": scheme}
+    (path / "config.json").write_text(json.dumps(config))
+    spec = load_spec(path)
+    assert spec.quantization.caches_in_8_bits
+    with Checkpoint(path, spec) as checkpoint:
+        assert checkpoint.cache_scales(1).tolist() == [1.5, 1.75]

@@ -102,25 +102,46 @@ def test_scales_may_be_powers_of_two_in_8_bits(tmp_path):
     check_parts(path, wide)
 
 
-@pytest.mark.parametrize("strategy", ["channel", "tensor"])
-def test_compressed_tensors_have_scales_of_rows_or_matrices(tmp_path, strategy):
+LINEAR = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "symmetric": True}}
+
+
+def compressed(strategy):
+    groups = {"group_0": LINEAR | {"weights": LINEAR["weights"] | {"strategy": strategy}}}
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    return settings | {"ignore": ["lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_rows", "suffix"),
+    [
+        (compressed("channel"), True, "weight_scale"),
+        (compressed("tensor"), False, "weight_scale"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, True, "weight_scale"),
+        ({"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head", "x.*"]}}, False, "weight_scale"),
+        ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}, False, "weight_scale"),
+        ({"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}, False, "weight_scale_inv"),
+    ],
+    ids=["compressed, rows", "compressed, matrices", "modelopt, rows", "modelopt, a file", "AutoFP8", "transformers"],
+)
+def test_scales_may_be_of_rows_or_matrices(tmp_path, settings, of_rows, suffix):
     path = quantised(tmp_path, family="llama")
     wide = {}
 
     def requantise(tensors):
         for name in [name for name in tensors if name.endswith("_scale_inv")]:
             weight = name.removesuffix("_scale_inv")
-            rows = tensors[weight].shape[0]
-            scale = torch.rand(rows, 1) + 0.5 if strategy == "channel" else torch.rand(1) + 0.5
-            tensors[f"{weight}_scale"] = scale
+            scale = torch.rand(tensors[weight].shape[0], 1) + 0.5 if of_rows else torch.rand(()) + 0.5
             del tensors[name]
+            module = weight.removesuffix("weight")
+            tensors |= {f"{module}{suffix}": scale, f"{module}input_scale": torch.ones(())}
             wide[weight] = tensors[weight].float() * scale
 
     rewrite(path, requantise)
-    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    settings = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
-    configure(path, settings | {"ignore": ["lm_head"]})
+    if "quant_method" in settings:
+        configure(path, settings)
+    else:
+        configure(path, None)
+        (path / "hf_quant_config.json").write_text(json.dumps(settings))
     check_parts(path, load_file(path / "model.safetensors") | wide)
 
 
@@ -150,6 +171,10 @@ UP = "model.layers.0.mlp.up_proj.weight"
         (lambda t: t.update({f"{UP}_scale_inv": torch.ones(4, 3)}), r"_scale_inv has shape \(4, 3\), must be \(4, 2\)"),
         (lambda t: t.update({UP: t[UP].float()}), rf"{UP}, of shape \(416, 192\), has dtype F32, but .* F8_E4M3"),
         (lambda t: t.update({f"{UP}_scale_inv": torch.ones(4, 2, dtype=torch.int32)}), "has dtype I32, must be one"),
+        (
+            lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}),
+            "model.norm.weight has dtype F8_E4M3, must be one of .*; quantization_config does not name it",
+        ),
     ],
 )  # fmt: skip
 def test_bad_scales_are_named_with_their_shape(tmp_path, change, problem):
@@ -166,7 +191,11 @@ def test_bad_scales_are_named_with_their_shape(tmp_path, change, problem):
         ({"quant_method": "gptq", "bits": 4}, "quant_method = 'gptq'; Helix reads weights of 16 and 32 bits, fp8"),
         ({"quant_method": "awq", "bits": 4}, "quant_method = 'awq'"),
         ({"quant_method": "fp8", "weight_block_size": [64, 128]}, r"_block_size = \[64, 128\]; valid: \[128, 128\]"),
-        ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme = 'static'; valid: dynamic"),
+        (
+            {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [128, 128]},
+            "activation_scheme = 'static'; valid: dynamic",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo = 'NVFP4'; Helix reads"),
         ({"quant_method": "fp8", "modules_to_not_convert": ["("]}, "is no regular expression"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format = 'pack-quantized'; int4 or int8"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "NVFP4 weights; Helix reads"),
