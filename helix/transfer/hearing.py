@@ -15,7 +15,7 @@ import msgspec
 
 from .channel import Channel, wait_for
 from .facts import Process
-from .protocol import Ask, Bye, Cancel, End, First, Message, Progress, decode, encode
+from .protocol import Ask, Bye, Cancel, End, First, Progress, pack_array, unpack_array
 
 IDLE_S = 0.02
 _log = logging.getLogger(__name__)
@@ -30,15 +30,10 @@ class Writer:
 
 
 class Said(msgspec.Struct, frozen=True, tag=True):
-    """A writer's message about a transfer, in the protocol's bytes."""
+    """A writer's message about a transfer."""
 
     writer: int
-    data: bytes
-
-    @property
-    def message(self) -> Message:
-        """The message."""
-        return decode(self.data)
+    message: First | End
 
 
 class Lost(msgspec.Struct, frozen=True, tag=True):
@@ -67,12 +62,13 @@ class Stuck(msgspec.Struct, frozen=True, tag=True):
 
 
 News = Said | Lost | Ended | Silence | Heard | Stuck
-_decoder = msgspec.msgpack.Decoder(list[News])
+_encoder = msgspec.msgpack.Encoder(enc_hook=pack_array)
+_decoder = msgspec.msgpack.Decoder(list[News], dec_hook=unpack_array)
 
 
 def encode_news(news: list[News]) -> bytes:
     """Return the bytes of news; none where there are none."""
-    return msgspec.msgpack.encode(news) if news else b""
+    return _encoder.encode(news) if news else b""
 
 
 def decode_news(data: bytes) -> list[News]:
@@ -132,7 +128,7 @@ class Hearing:
             for message in writer.channel.receive():
                 heard = True
                 if isinstance(message, End) or (isinstance(message, First) and self._is_sound(number, message, seeds)):
-                    news.append(Said(number, encode(message)))
+                    news.append(Said(number, message))
                 elif not isinstance(message, (First, Progress)):
                     _log.warning("dropped a %s from prefill rank %d", type(message).__name__, number)
             writer.channel.flush()

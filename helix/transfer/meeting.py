@@ -33,7 +33,7 @@ from ..models.spec import ModelSpec
 from .channel import Channel, ChannelLost, Listener, connect, wait_for
 from .facts import Process, find_mismatch, make_facts
 from .hearing import Hearing, Writer
-from .protocol import Hello, Message, Pool, Ready, Refuse, Welcome, pool_dict
+from .protocol import Hello, Message, Pool, Ready, Refuse, Welcome
 from .receiver import Receiver
 from .regions import CacheMap, Side
 from .requirements import SAME_SECRET, SECRET_VARIABLE, naming_the_setting, place_to_listen, shared_secret
@@ -115,14 +115,11 @@ def meet_prefill_group(group: Group) -> Receiver:
         finally:
             listener.close()
         for _, channel in hellos.values():
-            channel.send(Welcome(group.layout.kvp, group.layout.tpa, [pool_dict(pool) for pool in pools]))
+            channel.send(Welcome(group.layout.kvp, group.layout.tpa, pools))
         return len(hellos)
 
     num_writers = from_rank0(collect)
-    writers = [
-        Writer(channel, Process(hello.machine, hello.pid, hello.started))
-        for _, (hello, channel) in sorted(hellos.items())
-    ]
+    writers = [Writer(channel, hello.process) for _, (hello, channel) in sorted(hellos.items())]
     ready: set[int] = set()
     while not from_rank0(lambda: _all_ready(writers, ready, deadline)):
         transport.progress()
@@ -247,21 +244,9 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     facts, timeout_s = from_rank0(group.facts), group.config.transfer.connect_timeout_s
 
     def join() -> tuple[Layout, list[Pool]]:
-        process = Process.current()
-        channel.send(
-            Hello(
-                rank=group.launch.rank,
-                world_size=group.launch.world_size,
-                facts=facts,
-                kvp=group.layout.kvp,
-                tpa=group.layout.tpa,
-                machine=process.machine,
-                pid=process.pid,
-                started=process.started,
-            )
-        )
+        channel.send(Hello(group.launch.rank, group.layout.kvp, group.layout.tpa, facts, Process.current()))
         welcome = _await_welcome(channel, timeout_s)
-        return Layout(kvp=welcome.kvp, tpa=welcome.tpa), welcome.parsed()
+        return Layout(kvp=welcome.kvp, tpa=welcome.tpa), welcome.pools
 
     # In two steps: where one rank is refused, the others do not wait for a welcome that cannot come.
     channel = agree(lambda: connect(*_where_to_go(group), timeout_s))

@@ -1,9 +1,9 @@
 """What the two groups say to each other: messages of fixed fields, checked when they are made and when they arrive.
 
-On the wire a message is msgpack: {"v": version, "kind": name, field: value, ...}. Arrays are extension type 1: three
-bytes that name the dtype, then the raw little-endian elements, never pickle and never a Python list of numbers.
-Whatever comes from a peer passes ``decode``; what it returns has every field, of its type, in its range, and arrays
-whose lengths fit each other.
+On the wire a message is a msgpack map: its kind with the protocol's version, and its fields. Arrays are bytes: three
+that name the dtype, then the little-endian elements, never pickle and never a list of numbers. Whatever comes from a
+peer passes ``decode``; what it returns has every field, no other, each of its type and in its range, and arrays whose
+lengths fit each other.
 
 The prefill group's rank 0 is the one that tells first tokens; every other message is one rank's own:
 
@@ -17,28 +17,32 @@ The prefill group's rank 0 is the one that tells first tokens; every other messa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any, Final, Literal
 
-import msgpack
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta, Struct
 
 from ..request import Sequence
+from .facts import Process
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE_BYTES = 256 << 20
 """The longest message that is read: token ids and pages of 16 million tokens."""
 
-DONE, FAILED, UNKNOWN = "done", "failed", "unknown"
-END_STATES = (DONE, FAILED, UNKNOWN)
-_ARRAY = 1
-_DTYPES = ("<i4", "<i8", "<f8")
+State = Literal["done", "failed", "unknown"]
+DONE: Final = "done"
+FAILED: Final = "failed"
+UNKNOWN: Final = "unknown"
 
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
+_DTYPES = {Int32Array: b"<i4", Int64Array: b"<i8", Float64Array: b"<f8"}
 
 
 class MessageError(ValueError):
@@ -50,34 +54,36 @@ def _require(holds: bool, what: str) -> None:
         raise MessageError(what)
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class _Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag=lambda name: f"{name} {VERSION}"):
+    """Fields that are checked when they arrive."""
+
+
+class Hello(_Message, frozen=True):
     """A prefill rank introduces itself.
 
     Attributes:
-        rank, world_size: in the prefill group.
-        facts: what both groups must agree on, by setting.
+        rank: in the prefill group.
         kvp, tpa: the group's layout.
-        machine, pid, started: which process this is, so that its end can be told from its silence.
+        facts: what both groups must agree on, by setting.
+        process: which one this is, so that its end can be told from its silence.
     """
 
-    rank: int
-    world_size: int
+    rank: Count
+    kvp: Positive
+    tpa: Positive
     facts: dict[str, Any]
-    kvp: int
-    tpa: int
-    machine: str
-    pid: int
-    started: int
+    process: Process
 
     def __post_init__(self) -> None:
-        _require(self.kvp > 0 and self.tpa > 0, f"kvp = {self.kvp}, tpa = {self.tpa}")
-        _require(self.world_size == self.kvp * self.tpa, f"world_size = {self.world_size} of {self.kvp} x {self.tpa}")
-        _require(0 <= self.rank < self.world_size, f"rank = {self.rank} of {self.world_size}")
+        _require(self.rank < self.world_size, f"rank = {self.rank} of {self.kvp} x {self.tpa}")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the prefill group."""
+        return self.kvp * self.tpa
 
 
-@dataclass(frozen=True, slots=True)
-class Pool:
+class Pool(Struct, frozen=True, forbid_unknown_fields=True):
     """Where one rank's pages lie.
 
     Attributes:
@@ -90,47 +96,37 @@ class Pool:
 
     metadata: bytes
     layers: Int64Array
-    page_bytes: int
-    num_pages: int
+    page_bytes: Positive
+    num_pages: Positive
     memory: str
-    device: int
+    device: Count
 
     def __post_init__(self) -> None:
-        _require(self.page_bytes > 0 and self.num_pages > 0, f"{self.num_pages} pages of {self.page_bytes} bytes")
         _require(len(self.layers) > 0 and bool((self.layers > 0).all()), "layers must be addresses")
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(_Message, frozen=True):
     """The decode group's layout and the pools of all its ranks, in rank order."""
 
-    kvp: int
-    tpa: int
-    pools: list[dict[str, Any]]
+    kvp: Positive
+    tpa: Positive
+    pools: list[Pool]
 
     def __post_init__(self) -> None:
-        _require(self.kvp > 0 and self.tpa > 0, f"kvp = {self.kvp}, tpa = {self.tpa}")
         _require(len(self.pools) == self.kvp * self.tpa, f"{len(self.pools)} pools for {self.kvp} x {self.tpa} ranks")
 
-    def parsed(self) -> list[Pool]:
-        """Return the pools; MessageError where one is malformed."""
-        return [_build(Pool, pool) for pool in self.pools]
 
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(_Message, frozen=True):
     """Why the groups cannot work together."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(_Message, frozen=True):
     """The sender can write to the decode group's pools."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(_Message, frozen=True):
     """Prefill a prompt, sample its first token, and write the blocks of its positions from ``start`` on.
 
     Attributes:
@@ -144,21 +140,19 @@ class Ask:
         salt, retention: of its cached blocks.
     """
 
-    id: int
+    id: Count
     token_ids: Int32Array
-    start: int
-    first_owner: int
+    start: Count
+    first_owner: Count
     pages: Int64Array
     sampling: dict[str, Any]
-    seed: int
+    seed: Count
     salt: str = ""
-    retention: list[dict[str, Any]] = field(default_factory=list)
+    retention: list[dict[str, Any]] = []
 
     def __post_init__(self) -> None:
         _require(len(self.token_ids) > 0 and bool((self.token_ids >= 0).all()), "token_ids must be ids, and not empty")
-        _require(0 <= self.start < len(self.token_ids), f"start = {self.start} of {len(self.token_ids)} tokens")
-        _require(self.first_owner >= 0 and self.id >= 0, f"first_owner = {self.first_owner}, id = {self.id}")
-        _require(0 <= self.seed < 2**63, f"seed = {self.seed}")
+        _require(self.start < len(self.token_ids), f"start = {self.start} of {len(self.token_ids)} tokens")
         _require(bool((self.pages >= 0).all()), "pages must not be negative")
 
     @classmethod
@@ -186,28 +180,24 @@ class Ask:
         _require(self.first_owner < kvp, f"first_owner = {self.first_owner} of {kvp} KVP ranks")
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(_Message, frozen=True):
     """Stop a transfer; its writers still report how it ended."""
 
-    id: int
+    id: Count
 
 
-@dataclass(frozen=True, slots=True)
-class Bye:
+class Bye(_Message, frozen=True):
     """Nothing more will be asked."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(_Message, frozen=True):
     """So many tokens of a prompt are computed; a sign of life while nothing else can be told."""
 
-    id: int
-    num_tokens: int
+    id: Count
+    num_tokens: Count
 
 
-@dataclass(frozen=True, slots=True)
-class First:
+class First(_Message, frozen=True):
     """The first token of a prompt, and the state of its sampling.
 
     Attributes:
@@ -217,22 +207,20 @@ class First:
         top_ids, top_logprobs: [n] the most likely tokens, n as asked for.
     """
 
-    id: int
-    token: int
-    seed: int
-    num_drawn: int
+    id: Count
+    token: Count
+    seed: Count
+    num_drawn: Count
     logprob: float | None
     top_ids: Int64Array
     top_logprobs: Float64Array
 
     def __post_init__(self) -> None:
-        _require(self.token >= 0, f"token = {self.token}")
         sizes = len(self.top_ids), len(self.top_logprobs)
         _require(sizes[0] == sizes[1], f"top_ids, top_logprobs = {sizes[0]}, {sizes[1]} entries")
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(_Message, frozen=True):
     """The end state of one writer.
 
     Attributes:
@@ -241,42 +229,35 @@ class End:
         reason: what happened, unless done.
     """
 
-    id: int
-    state: str
+    id: Count
+    state: State
     reason: str = ""
-
-    def __post_init__(self) -> None:
-        _require(self.state in END_STATES, f"state = {self.state!r}")
 
 
 Message = Hello | Welcome | Refuse | Ready | Ask | Cancel | Bye | Progress | First | End
-_KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Hello, Welcome, Refuse, Ready, Ask, Cancel, Bye, Progress, First, End)
-}
 
 
-def _is_array(dtype: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, np.ndarray) and value.dtype == np.dtype(dtype) and value.ndim == 1
+def pack_array(value: Any) -> bytes:
+    """Return an array's bytes: an encoder's hook."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{type(value).__name__} cannot travel")
+    return value.dtype.str.encode() + value.tobytes()
 
 
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "int": lambda value: type(value) is int and -(2**63) <= value < 2**63,
-    "float | None": lambda value: value is None or type(value) is float,
-    "str": lambda value: type(value) is str,
-    "bytes": lambda value: type(value) is bytes,
-    "dict[str, Any]": lambda value: type(value) is dict and all(type(key) is str for key in value),
-    "list[dict[str, Any]]": lambda value: type(value) is list and all(type(each) is dict for each in value),
-    "Int32Array": _is_array("<i4"),
-    "Int64Array": _is_array("<i8"),
-    "Float64Array": _is_array("<f8"),
-}
+def unpack_array(wanted: Any, data: Any) -> npt.NDArray[Any]:
+    """Return the array that bytes hold, of the dtype that is wanted: a decoder's hook."""
+    dtype = _DTYPES[wanted]
+    _require(type(data) is bytes and data[:3] == dtype, f"an array of {dtype.decode()} begins with its dtype")
+    return np.frombuffer(data, dtype.decode(), offset=3)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=pack_array)
+_decoder = msgspec.msgpack.Decoder(Message, dec_hook=unpack_array)
 
 
 def encode(message: Message) -> bytes:
     """Return a message's bytes."""
-    body = {each.name: getattr(message, each.name) for each in fields(message)}
-    packed: bytes = msgpack.packb({"v": VERSION, "kind": type(message).__name__, **body}, default=_pack_array)
-    return packed
+    return _encoder.encode(message)
 
 
 def decode(data: bytes) -> Message:
@@ -287,44 +268,6 @@ def decode(data: bytes) -> Message:
             missing, too many, of another type or out of range.
     """
     try:
-        body = msgpack.unpackb(data, ext_hook=_unpack_array, strict_map_key=True)
-    except MessageError:
-        raise
-    except Exception as error:  # msgpack raises many kinds, and unpacking must not end the rank
-        raise MessageError(f"no msgpack: {error!r}") from error
-    if not isinstance(body, dict) or body.pop("v", None) != VERSION:
-        raise MessageError(f"no message of version {VERSION}")
-    kind = body.pop("kind", None)
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise MessageError(f"kind = {kind!r}")
-    message: Message = _build(_KINDS[kind], body)
-    return message
-
-
-def pool_dict(pool: Pool) -> dict[str, Any]:
-    """Return a pool as it travels in ``Welcome``."""
-    return asdict(pool)
-
-
-def _build(kind: type[Any], body: Any) -> Any:
-    names = [each.name for each in fields(kind)]
-    if not isinstance(body, dict) or set(body) != set(names):
-        raise MessageError(f"{kind.__name__} has the fields {', '.join(names)}")
-    for each in fields(kind):
-        assert isinstance(each.type, str)
-        if not _CHECKS[each.type](body[each.name]):
-            raise MessageError(f"{kind.__name__}.{each.name} must be of type {each.type}")
-    return kind(**body)
-
-
-def _pack_array(value: Any) -> msgpack.ExtType:
-    if not isinstance(value, np.ndarray) or value.dtype.str not in _DTYPES or value.ndim != 1:
-        raise TypeError(f"{type(value).__name__} cannot travel")
-    return msgpack.ExtType(_ARRAY, value.dtype.str.encode() + value.tobytes())
-
-
-def _unpack_array(code: int, data: bytes) -> npt.NDArray[Any]:
-    dtype = bytes(data[:3]).decode("ascii", "replace")
-    if code != _ARRAY or dtype not in _DTYPES or (len(data) - 3) % np.dtype(dtype).itemsize:
-        raise MessageError(f"extension {code} of {len(data)} bytes is no array")
-    return np.frombuffer(data, dtype, offset=3)
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise MessageError(str(error)) from error

@@ -25,10 +25,6 @@ _INSTALL = "install it with: pip install -e .[transfer]"
 
 def require(config: TransferConfig, launch: Launch) -> None:
     """Raise ValueError, in one line, where a package or the secret is missing, or this rank must listen and cannot."""
-    try:
-        import msgpack  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"KV transfer needs msgpack, which cannot be imported ({error}); {_INSTALL}") from error
     import_nixl()
     if launch.store is None:
         shared_secret()

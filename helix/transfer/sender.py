@@ -32,7 +32,7 @@ from ..engine import Engine
 from ..request import Request, Sequence, StreamEvent
 from ..sampling import SamplingParams
 from .channel import Channel, ChannelLost, wait_for
-from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message, Progress
+from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message, Progress, State
 from .regions import Side, shared_blocks
 from .transport import RUNNING, Peer, Transport, Write
 
@@ -75,7 +75,7 @@ class Sending:
     writes: list[Write] = field(default_factory=list)
     stopping: str = ""
     broken: bool = False
-    state: str | None = None
+    state: State | None = None
 
 
 class Sender:

@@ -7,13 +7,13 @@ import logging
 import os
 import signal
 import time
-from dataclasses import replace
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace
 
 from helix.request import Request
 from helix.sampling import SamplingParams
