@@ -9,12 +9,11 @@ from dataclasses import replace
 import torch
 
 from attention.pages import Pages
-from parallel.placement import BlockCyclic
 
 from .cache.checkpoints import UNIT
 from .cache.pages import PagedCache, page_layout
 from .cache.window_checkpoints import EVERY, WindowCheckpoints
-from .cache.windows import WindowPages, pages_for
+from .cache.windows import WindowPages, pool_pages
 from .config import HelixConfig
 from .models.kinds import WINDOW
 from .models.parts import Part
@@ -54,23 +53,20 @@ def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
 
 
 def num_window_pages(config: HelixConfig, spec: ModelSpec) -> int:
-    """Return the pages of the second pool, on every rank; 0 without windows.
-
-    They are what the running sequences may hold, and as many again for checkpoints where prefixes are reused.
-    """
+    """Return the pages of the second pool, on every rank; 0 without windows."""
     if not spec.window:
         return 0
-    scheduler, block_size = config.scheduler, config.cache.block_size
+    scheduler = config.scheduler
     drafts = 0 if config.speculative.method == "none" else config.speculative.max_draft_len
-    wanted = pages_for(
+    return pool_pages(
         spec.window,
-        block_size,
+        config.cache.block_size,
         max_batch=scheduler.max_batch,
         max_run=max(2, 1 + drafts),  # a row that is computed and one that is launched ahead
         prefill_chunk=scheduler.prefill_chunk,
+        max_len=spec.max_position,
+        reuse=config.cache.reuse,
     )
-    wanted = min(wanted, scheduler.max_batch * BlockCyclic(block_size, 1).num_blocks(spec.max_position))
-    return 2 * wanted if config.cache.reuse else wanted
 
 
 def window_control(config: HelixConfig, spec: ModelSpec) -> WindowPages | None:

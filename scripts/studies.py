@@ -96,13 +96,13 @@ def worlds_of(spec: ModelSpec, hardware: Hardware) -> list[World]:
 
 
 def _helix(setup: Setup, gpus: int) -> Iterator[World]:
-    for cost, pages in Plan(setup, gpus).costs:
+    for cost, _ in Plan(setup, gpus).costs:
         layout = cost.footprint.layout
         yield World(
             TP if layout.kvp == 1 else HELIX,
             name_of(layout) if layout.kvp > 1 else f"TP {gpus}" + (f", ep {layout.ep}" if layout.ep > 1 else ""),
             gpus,
-            cost.footprint.max_sequences(pages, MILLION),
+            setup.max_sequences(cost.footprint, MILLION),
             lambda batch, cost=cost: cost.decode(MILLION, batch).us,
         )
 

@@ -188,7 +188,8 @@ class Sweep:
             if (gpus := parse_size("gpus", self.config.gpus)) < case.layout.world_size:
                 raise ValueError(f"kvp {case.kvp} x tpa {case.tpa} needs {case.layout.world_size} of gpus = {gpus}")
             if self.config.mode == "plan":
-                most = cost.footprint.max_sequences(setup.num_pages(cost.footprint), case.context)
+                setup.num_pages(cost.footprint)  # raises where not one fits
+                most = setup.max_sequences(cost.footprint, case.context)
                 if most < case.batch:
                     raise ValueError(f"the caches hold {most} of {case.batch} sequences of {case.context} tokens")
         except ValueError as refusal:

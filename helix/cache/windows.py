@@ -50,6 +50,18 @@ def pages_for(window: int, block_size: int, *, max_batch: int, max_run: int, pre
     return max_batch * ((window + max_run) // block_size + 4) + 2 * prefill_chunk // block_size
 
 
+def pool_pages(
+    window: int, block_size: int, *, max_batch: int, max_run: int, prefill_chunk: int, max_len: int, reuse: bool
+) -> int:
+    """Return how many pages the pool has: what sequences of at most ``max_len`` tokens may hold together.
+
+    The other sizes are those of ``pages_for``. Where prefixes are reused there are as many again for checkpoints.
+    """
+    held = pages_for(window, block_size, max_batch=max_batch, max_run=max_run, prefill_chunk=prefill_chunk)
+    held = min(held, max_batch * -(-max_len // block_size))
+    return 2 * held if reuse else held
+
+
 class WindowPages:
     """The pages of all sequences and checkpoints.
 

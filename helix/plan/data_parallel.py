@@ -57,7 +57,8 @@ class DataParallel:
         """
         own = self.attention.footprint
         kept = _HeldApart(own.spec, own.layout, own.storage, own.block_size, others=self.feed_forward.footprint)
-        return kept.max_sequences(self.setup.num_pages(kept), context) * self.groups
+        self.setup.num_pages(kept)
+        return self.setup.max_sequences(kept, context) * self.groups
 
     def decode(self, context: int, batch: int) -> Time:
         """Return the time of a decode step of ``batch`` sequences of ``context`` tokens, evenly over the groups."""

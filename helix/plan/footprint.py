@@ -14,7 +14,7 @@ from attention.work import WORKSPACE_TOKENS
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
-from ..cache.windows import pages_for
+from ..cache.windows import pool_pages
 from ..models.kinds import FULL, STATE, WINDOW
 from ..models.parts import Part, Weight
 from ..models.quantization import num_blocks
@@ -189,11 +189,18 @@ class Footprint:
 
     def windows_bytes(self, num_sequences: int, *, prefill_chunk: int) -> int:
         """Return what the second pool takes for so many sequences that decode beside a chunk, checkpoints included."""
-        window, size = self.spec.window, self.block_size
-        if not window:
+        if not self.spec.window:
             return 0
-        pages = pages_for(window, size, max_batch=num_sequences, max_run=2, prefill_chunk=prefill_chunk)
-        return 2 * pages * self.window_page_bytes
+        pages = pool_pages(
+            self.spec.window,
+            self.block_size,
+            max_batch=num_sequences,
+            max_run=2,
+            prefill_chunk=prefill_chunk,
+            max_len=self.spec.max_position,
+            reuse=True,
+        )
+        return pages * self.window_page_bytes
 
     def _page_bytes(self, num_layers: int, num_kv_heads: int) -> int:
         if self.storage.cache != "fp8":
@@ -236,10 +243,6 @@ class Footprint:
     def max_tokens(self, num_pages: int) -> int:
         """Return how many tokens so many pages a rank hold in all."""
         return num_pages * self.layout.kvp * self.block_size
-
-    def max_sequences(self, num_pages: int, context: int) -> int:
-        """Return how many sequences of ``context`` tokens so many pages a rank hold, their first owners in turn."""
-        return num_pages * self.layout.kvp // self.placement.num_blocks(context)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Return what a workspace for the keys and values of so many tokens takes: of latents, or of 8 bits."""

@@ -14,6 +14,7 @@ from .footprint import CHECKPOINT_SHARE, Footprint, Storage
 from .hardware import Hardware
 
 MAX_BATCH = 1 << 16
+MOST = 1 << 40  # sequences: where the search for how many fit ends
 LONGEST = 1 << 24  # tokens: where the search for a crossover ends
 STEP_ROWS = 64  # decode rows beside a chunk: scheduler.max_batch
 
@@ -94,24 +95,44 @@ class Setup:
         return CostModel(foot, self.hardware, self.prefill_chunk)
 
     def num_pages(self, foot: Footprint) -> int:
-        """Return the pages a rank that weights, activations and what the machine reserves leave room for.
+        """Return the pages a rank that there is room for beside what STEP_ROWS sequences keep elsewhere.
 
         Raises:
             ValueError: when there is none.
         """
         hw = self.hardware
-        taken = foot.weights_bytes + foot.activation_bytes(self.prefill_chunk + STEP_ROWS) + int(hw.reserved_bytes)
-        taken += foot.states_bytes(STEP_ROWS, max_run=1)
-        taken += foot.windows_bytes(STEP_ROWS, prefill_chunk=self.prefill_chunk)
-        checkpoints = foot.page_bytes // CHECKPOINT_SHARE if foot.spec.states is not None else 0
-        pages = foot.num_pages(int(hw.memory_bytes * self.memory_fraction) - taken, page_bytes_beside=checkpoints)
+        pages = foot.num_pages(self._free_bytes(foot, STEP_ROWS), page_bytes_beside=_checkpoints_bytes(foot))
         if not pages:
             raise ValueError(
                 f"{foot.weights_bytes / 1e9:.1f} GB of weights a rank leave no memory for one page: "
                 f"cache.memory_fraction = {self.memory_fraction} of {hw.memory_bytes / 1e9:.1f} GB; use more GPUs, "
                 "raise it, or use narrower weights"
             )
-        return pages
+        used = STEP_ROWS * foot.pages_of(foot.spec.max_position)
+        return pages if foot.page_bytes else min(pages, used)  # pages of no full layer are free
+
+    def max_sequences(self, foot: Footprint, context: int) -> int:
+        """Return how many sequences of ``context`` tokens fit, first owners in turn, with their windows and states."""
+        blocks, kvp = foot.placement.num_blocks(context), foot.layout.kvp
+
+        def exceed(count: int) -> bool:
+            page_bytes = foot.page_bytes + _checkpoints_bytes(foot)
+            return -(-count * blocks // kvp) * page_bytes > self._free_bytes(foot, count)
+
+        return (_first(exceed, 1, MOST) or MOST) - 1
+
+    def _free_bytes(self, foot: Footprint, num_sequences: int) -> int:
+        """Return what weights, activations, what the machine reserves, states and windows leave of a rank's memory."""
+        hw = self.hardware
+        taken = foot.weights_bytes + foot.activation_bytes(self.prefill_chunk + STEP_ROWS) + int(hw.reserved_bytes)
+        taken += foot.states_bytes(num_sequences, max_run=1)
+        taken += foot.windows_bytes(num_sequences, prefill_chunk=self.prefill_chunk)
+        return int(hw.memory_bytes * self.memory_fraction) - taken
+
+
+def _checkpoints_bytes(foot: Footprint) -> int:
+    """Return what checkpoints of states may take for each page."""
+    return foot.page_bytes // CHECKPOINT_SHARE if foot.spec.states is not None else 0
 
 
 class Plan:
@@ -181,7 +202,7 @@ class Plan:
             weights_bytes=foot.weights_bytes,
             cache_bytes_per_token=foot.cache_bytes_per_token(context),
             max_tokens=foot.max_tokens(pages),
-            max_sequences=foot.max_sequences(pages, context),
+            max_sequences=self.setup.max_sequences(foot, context),
             ttl=cost.decode(context, batch),
             ttft=cost.prefill(context),
         )
@@ -190,7 +211,7 @@ class Plan:
         """Return, for each layout that has one, its largest batch whose TTL stays within a limit, in milliseconds."""
         rows = []
         for cost, pages in self.costs:
-            most = min(cost.footprint.max_sequences(pages, context), MAX_BATCH)
+            most = min(self.setup.max_sequences(cost.footprint, context), MAX_BATCH)
 
             def exceeds(batch: int, cost: CostModel = cost, most: int = most) -> bool:
                 return batch > most or cost.decode(context, batch).us > ttl_ms * 1e3

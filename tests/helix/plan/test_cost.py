@@ -149,7 +149,7 @@ def test_data_parallel_attention_of_one_group_is_plain_tp(model: str) -> None:
     plain, one_group = setup.cost_of(Layout(tpa=4)), DataParallel(setup, 4, 4)
     assert one_group.decode(131072, 8).terms == pytest.approx(plain.decode(131072, 8).terms)
     pages = setup.num_pages(plain.footprint)
-    assert one_group.most(131072) == plain.footprint.max_sequences(pages, 131072)
+    assert one_group.most(131072) == setup.max_sequences(plain.footprint, 131072) == pages // (131072 // 64)
 
 
 def test_tokens_reach_their_experts_and_come_back_by_an_all_to_all_each() -> None:

@@ -5,14 +5,17 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from helix import LLM, HelixConfig
-from helix.config import CacheConfig, ModelConfig
+from helix.config import CacheConfig, ModelConfig, SchedulerConfig
 from helix.models.loading import read_spec
 from helix.plan.footprint import Footprint, Storage
+from helix.plan.hardware import named_hardware
+from helix.plan.planner import Setup
 from parallel.layout import Layout
-from scripts.make_checkpoint import make_checkpoint
+from scripts.make_checkpoint import WINDOWED, make_checkpoint
 from tests.helix.plan.presets import CONF, preset
 
 STREAM = 2 * 4096  # bytes of a row of GLM-4-9B's hidden states
@@ -34,7 +37,7 @@ def test_cache_of_a_dense_model_by_hand() -> None:
     assert foot.cache_bytes_per_token(1 << 20) == 20480 / 4
     assert foot.cache_bytes_per_token(100) == 2 * 16 * 20480 / 100  # of 7 blocks the fullest rank holds 2
     assert foot.num_pages(1_000_000_000) == 1_000_000_000 // 327_680 == 3051
-    assert (foot.max_tokens(3051), foot.max_sequences(3051, 1 << 17)) == (3051 * 64, 3051 * 4 // 8192)
+    assert foot.max_tokens(3051) == 3051 * 64
 
 
 def test_plain_tp_beyond_the_kv_heads_keeps_copies() -> None:
@@ -56,6 +59,15 @@ def test_latents_are_cached_once_whatever_the_heads() -> None:
     assert foot.token_bytes == 27 * (512 + 64) * 2
     narrow = replace(foot, storage=Storage("bf16", "fp8"))
     assert narrow.token_bytes == 27 * (512 + 4 + 2 * 64)
+
+
+def test_sequences_bring_their_states_along() -> None:
+    """Qwen3.5-35B-A3B on one GPU: each sequence takes its pages, a quarter more for checkpoints, and a state."""
+    setup = Setup(preset("qwen3_5_35b_a3b"), named_hardware("h200"))
+    foot = setup.cost_of(Layout()).footprint
+    free = int(0.9 * 150.1e9) - foot.weights_bytes - foot.activation_bytes(2048 + 64) - int(1.5e9)
+    each = 64 * (foot.page_bytes + foot.page_bytes // 4) + foot.state_bytes(1)
+    assert setup.max_sequences(foot, 4096) == (free - foot.state_bytes(1)) // each > 64
 
 
 def test_fp8_rows_have_a_scale_for_each_block_of_columns_that_they_touch(tmp_path) -> None:
@@ -80,15 +92,31 @@ def test_a_plan_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize(("family", "dtype", "cache"), [("glm", "auto", "fp32"), ("deepseek_v3", "fp8_e4m3", "fp8")])
+@pytest.mark.parametrize(
+    ("family", "dtype", "cache"),
+    [
+        ("glm", "auto", "fp32"), ("deepseek_v3", "fp8_e4m3", "fp8"), ("gpt_oss", "fp8_e4m3", "fp8"),
+        ("mixtral", "auto", "fp32"), ("mistral", "auto", "fp32"), ("qwen3_next", "auto", "fp32"),
+        ("qwen3_5", "fp8_e4m3", "fp8"), ("qwen3_5_moe", "auto", "fp32"),
+    ],
+)  # fmt: skip
 def test_the_runtime_allocates_what_was_counted(tmp_path, family, dtype, cache) -> None:
-    path = str(make_checkpoint(tmp_path / "model", family=family))
-    config = HelixConfig(model=ModelConfig(path=path), cache=CacheConfig(num_pages=8, block_size=2, dtype=dtype))
+    path = str(make_checkpoint(tmp_path / "model", family=family, window=24 if family in WINDOWED else 0))
+    config = HelixConfig(
+        model=ModelConfig(path=path),
+        cache=CacheConfig(num_pages=8, block_size=2, dtype=dtype),
+        scheduler=SchedulerConfig(max_batch=4, prefill_chunk=32),
+    )
     llm = LLM(config)
     foot = Footprint(llm.spec, llm.layout, Storage("fp32", cache), 2)
     decoder = llm.runner.decoder
     assert foot.weights_bytes == decoder.layer_bytes + sum(tensor.nbytes for tensor in decoder.top.values())
-    assert foot.page_bytes == llm.runner.cache.page_bytes
+    if foot.page_bytes:
+        assert foot.page_bytes == llm.runner.cache.page_bytes
+    assert foot.states_bytes(4, max_run=1) == (0 if decoder.states is None else decoder.states.num_bytes)
+    windows = [each if isinstance(each, torch.Tensor) else (each.values, each.scales) for each in decoder.windows or ()]
+    taken = sum(plane.nbytes for each in windows for plane in (each if isinstance(each, tuple) else (each,)))
+    assert foot.windows_bytes(4, prefill_chunk=32) == taken
     llm.close()
 
 
