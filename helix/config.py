@@ -173,7 +173,7 @@ class SpeculativeConfig:
 
     Attributes:
         method: ngram looks a sequence's last tokens up in the sequence itself; draft_model asks a smaller model; mtp
-            the layer of a DeepSeek-V3 checkpoint that predicts one token further; eagle3 a head for that.
+            the layer of a DeepSeek-V3 or GLM-4.5 checkpoint that predicts one token further; eagle3 a head for that.
         max_draft_len: the most tokens that a sequence drafts in a step.
         draft_len_schedule: "up to this batch size" -> draft length, above the last 0; None is always max_draft_len.
         draft_len_by_context: "up to so many tokens of all sequences that decode" -> the most that each drafts, above

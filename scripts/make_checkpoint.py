@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
+WITH_EXPERTS = ("glm4_moe",)
 WINDOWED = ("gpt_oss", "mistral", "mixtral")  # of gpt_oss every second layer, as of other families that may
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
 PASSKEY = "passkey"  # a Llama made by hand: scripts/passkey_model.py
-ALL = (*FAMILIES, *WINDOWED, *HYBRIDS, PASSKEY)
+ALL = (*FAMILIES, *WITH_EXPERTS, *WINDOWED, *HYBRIDS, PASSKEY)
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 NUM_BYTES = 256
@@ -73,8 +74,8 @@ class Recipe:
         head_dim: elements a head; deepseek_* have latents of twice as many, keys of so many, and of half as many that
             RoPE turns.
         ffn: units of a feed-forward network.
-        experts: of qwen3_moe and qwen3_next, whose second layer has none, and of deepseek_*, whose first has none; with
-            0 no layer.
+        experts: of qwen3_moe and qwen3_next, whose second layer has none, and of deepseek_* and glm4_moe, whose first
+            has none; with 0 no layer.
         experts_chosen: experts that a token goes through.
         expert_ffn: units of an expert.
         vocab: 256 bytes, 6 special tokens, the rest "<|extra_ID|>".
@@ -240,6 +241,19 @@ def _config(recipe: Recipe) -> Any:
             "linear_key_head_dim": recipe.head_dim,
             "linear_value_head_dim": recipe.head_dim - 4,
             "shared_expert_intermediate_size": recipe.expert_ffn,
+        }
+    if recipe.family == "glm4_moe":
+        more |= {
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "partial_rotary_factor": 0.5,
+            "n_routed_experts": recipe.experts or 6,
+            "num_experts_per_tok": recipe.experts_chosen,
+            "moe_intermediate_size": recipe.expert_ffn,
+            "n_group": 3,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "first_k_dense_replace": 1 if recipe.experts else recipe.layers,
         }
     kv_heads = recipe.kv_heads or (2 if recipe.family in ("glm", *HYBRIDS) else 4)
     head_dim = recipe.head_dim

@@ -41,8 +41,9 @@ class Limit:
 SPARSE = "it attends to some tokens only, which approximates the full attention of Helix"
 QWEN3_NEXT = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 QWEN3 = ("qwen3", "qwen3_moe", *QWEN3_NEXT)
+BY_SIGMOID = ("deepseek_v3", "glm4_moe")
 PARTLY = "a part of each head would be rotated"
-PARTLY_ROTATED = ("glm", *QWEN3_NEXT)
+PARTLY_ROTATED = ("glm", "glm4_moe", *QWEN3_NEXT)
 KEYS = (
     Key("is_causal", (True,), "tokens would see later ones"),
     Key("use_bidirectional_attention", (False,), "tokens would see later ones"),
@@ -66,7 +67,7 @@ KEYS = (
     Key("no_rope_layer_interval", (0,), "some layers would not rotate their heads"),
     Key("alibi", (False,), "scores would be biased by distance"),
     Key("clip_qkv", (0, False), "queries, keys and values would be clipped"),
-    Key("use_qk_norm", (False,), "queries and keys would be normalised", computed_by=QWEN3),
+    Key("use_qk_norm", (False,), "queries and keys would be normalised", computed_by=("glm4_moe", *QWEN3)),
     Key("rope_ratio", (1,), "RoPE would have another base"),
     Key("partial_rotary_factor", (1,), PARTLY, computed_by=PARTLY_ROTATED),
     Key(
@@ -78,14 +79,14 @@ KEYS = (
     Key("rope_scaling.partial_rotary_factor", (1,), PARTLY, computed_by=PARTLY_ROTATED),
     Key("index_topk", (), SPARSE),
     Key("scoring_func", ("softmax",), "experts would be weighted by another function", ("deepseek_v2", "qwen3_moe")),
-    Key("scoring_func", ("sigmoid",), "experts would be weighted by another function", ("deepseek_v3",)),
-    Key("topk_method", ("noaux_tc",), "experts would be chosen by another rule", ("deepseek_v3",)),
+    Key("scoring_func", ("sigmoid",), "experts would be weighted by another function", BY_SIGMOID),
+    Key("topk_method", ("noaux_tc",), "experts would be chosen by another rule", BY_SIGMOID),
     Key("topk_method", ("greedy", "group_limited_greedy"), "experts would be chosen by another rule", ("deepseek_v2",)),
     Key("topk_method", ("greedy",), "experts would be chosen by another rule", ("qwen3_moe",)),
     Key("norm_topk_prob", (False,), "the weights of the experts chosen would sum to one", ("deepseek_v2",)),
     Key("routed_scaling_factor", (1,), "what experts add would be multiplied", ("qwen3_moe",)),
     Key("attn_output_gate", (True,), "attention's output would not be gated", QWEN3_NEXT),
-    Key("moe_layer_freq", (1,), "some layers would have no experts", ("deepseek_v2", "deepseek_v3")),
+    Key("moe_layer_freq", (1,), "some layers would have no experts", ("deepseek_v2", *BY_SIGMOID)),
 )
 
 

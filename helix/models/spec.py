@@ -24,6 +24,7 @@ FAMILIES = {
     "deepseek_v2": ".deepseek",
     "deepseek_v3": ".deepseek",
     "glm": ".glm",
+    "glm4_moe": ".glm4_moe",
     "gpt_oss": ".gpt_oss",
     "kimi_k2": ".deepseek",
     "llama": ".llama",

@@ -24,7 +24,7 @@ from .next_layer import NextLayerSpeculator
 from .ngram import NgramDrafter
 from .speculator import Speculator
 
-NEXT_LAYERS = "deepseek_v3"
+NEXT_LAYERS = ("deepseek_v3", "glm4_moe")
 
 
 def with_next_layer(spec: ModelSpec, config: HelixConfig) -> ModelSpec:
@@ -36,10 +36,10 @@ def with_next_layer(spec: ModelSpec, config: HelixConfig) -> ModelSpec:
     method = config.speculative.method
     if method not in ("mtp", "eagle3"):
         return spec
-    if method == "mtp" and spec.family != NEXT_LAYERS:
+    if method == "mtp" and spec.family not in NEXT_LAYERS:
         raise ValueError(
-            f"speculative.method = mtp drafts by a layer that {NEXT_LAYERS} checkpoints have, and the model is a "
-            f"{spec.family}; use speculative=ngram or speculative=draft_model"
+            f"speculative.method = mtp drafts by a layer that {' and '.join(NEXT_LAYERS)} checkpoints have, and the "
+            f"model is a {spec.family}; use speculative=ngram or speculative=draft_model"
         )
     if config.transfer.enabled:
         raise ValueError(

@@ -151,6 +151,8 @@ def test_greedy_tokens_equal_transformers_in_every_layout(ranks, checkpoint, ref
         *(("qwen3_moe", *layout) for layout in ((1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 4), (1, 4, 2))),
         *(("deepseek_v3", *layout) for layout in ((1, 1, 1), (2, 1, 2), (1, 2, 1), (4, 1, 1), (1, 4, 2), (8, 1, 2))),
         *(("deepseek_v2", *layout) for layout in ((1, 1, 1), (2, 1, 1), (4, 1, 2))),
+        ("glm4_moe", 1, 1, 1),
+        ("glm4_moe", 2, 2, 2),
         ("qwen3_next", 3, 1, 1),
         ("qwen3_5_moe", 2, 2, 2),
         pytest.param("qwen3_5", 1, 8, 1, marks=pytest.mark.slow),

@@ -45,6 +45,7 @@ SIZES = {
     "n_group": 2,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    "rms_norm_eps": 1e-6,
     "eos_token_id": None,
 }
 MTP = {"method": "mtp", "max_draft_len": LENGTH}
@@ -53,11 +54,11 @@ AGAIN = [[*PROMPTS[0][:45], 3, 1], [*PROMPTS[0][:48], 9, 5, 6], [*PROMPTS[3][:32
 
 
 class Checkpoint:
-    """A tiny DeepSeek-V3, random, with the layer and its norms; ``write`` puts what it is then into a folder."""
+    """A tiny model, random, with the layer and its norms; ``write`` puts what it is then into a folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, family: str = "deepseek_v3") -> None:
         torch.manual_seed(3)
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **SIZES)).float().eval()
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES)).float().eval()
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
                 weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name else torch.randn_like(weight) * 0.15)
@@ -161,10 +162,15 @@ def run_body(path: str, kvp: int, tpa: int, graphs: bool) -> tuple[Any, list[tup
     return [output.token_ids for output in (*outputs, *again)], made
 
 
-@pytest.mark.parametrize(("kvp", "tpa", "graphs"), [(1, 1, False), (1, 1, True), (2, 1, True)])
+@pytest.mark.parametrize(
+    ("family", "kvp", "tpa", "graphs"),
+    [("deepseek_v3", 1, 1, False), ("deepseek_v3", 1, 1, True), ("deepseek_v3", 2, 1, True), ("glm4_moe", 1, 1, True)],
+)
 def test_drafts_are_those_of_the_layer_in_plain_pytorch(
-    random: Checkpoint, path: str, ranks: Callable[..., Any], kvp: int, tpa: int, graphs: bool
+    tmp_path: Path, ranks: Callable[..., Any], family: str, kvp: int, tpa: int, graphs: bool
 ) -> None:
+    random = Checkpoint(family)
+    path = random.write(tmp_path / "model")
     llm = make_llm(path, cache={"reuse": False})
     outputs = [*llm.generate(asked(PROMPTS)), *llm.generate(asked(AGAIN))]
     plain = [output.token_ids for output in outputs]
@@ -290,7 +296,7 @@ def test_models_without_the_layer_and_transfers_are_refused(path: str, tmp_path:
         with_next_layer(load_spec(path), replace(config, transfer=transfer))
     settings = {**AutoConfig.for_model("deepseek_v2", **SIZES).to_dict(), "model_type": "deepseek_v2"}
     other = replace(config, model=ModelConfig(config=settings, load="dummy"))
-    assert refused(other).startswith("speculative.method = mtp drafts by a layer that deepseek_v3 checkpoints have")
+    assert refused(other).startswith("speculative.method = mtp drafts by a layer that deepseek_v3 and glm4_moe")
     folder = Path(random.write(tmp_path / "model"))
     stored = load_file(folder / "model.safetensors")
     tensors = {name: each for name, each in stored.items() if f"layers.{LAYERS}." not in name}
