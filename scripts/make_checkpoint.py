@@ -45,6 +45,7 @@ GAINS = {
     "q_proj.bias": 0.5,
     "k_proj.bias": 0.5,
     "v_proj.bias": 0.1,
+    "o_proj.bias": 0.5,
     "q_proj": 2.0,
     "k_proj": 2.0,
     "q_b_proj": 3.0,
@@ -86,6 +87,7 @@ class Recipe:
         max_shard_size: a size such as 200KB splits the weights over several files; empty keeps one file.
         rope_scaling: the config's own setting of that name.
         window: tokens that layers with a window see; 0 for none.
+        attention_bias: of llama, qwen3 and qwen3_moe: attention's projections have biases.
     """
 
     family: str = "llama"
@@ -106,6 +108,7 @@ class Recipe:
     max_shard_size: str = ""
     rope_scaling: dict[str, Any] | None = None
     window: int = 0
+    attention_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.family not in ALL:
@@ -117,6 +120,8 @@ class Recipe:
                     raise ValueError(
                         f"{name} = {getattr(self, name)!r} is not for family = passkey, whose size is its own"
                     )
+        if self.attention_bias and self.family not in ("llama", "qwen3", "qwen3_moe"):
+            raise ValueError(f"attention_bias = true is not for family = {self.family}; for llama, qwen3 and qwen3_moe")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}, must be one of {', '.join(DTYPES)}")
         if self.vocab < NUM_BYTES + len(SPECIAL_TOKENS):
@@ -228,6 +233,8 @@ def _config(recipe: Recipe) -> Any:
     of_all = recipe.family in ("mistral", "mixtral")
     if recipe.family == "mixtral":
         more |= {"num_local_experts": recipe.experts, "num_experts_per_tok": recipe.experts_chosen}
+    if recipe.attention_bias:
+        more["attention_bias"] = True
     if recipe.window or of_all:
         more["sliding_window"] = recipe.window or None
     if recipe.window and not of_all:
@@ -327,7 +334,7 @@ def main() -> None:
         flag, text = "--" + item.name.replace("_", "-"), said[item.name]
         if item.name == "family":
             parser.add_argument(flag, choices=ALL, required=True, help=text)
-        elif item.name == "tied":
+        elif item.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         elif item.name == "dtype":
             parser.add_argument(flag, choices=DTYPES, default=item.default, help=f"{text} Default: %(default)s")

@@ -128,6 +128,8 @@ def read_head(path: str, target: ModelSpec) -> EagleHead:
         if found != wanted:
             whose = "one layer drafts" if name == "num_hidden_layers" else "the model's is, and its keys share pages"
             raise ValueError(f"{source}: {name} = {found}, must be {wanted}: {whose}; give this model's own head")
+    if spec.qkv_bias:
+        raise ValueError(f"{source}: attention_bias = True, must be false: a head's layer has no biases")
     if target.num_layers < 7:
         raise ValueError(f"{source}: a model of {target.num_layers} layers has no three to draft from, needs 7")
     return EagleHead(Path(path).expanduser(), spec, (2, target.num_layers // 2, target.num_layers - 3))

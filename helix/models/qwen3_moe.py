@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .hf_config import require, require_full_rotation, spec_from
+from .hf_config import require_full_rotation, spec_from
 from .spec import Experts, ModelSpec
 
 
@@ -10,7 +10,6 @@ def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers Qwen3MoeConfig; ValueError for a setting that Helix does not compute."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-    require(not config.attention_bias, "attention_bias", True, "Helix has no output projection bias; valid: false")
     step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
     experts = Experts(
         num_experts=config.num_experts,
@@ -21,5 +20,8 @@ def make_spec(config: Any) -> ModelSpec:
             layer for layer in range(config.num_hidden_layers) if layer in dense or (layer + 1) % step
         ),
     )
-    spec = spec_from(config, "qwen3_moe", Qwen3MoeRotaryEmbedding, qk_norm=True, experts=experts)
+    biased = bool(config.attention_bias)
+    spec = spec_from(
+        config, "qwen3_moe", Qwen3MoeRotaryEmbedding, qkv_bias=biased, qk_norm=True, experts=experts, o_bias=biased
+    )
     return require_full_rotation(spec)

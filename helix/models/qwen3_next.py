@@ -49,7 +49,7 @@ def experts_of(config: Any, *, normalised: bool, dense_layers: frozenset[int] = 
 
 def hybrid_spec(config: Any, family: str, rotary: Any, *, experts: Experts | None, by_key_head: bool) -> ModelSpec:
     """Return the spec of a config of state layers and gated attention; ValueError for what Helix does not compute."""
-    require(not config.attention_bias, "attention_bias", True, "Helix has no output projection bias; valid: false")
+    require(not config.attention_bias, "attention_bias", True, "Helix has no biases of gated queries; valid: false")
     states = States(
         num_key_heads=config.linear_num_key_heads,
         num_value_heads=config.linear_num_value_heads,

@@ -55,7 +55,8 @@ def checkpoint(tmp_path_factory):
             make_checkpoint(path, family="llama", layers=1)
         else:
             layers = 4 if family in HYBRIDS else 2
-            make_checkpoint(path, family=family, kv_heads=KV_HEADS.get(family, 4), layers=layers)
+            biased = family == "qwen3_moe"
+            make_checkpoint(path, family=family, kv_heads=KV_HEADS.get(family, 4), layers=layers, attention_bias=biased)
         return str(path)
 
     return make

@@ -88,6 +88,9 @@ def test_experts_follow_the_config(tmp_path: Path, settings: dict[str, Any], den
 def test_switches_follow_the_config(tmp_path: Path) -> None:
     assert load_spec(write_config(tmp_path, "llama", tie_word_embeddings=True)).tied_embeddings
     assert not load_spec(write_config(tmp_path, "glm", attention_bias=False)).qkv_bias
+    for family in ("llama", "qwen3", "qwen3_moe"):
+        biased = load_spec(write_config(tmp_path, family, attention_bias=True))
+        assert biased.qkv_bias and biased.o_bias
     assert load_spec(write_config(tmp_path, "glm", partial_rotary_factor=0.25)).rope.rotary_dim == 4
 
 
@@ -180,8 +183,7 @@ def test_max_position_can_be_overridden(tmp_path: Path) -> None:
             "has model_type 'gemma2'; supported: deepseek_v2, deepseek_v3, glm, ",
         ),
         ("chatglm", {"auto_map": {"AutoConfig": "code.Config"}}, "has model_type 'chatglm'; supported: deepseek"),
-        ("llama", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),
-        ("qwen3", {"attention_bias": True}, "attention_bias = True; Helix has no output projection bias"),
+        ("qwen3_next", {"attention_bias": True}, "attention_bias = True; Helix has no biases of gated queries"),
         ("llama", {"mlp_bias": True}, "mlp_bias = True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'; Helix computes 'silu' only"),
         ("glm", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
