@@ -67,6 +67,8 @@ class Decoder:
         made: where keys and values are made of latents, or widened from 8 bits; None without ``workspace``.
         states: what state layers keep of the sequences; None where the model has no such layer.
         windows: the pages of each layer with a window; None where the model has no such layer.
+        taps: layers before which a step's residual stream is kept, for a head that drafts; none without one.
+        tapped: of the last step, these streams [R, h], in the order of ``taps``; whoever reads them takes them out.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Decoder:
             grid.world_group, vocab=self.part.vocab, vocab_size=spec.vocab_size, device=device
         )
         self.states, self.windows = states, windows
-        self.taps: tuple[int, ...] = ()  # layers before which a step's stream is kept
+        self.taps: tuple[int, ...] = ()
         self.tapped: list[torch.Tensor] = []
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
         self.top: Parameters = self._allocate(model_weights(spec, self.part))

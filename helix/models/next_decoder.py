@@ -15,7 +15,7 @@ from .linear import linear, split_linear
 
 
 class NextDecoder(Decoder):
-    """A decoder whose spec ``predicts_next``; see ``Decoder``."""
+    """A decoder whose spec ``looks_further``, by the model's layer or by a head (``EagleDecoder``); see ``Decoder``."""
 
     def state_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what that layer is told of a step's rows, whose final hidden states are given: [R, h]."""
