@@ -41,7 +41,8 @@ class Add(_Named, frozen=True, tag=True):
         seed: of its random numbers.
         max_len: tokens, prompt included, at which it ends.
         bad_word_ids: the tokens of each of its bad words.
-        grammar: of a structured request, on its way to rank 0, which keeps it: compiled, see helix/grammar.
+        grammar: of a structured request, on its way to rank 0, which keeps it: compiled, see helix/grammar. The first
+            of several with the same brings it for all.
     """
 
     token_ids: bytes

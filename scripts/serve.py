@@ -91,6 +91,7 @@ def lead(config: ServeConfig) -> None:
         clients.tell(setup_of(config, key))
         llm = LLM(config)
         with ending.taking_signals(SignalTaker(clients).take):
+            llm.vocabulary.prepare()
             limits, turn_ends = llm.preparer.limits, llm.preparer.end_of_turn_ids
             clients.open(llm, wire.Ready(llm.spec.vocab_size, limits, list(turn_ends), llm.vocabulary.end_ids))
             with cache_events(llm, config.cache.events), kv_events(llm, publisher):

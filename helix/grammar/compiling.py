@@ -1,6 +1,6 @@
 """Compiles what requests ask answers to be, in processes that end when a grammar takes too long or too much.
 
-The process behind it is started when the first grammar comes, which takes seconds, and again where it has died.
+The process behind it takes seconds to start: ``start`` does that, or the first grammar, and others where it has died.
 """
 
 from __future__ import annotations
@@ -26,10 +26,16 @@ MEMORY_BYTES = 1 << 30
 MAX_COMPILED_BYTES = 1 << 24
 MAX_CACHED_BYTES = 1 << 27
 NUM_AT_ONCE = 2
+MAX_WAITING = 16
+"""Grammars that may be compiled or wait for it where strangers ask; at ``SECONDS`` each the last one waits for 40 s."""
 _START_S = 120.0  # for the process to load the compiler
 _GRACE_S = 5.0
 _INHERITED = ("PATH", "PYTHON", "LD_", "HOME", "LANG", "LC_", "TMPDIR", "VIRTUAL_ENV")  # as names begin
 _SCRIPT = Path(__file__).with_name("worker.py")
+
+
+class CompilerBusy(RuntimeError):
+    """So many grammars wait to be compiled that no more are taken."""
 
 
 class GrammarCompiler:
@@ -49,23 +55,33 @@ class GrammarCompiler:
         self._control: socket.socket | None = None
         self._end: weakref.finalize[..., GrammarCompiler] | None = None
 
-    def begin(self, structure: Mapping[str, str]) -> Future[bytes]:
+    def begin(self, structure: Mapping[str, str], *, max_waiting: int | None = None) -> Future[bytes]:
         """Begin to compile what ``structured`` returned, unless it is there. The result is xgrammar's own form of it.
 
         Raises:
             ValueError: where nothing can be compiled here; the future has it, in one line, for a grammar that cannot.
+            CompilerBusy: where ``max_waiting`` others are being compiled, or wait for it.
         """
         self._vocabulary.require()
         [key] = structure.items()
         with self._lock:
             found = self._made.get(key)
             if found is None:
+                waiting = sum(not each.done() for each in self._made.values())
+                if max_waiting is not None and waiting >= max_waiting:
+                    raise CompilerBusy(f"{waiting} grammars are being compiled or wait, at most {max_waiting} may")
                 if self._threads is None:
                     self._threads = ThreadPoolExecutor(NUM_AT_ONCE, "grammar")
                 found = self._made[key] = self._threads.submit(self._compile, *key)
             self._made.move_to_end(key)
         found.add_done_callback(lambda future: self._keep(key, future))
         return found
+
+    def start(self) -> None:
+        """Start the process before a grammar comes, where any could be compiled; RuntimeError where it fails."""
+        if self._vocabulary.problem is None:
+            with self._starting:
+                self._ensure_started()
 
     def compile(self, structure: Mapping[str, str]) -> bytes:
         """Return what ``begin`` begins; ValueError, in one line, for a grammar that cannot be compiled."""
@@ -113,16 +129,19 @@ class GrammarCompiler:
     def _send(self, handle: socket.socket) -> None:
         """Give a socket to the process; RuntimeError where there is none, and none can be started."""
         with self._starting:
-            if self._process is None or self._process.poll() is not None:
-                self.close()
-                self._control = self._start()
-            assert self._control is not None
             try:
-                socket.send_fds(self._control, [b"\0"], [handle.fileno()])
+                socket.send_fds(self._ensure_started(), [b"\0"], [handle.fileno()])
             except OSError:  # it died since it was looked at
                 self.close()
                 self._control = self._start()
                 socket.send_fds(self._control, [b"\0"], [handle.fileno()])
+
+    def _ensure_started(self) -> socket.socket:
+        """Start the process where there is none; return what leads to it. The caller holds ``_starting``."""
+        if self._control is None or self._process is None or self._process.poll() is not None:
+            self.close()
+            self._control = self._start()
+        return self._control
 
     def _start(self) -> socket.socket:
         """Start the process; return what leads to it."""

@@ -55,13 +55,18 @@ class Matchers:
         self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
 
     def admit(self, add: Add) -> Add:
-        """Keep the grammar of a request that is about to enter; return the command without it. From any thread."""
-        if not add.grammar:
+        """Keep the grammar of a request that is about to enter; return the command without it. From any thread.
+
+        Of several with one grammar that enter one after the other, the first alone has to bring it.
+        """
+        if not add.sampling.structured_outputs:
             return add
         [key] = add.sampling.structured_outputs.items()
         with self._lock:
             compiled = self._shared.get(key)
             if compiled is None:
+                if not add.grammar:
+                    raise RuntimeError(f"request {add.index} came without its grammar, which nobody has brought")
                 import xgrammar
 
                 text = add.grammar.decode()

@@ -42,16 +42,26 @@ class Vocabulary:
         self._info: Any = None
         self._lock = Lock()
 
+    @property
+    def problem(self) -> str | None:
+        """Why no answer can be structured, in one line; None where they can."""
+        if importlib.util.find_spec("xgrammar") is None:
+            return "sampling.structured_outputs needs xgrammar: pip install -c constraints.txt -e '.[grammar]'"
+        if self._tokenizer is None:
+            return "sampling.structured_outputs needs a tokenizer, but the model folder has none"
+        if not self.end_ids:
+            return "sampling.structured_outputs needs a token that ends an answer, but the model has none"
+        return None
+
     def require(self) -> None:
         """Raise ValueError where no answer can be structured."""
-        if importlib.util.find_spec("xgrammar") is None:
-            raise ValueError(
-                "sampling.structured_outputs needs xgrammar: pip install -c constraints.txt -e '.[grammar]'"
-            )
-        if self._tokenizer is None:
-            raise ValueError("sampling.structured_outputs needs a tokenizer, but the model folder has none")
-        if not self.end_ids:
-            raise ValueError("sampling.structured_outputs needs a token that ends an answer, but the model has none")
+        if (problem := self.problem) is not None:
+            raise ValueError(problem)
+
+    def prepare(self) -> None:
+        """Make ``info`` before the first structured request, which would hold up others; nothing where none can."""
+        if self.problem is None:
+            _ = self.info
 
     def packed(self) -> bytes:
         """Return what a compiler's process makes ``info`` of: xgrammar imports torch, which this one may not have."""

@@ -103,7 +103,7 @@ class Clients:
     def _admitted(self, frame: bytes) -> bytes:
         """Return a command as all ranks get it: what rank 0 alone keeps of it stays here, in this thread's time."""
         command = decode_command(frame)
-        if self._llm is None or not isinstance(command, Add) or not command.grammar:
+        if self._llm is None or not isinstance(command, Add) or not command.sampling.structured_outputs:
             return frame
         return encode_command(self._llm.admit(command))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..commands import Add
-from ..grammar.compiling import GrammarCompiler
+from ..grammar.compiling import MAX_WAITING, CompilerBusy, GrammarCompiler
 from ..grammar.vocabulary import Vocabulary
 from ..prompts import Preparer, PromptReader
 from ..request import Request
@@ -19,6 +20,8 @@ from ..sampling import SEED_LIMIT
 from .asking import Asked
 from .errors import ApiError
 from .wire import Ready, Setup
+
+_log = logging.getLogger(__name__)
 
 NUM_THREADS = 4
 T = TypeVar("T")
@@ -67,14 +70,28 @@ class Settler:
                     adds.append(msgspec.structs.replace(add, index=other, seed=(seed + number) % SEED_LIMIT))
                 else:
                     adds.append(msgspec.structs.replace(add, index=other, seed=self._preparer.new_seed()))
-        return adds, texts
+        return [adds[0], *(msgspec.structs.replace(add, grammar=b"") for add in adds[1:])], texts
+
+    async def start_compiler(self) -> None:
+        """Start what compiles grammars before the first one comes, which tries again where that fails."""
+        try:
+            await self.beside(self._grammars.start)
+        except RuntimeError as problem:
+            _log.error("%s; structured_outputs need it", problem)
+
+    def close(self) -> None:
+        """End what compiles grammars."""
+        self._grammars.close()
 
     async def _compile(self, asked: Asked) -> None:
         """Have the answer's grammar compiled, where there is one: it holds up its like alone."""
         sampling = asked.requests[0].sampling
         if sampling is not None and sampling.structured_outputs:
             structure = sampling.structured_outputs
-            compiling = await self.beside(lambda: self._grammars.begin(structure))
+            try:
+                compiling = await self.beside(lambda: self._grammars.begin(structure, max_waiting=MAX_WAITING))
+            except CompilerBusy as problem:
+                raise ApiError(429, f"{problem}; try again later", code="overloaded", retry_after_s=5) from problem
             try:
                 await asyncio.shield(asyncio.wrap_future(compiling))  # another request may wait for the same
             except ValueError as problem:

@@ -34,12 +34,13 @@ class Server(uvicorn.Server):
         yield
 
 
-async def run(link_socket: socket.socket, listener: socket.socket) -> None:
+async def run(link_socket: socket.socket, listener: socket.socket, *, starts_compiler: bool = True) -> None:
     """Serve until rank 0 hangs up.
 
     Args:
         link_socket: one end of a socket pair; rank 0 has the other.
         listener: a bound socket.
+        starts_compiler: start what compiles grammars at once, and not when the first one comes.
     """
     link = Link(*await asyncio.open_connection(sock=link_socket))
     hearing = asyncio.create_task(link.run())
@@ -63,7 +64,7 @@ async def run(link_socket: socket.socket, listener: socket.socket) -> None:
     )
     server = Server(config)
     serving = asyncio.create_task(_serve(server, listener))
-    opening = asyncio.create_task(_open(service))
+    opening = asyncio.create_task(_open(service, starts_compiler))
     await asyncio.wait((hearing, serving, opening), return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await asyncio.wait((serving,), timeout=END_S)
@@ -82,14 +83,19 @@ async def _serve(server: Server, listener: socket.socket) -> None:
     await starting
 
 
-async def _open(service: Service) -> None:
+async def _open(service: Service, starts_compiler: bool) -> None:
     """Load the tokenizer while rank 0 loads the model, and open when both are there; run until the world has ended."""
     tokenizer = await asyncio.to_thread(load_tokenizer, service.setup.model_path)
     await service.link.until_ready()
     if service.link.ready is not None:
-        service.open(tokenizer)
+        settler = service.open(tokenizer)
         _log.info("serving %s", service.setup.served_name)
-    await service.link.until_gone()
+        try:
+            if starts_compiler:
+                await settler.start_compiler()
+            await service.link.until_gone()
+        finally:
+            settler.close()
 
 
 def _max_connections(asked: int | None) -> int:

@@ -47,12 +47,13 @@ class Service:
         self.template: Any = None
         self.texts = TokenTexts(None)
 
-    def open(self, tokenizer: Any) -> None:
-        """Begin to answer: the world is ready, and this is the model's tokenizer."""
+    def open(self, tokenizer: Any) -> Settler:
+        """Begin to answer, with what makes commands: the world is ready, and this is the model's tokenizer."""
         assert self.link.ready is not None
         self.template = response_template(self.setup.serving.response_template, tokenizer)
         self.tokenizer, self.texts = tokenizer, TokenTexts(tokenizer)
         self.settler = Settler(self.setup, self.link.ready, tokenizer)
+        return self.settler
 
     def ready(self, num_requests: int = 1) -> Settler:
         """Return what makes commands; ApiError where so many requests cannot be taken now."""

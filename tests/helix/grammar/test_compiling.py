@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from helix.grammar import compiling
-from helix.grammar.compiling import GrammarCompiler
+from helix.grammar.compiling import CompilerBusy, GrammarCompiler
 from helix.grammar.vocabulary import Vocabulary
 
 pytest.importorskip("xgrammar")
@@ -60,6 +60,9 @@ def test_one_that_takes_too_long_or_too_much_is_ended_alone(
         patch.setattr(compiling, "SECONDS", 0.2)
         late, good = compiler.begin({"regex": GREEDY}), compiler.begin({"regex": "a+"})
         assert good.result()
+        with pytest.raises(CompilerBusy, match="^1 grammars are being compiled or wait, at most 1 may"):
+            compiler.begin({"regex": "b+"}, max_waiting=1)
+        assert compiler.begin({"regex": GREEDY}, max_waiting=1) is late
         with pytest.raises(ValueError, match="is not compiled after 0.2 s"):
             late.result()
     monkeypatch.setattr(compiling, "MEMORY_BYTES", 1 << 23)

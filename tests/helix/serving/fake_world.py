@@ -103,13 +103,15 @@ def never(world: FakeWorld, add: Add) -> None:
 
 
 @contextmanager
-def serving(model: Path, answer: Answer = at_once, *, key: str | None = None, **settings: Any) -> Iterator[FakeWorld]:
+def serving(
+    model: Path, answer: Answer = at_once, *, key: str | None = None, starts_compiler: bool = False, **settings: Any
+) -> Iterator[FakeWorld]:
     """Run the HTTP side; it has ended, within its time, when this has."""
     ours, theirs = socket.socketpair()
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     world = FakeWorld(ours, listener.getsockname()[1], answer)
-    thread = threading.Thread(target=lambda: asyncio.run(run(theirs, listener)))
+    thread = threading.Thread(target=lambda: asyncio.run(run(theirs, listener, starts_compiler=starts_compiler)))
     thread.start()
     config = ServingConfig(**settings)
     world.send(wire.Setup(str(model), "fake", key, "1.2", config, SamplingParams()))

@@ -14,7 +14,10 @@ import pytest
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from helix.commands import Add, Close
-from helix.serving import wire
+from helix.grammar.compiling import GrammarCompiler
+from helix.prompts import PromptReader
+from helix.request import Request
+from helix.serving import preparing, wire
 from helix.serving.forced_calls import forced_call
 from helix.serving.link import Call, Link
 from helix.serving.sending import ClientGone, while_connected
@@ -98,6 +101,9 @@ def test_a_forced_call_is_the_form_of_the_answer(parsing: FakeWorld) -> None:
         [call] = form["schema"]["anyOf"]
         assert call["properties"] == {"name": {"const": "add"}, "arguments": TOOLS[0]["function"]["parameters"]}
         assert parsing.adds[-1].grammar
+    before = len(parsing.adds)
+    assert parsing.ask(CHAT, {"messages": HI, "tools": TOOLS, "tool_choice": "required", "n": 3})[0] == 200
+    assert [bool(add.grammar) for add in parsing.adds[before:]] == [True, False, False], "once for all choices"
     other = {"type": "function", "function": {"name": "other"}}
     for asked in (
         {"tools": TOOLS, "tool_choice": other},
@@ -154,6 +160,24 @@ def test_a_full_server_says_when_to_come_again(model: Path) -> None:
         assert world.ask(COMPLETE, {"prompt": "c"})[0] == 200
 
 
+def test_the_compiler_is_there_before_it_is_asked_and_its_queue_is_bounded(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xgrammar")
+    started = threading.Event()
+    start = GrammarCompiler.start
+    monkeypatch.setattr(GrammarCompiler, "start", lambda compiler: (start(compiler), started.set()))
+    with serving(model, starts_compiler=True) as world:
+        assert started.wait(60)
+        form = {"prompt": "a", "structured_outputs": {"regex": "a+"}}
+        monkeypatch.setattr(preparing, "MAX_WAITING", 0)
+        status, answer, headers = world.ask(COMPLETE, form)
+        assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "overloaded", "5")
+        monkeypatch.setattr(GrammarCompiler, "_start", None)  # the one that there is serves
+        monkeypatch.setattr(preparing, "MAX_WAITING", 1)
+        assert world.ask(COMPLETE, form)[0] == 200
+
+
 def test_bodies_prompts_and_answers_have_limits(model: Path) -> None:
     with serving(model, max_body_bytes=1000, max_prompts=2, max_choices=3) as world:
         assert world.ask(COMPLETE, {"prompt": "x" * 2000})[0] == 413
@@ -166,15 +190,21 @@ def test_bodies_prompts_and_answers_have_limits(model: Path) -> None:
         assert world.ask(COMPLETE, {"prompt": ["a"] * 2})[0] == 200
 
 
-def test_a_template_that_runs_on_is_given_up(model: Path, tmp_path: Path) -> None:
-    copy = make_checkpoint(tmp_path / "model", layers=1)
-    loops = "{% for a in range(8000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
-    (copy / "chat_template.jinja").write_text("{% if messages[0].content == 'slow' %}" + loops + "{% endif %}a")
-    with serving(copy, template_timeout_s=0.05) as world:
-        began = time.monotonic()
+def test_a_template_that_runs_on_is_given_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, render = threading.Event(), PromptReader.render
+
+    def slow(reader: PromptReader, request: Request) -> str:
+        assert request.messages is not None
+        if request.messages[0]["content"] == "slow":
+            ends.wait(60)
+        return render(reader, request)
+
+    monkeypatch.setattr(PromptReader, "render", slow)
+    with serving(model, template_timeout_s=1.0) as world:
         status, answer, _ = world.ask(CHAT, {"messages": [{"role": "user", "content": "slow"}]})
-        assert (status, answer["error"]["param"]) == (400, "messages") and time.monotonic() - began < 5
-        assert world.ask(CHAT, {"messages": HI})[0] == 200
+        assert (status, answer["error"]["param"]) == (400, "messages")
+        assert world.ask(CHAT, {"messages": HI})[0] == 200, "while the other still runs"
+        ends.set()
 
 
 # --- clients that misbehave -------------------------------------------------------------------------------------------
@@ -207,15 +237,18 @@ def is_closed(client: socket.socket) -> bool:
 
 
 def test_slow_senders_have_a_deadline_and_hold_nobody_up(model: Path) -> None:
-    with serving(model, receive_timeout_s=1.0) as world:
-        began = time.monotonic()
-        slow = [world.connect() for _ in range(50)]
-        for number, client in enumerate(slow):
-            client.sendall([b"", b"POST /v1/compl", request_of({"prompt": "a"})[:-2]][number % 3])
-        assert world.ask(COMPLETE, {"prompt": "a"})[0] == 200 and time.monotonic() - began < 1
-        assert all(is_closed(client) for client in slow) and world.adds[1:] == []
-        for client in slow:
-            client.close()
+    begun = [b"", b"POST /v1/compl", request_of({"prompt": "a"})[:-2]]
+    for timeout_s in (60.0, 0.2):
+        with serving(model, receive_timeout_s=timeout_s) as world:
+            slow = [world.connect() for _ in range(48)]
+            for number, client in enumerate(slow):
+                client.sendall(begun[number % 3])
+            if timeout_s > 1:
+                assert world.ask(COMPLETE, {"prompt": "a"})[0] == 200 and len(world.adds) == 1
+            else:
+                assert all(is_closed(client) for client in slow) and world.adds == []
+            for client in slow:
+                client.close()
 
 
 def test_a_new_connection_takes_the_place_of_one_that_has_not_asked(model: Path) -> None:
@@ -402,10 +435,9 @@ def test_a_lost_world_is_told_and_the_process_ends_with_its_port_free(model: Pat
         if stream:
             world.delta(world.adds[0], "begun")
             read_until(client, b"begun")
-        began = time.monotonic()
         world.hang_up()
         received = read_until(client, b"world_lost")
         assert stream or received.startswith(b"HTTP/1.1 503 ")
-    assert time.monotonic() - began < 5  # ``serving`` has waited for the end
+    # ``serving`` has waited for the end
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", world.port))
