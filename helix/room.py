@@ -14,6 +14,7 @@ from parallel.launch import Launch
 from .cache.pages import free_bytes, free_host_bytes
 from .config import HelixConfig
 from .plan.footprint import Footprint
+from .states.checkpoints import CheckpointPlan
 from .windows import num_window_pages
 
 _PAGE_ENTRY_BYTES = 48  # of the host's list of free pages, each
@@ -38,9 +39,10 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
     rows = f"scheduler.max_batch = {batch} sequences of up to {max_position} tokens"
     lower = "lower it, or model.max_position"
     drafts = 0 if config.speculative.method == "none" else config.speculative.max_draft_len
+    checkpoint_bytes = CheckpointPlan.of(cache, footprint, 1 + drafts).page_bytes
     on_device = [
         Need(footprint.weights_bytes, "the model", "spread it over more ranks"),
-        Need(num_pages * footprint.page_bytes, f"cache.num_pages = {cache.num_pages}"),
+        Need(num_pages * (footprint.page_bytes + checkpoint_bytes), f"cache.num_pages = {cache.num_pages}"),
         Need(table, rows, lower),
         Need(footprint.states_bytes(batch, 1 + drafts), f"scheduler.max_batch = {batch} sequences' states"),
         Need(
@@ -53,7 +55,7 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
         ),
     ]
     on_host = [
-        Need(cache.host_pages * footprint.page_bytes, f"cache.host_pages = {cache.host_pages}"),
+        Need(cache.host_pages * (footprint.page_bytes + checkpoint_bytes), f"cache.host_pages = {cache.host_pages}"),
         Need(
             (num_pages + cache.host_pages) * footprint.layout.kvp * _PAGE_ENTRY_BYTES,
             "the lists of pages",

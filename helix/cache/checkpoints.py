@@ -8,12 +8,13 @@ one at the last multiple of ``unit`` that it passed, where its next turn goes on
 begins there, and is the block's once that step is committed.
 
 A block that leaves the tree has no parent any more; its slot is found free when one is needed. Else the checkpoint that
-was used least recently gives its slot up, whoever needs the block: a sequence that begins with it has copied it.
+was used least recently gives its slot up, whoever needs the block: a sequence that begins with it has copied it. It
+goes to a slot of the host, if there are any and the block's priority allows it, and sequences begin with it from there.
 """
 
 from __future__ import annotations
 
-from .movements import EVERY_RANK, CopyState, Movement
+from .movements import EVERY_RANK, CopyState, Movement, MoveState
 from .pool import BlockTable
 from .tree import Block, match
 
@@ -27,6 +28,8 @@ class Checkpoints:
         num_slots: how many there are.
         every: tokens between two of a prompt, a multiple of ``unit``.
         block_size: tokens a block, a power of two.
+        host_slots: how many more there are on the host, with numbers from ``num_slots`` on.
+        offload_min_priority: checkpoints of blocks below this priority are dropped, not moved to the host.
 
     Attributes:
         copies: leaving one, and beginning with one, are movements; no chunk may be launched over them.
@@ -34,8 +37,11 @@ class Checkpoints:
 
     copies = True
 
-    def __init__(self, num_slots: int, every: int, block_size: int) -> None:
+    def __init__(
+        self, num_slots: int, every: int, block_size: int, *, host_slots: int = 0, offload_min_priority: int = 0
+    ) -> None:
         self.num_slots, self.every, self.unit = num_slots, every, max(UNIT, block_size)
+        self.host_slots, self._offload_min_priority = host_slots, offload_min_priority
         self._block_size = block_size
         self._passing: dict[int, tuple[int, int]] = {}  # by batch slot: a position, and the checkpoint copied for it
         self._passed: dict[int, Block] = {}  # by batch slot: the last block that decoding left a checkpoint behind
@@ -44,7 +50,9 @@ class Checkpoints:
     def clear(self) -> None:
         """Forget all of them."""
         self._free = list(range(self.num_slots - 1, -1, -1))
-        self._slots: dict[Block, int] = {}  # the least recently used first
+        self._slots: dict[Block, int] = {}  # the least recently used first, here and on the host
+        self._host_free = list(range(self.num_slots + self.host_slots - 1, self.num_slots - 1, -1))
+        self._host_slots: dict[Block, int] = {}
         self._passing.clear()
         self._passed.clear()
 
@@ -67,35 +75,40 @@ class Checkpoints:
 
     def has(self, block: Block) -> bool:
         """Return whether a sequence may begin behind a block."""
-        return block in self._slots
+        return block in self._slots or block in self._host_slots
 
     def restore(self, table: BlockTable, batch_slot: int) -> list[Movement]:
         """Return the copy that begins a sequence behind the block that it shares, which has a checkpoint."""
         assert table.tail is not None
-        slot = self._slots[table.tail] = self._slots.pop(table.tail)  # used last
+        slots = self._slots if table.tail in self._slots else self._host_slots
+        slot = slots[table.tail] = slots.pop(table.tail)  # used last
         return [CopyState(EVERY_RANK, batch_slot, slot, keeps=False)]
 
     def keep(self, table: BlockTable, position: int, length: int, batch_slot: int) -> list[Movement]:
         """Return the copy that keeps the state of a sequence of which ``position`` tokens are computed, if due."""
         self._bind(table, position, batch_slot)
         block = table.tail
-        slot = None if block is None or not self.is_due(block, position, length) else self._take()
-        if block is None or slot is None:
+        if block is None or not self.is_due(block, position, length):
+            return []
+        slot, moved = self._take()
+        if slot is None:
             return []
         self._slots[block] = slot
-        return [CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
+        return [*moved, CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
 
     def keep_end(self, table: BlockTable, num_computed: int) -> None:
         """Leave one where a sequence ends, if that is free; a state's is copied in passing, or not at all."""
 
     def pass_by(self, start: int, batch_slot: int) -> list[Movement]:
         """Return the copy that a step makes before it decodes the row at ``start``, where that passes a checkpoint."""
-        slot = None if not start or start % self.unit else self._take()
+        if not start or start % self.unit:
+            return []
+        slot, moved = self._take()
         if slot is None:
             return []
         self.leave(batch_slot, ends=False)
         self._passing[batch_slot] = start, slot
-        return [CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
+        return [*moved, CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
 
     def leave(self, batch_slot: int, *, ends: bool = True) -> None:
         """Forget what a batch slot's sequence was passing by, and at its end which checkpoint it would replace."""
@@ -113,12 +126,11 @@ class Checkpoints:
         block = table.tail
         while block is not None and (block.depth + 1) * self._block_size > start:
             block = block.parent
-        if block is None or (block.depth + 1) * self._block_size != start or block in self._slots:
+        if block is None or (block.depth + 1) * self._block_size != start or self.has(block):
             self._free.append(slot)
             return
-        before = self._passed.get(batch_slot)
-        if before is not None and before in self._slots:
-            self._free.append(self._slots.pop(before))
+        if batch_slot in self._passed:
+            self._drop(self._passed[batch_slot])
         self._slots[block], self._passed[batch_slot] = slot, block
 
     def is_due(self, block: Block | None, position: int, length: int) -> bool:
@@ -133,9 +145,39 @@ class Checkpoints:
     def _last(self, length: int) -> int:
         return (length - 1) // self.unit * self.unit
 
-    def _take(self) -> int | None:
-        """Return a slot that is free, or was used least recently; None where others are copying into all of them."""
+    def _drop(self, block: Block) -> None:
+        """Free the slot of a block's checkpoint, if it has one."""
+        if block in self._slots:
+            self._free.append(self._slots.pop(block))
+        elif block in self._host_slots:
+            self._host_free.append(self._host_slots.pop(block))
+
+    def _drop_gone(self) -> None:
+        """Free the slots of blocks that left the tree."""
+        for block in [block for block in (*self._slots, *self._host_slots) if block.parent is None]:
+            self._drop(block)
+
+    def _take(self) -> tuple[int | None, list[Movement]]:
+        """Return a slot that is free, or was used least recently, and what moves out of it before.
+
+        The slot is None where others are copying into all of them.
+        """
         if not self._free:
-            gone = [block for block in self._slots if block.parent is None] or list(self._slots)[:1]
-            self._free += [self._slots.pop(block) for block in gone]
-        return self._free.pop() if self._free else None
+            self._drop_gone()
+        moved: list[Movement] = []
+        if not self._free and self._slots:
+            block = next(iter(self._slots))
+            slot, target = self._slots[block], self._take_host(block)
+            self._drop(block)
+            if target is not None:
+                self._host_slots[block] = target
+                moved.append(MoveState(EVERY_RANK, slot, target))
+        return (self._free.pop() if self._free else None), moved
+
+    def _take_host(self, block: Block) -> int | None:
+        """Return a slot of the host for a block's checkpoint, None where it is dropped."""
+        if not self.host_slots or block.priority < self._offload_min_priority:
+            return None
+        if not self._host_free:
+            self._drop(next(iter(self._host_slots)))
+        return self._host_free.pop()

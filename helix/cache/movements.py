@@ -43,7 +43,7 @@ class Handover(NamedTuple):
 
 
 class CopyState(NamedTuple):
-    """Copy what state layers keep of the sequence in a batch slot to a checkpoint, or back; on every rank.
+    """Copy what state layers keep of the sequence in a batch slot to a checkpoint, or back from any; on every rank.
 
     It comes after all that was computed before, and before what is computed next.
     """
@@ -54,9 +54,17 @@ class CopyState(NamedTuple):
     keeps: bool
 
 
+class MoveState(NamedTuple):
+    """Copy a checkpoint of states to a slot of the host, whose numbers follow those of the device; on every rank."""
+
+    rank: int
+    source: int
+    target: int
+
+
 EVERY_RANK = -1
-Movement = CopyTokens | Offload | Onboard | Handover | CopyState
-KINDS = (CopyTokens, Offload, Onboard, Handover, CopyState)
+Movement = CopyTokens | Offload | Onboard | Handover | CopyState | MoveState
+KINDS = (CopyTokens, Offload, Onboard, Handover, CopyState, MoveState)
 
 
 def as_ints(movement: Movement) -> list[int]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .movements import CopyState, CopyTokens, Handover, Movement, Offload, Onboard
+from .movements import CopyState, CopyTokens, Handover, Movement, MoveState, Offload, Onboard
 from .pages import PagedCache
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ class PageMover:
     def execute(self, movements: Sequence[Movement]) -> None:
         """Start this rank's movements; what is computed next on the current stream comes after those that it needs."""
         for movement in movements:
-            if isinstance(movement, CopyState):
+            if isinstance(movement, CopyState | MoveState):
                 assert self._states is not None
-                self._states.copy(movement)
+                self._states.move(movement)
         mine = [movement for movement in movements if movement.rank == self.rank]
         if not mine:
             return

@@ -69,6 +69,11 @@ class StateCache:
         self.num_bytes = sum(each.nbytes for each in self.tensors)
 
     @property
+    def slot_bytes(self) -> int:
+        """What is kept of one sequence, in bytes."""
+        return sum(each[:, 0].nbytes for each in self.tensors)
+
+    @property
     def matrix_bytes(self) -> int:
         """The matrices of one sequence, in bytes."""
         return sum(layer.matrix[0].nbytes for layer in self.layers)

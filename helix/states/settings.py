@@ -27,11 +27,6 @@ def with_states(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
             f"transfer.* brings keys and values, and {spec.family} models have state layers, whose states it does not "
             "bring; leave transfer.* out"
         )
-    if config.cache.host_pages:
-        raise ValueError(
-            f"cache.host_pages = {config.cache.host_pages} keeps blocks, and {spec.family} models have state layers, "
-            "whose states it does not keep; use cache.host_pages=0"
-        )
     if config.cache.reuse:
         _log.info("cache.partial_reuse: off, the state layers of %s go on from checkpoints only", spec.family)
     return replace(config, cache=replace(config.cache, partial_reuse=False))

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from helix.config import CacheConfig, HelixConfig, ModelConfig, TransferConfig
+from helix.config import HelixConfig, ModelConfig, TransferConfig
 from helix.models.loading import read_spec
 from helix.sampling import SamplingParams
 from helix.states.settings import with_states
@@ -103,12 +103,34 @@ def test_checkpoints_give_way_to_later_ones(model):
     assert [each.cached_tokens for each in again] == [64, 64, 0, 0]  # two slots, taken by the last two
 
 
+def test_checkpoints_that_give_way_go_to_the_host_and_come_back(model):
+    prompts = [[Random(seed).randrange(256) for _ in range(80)] for seed in range(5)]
+    cache = {"checkpoint_every": 128, "host_pages": 16}  # two slots here, two there
+    llm = make_llm(model, num_pages=16, cache=cache, max_batch=1, look_ahead=True)
+    expected = [run(llm, [prompt], SAMPLING)[0].token_ids for prompt in prompts]
+    again = [run(llm, [prompt], SAMPLING)[0] for prompt in reversed(prompts)]
+    assert [each.token_ids for each in reversed(again)] == expected
+    assert [each.cached_tokens for each in again] == [64, 64, 64, 64, 0]
+
+
+def on_two_ranks(path):
+    """Tokens of prompts that preempt each other, then of the same, whose blocks and states went to the host."""
+    llm = make_llm(path, kvp=2, num_pages=7, cache={"checkpoint_every": 64, "host_pages": 24})
+    first, again = (run(llm, PROMPTS[2:], SAMPLING) for _ in range(2))
+    tokens = [[output.token_ids for output in outputs] for outputs in (first, again)]
+    return *tokens, [each.cached_tokens for each in again], llm.engine.scheduler.cache.counters.preemptions
+
+
+def test_ranks_preempt_and_go_on_alike(ranks, model, expected):
+    for first, again, cached, preemptions in ranks(2).run(on_two_ranks, model):
+        assert first == again == [output.token_ids for output in expected[2:]]
+        assert cached == [0, 128, 0] and preemptions > 0
+
+
 def test_what_needs_earlier_states_is_off_or_refused_in_one_line(model, caplog):
     settings, spec = HelixConfig(model=ModelConfig(path=model)), read_spec(ModelConfig(path=model))
     with caplog.at_level(logging.INFO, logger="helix"):
         assert not with_states(settings, spec).cache.partial_reuse
     assert "cache.partial_reuse: off" in caplog.text
-    with pytest.raises(ValueError, match=r"^cache\.host_pages = 8 keeps blocks, .*; use cache\.host_pages=0$"):
-        with_states(HelixConfig(cache=CacheConfig(host_pages=8)), spec)
     with pytest.raises(ValueError, match=r"^transfer\.\* brings keys and values, .*; leave transfer\.\* out$"):
         with_states(HelixConfig(transfer=TransferConfig(prefill_ranks=1)), spec)
