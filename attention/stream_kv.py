@@ -33,7 +33,8 @@ from .partial import Partials
 from .rows import Rows, Work
 
 LOG2_E = 1.4426950408889634
-TILE = 64  # tokens; a turn takes two tiles
+TILE = 64  # tokens
+WIDEST_OF_TWO_TILES = 128  # a turn takes two tiles of heads up to this size, else one, so that stages stay several
 MAX_COLUMNS = 64
 MAX_COLUMN_ELEMENTS = 64 * 128  # columns x head size: more sums than that do not fit the registers
 STAGE_BYTES = 196608
@@ -47,29 +48,31 @@ def fetch_turns(
     kv, tiles, full, free, page_table, pieces, first_piece, last_piece, table_stride, k_row, v_row, page_rows,
     BLOCK_SIZE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The warp that asks for the tiles of each turn, two of K and two of V, once their stage is free."""
+    """The warp that asks for the tiles of each turn, one or two of K and of V, once their stage is free."""
     STAGES: gl.constexpr = full.shape[0]
     TILE: gl.constexpr = tiles.shape[1]
-    BYTES: gl.constexpr = 4 * TILE * tiles.shape[2] * kv.dtype.primitive_bitwidth // 8
+    TILES: gl.constexpr = tiles.shape[0] // (2 * STAGES)
+    TURN: gl.constexpr = TILES * TILE
+    BYTES: gl.constexpr = 2 * TURN * tiles.shape[2] * kv.dtype.primitive_bitwidth // 8
     its = pieces + first_piece * PIECE
     begin, end, settled = gl.load(its + 2), gl.load(its + 3), gl.load(its + 5)
-    early = early_turns(begin, end, settled, gl.cdiv(end - begin, 2 * TILE), 2 * TILE, STAGES)
+    early = early_turns(begin, end, settled, gl.cdiv(end - begin, TURN), TURN, STAGES)
     turn = first_piece * 0
     for piece in range(first_piece, last_piece):
         its = pieces + piece * PIECE
         begin, end = gl.load(its + 2), gl.load(its + 3)
         table = page_table + gl.load(its + 6).to(gl.int64) * table_stride
-        for at in range(begin, end, 2 * TILE):
+        for at in range(begin, end, TURN):
             stage = turn % STAGES
             bar = full.index(stage)
             if (turn == early) & PDL:
                 gdc_wait()
             mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, BYTES)
-            for half in gl.static_range(2):
-                token, to = at + half * TILE, stage * 4 + half
+            for tile in gl.static_range(TILES):
+                token, to = at + tile * TILE, stage * 2 * TILES + tile
                 fetch_tile(kv, tiles, bar, to, token, end - 1, k_row, table, page_rows, BLOCK_SIZE)
-                fetch_tile(kv, tiles, bar, to + 2, token, end - 1, v_row, table, page_rows, BLOCK_SIZE)
+                fetch_tile(kv, tiles, bar, to + TILES, token, end - 1, v_row, table, page_rows, BLOCK_SIZE)
             turn += 1
 
 
@@ -84,6 +87,7 @@ def _attend(
         gdc_wait()
     STAGES: gl.constexpr = full.shape[0]
     TILE: gl.constexpr = tiles_s.shape[1]
+    TILES: gl.constexpr = tiles_s.shape[0] // (2 * STAGES)
     D: gl.constexpr = tiles_s.shape[2]
     M: gl.constexpr = q_s.shape[0]
     dtype: gl.constexpr = tiles_s.dtype
@@ -118,33 +122,45 @@ def _attend(
         top = gl.full([M], float("-inf"), gl.float32, layout=columns)
         total = gl.zeros([TILE, M], gl.float32, layout=wgmma)
         acc = gl.zeros([D, M], gl.float32, layout=wgmma)
-        for at in range(begin, end, 2 * TILE):
+        for at in range(begin, end, TILES * TILE):
             stage = turn % STAGES
-            k0, k1 = tiles_s.index(stage * 4), tiles_s.index(stage * 4 + 1)
-            v0, v1 = tiles_s.index(stage * 4 + 2), tiles_s.index(stage * 4 + 3)
+            k0, v0 = tiles_s.index(stage * 2 * TILES), tiles_s.index(stage * 2 * TILES + TILES)
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
             s0 = warpgroup_mma(k0, q_t, nothing, use_acc=False, is_async=True)
-            s1 = warpgroup_mma(k1, q_t, nothing, use_acc=False, is_async=True)
-            s0, s1 = warpgroup_mma_wait(num_outstanding=0, deps=[s0, s1])
+            if TILES == 2:
+                k1, v1 = tiles_s.index(stage * 4 + 1), tiles_s.index(stage * 4 + 3)
+                s1 = warpgroup_mma(k1, q_t, nothing, use_acc=False, is_async=True)
+                s0, s1 = warpgroup_mma_wait(num_outstanding=0, deps=[s0, s1])
+            else:
+                s0 = warpgroup_mma_wait(num_outstanding=0, deps=[s0])
             s0 = gl.where((at + token)[:, None] < limit[None, :], s0 * scale_log2, float("-inf"))
-            s1 = gl.where((at + TILE + token)[:, None] < limit[None, :], s1 * scale_log2, float("-inf"))
             if WINDOW:
                 s0 = gl.where((at + token)[:, None] >= least[None, :], s0, float("-inf"))
-                s1 = gl.where((at + TILE + token)[:, None] >= least[None, :], s1, float("-inf"))
-            new_top = gl.maximum(top, gl.max(gl.maximum(s0, s1), 0))
+            highest = s0
+            if TILES == 2:
+                s1 = gl.where((at + TILE + token)[:, None] < limit[None, :], s1 * scale_log2, float("-inf"))
+                if WINDOW:
+                    s1 = gl.where((at + TILE + token)[:, None] >= least[None, :], s1, float("-inf"))
+                highest = gl.maximum(s0, s1)
+            new_top = gl.maximum(top, gl.max(highest, 0))
             shift = gl.where(new_top == float("-inf"), 0.0, new_top)
             decay = exp2(top - shift)
-            p0, p1 = exp2(s0 - shift[None, :]), exp2(s1 - shift[None, :])
-            total = total * decay[None, :] + (p0 + p1)
+            p0 = exp2(s0 - shift[None, :])
             p_s.index(0).permute((1, 0)).store(p0.to(dtype))
-            p_s.index(1).permute((1, 0)).store(p1.to(dtype))
-            if at + 2 * TILE > end:
+            if at + TILES * TILE > end:
                 keep_seen(v0, at, end, lines)
-                keep_seen(v1, at + TILE, end, lines)
+            if TILES == 2:
+                p1 = exp2(s1 - shift[None, :])
+                p_s.index(1).permute((1, 0)).store(p1.to(dtype))
+                if at + TILES * TILE > end:
+                    keep_seen(v1, at + TILE, end, lines)
+                p0 += p1
+            total = total * decay[None, :] + p0
             fence_async_shared()
             acc = acc * decay[None, :]
             acc = warpgroup_mma(v0.permute((1, 0)), p_s.index(0).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma(v1.permute((1, 0)), p_s.index(1).permute((1, 0)), acc, is_async=True)
+            if TILES == 2:
+                acc = warpgroup_mma(v1.permute((1, 0)), p_s.index(1).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
             mbarrier.arrive(free.index(stage), count=1)
             top = new_top
@@ -165,8 +181,8 @@ def _stream_kv_kernel(
     kv, q, page_table, visible_len, visible_from, pieces, span_start, part_start, out, lse,
     q_row_stride, table_stride, scale_log2, num_heads, num_kv_heads,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr,
-    WINDOW: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
-    PDL: gl.constexpr,
+    TILES: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
+    FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -178,9 +194,9 @@ def _stream_kv_kernel(
     k_row, v_row = kv_head * BLOCK_SIZE, (num_kv_heads + kv_head) * BLOCK_SIZE
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, TILE], dtype)
-    tiles_s = gl.allocate_shared_memory(dtype, [STAGES * 4, TILE, D], layout)
+    tiles_s = gl.allocate_shared_memory(dtype, [STAGES * 2 * TILES, TILE, D], layout)
     q_s = gl.allocate_shared_memory(dtype, [M, D], layout)
-    p_s = gl.allocate_shared_memory(dtype, [2, M, TILE], p_layout)
+    p_s = gl.allocate_shared_memory(dtype, [TILES, M, TILE], p_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -218,13 +234,15 @@ def attend(
     num_kv_heads, block_size = pages.shape[2], pages.shape[3]
     group = num_heads // num_kv_heads
     columns = max(8, triton.next_power_of_2(work.cutting.tile_rows * group))
+    tiles = 2 if head_dim <= WIDEST_OF_TWO_TILES else 1
     _stream_kv_kernel[(work.programs, num_kv_heads)](
         boxes_of(pages, TILE), q_RQD, rows.page_table, rows.visible_len, rows.seen_from, work.pieces, work.span_start,
         work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
         q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_heads, num_kv_heads,
-        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE,
+        GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE, TILES=tiles,
         WINDOW=rows.visible_from is not None, SPLIT=work.part_start is not None,
-        STAGES=STAGE_BYTES // (4 * TILE * head_dim * pages.element_size()), FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl,
-        num_warps=4, maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS,
+        STAGES=STAGE_BYTES // (2 * tiles * TILE * head_dim * pages.element_size()),
+        FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4,
+        maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
