@@ -52,11 +52,11 @@ class Builder:
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
         self._config, self._spec, self._drafting = prepared.config, prepared.spec, prepared.drafting
-        self._device = prepared.launch.device
+        self._device, self._most_drafts = prepared.launch.device, prepared.config.speculative.most_drafts
         self.placement = BlockCyclic(self._config.cache.block_size, prepared.layout.kvp)
         self.grid = self.make_grid()
         self.faults = Faults(self._device) if self._device.type == "cuda" else None
-        self.checkpoints = CheckpointPlan.of(self._config.cache, prepared.footprint, 1 + self._drafting.max_draft_len)
+        self.checkpoints = CheckpointPlan.of(self._config.cache, prepared.footprint, 1 + self._most_drafts)
         self.num_pages = 0
 
     # --- what a rank without others makes in another way --------------------------------------------------------------
@@ -118,7 +118,7 @@ class Builder:
         Raises:
             ValueError: where not one page fits.
         """
-        scheduler, drafts = self._config.scheduler, self._drafting.max_draft_len
+        scheduler = self._config.scheduler
         runner = Runner(
             decoder,
             exchange,
@@ -130,9 +130,9 @@ class Builder:
             expand_rows=self._config.attention.expand_rows,
             faults=self.faults,
             sampler=Sampler(decoder, max_batch=scheduler.max_batch, eos_token_ids=self._prepared.eos_token_ids),
-            max_draft_len=drafts,
+            max_draft_len=self._most_drafts,
         )
-        num_choices = scheduler.max_batch * (1 + drafts)
+        num_choices = scheduler.max_batch * (1 + self._most_drafts)
         runner.compile_steps(scheduler.prefill_chunk + num_choices)
         if self._config.cache.num_pages is None and self._device.type == "cuda":
             runner.warm_up(scheduler.prefill_chunk + num_choices, num_choices)
@@ -194,7 +194,7 @@ class Builder:
                 self._spec,
                 part.value_heads,
                 num_slots=self._config.scheduler.max_batch,
-                max_run=1 + self._drafting.max_draft_len,
+                max_run=1 + self._most_drafts,
                 dtype=prepared.dtype,
                 device=self._device,
             ),

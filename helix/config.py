@@ -219,6 +219,11 @@ class SpeculativeConfig:
                 )
 
     @property
+    def most_drafts(self) -> int:
+        """The most tokens that a sequence drafts in a step; 0 without a method."""
+        return 0 if self.method == "none" else self.max_draft_len
+
+    @property
     def schedule(self) -> DraftLenSchedule:
         """The draft length by batch size and context."""
         return DraftLenSchedule(self.max_draft_len, self.draft_len_schedule, self.draft_len_by_context)

@@ -38,13 +38,13 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
     table = batch * -(-footprint.placement.num_blocks(max_position) // footprint.layout.kvp) * _TABLE_ENTRY_BYTES
     rows = f"scheduler.max_batch = {batch} sequences of up to {max_position} tokens"
     lower = "lower it, or model.max_position"
-    drafts = 0 if config.speculative.method == "none" else config.speculative.max_draft_len
-    checkpoint_bytes = CheckpointPlan.of(cache, footprint, 1 + drafts).page_bytes
+    run = 1 + config.speculative.most_drafts
+    checkpoint_bytes = CheckpointPlan.of(cache, footprint, run).page_bytes
     on_device = [
         Need(footprint.weights_bytes, "the model", "spread it over more ranks"),
         Need(num_pages * (footprint.page_bytes + checkpoint_bytes), f"cache.num_pages = {cache.num_pages}"),
         Need(table, rows, lower),
-        Need(footprint.states_bytes(batch, 1 + drafts), f"scheduler.max_batch = {batch} sequences' states"),
+        Need(footprint.states_bytes(batch, run), f"scheduler.max_batch = {batch} sequences' states"),
         Need(
             num_window_pages(config, footprint.spec) * footprint.window_page_bytes,
             f"scheduler.max_batch = {batch} windows of {footprint.spec.window} tokens",

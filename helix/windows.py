@@ -57,12 +57,11 @@ def num_window_pages(config: HelixConfig, spec: ModelSpec) -> int:
     if not spec.window:
         return 0
     scheduler = config.scheduler
-    drafts = 0 if config.speculative.method == "none" else config.speculative.max_draft_len
     return pool_pages(
         spec.window,
         config.cache.block_size,
         max_batch=scheduler.max_batch,
-        max_run=max(2, 1 + drafts),  # a row that is computed and one that is launched ahead
+        max_run=max(2, 1 + config.speculative.most_drafts),  # a row that is computed and one that is launched ahead
         prefill_chunk=scheduler.prefill_chunk,
         max_len=spec.max_position,
         reuse=config.cache.reuse,

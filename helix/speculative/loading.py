@@ -93,12 +93,6 @@ class DrafterLoader:
                     f"{target.vocab_size}; a draft model must share the model's tokenizer"
                 )
 
-    @property
-    def max_draft_len(self) -> int:
-        """The most tokens that a sequence drafts in a step; 0 without speculation."""
-        config = self._config.speculative
-        return 0 if config.method == "none" else config.max_draft_len
-
     def load_weights(
         self,
         target: Decoder,
