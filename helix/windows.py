@@ -10,7 +10,7 @@ import torch
 
 from attention.pages import Pages
 
-from .cache.checkpoints import UNIT
+from .cache.checkpoints import interval_of
 from .cache.pages import PagedCache, page_layout
 from .cache.window_checkpoints import EVERY, WindowCheckpoints
 from .cache.windows import WindowPages, pool_pages
@@ -78,8 +78,7 @@ def window_checkpoints(config: HelixConfig, windows: WindowPages | None) -> Wind
     """Return the checkpoints of these pages; None without windows, or reuse."""
     if windows is None or not config.cache.reuse:
         return None
-    unit = max(UNIT, config.cache.block_size)
-    every = -(-(config.cache.checkpoint_every or EVERY) // unit) * unit
+    every = interval_of(config.cache.checkpoint_every or EVERY, config.cache.block_size)
     return WindowCheckpoints(windows, every, config.cache.block_size)
 
 

@@ -21,6 +21,17 @@ from .tree import Block, match
 UNIT = 64
 
 
+def unit_of(block_size: int) -> int:
+    """Return the tokens whose multiples may have checkpoints, for blocks of so many, a power of two."""
+    return max(UNIT, block_size)
+
+
+def interval_of(tokens: int, block_size: int) -> int:
+    """Return the tokens between two checkpoints of a prompt where ``tokens`` are asked for: whole units of them."""
+    unit = unit_of(block_size)
+    return -(-tokens // unit) * unit
+
+
 class Checkpoints:
     """The slots of all checkpoints.
 
@@ -40,7 +51,7 @@ class Checkpoints:
     def __init__(
         self, num_slots: int, every: int, block_size: int, *, host_slots: int = 0, offload_min_priority: int = 0
     ) -> None:
-        self.num_slots, self.every, self.unit = num_slots, every, max(UNIT, block_size)
+        self.num_slots, self.every, self.unit = num_slots, every, unit_of(block_size)
         self.host_slots, self._offload_min_priority = host_slots, offload_min_priority
         self._block_size = block_size
         self._passing: dict[int, tuple[int, int]] = {}  # by batch slot: a position, and the checkpoint copied for it

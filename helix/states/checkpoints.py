@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cache.checkpoints import UNIT, Checkpoints
+from ..cache.checkpoints import Checkpoints, interval_of
 from ..cache.movements import CopyState, MoveState
 from ..config import CacheConfig
 from ..plan.footprint import CHECKPOINT_SHARE, Footprint
@@ -86,8 +86,7 @@ class CheckpointPlan:
         if every is None:
             token_bytes = footprint.token_bytes / footprint.layout.kvp  # on a rank, of any token
             every = int(CHECKPOINT_SHARE * footprint.state_bytes(max_run) / token_bytes)
-        unit = max(UNIT, config.block_size)
-        return cls(-(-every // unit) * unit, footprint, max_run, config)
+        return cls(interval_of(every, config.block_size), footprint, max_run, config)
 
     @property
     def page_bytes(self) -> int:
