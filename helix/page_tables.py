@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from parallel.placement import BlockCyclic
 
 from .batch import LocalRows, StepRows
 from .cache.pool import BlockTable
-from .request import Chunk
-from .upload import upload
+from .mirror import Mirror
+from .request import Chunk, Sequence
 from .window_tables import WindowTables
 
 
@@ -56,8 +54,8 @@ class PageTables:
     ) -> None:
         self._placement, self._kvp_rank = placement, kvp_rank
         width = -(-placement.num_blocks(max_len) // placement.kvp)
-        self.device = torch.zeros((max_batch, width), dtype=torch.int32, device=device)
-        self.host: npt.NDArray[np.int32] = np.zeros((max_batch, width), np.int32)
+        self._table = Mirror(max_batch, width, device)
+        self.device, self.host = self._table.device, self._table.host
         self._uploaded: list[_Uploaded] = [_Uploaded()] * max_batch
         self.windows: WindowTables | None = None
         if window:
@@ -75,30 +73,24 @@ class PageTables:
         """Tokens of a sequence that this rank can hold."""
         return self.host.shape[1] * self._placement.block_size
 
-    def update(self, chunks: Sequence[Chunk]) -> None:
+    def update(self, chunks: Iterable[Chunk]) -> None:
         """Bring the tables of the chunks' sequences up to date: only pages that are not there yet travel."""
         if self.windows is not None:
             self.windows.update(chunks)
-        slots: list[int] = []
-        columns: list[int] = []
-        pages: list[int] = []
-        for chunk in chunks:
-            slot, blocks = chunk.seq.batch_slot, chunk.seq.blocks
-            known = self._uploaded[slot]
-            if known.blocks is blocks and known.num_pages == len(blocks.pages):
-                continue
-            start = known.num_local if known.blocks is blocks else 0
-            new = blocks.local_pages(self._kvp_rank, self._placement.kvp, start=start)
-            self._uploaded[slot] = _Uploaded(blocks, len(blocks.pages), start + len(new))
-            slots += [slot] * len(new)
-            columns += range(start, start + len(new))
-            pages += new
-        if pages:
-            self.host[slots, columns] = pages
-            where = upload({"where": np.array([slots, columns, pages], np.int64)}, self.device.device)["where"]
-            self.device[where[0], where[1]] = where[2].to(torch.int32)
+        self._table.write(self._news(chunk.seq) for chunk in chunks)
 
     def local_rows(self, rows: StepRows) -> LocalRows:
         """Return what this rank sees of a step's rows, whose sequences' tables are up to date."""
         local = LocalRows.of(rows, self._placement, self._kvp_rank, self.host)
         return local if self.windows is None else replace(local, window=self.windows.rows_of(rows))
+
+    def _news(self, seq: Sequence) -> tuple[int, int, list[int]]:
+        """Return the batch slot, first column and pages of what is new of a sequence's table; it counts as there."""
+        slot, blocks = seq.batch_slot, seq.blocks
+        known = self._uploaded[slot]
+        start = known.num_local if known.blocks is blocks else 0
+        if known.blocks is blocks and known.num_pages == len(blocks.pages):
+            return slot, start, []
+        new = blocks.local_pages(self._kvp_rank, self._placement.kvp, start=start)
+        self._uploaded[slot] = _Uploaded(blocks, len(blocks.pages), start + len(new))
+        return slot, start, new
