@@ -17,22 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .ahead import Ahead
-from .cache.claim import Claim
 from .cache.control import CacheControl
-from .cache.keys import BlockKeys
 from .cache.movements import Movement
 from .cache.pool import BlockTable
 from .cache.windows import WindowPages
 from .config import SchedulerConfig
 from .fair_share import Due, divide
-from .followers import Followers, lacks_the_same, leaders_of, next_block
 from .request import Chunk, Sequence, order_of
+from .waiting import WaitingLine
 
 AGING = 1_000
 """Steps of waiting that a class of priority is worth."""
-LOOKS = 2
-"""Prompts whose length alone would not let them begin, of which a step finds out how much is cached."""
-NOBODY = 1 << 62
 
 
 @dataclass(slots=True)
@@ -65,7 +60,6 @@ class Scheduler:
         windows: the pages of layers with a window; None where there are none.
 
     Attributes:
-        waiting: who has no batch slot.
         running: who has one, but for those that are held for another group.
     """
 
@@ -78,8 +72,7 @@ class Scheduler:
         windows: WindowPages | None = None,
     ) -> None:
         self.cache, self.windows = cache, windows
-        self._recomputed = recomputed
-        self.waiting: list[Sequence] = []
+        self._line = WaitingLine(cache, self._divided, recomputed=recomputed)
         self.running: list[Sequence] = []
         self._prefill_chunk = config.prefill_chunk
         self._share = min(math.ceil(config.short_prompt_share * self._prefill_chunk), self._prefill_chunk - 1)
@@ -87,10 +80,12 @@ class Scheduler:
         self._quiet = 0  # steps of decode rows alone that come before the next chunk
         self._free_slots = list(range(config.max_batch))
         self._num_steps = self._num_arrived = 0
-        self._followers = Followers(cache.checkpoints)
-        self._least = NOBODY  # no other waiting one misses less
-        self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and when that was
         self.on_leave: Callable[[Sequence], None] = _ignore  # told of every sequence that ends or is preempted
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Who has no batch slot, in order."""
+        return self._line.seqs
 
     @property
     def has_work(self) -> bool:
@@ -106,10 +101,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the pools must be able to hold ``seq.max_len`` tokens."""
         self.line_up(seq)
-        insort(self.waiting, seq, key=order_of)
-        seq.num_missing, seq.waits_for = None, None
-        if self._blocked is None or order_of(seq) < order_of(self._blocked[0]):
-            self._least = 0
+        self._line.add(seq)
 
     def schedule(self) -> Step:
         """Choose the next step: one decode row of each sequence that is past its prompt, and prefill chunks.
@@ -135,10 +127,10 @@ class Scheduler:
         """
         decodes_alone = decodes_alone or (self.cache.checkpoints is not None and self.cache.checkpoints.copies)
         ahead = Ahead(launched.chunks)
-        if ahead.something_ends and self.waiting and (self._blocked is not None or not self._free_slots):
+        if ahead.something_ends and self.waiting and (self._line.has_blocked or not self._free_slots):
             return None
         going_on = [seq for seq in self.running if ahead.todo(seq)]
-        admits = bool(self.waiting) and self._may_admit([])
+        admits = bool(self.waiting) and self._line.may_begin([], len(self._free_slots))
         if not (admits or any(seq in ahead or seq.num_todo > 1 or not seq.is_structured for seq in going_on)):
             return None
         if decodes_alone and (admits or any(ahead.todo(seq) > 1 for seq in going_on) or not ahead.decodes_alone):
@@ -160,7 +152,7 @@ class Scheduler:
             if may_admit:
                 self._admit_waiting(step, ahead)
             dues = self._dues(step.admitted, ahead)
-            counts = dict(zip(dues, divide(list(dues.values()), self._prefill_chunk, self._share), strict=True))
+            counts = dict(zip(dues, self._divided(list(dues.values())), strict=True))
             self._quiet = self._steps_between if any(counts.values()) and decodes else 0
         for seq in self.running:
             count = counts.get(seq, 1 if ahead.todo(seq) == 1 else 0)
@@ -227,16 +219,16 @@ class Scheduler:
         if seq in self.running:
             self._stop(seq, keep)
         elif seq in self.waiting:
-            self._take_from_line(seq)
+            self._line.remove(seq)
 
     def clear_waiting(self) -> None:
         """Take out every sequence that waits."""
         for seq in list(self.waiting):
-            self._take_from_line(seq)
+            self._line.remove(seq)
 
     def num_missing(self, seq: Sequence) -> int:
         """Return how many tokens of a sequence that arrives are not cached now."""
-        claim = self._claim(seq)
+        claim = self._line.claim(seq)
         missing = len(seq.token_ids) - claim.num_tokens
         self.cache.drop(claim)
         return missing
@@ -244,18 +236,18 @@ class Scheduler:
     # --- sequences that another group prefills ------------------------------------------------------------------------
 
     def admit(self, queue: list[Sequence]) -> list[tuple[Sequence, BlockTable]]:
-        """Take the first sequences of a queue, with their pages, while batch slots last; see ``_allocate``."""
-        if not queue or self._is_blocked(queue[0]):
+        """Take the first sequences of a queue, with their pages, while batch slots last; see ``WaitingLine.admit``."""
+        if not queue or self._line.is_blocked(queue[0]):
             return []
-        claims = [(seq, self._claim(seq)) for seq in queue[: len(self._free_slots)]]
-        admitted = self._allocate(claims)
+        claims = [(seq, self._line.claim(seq)) for seq in queue[: len(self._free_slots)]]
+        admitted = self._line.admit(claims)
         del queue[: len(admitted)]
         return admitted
 
     def hold(self, seq: Sequence, table: BlockTable) -> None:
         """Give a sequence its pages and a batch slot; it does not run before ``run_held``."""
         seq.blocks, seq.batch_slot = table, heapq.heappop(self._free_slots)
-        seq.num_computed = self._skipped(table.num_reused)
+        seq.num_computed = self._line.skipped(table.num_reused)
         if self.cache.checkpoints is not None and table.num_reused:
             self.cache.blocks.movements += self.cache.checkpoints.restore(table, seq.batch_slot)
 
@@ -274,114 +266,15 @@ class Scheduler:
 
     def _admit_waiting(self, step: Step, ahead: Ahead) -> None:
         dues = list(self._dues([], ahead).values())
-        if not self._may_admit(dues):
+        num_slots = len(self._free_slots)
+        if not self._line.may_begin(dues, num_slots):
             return
-        for seq, table in self._allocate(self._choose(dues)):
-            self._take_from_line(seq)
+        for seq, table in self._line.admit(self._line.choose(dues, self.running, num_slots)):
+            self._line.remove(seq)
             self.hold(seq, table)
             insort(self.running, seq, key=order_of)
             step.admitted.append(seq)
-            self._let_look_again(seq)
-
-    def _may_admit(self, dues: list[Due]) -> bool:
-        """Return whether somebody that waits may begin beside the prompts that are due.
-
-        Nobody is looked at: whoever waits is no earlier in order, and misses no less, than what is tried.
-        """
-        if self._blocked is not None and not self._is_blocked(self._blocked[0]):
-            self._blocked, self._least = None, 0
-        if self._followers.wake():
-            self._least = 0
-        if not (self.waiting and self._free_slots) or self._least == NOBODY:
-            return False
-        return self._gets_some(dues, self.waiting[0], max(self._least, 1))
-
-    def _choose(self, dues: list[Due]) -> list[tuple[Sequence, Claim]]:
-        """Return who gets a part of the chunk if it begins, in order, with its claim, as far as batch slots go.
-
-        Claims stand before anybody is admitted: else the first could evict what the second was counted to reuse.
-        """
-        claims: list[tuple[Sequence, Claim]] = []
-        leaders = leaders_of(self.running)
-        looks, self._least = LOOKS, NOBODY
-        refused = NOBODY  # who is later and misses as much gets nothing either
-        for seq in self.waiting:
-            if self._blocked is not None and self._blocked[0] is seq:
-                break
-            if len(claims) == len(self._free_slots):
-                self._least = 0
-                break
-            if seq.waits_for is not None:
-                continue
-            likely = seq.num_missing or len(seq.token_ids)
-            if likely >= refused or not self._gets_some(dues, seq, likely):
-                refused = min(refused, likely)
-                if seq.num_missing or not looks or not self._gets_some(dues, seq, 1):
-                    self._least = min(self._least, seq.num_missing or 1)
-                    continue
-                looks -= 1
-            claim = self._claim(seq)
-            missing = len(seq.token_ids) - self._skipped(claim.num_tokens)
-            seq.num_missing = missing
-            if not seq.scores_prompt and self._followers.add(seq, claim, leaders):
-                self.cache.drop(claim)
-            elif not self._gets_some(dues, seq, missing):
-                self.cache.drop(claim)
-                self._least = min(self._least, missing)
-            else:
-                claims.append((seq, claim))
-                dues.append(Due(order_of(seq), missing, missing))
-                leaders.setdefault(next_block(claim), seq)
-        return claims
-
-    def _skipped(self, num_reused: int) -> int:
-        """Return how many tokens of a reused prefix are not computed."""
-        return max(num_reused - self._recomputed, 0)
-
-    def _gets_some(self, dues: list[Due], seq: Sequence, missing: int) -> bool:
-        """Return whether a waiting sequence gets tokens of the chunk beside the prompts that are due."""
-        return divide([*dues, Due(order_of(seq), missing, missing)], self._prefill_chunk, self._share)[-1] > 0
-
-    def _claim(self, seq: Sequence) -> Claim:
-        if seq.keys is None:
-            seq.keys = BlockKeys(seq.token_ids, self.cache.placement.block_size, seq.cache_salt)
-        return self.cache.claim(seq.keys, seq.retention, seq.most_reused)
-
-    def _allocate(self, claims: list[tuple[Sequence, Claim]]) -> list[tuple[Sequence, BlockTable]]:
-        """Admit those that claimed, in order, with their pages.
-
-        Where one does not fit, those behind it give up their claims and it tries again; if it still does not fit it
-        waits, and they wait behind it; it costs nothing then before something may let it fit.
-        """
-        admitted: list[tuple[Sequence, BlockTable]] = []
-        for at, (seq, claim) in enumerate(claims):
-            table = self.cache.admit(claim, len(seq.token_ids))
-            if table is None:
-                for _, other in claims[at + 1 :]:
-                    self.cache.drop(other)
-                del claims[at + 1 :]
-                table = self.cache.admit(claim, len(seq.token_ids))
-                if table is None:
-                    self.cache.drop(claim)
-                    self._blocked = (seq, self.cache.num_returns)
-                    break
-                self._least = 0  # those behind may fit all the same
-            admitted.append((seq, table))
-        return admitted
-
-    def _is_blocked(self, seq: Sequence) -> bool:
-        """Return whether a sequence did not fit, and no page came back since."""
-        return self._blocked == (seq, self.cache.num_returns)
-
-    def _let_look_again(self, leader: Sequence) -> None:
-        """A prompt has begun: let those find out that they may wait for it who looked before."""
-        for seq in self.waiting:
-            if lacks_the_same(seq, leader):
-                seq.num_missing, self._least = None, 0
-
-    def _take_from_line(self, seq: Sequence) -> None:
-        self.waiting.remove(seq)
-        self._followers.remove(seq)
+            self._line.let_look_again(seq)
 
     # --- the running sequences ----------------------------------------------------------------------------------------
 
@@ -404,11 +297,15 @@ class Scheduler:
             for chunk in chunks:
                 self.windows.extend(chunk.seq.blocks.window, chunk.stop)
 
+    def _divided(self, dues: list[Due]) -> list[int]:
+        """Return how many of a step's prompt tokens each prompt gets."""
+        return divide(dues, self._prefill_chunk, self._share)
+
     def _dues(self, admitted: list[Sequence], ahead: Ahead) -> dict[Sequence, Due]:
         """Return what is due of the prompts that run; those that were just admitted count whatever they miss."""
         todo = {seq: ahead.todo(seq) for seq in self.running}
         dues = {seq: Due(order_of(seq), n, n) for seq, n in todo.items() if n > 1 or seq in admitted}
-        self._followers.hurry(dues)
+        self._line.hurry(dues)
         return dues
 
     def _preempt(self, seq: Sequence) -> None:

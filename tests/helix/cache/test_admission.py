@@ -1,6 +1,6 @@
 """Admission in two phases: what is promised to any request of a batch is what it reuses, and the budget holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import Random
 
 import pytest
@@ -14,16 +14,23 @@ from helix.fair_share import Due
 from helix.request import RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from helix.scheduler import Scheduler, Step
+from helix.waiting import WaitingLine
 from parallel.placement import BlockCyclic
 
 A, B, C = list(range(100, 200)), list(range(200, 300)), list(range(300, 400))
 
 
+class LineOfOne(WaitingLine):
+    def choose(self, dues: list[Due], running: Iterable[Sequence], num_slots: int) -> list[tuple[Sequence, Claim]]:
+        return [(seq, self.claim(seq)) for seq in self.seqs[:1]]
+
+
 class OneByOne(Scheduler):
     """The test double: each request is matched and admitted before the next is looked at."""
 
-    def _choose(self, dues: list[Due]) -> list[tuple[Sequence, Claim]]:
-        return [(seq, self._claim(seq)) for seq in self.waiting[:1]]
+    def __init__(self, config: SchedulerConfig, cache: CacheControl) -> None:
+        super().__init__(config, cache)
+        self._line = LineOfOne(cache, self._divided, recomputed=0)
 
     def _admit_waiting(self, step: Step, ahead: Ahead) -> None:
         num_admitted = -1
