@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
 WITH_EXPERTS = ("glm4_moe",)
-WINDOWED = ("gpt_oss", "mistral", "mixtral")  # of gpt_oss every second layer, as of other families that may
+WINDOWED = ("gemma3", "gpt_oss", "mistral", "mixtral")  # of gpt_oss every second layer, as of other families that may
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
 PASSKEY = "passkey"  # a Llama made by hand: scripts/passkey_model.py
 ALL = (*FAMILIES, *WITH_EXPERTS, *WINDOWED, *HYBRIDS, PASSKEY)
@@ -237,6 +237,8 @@ def _config(recipe: Recipe) -> Any:
         more["attention_bias"] = True
     if recipe.window or of_all:
         more["sliding_window"] = recipe.window or None
+    if recipe.family == "gemma3":
+        more |= {"query_pre_attn_scalar": 2 * recipe.head_dim}
     if recipe.window and not of_all:
         more["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(recipe.layers)]
         more["use_sliding_window"] = True

@@ -4,7 +4,8 @@ Importing this package loads no family, no transformers and no checkpoint librar
 """
 
 from .parts import Part, Piece, Weight
-from .spec import ModelSpec, RopeSpec, load_spec
+from .rope import RopeSpec
+from .spec import ModelSpec, load_spec
 from .weight_names import WeightNames
 from .weights import layer_weights, model_weights, tensor_shapes, whole
 

@@ -59,7 +59,12 @@ KEYS = (
     Key("embedding_multiplier", (1,), "embeddings would be multiplied"),
     Key("scale_emb", (1,), "embeddings would be multiplied"),
     Key("attention_multiplier", (), "scores would be multiplied by it instead of 1 / sqrt(head size)"),
-    Key("query_pre_attn_scalar", (), "scores would be multiplied by another factor than 1 / sqrt(head size)"),
+    Key(
+        "query_pre_attn_scalar",
+        (),
+        "scores would be multiplied by another factor than 1 / sqrt(head size)",
+        computed_by=("gemma3",),
+    ),
     Key("attn_temperature_tuning", (False, 0), "queries would be scaled by their position"),
     Key("use_logn_attn", (False,), "queries would be scaled by their position"),
     Key("use_dynamic_ntk", (False,), "RoPE would change with the length of the context"),
@@ -138,7 +143,14 @@ def _other_layers(config: Any) -> int | None:
     return 0 if others - known else None
 
 
-WINDOWED = ("gpt_oss", "mistral", "mixtral", "qwen2", "qwen3")  # families whose layers with a window are computed
+WINDOWED = (
+    "gemma3_text",
+    "gpt_oss",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+)  # families whose layers with a window are computed
 
 
 def _sliding_window(config: Any) -> int | None:

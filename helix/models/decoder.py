@@ -102,6 +102,8 @@ class Decoder:
         self.taps: tuple[int, ...] = ()
         self.tapped: list[torch.Tensor] = []
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
+        self._window_inv_freq = (spec.window_rope or spec.rope).inv_freq.to(device=device, dtype=torch.float32)
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
         self.top: Parameters = self._allocate(model_weights(spec, self.part))
         self.layers: list[Parameters] = [
             self._allocate(layer_weights(spec, layer, self.part)) for layer in range(spec.num_layers)
@@ -184,7 +186,11 @@ class Decoder:
             rope=self.spec.rope,
             inv_freq=self._inv_freq,
             chosen=None if chosen is None else (chosen, rows.row_seq),
+            scale=self._embedding_scale,
         )
+        near = (cos, sin)  # of layers with a window
+        if self.spec.window_rope is not None:
+            near = self.spec.window_rope.turn(rows.positions, self._window_inv_freq)
         own = (cos, sin) if share is None else (cos[share.mine], sin[share.mine])
         next_norms = [*(weights["input_norm"] for weights in self.layers[1:]), self.top["final_norm"]]
         exchange.begin_step()
@@ -197,7 +203,7 @@ class Decoder:
             if kind == STATE:
                 merged = self._advance(place, weights, normed, rows, chunk=chunk, longest=longest)
             elif kind == WINDOW:
-                merged = self._look_back(place, weights, normed, cos, sin, rows.window, chunk=chunk)
+                merged = self._look_back(place, weights, normed, *near, rows.window, chunk=chunk)
             else:
                 queries = self._query_share(share, cos, sin, layer)
                 q = self._project_qkv(
@@ -256,9 +262,9 @@ class Decoder:
         projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl, chunk=chunk)
         if "o_bias" in weights:  # once: every rank has the same stream, and the all-reduce adds what they project
             stream += weights["o_bias"]
-        normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * index)
+        normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * index, weights.get("mixed_norm"))
         added = self._feed_forward(weights, normed, self.spec.experts_of(layer), chunk)
-        return self._sum_and_norm(added, stream, next_norm, 2 * index + 1)
+        return self._sum_and_norm(added, stream, next_norm, 2 * index + 1, weights.get("fed_norm"))
 
     def _attend(
         self, q: torch.Tensor, pages: Pages, rows: Rows, fillings: Sequence[Filling], weights: Parameters
@@ -307,7 +313,8 @@ class Decoder:
     ) -> torch.Tensor:
         """Return this rank's summands of a layer's feed-forward: [S, R, h]."""
         if experts is None:
-            return feed_forward(normed, weights["gate_up"], weights["down"], pdl=self._pdl, chunk=chunk)
+            gelu = self.spec.gelu
+            return feed_forward(normed, weights["gate_up"], weights["down"], gelu=gelu, pdl=self._pdl, chunk=chunk)
         first, stop = self.part.experts
         gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in EXPERT_ROLES)
         biases = None
@@ -330,9 +337,13 @@ class Decoder:
         )
 
     def _sum_and_norm(
-        self, projected: torch.Tensor, stream: torch.Tensor, weight: torch.Tensor, index: int
+        self, added: torch.Tensor, stream: torch.Tensor, weight: torch.Tensor, index: int, norm: torch.Tensor | None
     ) -> torch.Tensor:
-        return self._reduce_norm(projected, stream, weight, self.spec.rms_eps, index=index)
+        """Sum what all ranks add, normalised by ``norm`` where there is one, onto the stream; return that's norm."""
+        if norm is None:
+            return self._reduce_norm(added, stream, weight, self.spec.rms_eps, index=index)
+        stream += self._reduce_norm(added, torch.zeros_like(stream), norm, self.spec.rms_eps, index=index)
+        return self._norm(stream, weight)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight, self.spec.rms_eps)

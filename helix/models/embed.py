@@ -10,12 +10,13 @@ from triton.language.extra import libdevice
 
 from parallel.norm import rms_norm
 
-from .spec import RopeSpec
+from .rope import RopeSpec
 
 
 @triton.jit
 def _embed_kernel(
     token_ids, chosen, stride, row_seq, positions, embedding, weight, inv_freq, stream, normed, cos, sin, eps, scaling,
+    embedding_scale,
     H: tl.constexpr, H_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, HAS_CHOSEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -25,6 +26,7 @@ def _embed_kernel(
         token = tl.where(token < 0, tl.load(chosen + last), token)
     i = tl.arange(0, H_PAD)
     x = tl.load(embedding + token * H + i, mask=i < H, other=0.0)
+    x = (x.to(tl.float32) * embedding_scale).to(x.dtype)
     tl.store(stream + row * H + i, x, mask=i < H)
     value = x.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 0) / H + eps)
@@ -46,6 +48,7 @@ def embed(
     rope: RopeSpec,
     inv_freq: torch.Tensor,
     chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the stream [R, h], its RMSNorm [R, h], and cos and sin of the positions' angles.
 
@@ -55,15 +58,14 @@ def embed(
         rope: how positions turn; inv_freq is its own, on the device.
         chosen: tokens [N, B] int64 and the column of it [R] where a row's token is, of which an id of -1 means the
             first, -2 the second; CUDA alone.
+        scale: what embeddings are multiplied by, a number of their dtype.
 
     Returns:
         stream and normed in the embedding's dtype; cos, sin [R, rotary_dim / 2] float32, scaled.
     """
     if not token_ids.is_cuda:
-        stream = F.embedding(token_ids, embedding)
-        angle = positions.unsqueeze(1).to(torch.float32) * inv_freq
-        normed = rms_norm(stream, weight, eps)
-        return stream, normed, angle.cos() * rope.attention_scaling, angle.sin() * rope.attention_scaling
+        stream = F.embedding(token_ids, embedding) * scale
+        return stream, rms_norm(stream, weight, eps), *rope.turn(positions, inv_freq)
     rows, hidden, half = token_ids.shape[0], embedding.shape[1], inv_freq.shape[0]
     stream, normed = embedding.new_empty((2, rows, hidden)).unbind(0)
     cos, sin = inv_freq.new_empty((2, rows, half)).unbind(0)
@@ -71,7 +73,7 @@ def embed(
         last, row_seq = chosen or (token_ids, token_ids)
         _embed_kernel[(rows,)](
             token_ids, last, last.stride(0), row_seq, positions, embedding, weight, inv_freq, stream, normed, cos, sin,
-            eps, rope.attention_scaling,
+            eps, rope.attention_scaling, scale,
             H=hidden, H_PAD=triton.next_power_of_2(hidden), HALF=half, HALF_PAD=triton.next_power_of_2(half),
             HAS_CHOSEN=chosen is not None, num_warps=8,
         )  # fmt: skip

@@ -6,15 +6,18 @@ the runtime would compute wrongly without a word is refused here, with the setti
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .config_files import one_line
 from .kinds import FULL, STATE, WINDOW, Kind
-from .spec import Experts, Latent, ModelSpec, RopeSpec, as_token_ids
+from .rope import RopeSpec
+from .spec import Experts, Latent, ModelSpec, as_token_ids
 from .weight_names import WeightNames
 
+FULL_ATTENTION = "full_attention"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 UNUSED = {"bos_token_id": None, "pad_token_id": None}  # whatever they hold, nothing here reads them
 
@@ -38,8 +41,9 @@ def read_config(raw: dict[str, Any]) -> Any:
 def spec_from(
     config: Any,
     family: str,
-    rotary: type[torch.nn.Module],
+    rotary: Callable[[Any], torch.nn.Module],
     *,
+    activation: str = "silu",
     qkv_bias: bool = False,
     qk_norm: bool = False,
     interleaved: bool = False,
@@ -48,13 +52,14 @@ def spec_from(
     latent: Latent | None = None,
     **more: Any,
 ) -> ModelSpec:
-    """Return the spec of `config`, given what distinguishes its family; `rotary` is the family's rotary embedding.
+    """Return the spec of `config`, given what distinguishes its family; `rotary` makes the family's rotary embedding.
 
-    ``more`` are other fields of the spec.
+    ``activation`` is what the family calls its gate's. ``more`` are other fields of the spec.
 
     Raises ValueError for a setting that Helix does not compute.
     """
-    require(config.hidden_act == "silu", "hidden_act", config.hidden_act, "Helix computes 'silu' only")
+    said = getattr(config, "hidden_act", activation)
+    require(said == activation, "hidden_act", said, f"Helix computes {activation!r} only")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_kv_heads = config.num_key_value_heads or config.num_attention_heads
     if latent is not None:  # what is cached of a token is one head, for all
@@ -73,7 +78,7 @@ def spec_from(
         qk_norm=qk_norm,
         tied_embeddings=bool(config.tie_word_embeddings),
         max_position=config.max_position_embeddings,
-        rope=_rope(config, rotary, interleaved=interleaved),
+        rope=rope_of(config, rotary, interleaved=interleaved),
         eos_token_ids=as_token_ids(config.eos_token_id),
         names=names or WeightNames(),
         experts=experts,
@@ -95,21 +100,26 @@ def require_full_rotation(spec: ModelSpec) -> ModelSpec:
     return spec
 
 
-def _rope(config: Any, rotary: type[torch.nn.Module], *, interleaved: bool) -> RopeSpec:
+def rope_of(
+    config: Any, rotary: Callable[[Any], torch.nn.Module], *, interleaved: bool = False, kind: str = FULL_ATTENTION
+) -> RopeSpec:
+    """Return how positions rotate by a family's rotary embedding; in layers of a kind, where config has several."""
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    require(kind in ROPE_TYPES, "rope_type", kind, f"supported: {', '.join(ROPE_TYPES)}")
-    embedding: Any = rotary(config)
-    inv_freq = embedding.inv_freq.detach().to("cpu", torch.float32).clone()
+    prefix = f"{kind}_" if kind in settings else ""
+    for each in settings.values() if prefix else (settings,):
+        rope_type = each.get("rope_type", each.get("type", "default"))
+        require(rope_type in ROPE_TYPES, "rope_type", rope_type, f"supported: {', '.join(ROPE_TYPES)}")
+    embedding = rotary(config)
+    inv_freq = getattr(embedding, f"{prefix}inv_freq").detach().to("cpu", torch.float32).clone()
     return RopeSpec(
         inv_freq=inv_freq,
-        attention_scaling=float(embedding.attention_scaling),
+        attention_scaling=float(getattr(embedding, f"{prefix}attention_scaling")),
         interleaved=interleaved,
         rotary_dim=2 * inv_freq.numel(),
     )
 
 
-KINDS = {"full_attention": FULL, "sliding_attention": WINDOW, "linear_attention": STATE}
+KINDS = {FULL_ATTENTION: FULL, "sliding_attention": WINDOW, "linear_attention": STATE}
 
 
 def layer_kinds(config: Any) -> tuple[Kind, ...]:

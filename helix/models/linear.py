@@ -22,6 +22,7 @@ from functools import cache
 from typing import TypeGuard
 
 import torch
+import torch.nn.functional as F
 import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -228,13 +229,16 @@ def linear(x: torch.Tensor, w: Matrix, *, pdl: bool = False, chunk: bool = False
 
 
 def gated_linear(
-    x: torch.Tensor, gate_up: Matrix, *, pdl: bool = False, late: bool = False, chunk: bool = False
+    x: torch.Tensor, gate_up: Matrix, *, gelu: bool = False, pdl: bool = False, late: bool = False, chunk: bool = False
 ) -> torch.Tensor:
     """Return silu(x gate^T) * (x up^T): [R, F] for gate_up [2 F, K], the gate's rows first; ``chunk`` as above.
 
-    ``late``, of a matrix that is not quantised: what the kernel before this one wrote is there for the one after it
-    before that waits.
+    ``gelu``: its tanh form stands for silu, in PyTorch. ``late``, of a matrix that is not quantised: what the kernel
+    before this one wrote is there for the one after it before that waits.
     """
+    if gelu:
+        gate, up = product(x, gate_up).chunk(2, -1)
+        return F.gelu(gate, approximate="tanh") * up
     if can_stream(x, gate_up):
         return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0], late=late)[0]
     if chunk and multiplies_in_8_bits(gate_up, x):
@@ -243,12 +247,12 @@ def gated_linear(
 
 
 def feed_forward(
-    x: torch.Tensor, gate_up: Matrix, down: Matrix, *, pdl: bool = False, chunk: bool = False
+    x: torch.Tensor, gate_up: Matrix, down: Matrix, *, gelu: bool = False, pdl: bool = False, chunk: bool = False
 ) -> torch.Tensor:
     """Return summands of what ``gated_linear`` makes times down [h, F] transposed: [S, R, h], as ``split_linear``."""
-    if chunk and multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
+    if chunk and not gelu and multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
         return feed_forward_in_8_bits(x, gate_up, down).unsqueeze(0)
-    return split_linear(gated_linear(x, gate_up, pdl=pdl, chunk=chunk), down, pdl=pdl, chunk=chunk)
+    return split_linear(gated_linear(x, gate_up, gelu=gelu, pdl=pdl, chunk=chunk), down, pdl=pdl, chunk=chunk)
 
 
 def experts_gated_linear(

@@ -9,20 +9,19 @@ import importlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .config_files import find_config, one_line, read_config_file, read_json
 from .kinds import FULL, FULL_KIND, STATE, Kind
 from .quantization import Quantization, read_quantization
+from .rope import RopeSpec
 from .states import States
 from .weight_names import WeightNames, module_of
-
-if TYPE_CHECKING:
-    import torch
 
 FAMILIES = {
     "deepseek_v2": ".deepseek",
     "deepseek_v3": ".deepseek",
+    "gemma3": ".gemma3",
     "glm": ".glm",
     "glm4_moe": ".glm4_moe",
     "gpt_oss": ".gpt_oss",
@@ -39,30 +38,7 @@ FAMILIES = {
 }
 SAME_AS = {"kimi_k2": "deepseek_v3"}  # model types that are another one under a name that transformers does not know
 # families whose config.json has the text model's config in "text_config", and what model_type that has
-TEXT_PARTS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
-
-
-@dataclass(frozen=True, eq=False)
-class RopeSpec:
-    """How positions rotate queries and keys.
-
-    inv_freq: [rotary_dim / 2] float32 on the CPU, radians per position; pair i turns by position * inv_freq[i].
-    attention_scaling: factor on both cos and sin (1.0 except for yarn).
-    interleaved: pair i is elements (2i, 2i+1) if true, else (i, i + rotary_dim/2).
-    rotary_dim: how many leading elements of each head are rotated; the rest pass unchanged.
-    """
-
-    inv_freq: "torch.Tensor"
-    attention_scaling: float
-    interleaved: bool
-    rotary_dim: int
-
-    def __post_init__(self) -> None:
-        if self.inv_freq.shape != (self.rotary_dim // 2,) or self.rotary_dim % 2:
-            raise ValueError(
-                f"rope.rotary_dim = {self.rotary_dim} must be even and twice the number of frequencies, "
-                f"which has shape {tuple(self.inv_freq.shape)}"
-            )
+TEXT_PARTS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
 
 @dataclass(frozen=True)
@@ -178,6 +154,10 @@ class ModelSpec:
     output_gate: attention's output is multiplied by a sigmoid; a head's gate stands behind its query in q's matrix.
     norms_exceed_one: the files hold what the weights of norms exceed one by (not of those of state layers).
     o_bias: the output projection has a bias. sinks: each head has a score without a value, which joins its softmax.
+    gelu: dense feed-forwards are gated by GELU (its tanh form). normalises_added: what attention and feed-forward add
+        is normalised, by weights of its own. embedding_scale: what embeddings are multiplied by.
+    score_scale: what scores are multiplied by; None for 1 / sqrt(head_dim), or what latents say.
+    window_rope: how positions rotate in layers with a window; None for as in others.
     """
 
     family: str
@@ -207,6 +187,11 @@ class ModelSpec:
     norms_exceed_one: bool = False
     o_bias: bool = False
     sinks: bool = False
+    gelu: bool = False
+    normalises_added: bool = False
+    embedding_scale: float = 1.0
+    score_scale: float | None = None
+    window_rope: RopeSpec | None = None
 
     def __post_init__(self) -> None:
         for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():
@@ -275,7 +260,9 @@ class ModelSpec:
     @property
     def scale(self) -> float:
         """What scores are multiplied by."""
-        return self.head_dim**-0.5 if self.latent is None else self.latent.scale
+        if self.latent is not None:
+            return self.latent.scale
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
     @property
     def expert_sizes(self) -> tuple[int, int]:

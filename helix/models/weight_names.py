@@ -31,6 +31,8 @@ class WeightNames:
     kv_a_norm: str = "model.layers.{layer}.self_attn.kv_a_layernorm.weight"
     kv_b: str = "model.layers.{layer}.self_attn.kv_b_proj.weight"
     post_norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
+    mixed_norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
+    fed_norm: str = "model.layers.{layer}.post_feedforward_layernorm.weight"
     gate: str = "model.layers.{layer}.mlp.gate_proj.weight"
     up: str | None = "model.layers.{layer}.mlp.up_proj.weight"
     down: str = "model.layers.{layer}.mlp.down_proj.weight"

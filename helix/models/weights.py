@@ -110,7 +110,7 @@ def model_weights(spec: ModelSpec, part: Part) -> dict[str, Weight]:
 def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     """Return this rank's weights of one layer, by role.
 
-    input_norm, post_norm [h]
+    input_norm, post_norm [h]; mixed_norm, fed_norm [h] of what attention and feed-forward add, when the model has them
     qkv [(q heads + 2 * KV heads) * D, h]: rows of the q heads, then of the k heads, then of the v heads
     qkv_bias [(q heads + 2 * KV heads) * D] when the model has it, in the same order
     q_norm, k_norm [D] when the model has them
@@ -139,6 +139,7 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     weights = {
         "input_norm": _norm(spec, names.input_norm.format(layer=layer), h),
         "post_norm": _norm(spec, names.post_norm.format(layer=layer), h),
+        **_added_norms(spec, layer),
         **_mixing(spec, layer, part.for_kind(spec.kind_of(layer))),
         **(_dense_ffn(spec, layer, part) if spec.experts_of(layer) is None else _experts_ffn(spec, layer, part)),
     }
@@ -172,6 +173,12 @@ def next_weights(spec: ModelSpec, part: Part) -> dict[str, Weight]:
 def _norm(spec: ModelSpec, name: str, size: int) -> Weight:
     """Return the weight of a norm; where the files hold what exceeds one, it is kept in float32."""
     return Weight((size,), (Piece(name),), exact=spec.norms_exceed_one, plus=1.0 if spec.norms_exceed_one else 0.0)
+
+
+def _added_norms(spec: ModelSpec, layer: int) -> dict[str, Weight]:
+    """Return the norms of what attention and feed-forward add; none where that is added as it is."""
+    names = {"mixed_norm": spec.names.mixed_norm, "fed_norm": spec.names.fed_norm} if spec.normalises_added else {}
+    return {role: _norm(spec, name.format(layer=layer), spec.hidden_size) for role, name in names.items()}
 
 
 def _mixing(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
@@ -296,6 +303,8 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if not spec.tied_embeddings:
         shapes[names.lm_head] = (spec.vocab_size, h)
     norms: dict[str, tuple[int, ...]] = {names.input_norm: (h,), names.post_norm: (h,)}
+    if spec.normalises_added:
+        norms |= {names.mixed_norm: (h,), names.fed_norm: (h,)}
     layer: dict[str, tuple[int, ...]] = {}
     if latent is None:
         layer |= {

@@ -3,7 +3,8 @@ import torch
 
 from attention.reference import ReferenceAttention
 from helix.models.decoder import Decoder
-from helix.models.spec import ModelSpec, RopeSpec
+from helix.models.rope import RopeSpec
+from helix.models.spec import ModelSpec
 from helix.models.weights import part_of
 from parallel.grid import HelixGrid
 from parallel.layout import Layout

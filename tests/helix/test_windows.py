@@ -97,6 +97,8 @@ def generate_body(path, kvp, tpa, runs, prompts):
         ("gpt_oss", 1, 1, [(16, 2048, 8, {}), (1, 7, 3, {})]),
         ("gpt_oss", 4, 1, [(16, 33, 4, {"check_ranks": True, "ep": 2})]),
         ("gpt_oss", 2, 2, [(4, 20, 8, {})]),
+        ("gemma3", 1, 1, [(16, 2048, 8, {}), (1, 7, 3, {})]),
+        ("gemma3", 2, 2, [(4, 20, 8, {"check_ranks": True})]),
         ("mixtral", 2, 1, [(16, 33, 8, {"ep": 2})]),
     ],
 )

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from helix.models.embed import embed
-from helix.models.spec import RopeSpec
+from helix.models.rope import RopeSpec
 
 
 @pytest.mark.gpu
@@ -15,10 +15,11 @@ def test_the_kernel_does_what_the_steps_do(dtype):
     positions = torch.tensor([0, 1, 1_048_575, 4_000_000])  # far angles need an exact reduction
     embedding, weight = torch.randn(10, hidden).to(dtype), torch.randn(hidden).to(dtype)
     real = torch.where(token_ids < 0, chosen[row_seq], token_ids)
-    expected = embed(real, positions, embedding=embedding, weight=weight, eps=1e-5, rope=rope, inv_freq=inv_freq)
+    how = {"eps": 1e-5, "rope": rope, "scale": 13.25}
+    expected = embed(real, positions, embedding=embedding, weight=weight, inv_freq=inv_freq, **how)
     ours = embed(
-        token_ids.cuda(), positions.cuda(), embedding=embedding.cuda(), weight=weight.cuda(), eps=1e-5, rope=rope,
-        inv_freq=inv_freq.cuda(), chosen=(chosen.cuda(), row_seq.cuda()),
+        token_ids.cuda(), positions.cuda(), embedding=embedding.cuda(), weight=weight.cuda(), inv_freq=inv_freq.cuda(),
+        chosen=(chosen.cuda(), row_seq.cuda()), **how,
     )  # fmt: skip
     assert torch.equal(ours[0].cpu(), expected[0])
     torch.testing.assert_close(ours[1].cpu(), expected[1], rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -19,10 +21,12 @@ def test_projections_equal_float64(dtype, rows, columns, depth):
     x, w, bias = x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE)
     plain = torch.nn.functional.linear(x, w)
     plain_gate, plain_up = plain.chunk(2, -1)
+    gelu = partial(torch.nn.functional.gelu, approximate="tanh")
     triples = [  # ours, the library's in the same dtype, exact
         (linear(x, w), plain, wide),
         (split_linear(x, w, bias).sum(0), torch.nn.functional.linear(x, w, bias), wide + bias.cpu().double()),
         (gated_linear(x, w), torch.nn.functional.silu(plain_gate) * plain_up, torch.nn.functional.silu(gate) * up),
+        (gated_linear(x, w, gelu=True), gelu(plain_gate) * plain_up, gelu(gate) * up),
     ]
     for ours, theirs, exact in triples:
         error, allowed = ((each.cpu().double() - exact).abs().max() for each in (ours, theirs))

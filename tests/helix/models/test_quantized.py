@@ -21,8 +21,9 @@ from helix.models.quantized import (
     widen_blocks,
     widen_slice,
 )
+from helix.models.rope import RopeSpec
 from helix.models.routing import route
-from helix.models.spec import Experts, ModelSpec, RopeSpec
+from helix.models.spec import Experts, ModelSpec
 from parallel.grid import HelixGrid
 from parallel.layout import Layout
 

@@ -180,7 +180,7 @@ def test_max_position_can_be_overridden(tmp_path: Path) -> None:
         (
             "gemma2",
             {},
-            "has model_type 'gemma2'; supported: deepseek_v2, deepseek_v3, glm, ",
+            "has model_type 'gemma2'; supported: deepseek_v2, deepseek_v3, gemma3, ",
         ),
         ("chatglm", {"auto_map": {"AutoConfig": "code.Config"}}, "has model_type 'chatglm'; supported: deepseek"),
         ("qwen3_next", {"attention_bias": True}, "attention_bias = True; Helix has no biases of gated queries"),
