@@ -128,9 +128,13 @@ class LocalRows:
 
     @classmethod
     def for_nobody(cls, num_rows: int, *, visible: int = 0, window: int = 0) -> LocalRows:
-        """Return rows that store nothing and see so many tokens, the last ``window`` in layers that have one."""
+        """Return rows that store nothing and see so many tokens.
+
+        In layers with a window each sees what all rows of such a run would see together, and one token more, for
+        windows rarely begin where pages do: so work is cut into parts as that of real rows is.
+        """
         seen, slot = np.full(num_rows, visible, np.int64), np.full(num_rows, -1, np.int64)
-        return cls(seen, slot, WindowRows.at(seen, window, slot) if window else None)
+        return cls(seen, slot, WindowRows.at(seen, window + num_rows, slot) if window else None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from helix.batch import LocalRows, SharedRows, StepRows
+from attention.work import Cutting, cut
+from helix.batch import LocalRows, SharedRows, StepRows, WindowRows
 from helix.request import Chunk
 from parallel.placement import BlockCyclic
 
@@ -54,3 +55,19 @@ def test_rows_of_reused_tokens_see_what_is_cached_and_are_not_written():
     local = LocalRows.of(rows, BlockCyclic(4, 1), 0, np.array([[3, 5, 6]], np.int32))
     assert local.slot.tolist() == [-1, -1, 5 * 4 + 3, 6 * 4]
     assert local.visible.tolist() == [6, 7, 8, 9]
+
+
+def test_rows_for_nobody_are_cut_into_parts_where_those_of_prompts_are():
+    window, block_size = 128, 64
+    cutting = Cutting("many_rows", 16, 128, 16, persistent=False)
+
+    def is_split(rows):
+        start = np.array([0, len(rows.visible_len)])
+        seqs = np.zeros(start[1], np.int64)
+        return cut(rows.visible_len, start, seqs, cutting, rows.visible_from, block_size).is_split
+
+    for num_rows in (1, 16, 65, 128, 129, 1024):
+        prompt = WindowRows.at(np.arange(1000, 1000 + num_rows), window, np.full(num_rows, -1))
+        nobody = LocalRows.for_nobody(num_rows, visible=65536, window=window).window
+        assert is_split(prompt) == is_split(nobody)
+    assert not is_split(LocalRows.for_nobody(65, visible=1, window=window).window)

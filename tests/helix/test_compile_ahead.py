@@ -57,7 +57,7 @@ def draw(rng: Random, vocab: int) -> Request:
 @pytest.mark.parametrize(
     ("preset", "method"),
     [
-        *product(("glm4_9b_1m", "qwen3_30b_a3b", "deepseek_v2_lite"), ("none", "ngram")),
+        *product(("glm4_9b_1m", "qwen3_30b_a3b", "deepseek_v2_lite", "gpt_oss_20b"), ("none", "ngram")),
         ("deepseek_r1", "none"),
         ("deepseek_r1", "mtp"),
     ],
