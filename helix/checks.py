@@ -7,6 +7,7 @@ Files, the Python API and HTTP all make the same few objects of what they are gi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -27,6 +28,19 @@ def conforms(value: object, expected: Any) -> bool:
     if isinstance(expected, UnionType):
         return any(conforms(value, choice) for choice in inner)
     return type(value) in ((float, int) if expected is float else (expected,))
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of another library, such as NumPy's, as Python's own; any other value as it is."""
+    if type(value) in (int, float, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def whole_number(value: Any) -> Any:
+    """Return a number that is whole, 4.0 and NumPy's among them, as an int; any other value as it is."""
+    value = plain_number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_text(name: str, value: object) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .cache.retention import Retention
+from .checks import plain_number, whole_number
 from .sampling import SamplingParams
 from .structured import from_response_format
 
@@ -232,8 +233,7 @@ def _range(given: Mapping[str, Any]) -> Retention:
     for key, value in given.items():
         if key not in RETENTION_KEYS:
             raise ValueError(f"retention.{key} is not a key; the keys are {', '.join(RETENTION_KEYS)}")
-        if key != "duration_s" and isinstance(value, float) and value.is_integer():
-            value = int(value)
+        value = plain_number(value) if key == "duration_s" else whole_number(value)
         if value is None:
             continue
         if type(value) not in ((int, float) if key == "duration_s" else (int,)):

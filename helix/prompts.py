@@ -12,6 +12,7 @@ import numpy as np
 
 from parallel.placement import BlockCyclic
 
+from .checks import plain_number
 from .commands import Add, Refuse, encode
 from .grammar.compiling import GrammarCompiler
 from .messages import plain_messages
@@ -45,7 +46,7 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str | Request):
         return [prompts]
     given: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-    is_one = isinstance(given, Sequence) and len(given) > 0 and all(type(token) is int for token in given)
+    is_one = isinstance(given, Sequence) and len(given) > 0 and all(type(plain_number(token)) is int for token in given)
     return [list(given)] if is_one else given
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .cache.keys import BlockKeys
 from .cache.pool import BlockTable
 from .cache.retention import Retention
-from .checks import check_text
+from .checks import check_text, plain_number, whole_number
 from .fair_share import Order
 
 if TYPE_CHECKING:
@@ -56,28 +56,42 @@ class Request:
     error: str | None = None
 
     def check(self) -> None:
-        """Raise ValueError, in one line, where it is none that can run, whatever the model: see the attributes."""
+        """Raise ValueError, in one line, where it is none that can run, whatever the model: see the attributes.
+
+        Ids and priority of other types than Python's, such as NumPy's, become its own.
+        """
         if self.error is not None:
             raise ValueError(self.error)
         given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a request takes one of prompt, prompt_token_ids and messages, not {given or 'none'}")
+        ids: Any = self.prompt_token_ids
+        self.prompt_token_ids = ids.tolist() if hasattr(ids, "tolist") else ids
         for name, kind in (("prompt", str), ("prompt_token_ids", list), ("messages", list), ("cache_salt", str)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"{name} is a {type(value).__name__}, must be a {kind.__name__}")
         if self.prompt_token_ids is not None and not all(type(token) is int for token in self.prompt_token_ids):
-            raise ValueError("prompt_token_ids must be integers")
+            self.prompt_token_ids = [plain_number(token) for token in self.prompt_token_ids]
+            if not all(type(token) is int for token in self.prompt_token_ids):
+                raise ValueError("prompt_token_ids must be integers")
         if not all(isinstance(each, Retention) for each in self.retention):
             raise ValueError("retention must hold Retention objects alone")
-        if type(self.priority) is not int or abs(self.priority) > MAX_URGENCY:
-            raise ValueError(f"priority = {self.priority!r} must be an integer in {-MAX_URGENCY}..{MAX_URGENCY}")
+        self.priority = priority_of(self.priority)
         if len(self.cache_salt) > MAX_SALT_CHARS:
             raise ValueError(f"cache_salt has {len(self.cache_salt)} characters, must have at most {MAX_SALT_CHARS}")
         if self.template and self.messages is None:
             raise ValueError(f"{next(iter(self.template))} is for the chat template; it needs messages")
         for name in ("prompt", "messages", "template", "cache_salt"):
             check_text(name, getattr(self, name))
+
+
+def priority_of(given: Any) -> int:
+    """Return the priority that a value stands for; ValueError, in one line, where it is none."""
+    value = whole_number(given)
+    if type(value) is not int or abs(value) > MAX_URGENCY:
+        raise ValueError(f"priority = {given!r} must be an integer in {-MAX_URGENCY}..{MAX_URGENCY}")
+    return value
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from .checks import INT64_LIMIT, check_text, conforms
+from .checks import INT64_LIMIT, check_text, conforms, plain_number, whole_number
 from .structured import structured
 
 SEED_LIMIT = INT64_LIMIT
@@ -183,8 +183,9 @@ class SamplingParams:
 
 def _plain(value: Any, expected: Any) -> Any:
     """Return a value in the type that is expected where it is certain what is meant, else as it is."""
-    if isinstance(value, float) and value.is_integer() and conforms(1, expected) and not conforms(1.5, expected):
-        return int(value)
+    value = plain_number(value)
+    if conforms(1, expected) and not conforms(1.5, expected):
+        return whole_number(value)
     if isinstance(value, str) and conforms(["text"], expected):
         return [value]
     if isinstance(value, Mapping) and conforms({1: 1.0}, expected):  # JSON's keys are texts

@@ -102,10 +102,10 @@ def _one_form(name: str, value: Any) -> tuple[str, str]:
     elif name == "choice":
         if isinstance(value, list | tuple) and value and all(isinstance(each, str) and each for each in value):
             return "grammar", "root ::= " + " | ".join(map(_literal, value))
-        raise ValueError(f"{setting} = {_short(value)} must be a list of texts")
+        raise ValueError(f"{setting} = {_short(value)} must be a list of texts, none of them empty")
     if isinstance(value, str) and value.strip():
         return name, value
-    what = "a schema: an object, or its text" if name == "json" else "a text"
+    what = "a schema: an object, or its text" if name == "json" else "a text that is not empty"
     raise ValueError(f"{setting} = {_short(value)} must be {what}")
 
 

@@ -24,7 +24,7 @@ from helix.fields import (
     take_settings,
     take_template,
 )
-from helix.request import Request
+from helix.request import Request, priority_of
 from helix.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
@@ -182,6 +182,7 @@ def _fill(request: Request, item: Mapping[str, Any], sampling: SamplingParams) -
     request.template = take_template(given)
     for name in ("id", *_foreign(given)):
         given.pop(name, None)
+    given["priority"] = priority_of(given.get("priority", 0))
     _take_prompt(given)
     for key, value in given.items():
         setattr(request, key, value)

@@ -23,6 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException
 
+from helix.checks import whole_number
+
 Config = TypeVar("Config")
 Tree = dict[str, Any]
 """The values of a schema's keys; those of a group of keys are a tree of their own."""
@@ -241,8 +243,8 @@ def _conform(key: str, value: Any, kind: Any) -> Any:
         return [_conform(key, item, get_args(bare)[0]) for item in value]
     if get_origin(bare) is dict and isinstance(value, dict):
         return value
-    if bare is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+    if bare is int:
+        value = whole_number(value)
     if bare is float and type(value) is int and abs(value) < 2**1000:
         return float(value)
     if type(value) is not bare:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from ..cache.retention import DEFAULT_PRIORITY, Retention
-from ..checks import conforms
+from ..checks import conforms, whole_number
 from ..fields import (
     BY_NAME,
     CHAT,
@@ -24,7 +24,7 @@ from ..fields import (
     take_settings,
     take_template,
 )
-from ..request import Request
+from ..request import Request, priority_of
 from ..sampling import SamplingParams
 from .config import ServingConfig
 from .errors import ApiError
@@ -152,9 +152,7 @@ def _take_calls(given: dict[str, Any]) -> dict[str, Any]:
     calls: dict[str, Any] = {}
     for name, kind in (("n", int), ("stream", bool), ("echo", bool), ("return_token_ids", bool), ("request_id", str)):
         if name in given:
-            value = given.pop(name)
-            if kind is int and isinstance(value, float) and value.is_integer():
-                value = int(value)
+            value = whole_number(given.pop(name)) if kind is int else given.pop(name)
             if not conforms(value, kind):
                 raise ValueError(f"{name} is a {type(value).__name__}, must be of type {kind.__name__}")
             calls[name] = value
@@ -200,9 +198,10 @@ def _retention(given: Any, most_s: float) -> tuple[Retention, ...]:
 
 def _priority(given: Any, most: int | None) -> int:
     """Return a priority that clients may ask for; ValueError for any other."""
-    if type(given) is not int or (given != 0 and (most is None or given > most)):
-        raise ValueError(f"priority = {given!r} is not taken here; serve.max_priority = {most} bounds it")
-    return given
+    priority = priority_of(given)
+    if priority and (most is None or priority > most):
+        raise ValueError(f"priority = {priority} is not taken here; serve.max_priority = {most} bounds it")
+    return priority
 
 
 def _pass_over(name: str, value: Any, endpoint: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -352,9 +353,15 @@ def test_settings_changed_after_they_were_made_are_checked_again(llm: LLM) -> No
     assert len(good.token_ids) == 2
 
 
-@pytest.mark.parametrize("prompt", ["hello", [1, 2, 3], torch.tensor([1, 2, 3]), Request(prompt="hello")], ids=str)
+@pytest.mark.parametrize(
+    "prompt",
+    ["hello", [1, 2, 3], torch.tensor([1, 2, 3]), [np.int64(1), np.int32(2), 3], Request(prompt="hello"),
+     Request(prompt_token_ids=np.array([1, 2]), priority=np.int64(3))],
+    ids=str,
+)  # fmt: skip
 def test_a_prompt_alone_is_one_prompt(llm: LLM, prompt: Any) -> None:
-    assert told(llm.generate(prompt, greedy(4))) == told(llm.generate([prompt], greedy(4)))
+    alone = told(llm.generate(prompt, greedy(4)))
+    assert alone == told(llm.generate([prompt], greedy(4))) and alone[0][-1] is None
     assert [event.index for event in llm.stream(prompt, greedy(2))] == [0, 0]
 
 

@@ -203,6 +203,7 @@ def test_override_of_wrong_type_is_refused_without_coercion(overrides: dict[str,
     ("given", "meant"),
     [
         ({"max_tokens": 4.0, "seed": 3.0}, {"max_tokens": 4, "seed": 3}),
+        ({"max_tokens": np.int64(4), "top_p": np.float32(0.5)}, {"max_tokens": 4, "top_p": 0.5}),
         ({"top_k": -1, "temperature": 1e-6}, {"top_k": 0, "temperature": 0.0}),
         (
             {"logit_bias": {"7": 1.0, 9: -2.5}, "bad_words": "no"},

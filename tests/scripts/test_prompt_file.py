@@ -226,8 +226,8 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_toke
         ),
         ({"prompt": "a", "n": 1}, Request(prompt="a", sampling=SamplingParams())),
         (
-            {"prompt": "a", "max_tokens": 4.0, "top_k": -1, "temperature": 1e-6},
-            Request(prompt="a", sampling=SamplingParams(max_tokens=4, top_k=0, temperature=0.0)),
+            {"prompt": "a", "max_tokens": 4.0, "top_k": -1, "temperature": 1e-6, "priority": 3.0},
+            Request(prompt="a", priority=3, sampling=SamplingParams(max_tokens=4, top_k=0, temperature=0.0)),
         ),
         (
             {"prompt": "a", "sampling": {"max_tokens": 4.0, "top_p": None, "seed": None, "n": 1}},
@@ -261,6 +261,7 @@ def test_lines_of_other_programs_mean_what_they_mean_there(line: dict[str, Any],
         ({"prompt": "a", "max_tokens": 4, "max_completion_tokens": 5}, "max_tokens is given twice, once as max_comp"),
         ({"prompt": "a", "id": "a", "custom_id": "b"}, "id is given twice, once as custom_id"),
         ({"prompt": ["a", "b"]}, "prompt holds 2 prompts; give each a line of its own"),
+        ({"prompt": "a", "priority": "high"}, "priority = 'high' must be an integer in -100..100"),
         ({"prompt": "a", "top_logprobs": 2}, "top_logprobs = 2 needs logprobs = true"),
         ({"prompt": "a", "id": [1]}, "id is a list, must be a string or a number"),
         ({"prompt": "a", "error": "x"}, "'error' is not a key"),

@@ -142,6 +142,8 @@ def test_priority_and_retention_have_the_servers_bounds(world: FakeWorld) -> Non
     ):
         status, answer, _ = world.ask("/v1/completions", plain("completions") | bad)
         assert (status, answer["error"]["param"]) == (400, next(iter(bad)))
+    assert world.ask("/v1/completions", plain("completions") | {"priority": 5.0})[0] == 200
+    assert type(world.adds[-1].priority) is int
 
 
 def test_two_names_of_one_field_must_agree(world: FakeWorld) -> None:
