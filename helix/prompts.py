@@ -29,6 +29,10 @@ _OWN_ARGUMENTS = (
 )  # fmt: skip
 
 
+class TooLong(ValueError):
+    """A prompt, or what is to follow it, is longer than the model or the cache takes."""
+
+
 def as_request(prompt: Prompt) -> Request:
     """Return the request that a prompt stands for: text, token ids, or itself; one with an error for anything else."""
     if isinstance(prompt, Request):
@@ -77,7 +81,8 @@ class PromptReader:
         """Return a request's prompt.
 
         Raises:
-            ValueError: in one line, why it cannot run: not one prompt, empty, too long, or ids outside the vocabulary.
+            ValueError: in one line, why it cannot run: not one prompt, empty, too long (``TooLong``), or ids outside
+                the vocabulary.
         """
         ids = self._read(request)
         vocab, limit = self._spec.vocab_size, self._spec.max_position
@@ -87,7 +92,7 @@ class PromptReader:
         if wrong is not None:
             raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab}")
         if len(ids) >= limit:
-            raise ValueError(f"the prompt has {len(ids)} tokens; the model takes at most {limit - 1}")
+            raise TooLong(f"the prompt has {len(ids)} tokens; the model takes at most {limit - 1}")
         return ids
 
     @property
@@ -251,7 +256,7 @@ class Preparer:
         most = limits.num_tokens + 1 if sampling.max_tokens is None else len(token_ids) + sampling.max_tokens
         max_len = min(max(most, len(token_ids) + 1), limits.max_position)
         if not limits.fits(max_len - 1):
-            raise ValueError(
+            raise TooLong(
                 f"{len(token_ids)} prompt tokens and sampling.max_tokens = {sampling.max_tokens} need more than the "
                 f"{limits.num_tokens} tokens that cache.num_pages = {limits.num_pages} pages a rank hold"
             )

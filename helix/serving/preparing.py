@@ -14,7 +14,7 @@ import msgspec
 from ..commands import Add
 from ..grammar.compiling import MAX_WAITING, CompilerBusy, GrammarCompiler
 from ..grammar.vocabulary import Vocabulary
-from ..prompts import Preparer, PromptReader
+from ..prompts import Preparer, PromptReader, TooLong
 from ..request import Request
 from ..sampling import SEED_LIMIT
 from .asking import Asked
@@ -24,6 +24,7 @@ from .wire import Ready, Setup
 _log = logging.getLogger(__name__)
 
 NUM_THREADS = 4
+TOO_LONG = "context_length_exceeded"  # what clients that shorten prompts look for
 T = TypeVar("T")
 
 
@@ -129,10 +130,11 @@ class Settler:
     def _prepare(self, index: int, request: Request, asked: Asked) -> Add:
         sampling, limit = request.sampling, self._ready.max_position
         assert sampling is not None
+        where = "messages" if asked.is_chat else "prompt"
         try:
             token_ids = self._reader.token_ids(request)
         except ValueError as problem:
-            raise ApiError(400, str(problem), param="messages" if asked.is_chat else "prompt") from problem
+            raise ApiError(400, str(problem), param=where, code=_code_of(problem)) from problem
         request = replace(request, prompt=None, prompt_token_ids=token_ids)
         if asked.is_chat and not asked.says_length:
             sampling = replace(sampling, max_tokens=None)
@@ -142,6 +144,14 @@ class Settler:
                 f"max_tokens = {sampling.max_tokens} and a prompt of {len(token_ids)} tokens exceed the model's "
                 f"{limit} tokens",
                 param="max_tokens",
-                code="context_length_exceeded",
+                code=TOO_LONG,
             )
-        return self._preparer.prepare(index, request, sampling)
+        try:
+            return self._preparer.prepare(index, request, sampling)
+        except TooLong as problem:
+            param = "max_tokens" if asked.says_length else where
+            raise ApiError(400, str(problem), param=param, code=TOO_LONG) from problem
+
+
+def _code_of(problem: ValueError) -> str | None:
+    return TOO_LONG if isinstance(problem, TooLong) else None

@@ -146,6 +146,16 @@ def test_priority_and_retention_have_the_servers_bounds(world: FakeWorld) -> Non
     assert type(world.adds[-1].priority) is int
 
 
+def test_what_is_too_long_has_the_code_that_clients_know(world: FakeWorld) -> None:
+    for path, asked, param in (
+        ("/v1/completions", {"prompt": "a" * 1000}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 1000}]}, "messages"),
+        ("/v1/completions", {"prompt": "a" * 990, "max_tokens": 11}, "max_tokens"),
+    ):
+        status, answer, _ = world.ask(path, asked)
+        assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, "context_length_exceeded")
+
+
 def test_two_names_of_one_field_must_agree(world: FakeWorld) -> None:
     asked = plain(CHAT) | {"max_tokens": 3}
     assert world.ask("/v1/chat/completions", asked | {"max_completion_tokens": 3})[0] == 200
