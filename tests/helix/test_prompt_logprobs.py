@@ -1,6 +1,7 @@
 """Log-probabilities of prompts: those of transformers, whatever ranks share, chunks cut, or caches hold."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ TOP = 110  # more than a rank's slice of the vocabulary has
 
 def score_body(path: str):
     """A prompt that is scored while another takes its pages, then again beside its twin, then one that is not."""
-    prompt_logprobs.MAX_LOGITS = 300  # of each slice of 107: two rows at a time
+    with patch.object(prompt_logprobs, "MAX_LOGITS", 300):  # of each slice of 107: two rows at a time
+        return scored(path)
+
+
+def scored(path: str):
     llm = LLM(
         HelixConfig(
             model=ModelConfig(path=path, dtype="float32"),
