@@ -208,6 +208,7 @@ class Runner:
             hidden = hidden[upload({"rows": np.array(choosing, np.int64)}, hidden.device)["rows"]]
         return self.decoder.local_logits(hidden)
 
+    @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> PendingTokens:
         """Launch a step, from its graph where there is one; the tokens of the rows that choose come to the host.
 
@@ -286,7 +287,6 @@ class Runner:
         """Return what ``NextStates.take`` does for the chunks of a step; None without the layer that asks for it."""
         return (None, None) if self.next_states is None else self.next_states.take(chunks)
 
-    @torch.inference_mode()
     def _sent(self, chunks: list[Chunk], tokens: torch.Tensor | None) -> PendingTokens:
         """Keep the last token of each chunk for the next step, and send all to the host; None where none chooses."""
         device = self.decoder.device
