@@ -69,6 +69,18 @@ class StepRows:
         zeros = np.zeros(num_rows, np.int64)
         return cls(zeros, zeros, zeros, zeros, zeros, np.array([0, num_rows]))
 
+    def only(self, index: IntArray) -> StepRows:
+        """Return some of the rows, ascending, at least one."""
+        row_seq = self.row_seq[index]
+        return StepRows(
+            self.token_ids[index],
+            self.positions[index],
+            row_seq,
+            self.first_owner[index],
+            self.reused[index],
+            query_start=np.append(np.flatnonzero(np.diff(row_seq, prepend=-1)), len(index)),
+        )
+
     @property
     def num_rows(self) -> int:
         """R."""
@@ -125,6 +137,13 @@ class LocalRows:
             visible=placement.local_len(rows.positions + 1, kvp_rank, rows.first_owner),
             slot=np.where(mine, page * placement.block_size + at % placement.block_size, -1),
         )
+
+    def only(self, index: IntArray) -> LocalRows:
+        """Return what it sees of some of the rows."""
+        window = self.window
+        if window is not None:
+            window = WindowRows(window.visible_len[index], window.visible_from[index], window.slot[index])
+        return LocalRows(self.visible[index], self.slot[index], window)
 
     @classmethod
     def for_nobody(cls, num_rows: int, *, visible: int = 0, window: int = 0) -> LocalRows:

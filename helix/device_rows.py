@@ -12,12 +12,13 @@ import torch
 from attention.ranges import Filling, PlannedFillings
 from attention.rows import Rows
 from attention.work import Cutting, WorkList, cut
-from parallel.placement import BlockCyclic
+from parallel.placement import BlockCyclic, IntArray
 
 from .batch import LocalRows, SharedRows, StepRows, WindowRows
 from .cache.pages import PagedCache
 from .models.decoder import Decoder
 from .models.row_share import RowShare
+from .models.wanted import Wanted
 from .page_tables import PageTables
 from .upload import WINDOW_PREFIX, arrays_of_work, sent_work, upload, window_rows
 
@@ -118,6 +119,13 @@ class RowSender:
         share = None if shared is None else RowShare(sent["mine"], shared.num_mine, sent["order"])
         fillings = [] if planned is None else planned.on_device(sent, rows) * repeat
         return DeviceRows(sent["token_ids"], rows, share, fillings, {name: sent[name] for name in beside or {}})
+
+    def send_wanted(self, step: StepRows, local: LocalRows, cache: PagedCache, index: IntArray) -> Wanted:
+        """Send which rows of a step are wanted, and what attention needs of them alone."""
+        if self._decoder.spec.latent is not None:
+            return Wanted(upload({"index": index}, self._decoder.device)["index"], None)
+        given = self.send(step.only(index), local.only(index), cache, beside={"index": index})
+        return Wanted(given.beside["index"], given.rows, given.fillings)
 
     def _cut_window(self, step: StepRows, seen: WindowRows, longest: int) -> tuple[Cutting, WorkList] | None:
         """Return the work of layers with a window; None where no work list is read."""

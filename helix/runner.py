@@ -196,17 +196,22 @@ class Runner:
         self.num_padding = 0
         step = StepRows.of(chunks)
         self.tables.update(chunks)
-        hidden = self._forward(step, self.tables.local_rows(step), chunks)
+        local = self.tables.local_rows(step)
         stops = step.query_start[1:].tolist()
-        if self.sampler is not None:
-            self.sampler.scorer.score(chunks, hidden, stops)
         choosing = _choosing_rows(chunks, stops)
-        if not choosing:
-            first, stop = self.decoder.part.vocab
-            return hidden.new_empty((0, stop - first))
-        if len(choosing) < len(hidden):
-            hidden = hidden[upload({"rows": np.array(choosing, np.int64)}, hidden.device)["rows"]]
-        return self.decoder.local_logits(hidden)
+        scores = self.sampler is not None and any(chunk.seq.scores_prompt for chunk in chunks)
+        if scores or self.next_states is not None or len(choosing) == step.num_rows:
+            hidden = self._forward(step, local, chunks)
+            if scores and self.sampler is not None:
+                self.sampler.scorer.score(chunks, hidden, stops)
+            if 0 < len(choosing) < len(hidden):
+                hidden = hidden[upload({"rows": np.array(choosing, np.int64)}, hidden.device)["rows"]]
+        else:
+            hidden = self._forward(step, local, chunks, wanted=np.array(choosing or [step.num_rows - 1]))
+        if choosing:
+            return self.decoder.local_logits(hidden)
+        first, stop = self.decoder.part.vocab
+        return hidden.new_empty((0, stop - first))
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> PendingTokens:
@@ -332,12 +337,19 @@ class Runner:
         return LocalRows.for_nobody(num_rows, visible=visible, window=self.decoder.spec.window)
 
     def _forward(
-        self, step: StepRows, local: LocalRows, chunks: list[Chunk] | None = None, *, repeat: int = 1
+        self,
+        step: StepRows,
+        local: LocalRows,
+        chunks: list[Chunk] | None = None,
+        *,
+        repeat: int = 1,
+        wanted: IntArray | None = None,
     ) -> torch.Tensor:
         """Run the layers over a step's rows as they are, without a graph, and return their hidden states.
 
         ``chunks``: whose they are; None where they are nobody's.
         ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.
+        ``wanted``: rows whose states are returned; None for all, as the layer that predicts one token further needs.
         """
         beside: dict[str, IntArray] = {}
         if self.next_states is not None:
@@ -349,9 +361,10 @@ class Runner:
         if (step.token_ids < 0).any():
             token_ids = torch.where(token_ids < 0, self._device_tokens[rows.row_seq.long()], token_ids)
         longest = int(step.counts.max())  # longer than what decodes or verifies is a prompt's
+        few = None if wanted is None else self._sender.send_wanted(step, local, self.cache, wanted)
         hidden = self.decoder.forward(
             token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings,
-            chunk=longest > MAX_ROWS, longest=longest,
+            chunk=longest > MAX_ROWS, longest=longest, wanted=few,
         )  # fmt: skip
         if self.next_states is not None:
             self.next_states.follow(token_ids, hidden, rows, **given.beside, cache=self.cache, chunk=longest > MAX_ROWS)

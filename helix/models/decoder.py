@@ -49,6 +49,7 @@ from .quantized import Matrix, Quantized
 from .query_share import QueryGather, QueryShare
 from .row_share import RowShare
 from .spec import Experts, ModelSpec
+from .wanted import Wanted
 from .weights import EXPERT_ROLES, layer_weights, model_weights, next_weights, part_of
 
 Parameters = dict[str, Any]  # tensors, and matrices that may be quantised
@@ -160,8 +161,9 @@ class Decoder:
         chosen: torch.Tensor | None = None,
         chunk: bool = False,
         longest: int = 1,
+        wanted: Wanted | None = None,
     ) -> torch.Tensor:
-        """Run all layers over one step's rows and return their final hidden states, normalised: [R, h].
+        """Run all layers over one step's rows and return final hidden states, normalised: [L, h] of those wanted.
 
         Args:
             token_ids: [R] int64, equal on all ranks.
@@ -174,6 +176,7 @@ class Decoder:
             chunk: the rows are of prompts, and may be quantised to meet quantised weights; on all ranks or on none.
             longest: rows of the longest run; of verified ones fewer may be said, for state layers know how many these
                 may be.
+            wanted: the rows whose states are returned; None for all R.
         """
         # before the step's first kernel: what appends reads slots without waiting for the kernel before it
         slot = rows.slot if share is None else share.own(rows.slot)
@@ -209,8 +212,14 @@ class Decoder:
                 q = self._project_qkv(
                     weights, normed, *own, slot, pages[place], share, queries, plain=bool(fillings), chunk=chunk
                 )
-                partials = self._attend(q, pages[place], rows, fillings, weights)
+                seen = (rows, fillings)
+                if wanted is not None and wanted.rows is not None and layer == self.spec.num_layers - 1:
+                    q, seen = q[wanted.index], (wanted.rows, wanted.fillings)
+                partials = self._attend(q, pages[place], *seen, weights)
                 merged = exchange(partials, layer=place, sinks=weights.get("sinks"))
+            if wanted is not None and layer == self.spec.num_layers - 1:
+                merged, stream, normed = (wanted.of(each) for each in (merged, stream, normed))
+                chunk = False
             if "output_gate" in weights:
                 scores = split_linear(normed, weights["output_gate"], pdl=self._pdl, chunk=chunk)
                 merged = gate_heads(merged, scores, pdl=self._pdl)
