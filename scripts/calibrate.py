@@ -71,7 +71,7 @@ def steps_of(launch: Launch, nodes: int) -> list[Callable[[constants.Machine], c
     """Return the micro-benchmarks that these ranks can run."""
     steps = [constants.memory, constants.products, constants.attention, constants.experts]
     if launch.local_world_size > 1:
-        steps += [constants.exchange, constants.all_reduces]
+        steps += [constants.exchange, constants.all_reduces, constants.collectives]
     if nodes > 1:
         steps += [constants.network]
     return [*steps, constants.between_steps]

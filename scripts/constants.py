@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -39,8 +40,10 @@ from scripts.timing import graph_us, read_bytes_per_us
 
 Constants = dict[str, float]
 HIDDEN = 4096
+MANY_ROWS, LASTING_S = 8192, 1.0
 SMALL, LARGE = 8 << 10, (1 << 20, 4 << 20)
 """Bytes of the all-reduces that are timed, beside the size from which on they take two flights."""
+LONG = 8 << 20, 64 << 20
 NETWORK_BYTES = 64 << 20
 
 
@@ -70,6 +73,18 @@ class Machine:
         """Return the median time of one of the calls, inside a graph."""
         return graph_us(calls, repeats=self.repeats, iterations=iterations)[0]
 
+    def lasting_us(self, call: Callable[[], object]) -> float:
+        """Return the mean time of a call that is repeated for LASTING_S: a GPU's power bounds what lasts longer."""
+        call()
+        torch.cuda.synchronize()
+        began, count = time.perf_counter(), 0
+        while (took := time.perf_counter() - began) < LASTING_S:
+            for _ in range(4):
+                call()
+            torch.cuda.synchronize()
+            count += 4
+        return max(gather_values(int(took / count * 1e9))) / 1e3
+
 
 def memory(machine: Machine) -> Constants:
     """The smallest GPU's memory, and the slowest one's streaming read of 2 GiB."""
@@ -78,18 +93,23 @@ def memory(machine: Machine) -> Constants:
 
 
 def products(machine: Machine) -> Constants:
-    """Projections of GLM-4-9B: of one row beyond their bytes, whole and a quarter of them; of 2,048 rows by rate."""
+    """Projections of GLM-4-9B: of one row beyond their bytes, and in 8 bits by rate; of 8,192 rows, for a second."""
     launches = []
     for parts in (1, 4):
         layers = [_projections(parts, machine.device) for _ in range(3)]
         took = machine.us([partial(_project, layer, 1, machine.pdl) for layer in layers])
-        launches.append((took - sum(w.nbytes for w in layers[0].values()) / machine.rate) / len(layers[0]))
-    layer = _projections(1, machine.device)
-    flops = 2 * 2048 * sum(w.numel() for w in layer.values())
-    wide = flops / machine.us([partial(_multiply, layer, 2048)], iterations=4)
-    narrow = flops / machine.us([partial(_multiply, {k: quantize(w) for k, w in layer.items()}, 2048)], iterations=4)
+        launches.append((took - _bytes_of(layers[0]) / machine.rate) / len(layers[0]))
+    launch = max(0.0, statistics.mean(launches))
+    layers = [_projections(1, machine.device) for _ in range(3)]
+    in_8_bits = [{role: quantize(w) for role, w in layer.items()} for layer in layers]
+    took = machine.us([partial(_project, layer, 1, machine.pdl) for layer in in_8_bits])
+    flops = 2 * MANY_ROWS * sum(w.numel() for w in layers[0].values())
+    wide, narrow = (
+        flops / machine.lasting_us(partial(_multiply, layer, MANY_ROWS)) for layer in (layers[0], in_8_bits[0])
+    )
     return {
-        "launch_us": statistics.mean(launches),
+        "launch_us": launch,
+        "fp8_read_bytes_per_us": _bytes_of(in_8_bits[0]) / (took - len(in_8_bits[0]) * launch),
         "matmul_flops_per_us": wide,
         "fp8_matmul_flops_per_us": narrow,
         "fp4_matmul_flops_per_us": narrow,  # there are no 4-bit products: as 8 bits
@@ -102,7 +122,11 @@ def _projections(parts: int, device: torch.device) -> dict[str, torch.Tensor]:
     return {role: torch.randn(shape, device=device, dtype=torch.bfloat16) for role, shape in shapes.items()}
 
 
-def _project(layer: Mapping[str, torch.Tensor], rows: int, pdl: bool) -> None:
+def _bytes_of(layer: Mapping[str, Matrix]) -> int:
+    return sum(w.nbytes for w in layer.values())
+
+
+def _project(layer: Mapping[str, Matrix], rows: int, pdl: bool) -> None:
     for role, w in layer.items():
         product: Callable[..., torch.Tensor] = gated_linear if role == "gate_up" else split_linear
         product(_rows(rows, w), w, pdl=pdl)
@@ -125,7 +149,7 @@ def _rows(rows: int, w: Matrix) -> torch.Tensor:
 
 
 def attention(machine: Machine) -> Constants:
-    """Decode attention over 4,096 to 65,536 tokens beyond its bytes, its merge, and a chunk of 2,048 rows by rate."""
+    """Decode attention over 4,096 to 65,536 tokens beyond its bytes, its merge; a chunk of 8,192 rows for a second."""
     bench = _bench(machine)
     alone_us, merge_us = [], []
     for tokens in (4096, 16384, 65536):
@@ -133,11 +157,11 @@ def attention(machine: Machine) -> Constants:
         alone, merged = (_attend(bench, shape, merge=merge) for merge in (False, True))
         alone_us.append(alone - bench.floor_us(shape))
         merge_us.append(merged - alone)
-    chunk = Shape(1, 65536, 16, 1, 128, 64, rows=2048)
+    chunk = Shape(1, 65536, 16, 1, 128, 64, rows=MANY_ROWS)
     return {
         "attention_us": statistics.median(alone_us),
         "merge_us": statistics.median(merge_us),
-        "attention_flops_per_us": chunk.flops() / _attend(bench, chunk, merge=True),
+        "attention_flops_per_us": chunk.flops() / machine.lasting_us(bench.ours(bench.case(chunk), 0)),
     }
 
 
@@ -242,6 +266,24 @@ def fit_all_reduce(times: Mapping[int, Mapping[int, float]]) -> Constants:
     if last > first:
         constants["all_reduce_peer_us"] = max(0.0, (latency[last] - latency[first]) / (last - first))
     return constants
+
+
+def collectives(machine: Machine) -> Constants:
+    """NCCL's all-reduce of 8 and of 64 MiB between all ranks of a node, as a chunk's sums and exchanges take."""
+    group = _groups(machine)[-1]
+    times = {}
+    for size in LONG:
+        x = torch.zeros(size // 2, device=machine.device, dtype=torch.bfloat16)
+        times[size] = machine.us([partial(all_reduce_, x, group)], iterations=8)
+    return fit_collective(group.size(), times)
+
+
+def fit_collective(ranks: int, us: Mapping[int, float]) -> Constants:
+    """Return the constants that times of two long all-reduces, by their bytes, give."""
+    (less, first), (more, last) = sorted(us.items())
+    sent = 2 * (ranks - 1) / ranks
+    rate = sent * (more - less) / (last - first)
+    return {"collective_us": max(0.0, first - sent * less / rate), "collective_bytes_per_us": rate}
 
 
 def network(machine: Machine) -> Constants:

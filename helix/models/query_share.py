@@ -21,13 +21,10 @@ from parallel.head_gather import HeadGather
 from parallel.symmetric import Faults
 
 from .quantized import Matrix
+from .query_rows import rows_that_share
 from .spec import ModelSpec
 
 _log = logging.getLogger(__name__)
-LATENCY_BYTES = 24 << 20
-"""Weights that a GPU reads while a gather of few rows is on its way: 6 us."""
-BYTES_FOR_BYTE = 12
-"""Weights that a GPU reads while another rank sends it a byte."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +70,6 @@ def rows_of(w: Matrix, heads: tuple[int, int], size: int) -> Any:
     return w[first:stop] if isinstance(w, torch.Tensor) else w.rows(first, stop)
 
 
-def rows_that_pay(saved_bytes: float, row_bytes: float) -> int:
-    """Return how many rows a step may have at most for a gather to be cheaper than reading the weights it saves.
-
-    Args:
-        saved_bytes: of weights that a rank need not read.
-        row_bytes: of one row's queries, that it receives.
-    """
-    return max(0, int((saved_bytes - LATENCY_BYTES) / (BYTES_FOR_BYTE * row_bytes)))
-
-
 def rows_to_split(asked: int | None, spec: ModelSpec, kvp: int, dtype: torch.dtype, *, near: bool) -> int:
     """Return the most rows of a step whose queries are shared out by heads, 0 for never; what is chosen is logged.
 
@@ -104,10 +91,8 @@ def rows_to_split(asked: int | None, spec: ModelSpec, kvp: int, dtype: torch.dty
     if not near:
         _log.info("attention.split_query_rows=auto: 0, the KVP group shares no GPU memory")
         return 0
-    others = (1 - 1 / kvp) * spec.num_heads
-    q_b_size = 1 if spec.is_quantized(spec.names.q_b.format(layer=0)) else dtype.itemsize
-    saved = latent.q_dim * latent.q_rank * q_b_size + latent.plain_dim * latent.rank * dtype.itemsize
-    rows = rows_that_pay(others * saved, others * spec.head_dim * dtype.itemsize)
+    narrow = spec.is_quantized(spec.names.q_b.format(layer=0))
+    rows = rows_that_share(spec, kvp, element_bytes=dtype.itemsize, q_b_bytes=1 if narrow else dtype.itemsize)
     _log.info("attention.split_query_rows=auto: %d", rows)
     return rows
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 
 from ..models.kinds import FULL, STATE, WINDOW
+from ..models.query_rows import rows_that_share
 from ..models.spec import Experts
 from ..models.weights import EXPERT_ROLES
 from .footprint import Footprint, LayerKind
@@ -20,6 +21,8 @@ from .hardware import Hardware
 
 ELEMENT = 2  # bytes of an activation
 ONE_SHOT_BYTES = 128 << 10  # from here on an all-reduce takes two flights
+FUSED_REDUCE_BYTES = 4 << 20  # above this it is NCCL's
+FUSED_EXCHANGE_BYTES, FUSED_EXCHANGE_ROWS = 16 << 20, (256, 4096)  # of partials, up to which the exchange is one kernel
 SHARE_ROWS = 512  # attention.share_qkv_rows
 STREAMED_ROWS = 64  # up to here weights stream past the rows, and every expert in use is multiplied with all of them
 NAMES = ("weights", "products", "cache", "attention", "launches", "exchange", "all-reduce", "elements")
@@ -86,7 +89,7 @@ class CostModel:
             for kind in foot.layers:
                 layer = self._waits(kind, rows)
                 self.add_products(layer, kind, rows, shared=rows >= SHARE_ROWS)
-                layer["elements"] += self._element_bytes(rows) / hw.read_bytes_per_us
+                layer["elements"] += self._element_bytes(kind, rows) / hw.read_bytes_per_us
                 if kind.kind == WINDOW:
                     seen = min(prompt, foot.spec.window)
                     self.add_window(layer, rows_times_tokens=rows * seen, read_tokens=rows + seen)
@@ -112,13 +115,38 @@ class CostModel:
         if kvp == 1 or kind.kind == WINDOW:
             terms["launches"] += hw.merge_us
             return terms
-        sent = rows * foot.num_heads * foot.spec.value_dim * ELEMENT * (kvp - 1) / kvp
-        if world <= hw.domain or hw.domain % kvp == 0:  # the group's ranks are neighbours
-            latency = hw.exchange_us + hw.exchange_peer_us * (kvp - 2)
-            terms["exchange"] = latency + sent / hw.link_bytes_per_us
-        else:
-            terms["exchange"] = hw.network_us + hw.merge_us + sent / hw.network_bytes_per_us
+        row_bytes = foot.num_heads * foot.spec.value_dim * ELEMENT
+        least, most = FUSED_EXCHANGE_ROWS
+        fused = rows <= max(least, min(FUSED_EXCHANGE_BYTES // row_bytes, most))
+        terms["exchange"] = self._exchange_us(rows * row_bytes, fused=fused)
+        if rows >= SHARE_ROWS:  # each rank projects the rows that it owns
+            terms["exchange"] += self._exchange_us(rows * foot.num_heads * self._query_size * ELEMENT, fused=False)
+        elif self.shares_queries(rows):
+            terms["exchange"] += self._exchange_us(rows * foot.num_heads * foot.spec.head_dim * ELEMENT, fused=True)
         return terms
+
+    def _exchange_us(self, num_bytes: float, *, fused: bool) -> float:
+        """What a KVP group takes to send so many bytes of all its heads, each rank those of the others."""
+        kvp, hw = self.footprint.layout.kvp, self.hardware
+        sent = num_bytes * (kvp - 1) / kvp
+        if not self._is_near:
+            return hw.network_us + hw.merge_us + sent / hw.network_bytes_per_us
+        if not fused:
+            return hw.collective_us + sent / hw.collective_bytes_per_us
+        return hw.exchange_us + hw.exchange_peer_us * (kvp - 2) + sent / hw.link_bytes_per_us
+
+    @property
+    def _is_near(self) -> bool:
+        """Whether the ranks of a KVP group, which are neighbours, reach each other's memory."""
+        layout, domain = self.footprint.layout, self.hardware.domain
+        return layout.world_size <= domain or domain % layout.kvp == 0
+
+    def shares_queries(self, rows: int) -> bool:
+        """Whether the ranks of a KVP group make queries of latents by heads, and gather them, in a step of few rows."""
+        foot = self.footprint
+        q_b_bytes = ELEMENT if foot.storage.weights in ("fp32", "bf16") else 1
+        most = rows_that_share(foot.spec, foot.layout.kvp, element_bytes=ELEMENT, q_b_bytes=q_b_bytes)
+        return self._is_near and rows <= most
 
     def launch_us(self, kind: LayerKind, rows: int) -> float:
         """What a layer's kernels take beyond their bytes: projections, append, attention, the mixture of experts."""
@@ -141,7 +169,9 @@ class CostModel:
             return hw.launch_us
         inside = min(world, hw.domain)
         us = hw.all_reduce_us + hw.all_reduce_peer_us * (inside - 2)
-        if size < ONE_SHOT_BYTES:
+        if size > FUSED_REDUCE_BYTES:
+            us = hw.collective_us + 2 * (inside - 1) / inside * size / hw.collective_bytes_per_us
+        elif size < ONE_SHOT_BYTES:
             us += (inside - 1) * size / hw.link_bytes_per_us
         else:
             us += hw.flight_us + 2 * (inside - 1) / inside * size / hw.link_bytes_per_us
@@ -157,26 +187,27 @@ class CostModel:
         """
         hw, foot = self.hardware, self.footprint
         rate = hw.matmul_rate(foot.storage.weights)
-        num_bytes = flops = 0.0
+        of_own_heads = ("v_up", "q_b", "k_up") if self.shares_queries(rows) else ("v_up",)  # v_up: else for chunks
+        read_us = flops = 0.0
         for role, matrix in kind.matrices.items():
             if role in EXPERT_ROLES:
                 continue
             mine = rows / foot.layout.kvp if shared and role == "qkv" else rows
-            used = foot.out_share if role == "v_up" else 1.0  # the others are for values of chunks
-            num_bytes += used * matrix.num_bytes
+            used = foot.out_share if role in of_own_heads else 1.0
+            read_us += used * matrix.num_bytes / hw.read_rate(is_narrow=matrix.is_narrow)
             flops += used * 2 * mine * matrix.elements
         if rows <= STREAMED_ROWS:
-            terms["weights"] += num_bytes / hw.read_bytes_per_us
+            terms["weights"] += read_us
             terms["products"] += flops / hw.matmul_rate("bf16")  # narrower weights are widened
         else:
-            self._add_larger(terms, "weights", num_bytes, "products", flops / rate)
+            _add_larger(terms, "weights", read_us, "products", flops / rate)
         if kind.has_experts and foot.spec.experts is not None:
             experts = foot.spec.experts
-            held = sum(kind.matrices[role].num_bytes for role in EXPERT_ROLES)
-            elements = sum(kind.matrices[role].elements for role in EXPERT_ROLES)
+            held = [kind.matrices[role] for role in EXPERT_ROLES]
+            held_us = sum(each.num_bytes / hw.read_rate(is_narrow=each.is_narrow) for each in held)
             used = experts_in_use(experts, foot.layout.ep, rows)
-            flops = 2 * elements * rows * experts.num_chosen / experts.num_experts
-            self._add_larger(terms, "weights", held * used, "products", flops / rate)
+            flops = 2 * sum(each.elements for each in held) * rows * experts.num_chosen / experts.num_experts
+            _add_larger(terms, "weights", held_us * used, "products", flops / rate)
 
     def add_bounded(self, terms: Terms, kind: LayerKind, context: float, batch: int) -> None:
         """What a layer of bounded memory reads in a decode step: states, which it writes too, or a window."""
@@ -208,27 +239,37 @@ class CostModel:
             made = 2 * foot.num_heads * latent.rank * (latent.plain_dim + latent.value_dim) * read_tokens
             terms["products"] += num_layers * made / hw.matmul_rate("bf16")
         flops = 2 * num_layers * foot.num_heads * products * rows_times_tokens
-        us = flops / hw.attention_flops_per_us
-        self._add_larger(terms, "cache", read_tokens * foot.token_bytes, "attention", us)
+        read_us = read_tokens * foot.token_bytes / hw.read_rate(is_narrow=foot.storage.has_narrow_cache)
+        _add_larger(terms, "cache", read_us, "attention", flops / hw.attention_flops_per_us)
 
     def add_window(self, terms: Terms, *, rows_times_tokens: float, read_tokens: float) -> None:
         """Attention of one layer with a window: the larger of reading what is seen and multiplying, on one rank."""
         foot, hw = self.footprint, self.hardware
         flops = 4 * foot.num_window_heads * foot.spec.head_dim * rows_times_tokens
         num_bytes = read_tokens * foot.storage.token_bytes(foot.spec, foot.num_window_kv_heads)
-        self._add_larger(terms, "cache", num_bytes, "attention", flops / hw.attention_flops_per_us)
+        read_us = num_bytes / hw.read_rate(is_narrow=foot.storage.has_narrow_cache)
+        _add_larger(terms, "cache", read_us, "attention", flops / hw.attention_flops_per_us)
 
-    def _add_larger(self, terms: Terms, read: str, num_bytes: float, multiply: str, multiply_us: float) -> None:
-        read_us = num_bytes / self.hardware.read_bytes_per_us
-        terms[read if read_us >= multiply_us else multiply] += max(read_us, multiply_us)
+    def _element_bytes(self, kind: LayerKind, rows: int) -> float:
+        """What norms, residuals, rotation and gates of a chunk read and write, in bytes.
 
-    def _element_bytes(self, rows: int) -> float:
-        """What norms, residuals, rotation and gates read and write, in bytes."""
-        spec, part = self.footprint.spec, self.footprint.part
-        units = part.ffn[1] - part.ffn[0]
+        In a KVP group also own rows that are picked, queries that are put in order, and partials packed and merged.
+        """
+        foot, spec, part = self.footprint, self.footprint.spec, self.footprint.part
+        units, kvp = part.ffn[1] - part.ffn[0], foot.layout.kvp
         if spec.experts is not None:
-            units = spec.experts.num_chosen * (part.expert_ffn[1] - part.expert_ffn[0]) // self.footprint.layout.ep
-        return rows * ELEMENT * (8 * spec.hidden_size + 3 * units + 4 * self.footprint.num_heads * spec.value_dim)
+            units = spec.experts.num_chosen * (part.expert_ffn[1] - part.expert_ffn[0]) // foot.layout.ep
+        elements: float = 8 * spec.hidden_size + 3 * units + 4 * foot.num_heads * spec.value_dim
+        if kvp > 1 and kind.kind == FULL:
+            elements += 2 * spec.hidden_size / kvp
+            elements += foot.num_heads * (2 * self._query_size + (3 + 1 / kvp) * spec.value_dim)
+        return rows * ELEMENT * elements
+
+    @property
+    def _query_size(self) -> int:
+        """Elements of a projected query's head."""
+        latent = self.footprint.spec.latent
+        return self.footprint.spec.head_dim if latent is None else latent.q_dim
 
 
 def experts_in_use(experts: Experts, ep: int, rows: int) -> float:
@@ -244,6 +285,10 @@ def experts_in_use(experts: Experts, ep: int, rows: int) -> float:
     deviation = math.sqrt(held * mean * (1.0 - mean) * (1.0 - 1.0 / ep))
     above = NormalDist().inv_cdf((ep - 0.375) / (ep + 0.25)) * math.sqrt(ep / (ep - 1))
     return min(1.0, mean + above * deviation / held)
+
+
+def _add_larger(terms: Terms, read: str, read_us: float, multiply: str, multiply_us: float) -> None:
+    terms[read if read_us >= multiply_us else multiply] += max(read_us, multiply_us)
 
 
 def _add(terms: Terms, more: Terms, times: int) -> None:

@@ -48,13 +48,18 @@ class Storage:
             if value not in FORMATS:
                 raise ValueError(f"{name} = {value!r} must be one of {', '.join(FORMATS)}")
 
+    @property
+    def has_narrow_cache(self) -> bool:
+        """Whether keys and values have fewer than 16 bits."""
+        return self.cache in ("fp8", "fp4")
+
     def weight_bytes(self, weight: Weight, *, narrow: bool) -> int:
         """Return the bytes of one parameter of a rank, scales included; only a ``narrow`` one has few bits."""
         elements = _product(weight.shape)
         if weight.exact:
             return 4 * elements
         rows, columns = weight.shape[0], weight.shape[-1]
-        if not narrow or self.weights in ("fp32", "bf16"):
+        if not narrow:
             return elements * _ELEMENT_BYTES[self.weights]
         if self.weights == "fp8":
             return elements + 4 * rows * num_blocks(*weight.columns)
@@ -73,10 +78,11 @@ class Storage:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter of one rank: its elements and its bytes, scales included."""
+    """A parameter of one rank: its elements, its bytes, scales included, and whether it has fewer than 16 bits each."""
 
     elements: int
     num_bytes: int
+    is_narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,12 +281,12 @@ class Footprint:
         return role in IN_8_BITS
 
     def _matrices(self, weights: Mapping[str, Weight]) -> dict[str, Matrix]:
-        return {
-            role: Matrix(
-                _product(weight.shape), self.storage.weight_bytes(weight, narrow=self._is_narrow(role, weight))
-            )
-            for role, weight in weights.items()
-        }
+        matrices = {}
+        for role, weight in weights.items():
+            narrow = self.storage.weights in ("fp8", "fp4") and self._is_narrow(role, weight)
+            num_bytes = self.storage.weight_bytes(weight, narrow=narrow)
+            matrices[role] = Matrix(_product(weight.shape), num_bytes, narrow)
+        return matrices
 
 
 def _sum_bytes(matrices: Mapping[str, Matrix]) -> int:

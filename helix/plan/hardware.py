@@ -27,6 +27,7 @@ class Hardware:
         memory_bytes: of a GPU, as the driver counts it.
         reserved_bytes: of these, what driver, libraries and the buffers of collectives take.
         read_bytes_per_us: what a streaming read of memory reaches.
+        fp8_read_bytes_per_us: what kernels stream that widen 8 bits, or 4, on their way.
         matmul_flops_per_us: what large matrix products of 16-bit elements reach; of 8 and 4 bits: ``fp8_``, ``fp4_``.
         attention_flops_per_us: what attention reaches in prefill.
         launch_us: what a kernel that launches dependently takes beyond its bytes.
@@ -35,6 +36,8 @@ class Hardware:
         all_reduce_us, all_reduce_peer_us: the fused all-reduce of one row between two, and for each further rank.
         flight_us: what a second flight adds where an all-reduce takes two (from 128 KiB).
         link_bytes_per_us: what a rank sends to its peers inside a domain.
+        collective_us, collective_bytes_per_us: NCCL's collectives of long messages inside a domain: latency, and what a
+            rank sends.
         experts_us: router and experts of few rows beyond their bytes, experts_row_us: for each row of up to 64.
         step_us: from the end of a step to the beginning of the next.
         domain: GPUs that reach each other's memory.
@@ -47,6 +50,7 @@ class Hardware:
     memory_bytes: float
     reserved_bytes: float
     read_bytes_per_us: float
+    fp8_read_bytes_per_us: float
     matmul_flops_per_us: float
     fp8_matmul_flops_per_us: float
     fp4_matmul_flops_per_us: float
@@ -60,6 +64,8 @@ class Hardware:
     all_reduce_peer_us: float
     flight_us: float
     link_bytes_per_us: float
+    collective_us: float
+    collective_bytes_per_us: float
     experts_us: float
     experts_row_us: float
     step_us: float
@@ -74,14 +80,18 @@ class Hardware:
             value = getattr(self, each.name)
             if each.type != "str" and not (isinstance(value, int | float) and value >= 0):
                 raise ValueError(f"hardware.{each.name} = {value!r} must be a number of at least 0")
-        for name in ("memory_bytes", "read_bytes_per_us", "link_bytes_per_us", "network_bytes_per_us", "domain"):
-            if not getattr(self, name):
+        for name in (each.name for each in fields(self)):
+            if (name.endswith("_bytes_per_us") or name in ("memory_bytes", "domain")) and not getattr(self, name):
                 raise ValueError(f"hardware.{name} = {getattr(self, name)} must be positive")
 
     @property
     def is_measured(self) -> bool:
         """False where the constants come from a data sheet."""
         return self.source == "measured"
+
+    def read_rate(self, *, is_narrow: bool) -> float:
+        """Return the rate at which weights or cache are read, in bytes a microsecond."""
+        return self.fp8_read_bytes_per_us if is_narrow else self.read_bytes_per_us
 
     def matmul_rate(self, weights: str) -> float:
         """Return the products' rate with weights of a format, in FLOP a microsecond."""

@@ -9,7 +9,7 @@ from helix.plan.footprint import Footprint
 from helix.plan.hardware import named_hardware, read_hardware
 from parallel.layout import Layout
 from scripts.calibrate import CalibrateConfig, Found, as_yaml, merged
-from scripts.constants import HIDDEN, LARGE, SMALL, fit_all_reduce, fit_exchange
+from scripts.constants import HIDDEN, LARGE, LONG, SMALL, fit_all_reduce, fit_collective, fit_exchange
 from tests.helix.plan.presets import preset
 
 
@@ -28,6 +28,10 @@ def test_times_that_the_model_gives_lead_back_to_its_constants(sizes: tuple[int,
     if len(sizes) == 2:
         expected |= {"all_reduce_us": 3.0, "all_reduce_peer_us": 0.4}
     assert fit_all_reduce(times) == pytest.approx(expected)
+    ranks = sizes[-1]
+    long = {size: cost.all_reduce_us(size // (2 * HIDDEN), ranks) for size in LONG}
+    expected = {"collective_us": hw.collective_us, "collective_bytes_per_us": hw.collective_bytes_per_us}
+    assert fit_collective(ranks, long) == pytest.approx(expected)
 
 
 def test_an_exchange_of_two_and_of_eight() -> None:
