@@ -19,10 +19,10 @@ from ..models.kinds import FULL, STATE, WINDOW
 from ..models.parts import Part, Weight
 from ..models.quantization import num_blocks
 from ..models.spec import ModelSpec
-from ..models.weights import IN_8_BITS, layer_weights, model_weights, next_weights, part_of
+from ..models.weights import EXPERT_ROLES, IN_8_BITS, layer_weights, model_weights, next_weights, part_of
 from ..states.heads import StateHeads
 
-FP4_GROUP = 16
+FP4_GROUP, MXFP4_GROUP = 16, 32
 CHECKPOINT_SHARE = 4  # checkpoints of states take at most one byte for so many of keys and values
 PLANE_ALIGNMENT = 16  # bytes; of the planes of a page in 8 bits
 FORMATS = ("fp32", "bf16", "fp8", "fp4")
@@ -35,7 +35,8 @@ class Storage:
 
     Attributes:
         weights: fp32, bf16 (any 16 bits), fp8 (e4m3, a float32 scale for each row and 128 columns of a checkpoint's
-            matrix) or fp4 (a scale of a byte for 16 elements). Embedding, head, router, norms and biases keep 16 bits.
+            matrix) or fp4 (a scale of a byte for 16 elements; where the checkpoint is in MXFP4 for 32, experts alone).
+            Embedding, head, router, norms and biases keep 16 bits.
         cache: the same names: fp8 has a float32 scale for each token and head, with latents for each token, of which
             the turned elements keep 16 bits; fp4 a byte for 16 elements.
     """
@@ -53,8 +54,11 @@ class Storage:
         """Whether keys and values have fewer than 16 bits."""
         return self.cache in ("fp8", "fp4")
 
-    def weight_bytes(self, weight: Weight, *, narrow: bool) -> int:
-        """Return the bytes of one parameter of a rank, scales included; only a ``narrow`` one has few bits."""
+    def weight_bytes(self, weight: Weight, *, narrow: bool, fp4_group: int = FP4_GROUP) -> int:
+        """Return the bytes of one parameter of a rank, scales included; only a ``narrow`` one has few bits.
+
+        fp4_group: elements of 4 bits that share a scale.
+        """
         elements = _product(weight.shape)
         if weight.exact:
             return 4 * elements
@@ -63,7 +67,7 @@ class Storage:
             return elements * _ELEMENT_BYTES[self.weights]
         if self.weights == "fp8":
             return elements + 4 * rows * num_blocks(*weight.columns)
-        return rows * (-(-columns // 2) + -(-columns // FP4_GROUP))
+        return rows * (-(-columns // 2) + -(-columns // fp4_group))
 
     def token_bytes(self, spec: ModelSpec, num_kv_heads: int) -> int:
         """Return what one layer caches of a token in so many KV heads, in bytes."""
@@ -278,13 +282,21 @@ class Footprint:
         """Whether a parameter is kept in few bits: as its checkpoint says, else wherever it could be."""
         if self.spec.quantization is not None and self.storage.weights == "fp8":
             return weight.quantized
+        if self.storage.weights == "fp4" and self._has_mxfp4:
+            return role in EXPERT_ROLES
         return role in IN_8_BITS
+
+    @property
+    def _has_mxfp4(self) -> bool:
+        """Whether the checkpoint's experts, and nothing else, have 4 bits."""
+        return self.spec.experts is not None and self.spec.experts.in_4_bits
 
     def _matrices(self, weights: Mapping[str, Weight]) -> dict[str, Matrix]:
         matrices = {}
         for role, weight in weights.items():
             narrow = self.storage.weights in ("fp8", "fp4") and self._is_narrow(role, weight)
-            num_bytes = self.storage.weight_bytes(weight, narrow=narrow)
+            group = MXFP4_GROUP if self._has_mxfp4 else FP4_GROUP
+            num_bytes = self.storage.weight_bytes(weight, narrow=narrow, fp4_group=group)
             matrices[role] = Matrix(_product(weight.shape), num_bytes, narrow)
         return matrices
 

@@ -120,6 +120,19 @@ def test_the_runtime_allocates_what_was_counted(tmp_path, family, dtype, cache) 
     llm.close()
 
 
+def test_experts_in_mxfp4_have_a_scale_for_32_elements_and_nothing_else_is_narrow() -> None:
+    """Of gpt-oss-20b's sizes: 32 experts of 3 x 2,880 x 2,880 a layer."""
+    config = {
+        "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 32, "vocab_size": 201088,
+        "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "quantization_config": {"quant_method": "mxfp4"},
+    }  # fmt: skip
+    spec = read_spec(ModelConfig(load="dummy", config=config))
+    wide, narrow = (Footprint(spec, Layout(), Storage(weights)).weights_bytes for weights in ("bf16", "fp4"))
+    elements = 2 * 32 * 3 * 2880 * 2880
+    assert wide - narrow == 2 * elements - elements // 2 - elements // 32
+
+
 def test_matrices_that_a_checkpoint_keeps_wide_are_counted_so() -> None:
     """Block FP8 but for one layer's down projection: its layer is of a kind of its own."""
     kept = {"quant_method": "fp8", "weight_block_size": [128, 128],
