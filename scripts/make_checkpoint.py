@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
-WITH_EXPERTS = ("glm4_moe",)
+BESIDE = ("glm4", "glm4_moe")  # families that tests of all families leave out
 WINDOWED = ("gemma3", "gpt_oss", "mistral", "mixtral")  # of gpt_oss every second layer, as of other families that may
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
 PASSKEY = "passkey"  # a Llama made by hand: scripts/passkey_model.py
-ALL = (*FAMILIES, *WITH_EXPERTS, *WINDOWED, *HYBRIDS, PASSKEY)
+ALL = (*FAMILIES, *BESIDE, *WINDOWED, *HYBRIDS, PASSKEY)
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 NUM_BYTES = 256
@@ -71,7 +71,7 @@ class Recipe:
         layers: decoder layers.
         hidden: elements of a row.
         heads: query heads.
-        kv_heads: KV heads; 0 is the family's own default, 2 for glm and hybrids, else 4.
+        kv_heads: KV heads; 0 is the family's own default, 2 for glm, glm4 and hybrids, else 4.
         head_dim: elements a head; deepseek_* have latents of twice as many, keys of so many, and of half as many that
             RoPE turns.
         ffn: units of a feed-forward network.
@@ -264,7 +264,7 @@ def _config(recipe: Recipe) -> Any:
             "routed_scaling_factor": 1.5,
             "first_k_dense_replace": 1 if recipe.experts else recipe.layers,
         }
-    kv_heads = recipe.kv_heads or (2 if recipe.family in ("glm", *HYBRIDS) else 4)
+    kv_heads = recipe.kv_heads or (2 if recipe.family in ("glm", "glm4", *HYBRIDS) else 4)
     head_dim = recipe.head_dim
     if recipe.family.startswith("deepseek"):
         third = recipe.family == "deepseek_v3"

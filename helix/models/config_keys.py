@@ -43,7 +43,7 @@ QWEN3_NEXT = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 QWEN3 = ("qwen3", "qwen3_moe", *QWEN3_NEXT)
 BY_SIGMOID = ("deepseek_v3", "glm4_moe")
 PARTLY = "a part of each head would be rotated"
-PARTLY_ROTATED = ("glm", "glm4_moe", *QWEN3_NEXT)
+PARTLY_ROTATED = ("glm", "glm4", "glm4_moe", *QWEN3_NEXT)
 KEYS = (
     Key("is_causal", (True,), "tokens would see later ones"),
     Key("use_bidirectional_attention", (False,), "tokens would see later ones"),

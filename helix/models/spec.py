@@ -23,6 +23,7 @@ FAMILIES = {
     "deepseek_v3": ".deepseek",
     "gemma3": ".gemma3",
     "glm": ".glm",
+    "glm4": ".glm",
     "glm4_moe": ".glm4_moe",
     "gpt_oss": ".gpt_oss",
     "kimi_k2": ".deepseek",

@@ -25,7 +25,7 @@ from scripts.make_checkpoint import FAMILIES, HYBRIDS, make_checkpoint
 TIE = 2e-3  # where the reference's own two best logits are this close, rounding may choose
 BLOCK_SIZES = (1, 16, 64)
 WHOLE = 2048  # a prefill chunk that holds every prompt
-KV_HEADS = {"glm": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "qwen3_next": 2}
+KV_HEADS = {"glm": 2, "glm4": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "qwen3_next": 2}
 
 
 def layouts(family: str) -> list[tuple[int, int]]:
@@ -187,7 +187,8 @@ def test_decode_that_passes_eight_ranks_twice_with_long_blocks_equals_transforme
 
 
 @pytest.mark.parametrize(
-    ("family", "kvp", "tpa", "share"), [("llama", 1, 1, 0), ("qwen3", 2, 1, 0), ("glm", 2, 2, 1), ("qwen2", 4, 1, 1)]
+    ("family", "kvp", "tpa", "share"),
+    [("llama", 1, 1, 0), ("qwen3", 2, 1, 0), ("glm4", 2, 2, 1), ("qwen2", 4, 1, 1)],
 )
 def test_chunks_that_cut_blocks_equal_transformers(ranks, checkpoint, reference, family, kvp, tpa, share):
     runs = [(size, prompts_for(16), 20, chunk, share) for size, chunk in ((16, 7), (16, 33), (4, 5))]
