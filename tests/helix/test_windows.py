@@ -1,6 +1,7 @@
 """Layers with a window: transformers' tokens in every layout, and memory for the window alone."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +26,24 @@ from helix.sampling import SamplingParams
 from helix.windows import window_pages, with_windows
 from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint
+from tests.helix.speculative.world import Recorded, make_llm, use
+from tests.helix.speculative.world import run as generate
+from tests.helix.test_fp8_cache import through_8_bits
 
 WINDOW, MAX_TOKENS = 24, 40
 LENGTHS = (1, 17, 24, 25, 70, 131)
 TIE = 2e-3
+
+
+def greedy_of(model, prompt, **more):
+    """Transformers' tokens, and the gap of the two best logits at each."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=None,
+        pad_token_id=0, return_dict_in_generate=True, output_logits=True, **more,
+    )  # fmt: skip
+    best = torch.stack(out.logits)[:, 0].topk(2, -1).values
+    return out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
 
 
 @pytest.fixture(scope="session")
@@ -46,16 +61,7 @@ def models(tmp_path_factory):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         generator = torch.Generator().manual_seed(1)
         prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in LENGTHS]
-        expected = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False,
-                eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
-            best = torch.stack(out.logits)[:, 0].topk(2, -1).values
-            gaps = (best[:, 0] - best[:, 1]).tolist()
-            expected.append((out.sequences[0, len(prompt) :].tolist(), gaps))
+        expected = [greedy_of(model, prompt) for prompt in prompts]
         made[family] = str(path), prompts, expected
         return made[family]
 
@@ -191,3 +197,25 @@ def test_prompts_that_come_again_and_next_turns_reuse_what_is_there(ranks, model
         assert [cached for _, cached in reused[1]] == [0, 96, 64]
         assert [cached for _, cached in reused[2]] == [128, 160, 128]
         assert all(cached == 0 for turn in computed for _, cached in turn)
+
+
+def test_drafts_in_graphs_over_8_bits_equal_transformers_over_what_these_mean(models):
+    """Two drafts of three are right, so that windows move on by one to four tokens, and rows behind them are undone."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    class Keys(DynamicCache):
+        def update(self, key_states, value_states, *args, **more):
+            return super().update(through_8_bits(key_states), through_8_bits(value_states), *args, **more)
+
+    path, prompts, _ = models("gpt_oss")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = [greedy_of(model, prompt, past_key_values=Keys())[0] for prompt in prompts]
+    speculative = {"method": "ngram", "max_draft_len": 3, "draft_len_schedule": {8: 3}}
+    llm = make_llm(path, graphs=True, speculative=speculative, cache={"dtype": "fp8_e4m3"}, block_size=4)
+    total = llm.engine.scheduler.windows.num_free
+    drafter = Recorded([SimpleNamespace(token_ids=tokens) for tokens in expected], 0.67, short=True)
+    made = generate(use(llm, drafter), prompts, SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True))
+    assert [each.token_ids for each in made] == expected
+    assert 0 < llm.metrics.speculative.accepted < llm.metrics.speculative.drafted
+    llm.engine.scheduler.cache.clear()
+    assert llm.engine.scheduler.windows.num_free == total
