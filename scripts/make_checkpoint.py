@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
-BESIDE = ("glm4", "glm4_moe")  # families that tests of all families leave out
+BESIDE = ("glm4", "glm4_moe", "seed_oss")  # families that tests of all families leave out
 WINDOWED = ("gemma3", "gpt_oss", "mistral", "mixtral")  # of gpt_oss every second layer, as of other families that may
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
 PASSKEY = "passkey"  # a Llama made by hand: scripts/passkey_model.py

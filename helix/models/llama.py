@@ -1,4 +1,7 @@
-"""Llama (model_type "llama"): no head norms, whole heads rotated in halves; biases of attention where asked for."""
+"""Llama (model_type "llama"): no head norms, whole heads rotated in halves; biases of attention where asked for.
+
+Seed-OSS (model_type "seed_oss") is one that says of the output projection's bias on its own whether it is there.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from .spec import ModelSpec
 
 
 def make_spec(config: Any) -> ModelSpec:
-    """Return the spec of a transformers LlamaConfig; ValueError for a setting that Helix does not compute.
+    """Return the spec of a transformers LlamaConfig or SeedOssConfig; ValueError for what Helix does not compute.
 
     `mlp_bias` would put biases on the feed-forward: refused.
     """
@@ -15,4 +18,6 @@ def make_spec(config: Any) -> ModelSpec:
 
     require(not config.mlp_bias, "mlp_bias", True, "Helix has no bias in the feed-forward; valid: false")
     biased = bool(config.attention_bias)
-    return require_full_rotation(spec_from(config, "llama", LlamaRotaryEmbedding, qkv_bias=biased, o_bias=biased))
+    o_bias = bool(getattr(config, "attention_out_bias", biased))
+    spec = spec_from(config, config.model_type, LlamaRotaryEmbedding, qkv_bias=biased, o_bias=o_bias)
+    return require_full_rotation(spec)

@@ -36,6 +36,7 @@ FAMILIES = {
     "qwen3_5_moe": ".qwen3_5",
     "qwen3_moe": ".qwen3_moe",
     "qwen3_next": ".qwen3_next",
+    "seed_oss": ".llama",
 }
 SAME_AS = {"kimi_k2": "deepseek_v3"}  # model types that are another one under a name that transformers does not know
 # families whose config.json has the text model's config in "text_config", and what model_type that has

@@ -188,7 +188,7 @@ def test_decode_that_passes_eight_ranks_twice_with_long_blocks_equals_transforme
 
 @pytest.mark.parametrize(
     ("family", "kvp", "tpa", "share"),
-    [("llama", 1, 1, 0), ("qwen3", 2, 1, 0), ("glm4", 2, 2, 1), ("qwen2", 4, 1, 1)],
+    [("seed_oss", 1, 1, 0), ("qwen3", 2, 1, 0), ("glm4", 2, 2, 1), ("qwen2", 4, 1, 1)],
 )
 def test_chunks_that_cut_blocks_equal_transformers(ranks, checkpoint, reference, family, kvp, tpa, share):
     runs = [(size, prompts_for(16), 20, chunk, share) for size, chunk in ((16, 7), (16, 33), (4, 5))]
