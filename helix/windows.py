@@ -37,10 +37,10 @@ def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
             f"transfer.* brings what a sequence's owners hold, and {spec.family} models have layers with a window, "
             "which every rank holds for itself; leave transfer.* out"
         )
-    if config.speculative.method not in ("none", "ngram"):
+    if config.speculative.method not in ("none", "ngram", "draft_model"):
         raise ValueError(
             f"speculative.method = {config.speculative.method} drafts for models without windows only, and this "
-            f"{spec.family} has layers with a window; use speculative=ngram or speculative=none"
+            f"{spec.family} has layers with a window; use speculative=ngram or speculative=draft_model"
         )
     if config.cache.host_pages:
         raise ValueError(

@@ -8,6 +8,7 @@ import torch
 
 from helix.config import (
     CacheConfig,
+    DraftModelConfig,
     HelixConfig,
     ModelConfig,
     ParallelConfig,
@@ -197,6 +198,17 @@ def test_prompts_that_come_again_and_next_turns_reuse_what_is_there(ranks, model
         assert [cached for _, cached in reused[1]] == [0, 96, 64]
         assert [cached for _, cached in reused[2]] == [128, 160, 128]
         assert all(cached == 0 for turn in computed for _, cached in turn)
+
+
+def test_a_draft_model_without_windows_drafts_for_one_with_them(models, tmp_path):
+    """Of the same weights, so that both agree where a window holds everything and rarely beyond."""
+    path, prompts, expected = models("mistral")
+    draft = make_checkpoint(tmp_path / "draft", family="mistral", kv_heads=4, layers=3)
+    speculative = {"method": "draft_model", "max_draft_len": 3, "model": DraftModelConfig(path=str(draft))}
+    llm = make_llm(path, graphs=True, speculative=speculative | {"draft_len_schedule": {8: 3}}, max_batch=4)
+    made = generate(llm, prompts, SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True))
+    assert [each.token_ids for each in made] == [tokens for tokens, _ in expected]
+    assert 0 < llm.metrics.speculative.accepted < llm.metrics.speculative.drafted
 
 
 def test_drafts_in_graphs_over_8_bits_equal_transformers_over_what_these_mean(models):
