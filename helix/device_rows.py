@@ -70,10 +70,12 @@ class RowSender:
         *,
         repeat: int = 1,
         beside: Mapping[str, npt.NDArray[np.generic]] | None = None,
+        expands: bool | None = None,
     ) -> DeviceRows:
         """Send rows that attend to a cache, and what else there is to send ``beside`` them.
 
         ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.
+        ``expands``: whether they attend to fillings; None decides by the longest run.
         """
         arrays: dict[str, npt.NDArray[np.generic]] = {
             "token_ids": step.token_ids,
@@ -85,7 +87,8 @@ class RowSender:
             **(beside or {}),
         }
         longest = int(step.counts.max())
-        planned = self._plan(step, local, longest) if 0 < self._expand_rows <= longest else None
+        expands = 0 < self._expand_rows <= longest if expands is None else expands
+        planned = self._plan(step, local, longest) if expands else None
         work = cutting = None
         if planned is not None:
             arrays |= planned.arrays
@@ -120,12 +123,18 @@ class RowSender:
         fillings = [] if planned is None else planned.on_device(sent, rows) * repeat
         return DeviceRows(sent["token_ids"], rows, share, fillings, {name: sent[name] for name in beside or {}})
 
-    def send_wanted(self, step: StepRows, local: LocalRows, cache: PagedCache, index: IntArray) -> Wanted:
-        """Send which rows of a step are wanted, and what attention needs of them alone."""
-        if self._decoder.spec.latent is not None:
-            return Wanted(upload({"index": index}, self._decoder.device)["index"], None)
-        given = self.send(step.only(index), local.only(index), cache, beside={"index": index})
-        return Wanted(given.beside["index"], given.rows, given.fillings)
+    def send_wanted(
+        self, step: StepRows, local: LocalRows, cache: PagedCache, index: IntArray, *, expands: bool
+    ) -> Wanted:
+        """Send which rows of a step are wanted, and what attention needs of them alone; a row that sees nothing where
+        none is: the last layer has collectives. ``expands``: the step attends to fillings.
+        """
+        some, seen = StepRows.for_nobody(1), LocalRows.for_nobody(1, window=self._decoder.spec.window)
+        if len(index):
+            some, seen = step.only(index), local.only(index)
+        which = {"index": index if len(index) else np.zeros(1, np.int64)}
+        sent = self.send(some, seen, cache, beside=which, expands=expands)
+        return Wanted(sent.beside["index"], sent.rows, sent.fillings)
 
     def _cut_window(self, step: StepRows, seen: WindowRows, longest: int) -> tuple[Cutting, WorkList] | None:
         """Return the work of layers with a window; None where no work list is read."""

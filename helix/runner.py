@@ -207,7 +207,7 @@ class Runner:
             if 0 < len(choosing) < len(hidden):
                 hidden = hidden[upload({"rows": np.array(choosing, np.int64)}, hidden.device)["rows"]]
         else:
-            hidden = self._forward(step, local, chunks, wanted=np.array(choosing or [step.num_rows - 1]))
+            hidden = self._forward(step, local, chunks, wanted=np.array(choosing, np.int64))
         if choosing:
             return self.decoder.local_logits(hidden)
         first, stop = self.decoder.part.vocab
@@ -361,7 +361,9 @@ class Runner:
         if (step.token_ids < 0).any():
             token_ids = torch.where(token_ids < 0, self._device_tokens[rows.row_seq.long()], token_ids)
         longest = int(step.counts.max())  # longer than what decodes or verifies is a prompt's
-        few = None if wanted is None else self._sender.send_wanted(step, local, self.cache, wanted)
+        few = None
+        if wanted is not None:
+            few = self._sender.send_wanted(step, local, self.cache, wanted, expands=bool(given.fillings))
         hidden = self.decoder.forward(
             token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings,
             chunk=longest > MAX_ROWS, longest=longest, wanted=few,

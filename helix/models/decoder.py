@@ -213,7 +213,7 @@ class Decoder:
                     weights, normed, *own, slot, pages[place], share, queries, plain=bool(fillings), chunk=chunk
                 )
                 seen = (rows, fillings)
-                if wanted is not None and wanted.rows is not None and layer == self.spec.num_layers - 1:
+                if wanted is not None and layer == self.spec.num_layers - 1:
                     q, seen = q[wanted.index], (wanted.rows, wanted.fillings)
                 partials = self._attend(q, pages[place], *seen, weights)
                 merged = exchange(partials, layer=place, sinks=weights.get("sinks"))

@@ -21,13 +21,13 @@ class Wanted:
 
     Attributes:
         index: [L] int64, which of the step's R rows they are, ascending; one at least, equal on all ranks.
-        rows: the same, as attention reads rows; None where it attends with all R, as queries of latents do.
-        fillings: see ``Decoder.forward``; of these rows.
+        rows: the same, as attention reads rows.
+        fillings: see ``Decoder.forward``; of these rows, and there are some where the step has some.
     """
 
     index: torch.Tensor
-    rows: Rows | None
-    fillings: Sequence[Filling] = ()
+    rows: Rows
+    fillings: Sequence[Filling]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """Return these rows of x [R, ...]; x where it has them alone."""

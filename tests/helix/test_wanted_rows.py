@@ -6,22 +6,26 @@ from typing import Any
 import pytest
 
 from helix import LLM, HelixConfig, SamplingParams
-from helix.config import CacheConfig, ModelConfig, RuntimeConfig, SchedulerConfig
+from helix.config import AttentionConfig, CacheConfig, ModelConfig, RuntimeConfig, SchedulerConfig
 from helix.models.decoder import Decoder
 from scripts.make_checkpoint import make_checkpoint
 
 PROMPTS = [[7 * i % 250 for i in range(20)], [5 * i % 250 for i in range(9)]]
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_next", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "expand_rows"),
+    [("llama", 0), ("deepseek_v3", 0), ("deepseek_v3", 8), ("qwen3_next", 0), ("gpt_oss", 0)],
+)
 def test_rows_that_choose_nothing_end_with_the_last_attention(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, expand_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_checkpoint(tmp_path / "model", family=family)
     llm = LLM(
         HelixConfig(
             model=ModelConfig(path=str(path), dtype="float32"),
             cache=CacheConfig(block_size=4, num_pages=40, reuse=False),
+            attention=AttentionConfig(expand_rows=expand_rows, workspace_tokens=128),
             scheduler=SchedulerConfig(prefill_chunk=16),
             runtime=RuntimeConfig(device="cpu"),
         )
@@ -57,8 +61,7 @@ def test_rows_that_choose_nothing_end_with_the_last_attention(
     assert set(first[:-1]) == {16} and set(second[:-1]) == {13}
     assert (first[-1], second[-1]) == (1, 2)  # one that nobody reads, as nobody chooses; then the prompts' last rows
     num_full = len(llm.spec.layers_of("full"))
-    last = (16, 13) if family == "deepseek_v3" else (1, 2)  # of latents, all rows attend
-    assert (attended[num_full - 1], attended[2 * num_full - 1]) == last
+    assert (attended[num_full - 1], attended[2 * num_full - 1]) == (1, 2)
     steps, whole = run(prompt_logprobs=0)  # the prompt's log-probabilities need all rows
     assert [set(rows) for rows in steps] == [{16}, {13}]
     for few, every in zip(found, whole, strict=True):
