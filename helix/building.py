@@ -197,6 +197,7 @@ class Builder:
                 max_run=1 + self._most_drafts,
                 dtype=prepared.dtype,
                 device=self._device,
+                transfers=self._config.transfer.enabled,
             ),
             windows=window_pages(
                 self._config,

@@ -160,6 +160,7 @@ class Sequence:
         keys: its blocks' keys, made when it is first matched.
         was_admitted: True from its first admission on; later ones resume it.
         keeps_pages: it keeps its pages when it ends, until whoever reads them releases them.
+        keeps_slot: and its batch slot, for what state layers have there.
         arrived_s, last_token_s: when it came, and its last token, by this rank's own clock: for the metrics alone.
         bad_word_ids: the tokens of each of the bad words.
         logit_bias: token ids and what is added to their logits, as arrays; None where nothing is.
@@ -186,6 +187,7 @@ class Sequence:
     keys: BlockKeys | None = None
     was_admitted: bool = False
     keeps_pages: bool = False
+    keeps_slot: bool = False
     arrived_s: float = 0.0
     last_token_s: float | None = None
     logit_bias: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None

@@ -44,7 +44,10 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
         Need(footprint.weights_bytes, "the model", "spread it over more ranks"),
         Need(num_pages * (footprint.page_bytes + checkpoint_bytes), f"cache.num_pages = {cache.num_pages}"),
         Need(table, rows, lower),
-        Need(footprint.states_bytes(batch, run), f"scheduler.max_batch = {batch} sequences' states"),
+        Need(
+            footprint.states_bytes(batch, run) * (2 if config.transfer.enabled else 1),  # with their records
+            f"scheduler.max_batch = {batch} sequences' states",
+        ),
         Need(
             num_window_pages(config, footprint.spec) * footprint.window_page_bytes,
             f"scheduler.max_batch = {batch} windows of {footprint.spec.window} tokens",

@@ -259,8 +259,12 @@ class Scheduler:
 
     def free_slot(self, seq: Sequence) -> None:
         """Take back the batch slot of a held sequence; what becomes of its pages is the caller's to say."""
-        heapq.heappush(self._free_slots, seq.batch_slot)
+        self.give_slot(seq.batch_slot)
         seq.batch_slot = -1
+
+    def give_slot(self, slot: int) -> None:
+        """Make a batch slot free."""
+        heapq.heappush(self._free_slots, slot)
 
     # --- who begins ---------------------------------------------------------------------------------------------------
 
@@ -325,7 +329,8 @@ class Scheduler:
             self.cache.release(seq.blocks, seq.num_computed if keep else 0)
         if self.cache.checkpoints is not None:
             self.cache.checkpoints.leave(seq.batch_slot)
-        self.free_slot(seq)
+        if not seq.keeps_slot:
+            self.free_slot(seq)
         self.on_leave(seq)
 
 

@@ -19,6 +19,7 @@ from parallel.layout import Range
 from ..models.kinds import STATE
 from ..models.spec import ModelSpec
 from .heads import StateHeads, ring_of
+from .records import StateRecords
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class StateCache:
         layers: of each state layer, in their order.
         tensors: of all layers, each [layers, slots, ...].
         num_bytes: of all of them.
+        records: room for what a transfer brings of sequences; None without transfers.
     """
+
+    records: StateRecords | None = None
 
     def __init__(
         self, heads: StateHeads, *, num_layers: int, num_slots: int, max_run: int, dtype: torch.dtype,
@@ -88,10 +92,15 @@ class StateCache:
     @classmethod
     def for_model(
         cls, spec: ModelSpec, value_heads: Range, *, num_slots: int, max_run: int, dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device, transfers: bool = False,
     ) -> StateCache | None:  # fmt: skip
-        """Return the cache of a rank that has these value heads; None where the model has no state layers."""
+        """Return the cache of a rank that has these value heads; None where the model has no state layers.
+
+        ``transfers``: with records.
+        """
         if spec.states is None:
             return None
         heads, num_layers = StateHeads.of(spec.states, value_heads), len(spec.layers_of(STATE))
-        return cls(heads, num_layers=num_layers, num_slots=num_slots, max_run=max_run, dtype=dtype, device=device)
+        cache = cls(heads, num_layers=num_layers, num_slots=num_slots, max_run=max_run, dtype=dtype, device=device)
+        cache.records = StateRecords(cache) if transfers else None
+        return cache

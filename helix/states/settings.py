@@ -22,11 +22,6 @@ def with_states(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
         return config
     if not spec.num_cached_layers:
         raise ValueError(f"config layer_types names no layer of {spec.family} full_attention; Helix needs one at least")
-    if config.transfer.enabled:
-        raise ValueError(
-            f"transfer.* brings keys and values, and {spec.family} models have state layers, whose states it does not "
-            "bring; leave transfer.* out"
-        )
     if config.cache.reuse:
         _log.info("cache.partial_reuse: off, the state layers of %s go on from checkpoints only", spec.family)
     return replace(config, cache=replace(config.cache, partial_reuse=False))

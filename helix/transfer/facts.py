@@ -30,7 +30,7 @@ def make_facts(
         weights: the checkpoint's folder; None where weights are made up.
     """
     rope = spec.rope.inv_freq.numpy().tobytes() + repr(spec.rope.attention_scaling).encode()
-    experts = spec.experts
+    experts, states = spec.experts, spec.states
     return {
         "cache.block_size": block_size,
         "model.dtype": _name(dtypes[0]),
@@ -51,6 +51,11 @@ def make_facts(
         "model's num_experts": 0 if experts is None else experts.num_experts,
         "model's num_experts_per_tok": 0 if experts is None else experts.num_chosen,
         "model's moe_intermediate_size": 0 if experts is None else experts.ffn_size,
+        "model's linear_num_value_heads": 0 if states is None else states.num_value_heads,
+        "model's linear_num_key_heads": 0 if states is None else states.num_key_heads,
+        "model's linear_value_head_dim": 0 if states is None else states.value_dim,
+        "model's linear_key_head_dim": 0 if states is None else states.key_dim,
+        "model's linear_conv_kernel_dim": 0 if states is None else states.taps,
         "model's norm_topk_prob": experts is not None and experts.normalised,
         "model's layers without experts": [] if experts is None else sorted(experts.dense_layers),
         "fingerprint of the model's RoPE (rope_theta, rope_scaling)": blake2b(rope, digest_size=8).hexdigest(),

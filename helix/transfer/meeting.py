@@ -30,6 +30,8 @@ from parallel.placement import BlockCyclic
 from ..config import HelixConfig
 from ..engine import Engine
 from ..models.spec import ModelSpec
+from ..models.weights import part_of
+from ..states.records import StateRecords
 from .channel import Channel, ChannelLost, Listener, connect, wait_for
 from .facts import Process, find_mismatch, make_facts
 from .hearing import Hearing, Writer
@@ -78,14 +80,32 @@ class Group:
         """Return where a rank's pages lie; ValueError when the pool is not one of this model."""
         heads = self.side(layout).heads(rank)
         pages = replace(self.page_layout, num_kv_heads=heads[1] - heads[0])
-        if pool.page_bytes != pages.page_bytes or len(pool.layers) != self.spec.num_layers:
+        if pool.page_bytes != pages.page_bytes or len(pool.layers) != self.spec.num_cached_layers:
             raise ValueError(f"the pool of decode rank {rank} has {len(pool.layers)} layers of {pool.page_bytes} bytes")
         return CacheMap.of(pages, pool.layers, heads)
 
+    @property
+    def records(self) -> StateRecords | None:
+        """Where records of states are; None where the model has no state layers."""
+        states = self.engine.runner.decoder.states
+        return None if states is None else states.records
 
-def _make_transport(group: Group, role: str) -> Transport:
+    def record_map(self, pool: Pool, layout: Layout, rank: int) -> CacheMap:
+        """Return where a rank's records lie: pages of one token; ValueError when they are not of this model."""
+        assert self.records is not None
+        heads, head_bytes = part_of(self.spec, layout, rank).value_heads, self.records.head_bytes
+        if pool.page_bytes != (heads[1] - heads[0]) * head_bytes or len(pool.layers) != 1:
+            raise ValueError(f"the records of decode rank {rank} have {pool.page_bytes} bytes")
+        return CacheMap(pool.layers, pool.page_bytes, head_bytes, 1, heads, planes=1)
+
+
+def _make_transports(group: Group, role: str) -> list[Transport]:
+    """Return the transport of this rank's pages, and that of its records of states, if it has any."""
     name = f"{role}-{group.launch.rank}-{secrets.token_hex(4)}"
-    return agree(lambda: Transport(name, group.engine.runner.cache))
+    memories = [group.engine.runner.cache.pages]
+    if group.records is not None:
+        memories.append(group.records.memory)
+    return agree(lambda: [Transport(f"{name}-{number}", memory) for number, memory in enumerate(memories)])
 
 
 # --- the decode group -------------------------------------------------------------------------------------------------
@@ -98,8 +118,8 @@ def meet_prefill_group(group: Group) -> Receiver:
         ValueError: on all ranks, when NIXL, the address or the secret cannot be used, nobody comes, or the groups do
             not agree.
     """
-    transport = _make_transport(group, "decode")
-    pools = _gather(transport.pool)
+    transports = _make_transports(group, "decode")
+    pools, *records = (_gather(transport.pool) for transport in transports)
     hellos: dict[int, tuple[Hello, Channel]] = {}
     config = group.config.transfer
     deadline = time.monotonic() + config.connect_timeout_s
@@ -115,15 +135,17 @@ def meet_prefill_group(group: Group) -> Receiver:
         finally:
             listener.close()
         for _, channel in hellos.values():
-            channel.send(Welcome(group.layout.kvp, group.layout.tpa, pools))
+            channel.send(Welcome(group.layout.kvp, group.layout.tpa, pools, *records))
         return len(hellos)
 
     num_writers = from_rank0(collect)
     writers = [Writer(channel, hello.process) for _, (hello, channel) in sorted(hellos.items())]
     ready: set[int] = set()
     while not from_rank0(lambda: _all_ready(writers, ready, deadline)):
+        for transport in transports:
+            transport.progress()
+    for transport in transports:
         transport.progress()
-    transport.progress()
     _log.info("transfer: %d prefill ranks are connected", num_writers)
     hearing = Hearing(writers, timeout_s=config.timeout_s, vocabulary=group.spec.vocab_size)
     return Receiver(
@@ -131,7 +153,7 @@ def meet_prefill_group(group: Group) -> Receiver:
         config,
         num_writers=num_writers,
         hearing=hearing,
-        transport=transport,
+        transports=transports,
         speaks=group.launch.speaks,
     )
 
@@ -240,30 +262,36 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     Raises:
         ValueError: on all ranks, when NIXL or the secret cannot be used, nobody listens, or the groups do not agree.
     """
-    transport = _make_transport(group, "prefill")
+    transports = _make_transports(group, "prefill")
     facts, timeout_s = from_rank0(group.facts), group.config.transfer.connect_timeout_s
 
-    def join() -> tuple[Layout, list[Pool]]:
+    def join() -> tuple[Layout, Welcome]:
         channel.send(Hello(group.launch.rank, group.layout.kvp, group.layout.tpa, facts, Process.current()))
         welcome = _await_welcome(channel, timeout_s)
-        return Layout(kvp=welcome.kvp, tpa=welcome.tpa), welcome.pools
+        return Layout(kvp=welcome.kvp, tpa=welcome.tpa), welcome
 
     # In two steps: where one rank is refused, the others do not wait for a welcome that cannot come.
     channel = agree(lambda: connect(*_where_to_go(group), timeout_s))
-    layout, pools = agree(join)
-    peers = agree(lambda: _connect_pools(group, transport, layout, pools))
-    for peer in peers:
+    layout, welcome = agree(join)
+    peers = agree(lambda: _connect_pools(group, transports[0], layout, welcome.pools))
+    record_peers = agree(lambda: _connect_records(group, transports[1:], layout, welcome.records))
+    for peer in (*peers, *record_peers):
         peer.ping(b"hello")
     channel.send(Ready())
-    _log.info("transfer: connected to %d decode ranks", len(pools))
+    _log.info("transfer: connected to %d decode ranks", len(welcome.pools))
     return Sender(
         group.engine,
         source=group.side(group.layout),
-        target=Target(layout, min(pool.num_pages for pool in pools)),
+        target=Target(
+            layout,
+            min(pool.num_pages for pool in welcome.pools),
+            min((pool.num_pages for pool in welcome.records), default=None),
+        ),
         rank=group.launch.rank,
         channel=channel,
         peers=peers,
-        transport=transport,
+        record_peers=record_peers,
+        transports=transports,
         prepare=prepare,
     )
 
@@ -309,4 +337,22 @@ def _connect_pools(group: Group, transport: Transport, layout: Layout, pools: li
         target = group.cache_map(pool, layout, number)
         if max(source.heads[0], target.heads[0]) < min(source.heads[1], target.heads[1]):
             peers.append(transport.connect(pool, source, target, rank=number))
+    return peers
+
+
+def _connect_records(group: Group, transports: list[Transport], layout: Layout, pools: list[Pool]) -> list[Peer]:
+    """Return the records of states that this rank writes: those with value heads of its own, which no other rank has.
+
+    Raises:
+        ValueError: when one group has records and the other has none.
+    """
+    if len(transports) != bool(pools):
+        raise ValueError(f"the decode group has {len(pools)} pools of records, and this rank {len(transports)}")
+    peers = []
+    for transport in transports:
+        source = group.record_map(transport.pool, group.layout, group.launch.rank)
+        for number, pool in enumerate(pools):
+            target = group.record_map(pool, layout, number)
+            if max(source.heads[0], target.heads[0]) < min(source.heads[1], target.heads[1]):
+                peers.append(transport.connect(pool, source, target, rank=number))
     return peers

@@ -28,7 +28,7 @@ from msgspec import Meta, Struct
 from ..request import Sequence
 from .facts import Process
 
-VERSION = 2
+VERSION = 3
 MAX_MESSAGE_BYTES = 256 << 20
 """The longest message that is read: token ids and pages of 16 million tokens."""
 
@@ -106,14 +106,20 @@ class Pool(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Welcome(_Message, frozen=True):
-    """The decode group's layout and the pools of all its ranks, in rank order."""
+    """The decode group's layout and the pools of all its ranks, in rank order: of pages, and of records of states.
+
+    There are no records where the model has no state layers.
+    """
 
     kvp: Positive
     tpa: Positive
     pools: list[Pool]
+    records: list[Pool] = []
 
     def __post_init__(self) -> None:
-        _require(len(self.pools) == self.kvp * self.tpa, f"{len(self.pools)} pools for {self.kvp} x {self.tpa} ranks")
+        num_ranks = self.kvp * self.tpa
+        _require(len(self.pools) == num_ranks, f"{len(self.pools)} pools for {self.kvp} x {self.tpa} ranks")
+        _require(len(self.records) in (0, num_ranks), f"{len(self.records)} records for {self.kvp} x {self.tpa} ranks")
 
 
 class Refuse(_Message, frozen=True):
@@ -138,6 +144,7 @@ class Ask(_Message, frozen=True):
         sampling: the settings of ``SamplingParams``.
         seed: of the request's random numbers.
         salt, retention: of its cached blocks.
+        slot: where the record of its states goes, if the model has any.
     """
 
     id: Count
@@ -149,6 +156,7 @@ class Ask(_Message, frozen=True):
     seed: Count
     salt: str = ""
     retention: list[dict[str, Any]] = []
+    slot: Count = 0
 
     def __post_init__(self) -> None:
         _require(len(self.token_ids) > 0 and bool((self.token_ids >= 0).all()), "token_ids must be ids, and not empty")
@@ -170,13 +178,15 @@ class Ask(_Message, frozen=True):
             seed=seq.seed,
             salt=seq.cache_salt,
             retention=[asdict(each) for each in seq.retention],
+            slot=seq.batch_slot,
         )
 
-    def check_pages(self, block_size: int, kvp: int, num_pages: int) -> None:
-        """Raise MessageError unless the pages fit the prompt and the receiver's pools."""
+    def check_places(self, block_size: int, kvp: int, num_pages: int, num_slots: int | None) -> None:
+        """Raise MessageError unless pages and slot fit the prompt and the receiver's pools."""
         num_blocks = -(-len(self.token_ids) // block_size)
         _require(len(self.pages) == num_blocks, f"{len(self.pages)} pages for {num_blocks} blocks")
         _require(bool((self.pages < num_pages).all()), f"page {int(self.pages.max())} of {num_pages}")
+        _require(num_slots is None or self.slot < num_slots, f"slot = {self.slot} of {num_slots}")
         _require(self.first_owner < kvp, f"first_owner = {self.first_owner} of {kvp} KVP ranks")
 
 

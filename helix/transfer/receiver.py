@@ -60,10 +60,11 @@ class Inbound:
 
 @dataclass(eq=False)
 class Quarantine:
-    """Pages that some writers may still write."""
+    """Pages that some writers may still write, and the batch slot whose record of states they may; None without."""
 
     pages: list[tuple[int, int]]
     writers: set[int]
+    slot: int | None = None
 
 
 class Receiver:
@@ -74,7 +75,7 @@ class Receiver:
         config: the settings.
         num_writers: prefill ranks.
         hearing: rank 0's connections to them.
-        transport: this rank's pool.
+        transports: this rank's pools.
         speaks: this rank's warnings are those of all; elsewhere they are logged for debugging alone.
     """
 
@@ -85,13 +86,15 @@ class Receiver:
         *,
         num_writers: int,
         hearing: Hearing,
-        transport: Transport,
+        transports: list[Transport],
         speaks: bool,
     ) -> None:
         self._engine, self._config = engine, config
         self._log_level = logging.WARNING if speaks else logging.DEBUG
         self._all_writers = frozenset(range(num_writers))
-        self._hearing, self._transport = hearing, transport
+        self._hearing, self._transports = hearing, transports
+        states = engine.runner.decoder.states
+        self._records = None if states is None else states.records
         self._link = OPEN
         self._waiting: list[Sequence] = []
         self._held: deque[tuple[Sequence, int]] = deque()  # not asked for yet, and the steps given to the device before
@@ -159,7 +162,7 @@ class Receiver:
     def hear(self, news: bytes) -> list[StreamEvent]:
         """Act on news, rank 0's own, and return what is new of the sequences that go on or end by them."""
         if self._inbound or self._quarantined:
-            self._transport.progress()
+            self._progress()
         return [event for each in decode_news(news) for event in self._act(each)]
 
     def step(self) -> list[StreamEvent]:
@@ -190,8 +193,13 @@ class Receiver:
         self._hearing.tell(Bye())
         deadline = time.monotonic() + CLOSE_S
         while not from_rank0(lambda: self._hearing.have_left(deadline)):
-            self._transport.progress()
-        self._transport.close()
+            self._progress()
+        for transport in self._transports:
+            transport.close()
+
+    def _progress(self) -> None:
+        for transport in self._transports:
+            transport.progress()
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -342,9 +350,12 @@ class Receiver:
         del self._inbound[number]
         seq, scheduler = inbound.seq, self._engine.scheduler
         if unknown:
-            pages = scheduler.cache.detach(seq.blocks)
-            scheduler.free_slot(seq)
-            self._quarantined[number] = Quarantine(pages, set(unknown))
+            pages, slot = scheduler.cache.detach(seq.blocks), None
+            if self._records is None:
+                scheduler.free_slot(seq)
+            else:
+                slot, seq.batch_slot = seq.batch_slot, -1
+            self._quarantined[number] = Quarantine(pages, set(unknown), slot)
             self.counters.pages_quarantined += len(pages)
             self._warn(
                 "request %d: %d pages are quarantined until %d prefill ranks have ended",
@@ -370,6 +381,8 @@ class Receiver:
         if not quarantine.writers:
             del self._quarantined[number]
             self._engine.scheduler.cache.reattach(quarantine.pages)
+            if quarantine.slot is not None:
+                self._engine.scheduler.give_slot(quarantine.slot)
             self.counters.pages_released += len(quarantine.pages)
             self._warn("request %d: its %d quarantined pages are free again", number, len(quarantine.pages))
 
@@ -385,6 +398,8 @@ class Receiver:
         if first.logprob is not None:
             top = dict(zip(first.top_ids.tolist(), first.top_logprobs.tolist(), strict=True))
             logprobs = TokenLogprobs(first.token, first.logprob, top)
+        if self._records is not None:
+            self._records.read(seq.batch_slot, seq.prompt_len)
         return self._engine.go_on(seq, first.token, logprobs)
 
     def _give_up(self, seq: Sequence, reason: str) -> StreamEvent | None:

@@ -47,10 +47,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """The decode group as every prefill rank sees it: its layout, and pages a rank."""
+    """The decode group as every prefill rank sees it: its layout, and pages and records of states a rank, if any."""
 
     layout: Layout
     num_pages: int
+    num_slots: int | None
 
 
 @dataclass(eq=False)
@@ -87,8 +88,9 @@ class Sender:
         target: the decode group.
         rank: this process's, in the prefill group.
         channel: to the decode group's rank 0.
-        peers: the decode ranks that this rank writes to.
-        transport: this rank's pool.
+        peers: the decode ranks whose pages this rank writes to.
+        record_peers: those whose records of states it writes to.
+        transports: this rank's pools.
         prepare: settles a request.
     """
 
@@ -101,12 +103,15 @@ class Sender:
         rank: int,
         channel: Channel,
         peers: list[Peer],
-        transport: Transport,
+        record_peers: list[Peer],
+        transports: list[Transport],
         prepare: Prepare,
     ) -> None:
         self._engine, self._source, self._target = engine, source, target
         self._rank, self._channel, self._peers, self._prepare = rank, channel, peers, prepare
-        self._transport = transport
+        self._record_peers, self._transports = record_peers, transports
+        states = engine.runner.decoder.states
+        self._records = None if states is None else states.records
         self._inbox: deque[Message] = deque()
         self._num_heard = self._num_done = 0
         self._sendings: deque[Sending] = deque()  # in the order of their requests, from the first that holds pages
@@ -128,9 +133,10 @@ class Sender:
             if self._engine.has_work:
                 self._tell_first(self._engine.step(may_wait=bool(self._sendings)))
             self._send()
-        for peer in self._peers:
+        for peer in (*self._peers, *self._record_peers):
             peer.close()
-        self._transport.close()
+        for transport in self._transports:
+            transport.close()
         self._channel.close()
         if self._lost is not None:
             raise ChannelLost(f"the decode group is gone: {self._lost}")
@@ -180,7 +186,8 @@ class Sender:
         self._sendings.append(sending)
         try:
             placement = self._source.placement
-            ask.check_pages(placement.block_size, self._target.layout.kvp, self._target.num_pages)
+            target = self._target
+            ask.check_places(placement.block_size, target.layout.kvp, target.num_pages, target.num_slots)
             sending.target = Side(
                 self._target.layout,
                 BlockCyclic(placement.block_size, self._target.layout.kvp),
@@ -194,6 +201,7 @@ class Sender:
             sending.stopping = f"the prefill group cannot run it: {problem}"
             return
         sending.seq.keeps_pages = True
+        sending.seq.keeps_slot = self._records is not None
         sending.posted = ask.start
         self._engine.add(sending.seq)
 
@@ -256,6 +264,12 @@ class Sender:
             blocks = shared_blocks(source, self._rank, sending.target, peer.rank, tokens)
             if len(blocks):
                 sending.writes.append(peer.write(blocks, sending.pages[blocks], ask.pages[blocks], tokens))
+        if self._records is not None and stop == seq.prompt_len:
+            self._records.write(seq.batch_slot, stop)
+            self._engine.synchronize()
+            source_slot, target_slot = np.array([seq.batch_slot]), np.array([ask.slot])
+            for peer in self._record_peers:
+                sending.writes.append(peer.write(np.array([0]), source_slot, target_slot, (0, 1)))
         sending.posted = stop
 
     def _poll(self, sending: Sending) -> None:
@@ -294,6 +308,8 @@ class Sender:
             self._engine.abort(sending.ask.id)  # its writes broke off on every rank before its prompt was computed
             if sending.seq is not None:
                 self._engine.scheduler.cache.release(sending.seq.blocks, sending.seq.num_computed)
+                if sending.seq.keeps_slot and sending.seq.batch_slot >= 0:
+                    self._engine.scheduler.free_slot(sending.seq)
 
 
 def _request_of(ask: Ask) -> tuple[Request, SamplingParams]:

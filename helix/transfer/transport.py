@@ -14,11 +14,11 @@ import logging
 from typing import Any
 
 import numpy as np
+import torch
 
 from parallel.layout import Range
 from parallel.placement import IntArray
 
-from ..cache.pages import PagedCache
 from .protocol import DONE, UNKNOWN, Pool
 from .regions import CacheMap, PagePairs, build_regions, split_blocks
 from .requirements import import_nixl
@@ -146,23 +146,23 @@ class Transport:
 
     Args:
         name: unique among all ranks of both groups.
-        cache: the rank's pages, which stay where they are.
+        pages: [L, P, page], the rank's, which stay where they are.
 
     Raises:
         ValueError: where NIXL is not installed or its UCX back end does not start.
     """
 
-    def __init__(self, name: str, cache: PagedCache) -> None:
+    def __init__(self, name: str, pages: torch.Tensor) -> None:
         nixl = import_nixl()
         config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         try:
             self._agent = nixl.nixl_agent(name, config)
-            self._registered = self._agent.register_memory(cache.pages)
+            self._registered = self._agent.register_memory(pages)
         except Exception as error:
             raise ValueError(f"NIXL cannot use the cache's memory: {error}") from error
         if "UCX" not in self._agent.backends:
             raise ValueError("NIXL has no UCX back end here; install it with: pip install -e .[transfer]")
-        self._pages = pages = cache.pages  # peers write there: it must live as long as this does
+        self._pages = pages  # peers write there: it must live as long as this does
         step = pages.stride(0) * pages.element_size()
         self.pool = Pool(
             metadata=self._agent.get_agent_metadata(),

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from helix.config import HelixConfig, ModelConfig, TransferConfig
+from helix.config import HelixConfig, ModelConfig
 from helix.models.loading import read_spec
 from helix.sampling import SamplingParams
 from helix.states.settings import with_states
@@ -127,10 +127,8 @@ def test_ranks_preempt_and_go_on_alike(ranks, model, expected):
         assert cached == [0, 128, 0] and preemptions > 0
 
 
-def test_what_needs_earlier_states_is_off_or_refused_in_one_line(model, caplog):
+def test_parts_of_blocks_are_not_reused_which_is_said(model, caplog):
     settings, spec = HelixConfig(model=ModelConfig(path=model)), read_spec(ModelConfig(path=model))
     with caplog.at_level(logging.INFO, logger="helix"):
         assert not with_states(settings, spec).cache.partial_reuse
     assert "cache.partial_reuse: off" in caplog.text
-    with pytest.raises(ValueError, match=r"^transfer\.\* brings keys and values, .*; leave transfer\.\* out$"):
-        with_states(HelixConfig(transfer=TransferConfig(prefill_ranks=1)), spec)

@@ -115,6 +115,18 @@ def test_latents_arrive_as_keys_and_values_do(groups, ranks, tmp_path, prefill, 
             assert counters["tokens_received"] > 0 and counters["failed"] == 0
 
 
+@pytest.mark.parametrize(("prefill", "decode"), [((2, 1), (3, 1)), ((1, 1), (1, 2))], ids=str)
+def test_states_arrive_with_keys_and_values(groups, ranks, tmp_path, prefill, decode):
+    path, sizes = str(make_checkpoint(tmp_path / "model", family="qwen3_next", layers=3)), BLOCK_SIZES
+    [wanted] = ranks(1).run(aggregated_body, path, sizes)
+    pools = groups(prefill[0] * prefill[1], decode[0] * decode[1])
+    _, results = pools.run(prefill_body, decode_body, path, prefill, decode, sizes)
+    for result in results:
+        for (batches, counters), expected_batches in zip(result, wanted, strict=True):
+            assert [tokens for tokens, _, _ in batches] == [tokens for tokens, _, _ in expected_batches]
+            assert counters["requests"] == 3 and counters["retried"] == counters["failed"] == 0
+
+
 TIGHT = [(Random(n).choices(range(256), k=n), SamplingParams(max_tokens=30, ignore_eos=True)) for n in (90, 70, 80, 33)]
 
 

@@ -57,7 +57,7 @@ def write_body(source_heads, target_heads, tokens, name):
     cache = make_cache(device, heads, 0 if rank == RECEIVER else 10_000)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    transport = Transport(f"{name}-{rank}", cache)
+    transport = Transport(f"{name}-{rank}", cache.pages)
     before = cache.planes[0].cpu().clone()
     pools = share(transport.pool)
     blocks = np.array([0, 1, 2], np.int64)
@@ -115,7 +115,7 @@ def test_what_is_written_arrives_where_it_belongs_and_nowhere_else(ranks, source
 def lost_body(pool, pid):
     """What a sender sees of writes to a receiver before and after its process has ended."""
     heads = (0, HEADS)
-    transport = Transport("sender", make_cache(torch.device("cpu"), heads, 0))
+    transport = Transport("sender", make_cache(torch.device("cpu"), heads, 0).pages)
     peer = transport.connect(pool, map_of(transport.pool, heads), map_of(pool, heads), rank=0)
     blocks, pages = np.arange(2), np.arange(2)
     first = finish(peer.write(blocks, pages, pages, (0, 16)), transport)
@@ -129,7 +129,7 @@ def lost_body(pool, pid):
 
 
 def be_a_receiver(pipe):
-    transport = Transport("receiver", make_cache(torch.device("cpu"), (0, HEADS), 0))
+    transport = Transport("receiver", make_cache(torch.device("cpu"), (0, HEADS), 0).pages)
     pipe.send(transport.pool)
     while True:
         transport.progress()
