@@ -126,12 +126,15 @@ def _product(
     grid = w.grid
     if grid is None:
         return multiply(rows, w, dtype, bias, gated=gated)
-    out = _library_product(rows, w, grid, dtype)
-    return out if bias is None else out.add_(bias)
+    return _library_product(rows, w, grid, dtype, bias)
 
 
 def _library_product(
-    rows: tuple[torch.Tensor, torch.Tensor], w: Quantized, grid: torch.Tensor, dtype: torch.dtype
+    rows: tuple[torch.Tensor, torch.Tensor],
+    w: Quantized,
+    grid: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return rows that are quantised times w, whose blocks of 128 x 128 are whole, by cuBLAS: [R, N] in ``dtype``."""
     values, scales = rows
@@ -142,7 +145,7 @@ def _library_product(
     )
     out = scaled_mm(
         values, w.values.t(), scales.t(), ScalingType.BlockWise1x128, grid.t(), ScalingType.BlockWise128x128,
-        output_dtype=dtype,
+        bias=bias, output_dtype=dtype,
     )  # fmt: skip
     return out[: rows[0].shape[0]]
 
