@@ -169,10 +169,12 @@ def multiply(
     num_rows, columns, half = values.shape[0], w.shape[-2] // parts, TILE_COLUMNS // parts
     out = torch.empty((num_rows, columns), dtype=dtype, device=values.device)
     matrices = (w.values if w.values.dim() == 2 else w.values.flatten(0, 1)).unflatten(0, (-1, columns))
-    multiply_blocks_kernel[(-(-num_rows // TILE_ROWS) * -(-columns // half),)](
+    num_tiles = -(-num_rows // TILE_ROWS) * -(-columns // half)
+    programs = min(num_tiles, torch.cuda.get_device_properties(values.device).multi_processor_count)
+    multiply_blocks_kernel[(programs,)](
         _tiles(values, [TILE_ROWS, BLOCK]), _tiles(matrices, [parts, half, BLOCK]), _tiles(scales, [1, TILE_ROWS]),
         _tiles(w.scales, [1, half]), out if bias is None else bias, out, out if expert_of is None else expert_of,
-        matrices.shape[0] // parts, num_rows, columns, scales.shape[0], w.shift - w.lead,
+        matrices.shape[0] // parts, num_rows, columns, scales.shape[0], num_tiles, w.shift - w.lead,
         STAGES=STAGES, SHARED_ROWS=SHARED_ROWS, EVEN=w.shares_scales(columns, TILE_COLUMNS // 2),
         HAS_BIAS=bias is not None, EXPERTS=expert_of is not None, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
