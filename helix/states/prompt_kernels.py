@@ -1,10 +1,11 @@
 """State layers for runs of many rows, prompts': the rule by chunks of 64 tokens (section 3.3 of arXiv 2412.06464).
 
  1. ``_convolve_kernel``: the short convolution of all rows.
- 2. ``_within_kernel``: what the tokens of a chunk do to each other, for all chunks and heads at once.
- 3. ``_across_kernel``: from chunk to chunk, in order: a program has some columns of one head's state, which it keeps in
+ 2. ``_solve_kernel``: what 16 tokens do to each other, row by row; one warp each, so that no warp waits for another.
+ 3. ``_within_kernel``: what the tokens of a chunk do to each other, for all chunks and heads at once.
+ 4. ``_across_kernel``: from chunk to chunk, in order: a program has some columns of one head's state, which it keeps in
     registers, and writes the state and the inputs that the next step needs.
- 4. ``_norm_kernel``: norm and gate of the outputs.
+ 5. ``_norm_kernel``: norm and gate of the outputs.
 
 Which rows are a run's, and which runs are long, is on the device alone: launches depend on sizes.
 """
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 
 from attention.append import load_sum
+from attention.shared_memory import shared_bytes
 
 from .cache import LayerStates
 from .decode_kernel import silu_rounded, softplus
@@ -23,10 +25,10 @@ from .inputs import Inputs
 from .reference import CHUNK, NORM_EPS
 
 ROWS, COLUMNS = 16, 128  # of the convolution, a program
-PART = tl.constexpr(
-    16
-)  # rows of a chunk's triangular system that are solved one by one, in each of CHUNK / PART blocks
+PART = tl.constexpr(16)  # rows that are solved one by one: a block of a chunk's triangular system
 STATE_COLUMNS = 32  # of a head's state, a program
+STAGES = 3  # chunks whose inputs a program that goes from chunk to chunk has at once, where shared memory holds them
+BESIDE_BYTES = 16 << 10  # of shared memory, what it needs beside these
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -81,30 +83,60 @@ def _unit(x, NORM_EPS: tl.constexpr):
 
 
 @triton.jit
-def _inverse(below, i, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the inverse of 1 - below, a matrix with zeros on and above its diagonal; ``i`` are its rows.
+def _beta_and_decay(given, rates, row, there, head, num_rows, SUMMANDS: tl.constexpr, WIDTH: tl.constexpr,
+                    AT: tl.constexpr, V: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Return beta of some rows, and by what each decays the state, in logarithms; both zero for rows not there."""
+    split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
+    at = row * WIDTH + AT + head
+    b = load_sum(given, split_stride, at, there, SUMMANDS, DTYPE).to(tl.float32)
+    a = load_sum(given, split_stride, at + V, there, SUMMANDS, DTYPE).to(tl.float32)
+    g = -tl.exp(tl.load(rates + head)) * softplus(a + tl.load(rates + V + head))
+    return tl.where(there, 1.0 / (1.0 + tl.exp(-b)), 0.0), tl.where(there, g, 0.0)
 
-    Blocks of PART on the diagonal row by row, all at once. What is left is 1 - m, whose m has zeros on and above its
-    diagonal of blocks, so that no more than the third power of it is another matrix than zero.
-    """
-    near = (i // PART)[:, None] == (i // PART)[None, :]
-    diagonal, rest = tl.where(near, below, 0.0), tl.where(near, 0.0, below)
-    inverse = tl.zeros([CHUNK, CHUNK], tl.float32)  # of the diagonal's blocks, less the ones
+
+@triton.jit
+def _decayed_products(k, earlier, decay, beta, PRECISION: tl.constexpr):
+    """Return what the triangular system of some tokens has below its diagonal, negated, where ``earlier`` says so."""
+    between = tl.exp(tl.where(earlier, decay[:, None] - decay[None, :], float("-inf")))
+    return -tl.dot(k, tl.trans(k), input_precision=PRECISION) * between * beta[:, None]
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_runs"])
+def _solve_kernel(
+    given, mixed, query_start, rates, inverses, num_rows, num_runs,
+    SCORE_SUMMANDS: tl.constexpr, SCORES_WIDTH: tl.constexpr, SCORES_AT: tl.constexpr, V: tl.constexpr,
+    K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr,
+    MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The inverse of one block on the diagonal of a chunk's triangular system."""
+    n, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    CHANNELS: tl.constexpr = 2 * K * D + V * W
+    dtype: tl.constexpr = mixed.dtype.element_ty
+    start, end = _chunk_at(query_start, num_runs, n, MAX_RUN, CHUNK)
+    start += part * PART
+    i, d = tl.arange(0, PART), tl.arange(0, D_PAD)
+    row, there = start.to(tl.int64) + i, start + i < end
+    k_at = mixed + row[:, None] * CHANNELS + (K + (OFFSET + head) // GROUP) * D + d[None, :]
+    k = tl.load(k_at, mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    beta, g = _beta_and_decay(
+        given, rates, row, there, head, num_rows, SCORE_SUMMANDS, SCORES_WIDTH, SCORES_AT, V, dtype
+    )
+    earlier = i[:, None] > i[None, :]
+    below = _decayed_products(_unit(k, NORM_EPS).to(dtype), earlier, tl.cumsum(g, 0), beta, PRECISION)
+    inverse = tl.zeros([PART, PART], tl.float32)  # less the ones on the diagonal
     for turn in range(1, PART):
-        mine = (i % PART == turn)[:, None]
-        line = tl.sum(tl.where(mine, diagonal, 0.0), 0)  # of each block one row, side by side
+        mine = (i == turn)[:, None]
+        line = tl.sum(tl.where(mine, below, 0.0), 0)
         line += tl.sum(line[:, None] * inverse, 0)
-        inverse = tl.where(mine & near, line[None, :], inverse)
-    inverse = tl.where(i[:, None] == i[None, :], 1.0, inverse)
-    m = tl.dot(inverse, rest, input_precision=PRECISION)
-    square = tl.dot(m, m, input_precision=PRECISION)
-    inverse += tl.dot(square, inverse, input_precision=PRECISION)
-    return inverse + tl.dot(m, inverse, input_precision=PRECISION)
+        inverse = tl.where(mine, line[None, :], inverse)
+    inverse += tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    cell = (n.to(tl.int64) * V + head) * CHUNK + part * PART + i
+    tl.store(inverses + cell[:, None] * PART + i[None, :], inverse)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_runs"])
 def _within_kernel(
-    given, mixed, query_start, rates, values, erased, asks, puts, scores, decays, num_rows, num_runs,
+    given, mixed, query_start, rates, inverses, values, erased, asks, puts, scores, decays, num_rows, num_runs,
     SCORE_SUMMANDS: tl.constexpr, SCORES_WIDTH: tl.constexpr, SCORES_AT: tl.constexpr, V: tl.constexpr,
     K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr,
     W_PAD: tl.constexpr, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -119,34 +151,37 @@ def _within_kernel(
         key_head = (OFFSET + head) // GROUP
         of_key, of_value = there[:, None] & (d < D)[None, :], there[:, None] & (w < W)[None, :]
         source = mixed + row[:, None] * CHANNELS
-        q = tl.load(source + key_head * D + d[None, :], mask=of_key, other=0.0).to(tl.float32)
         k = tl.load(source + (K + key_head) * D + d[None, :], mask=of_key, other=0.0).to(tl.float32)
-        v = tl.load(source + 2 * K * D + head * W + w[None, :], mask=of_value, other=0.0).to(tl.float32)
-        split_stride = tl.zeros([], tl.int64) + num_rows * SCORES_WIDTH
-        at = row * SCORES_WIDTH + SCORES_AT + head
-        b = load_sum(given, split_stride, at, there, SCORE_SUMMANDS, dtype).to(tl.float32)
-        a = load_sum(given, split_stride, at + V, there, SCORE_SUMMANDS, dtype).to(tl.float32)
-        beta = tl.where(there, 1.0 / (1.0 + tl.exp(-b)), 0.0)
-        g = -tl.exp(tl.load(rates + head)) * softplus(a + tl.load(rates + V + head))
-        decay = tl.cumsum(tl.where(there, g, 0.0), 0)
-        last = tl.sum(tl.where(there, g, 0.0), 0)
-        q, k = _unit(q, NORM_EPS) * (D**-0.5), _unit(k, NORM_EPS)
-        between = tl.where(i[:, None] >= i[None, :], decay[:, None] - decay[None, :], float("-inf"))
-        between = tl.exp(between)
-        k_t = tl.trans(k.to(dtype))
-        system = tl.dot(k.to(dtype), k_t, input_precision=PRECISION) * between * beta[:, None]
-        system = tl.where(i[:, None] > i[None, :], -system, 0.0)
-        inverse = _inverse(system, i, CHUNK, PRECISION)
         cell = (n.to(tl.int64) * V + head) * CHUNK + i[:, None]
-        made = tl.dot(inverse, v * beta[:, None], input_precision=PRECISION)
-        tl.store(values + cell * W + w[None, :], made.to(dtype), mask=(w < W)[None, :])
-        made = tl.dot(inverse, k * (beta * tl.exp(decay))[:, None], input_precision=PRECISION)
-        tl.store(erased + cell * D + d[None, :], made.to(dtype), mask=(d < D)[None, :])
+        beta, g = _beta_and_decay(
+            given, rates, row, there, head, num_rows, SCORE_SUMMANDS, SCORES_WIDTH, SCORES_AT, V, dtype
+        )
+        decay, last = tl.cumsum(g, 0), tl.sum(g, 0)
+        k = _unit(k, NORM_EPS)
+        q = tl.load(source + key_head * D + d[None, :], mask=of_key, other=0.0).to(tl.float32)
+        q = _unit(q, NORM_EPS) * (D**-0.5)
+        between = tl.exp(tl.where(i[:, None] >= i[None, :], decay[:, None] - decay[None, :], float("-inf")))
+        made = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision=PRECISION) * between
+        tl.store(scores + cell * CHUNK + i[None, :], made.to(dtype))
         tl.store(asks + cell * D + d[None, :], (q * tl.exp(decay)[:, None]).to(dtype), mask=(d < D)[None, :])
         made = k * tl.exp(last - decay)[:, None]
         tl.store(puts + cell * D + d[None, :], made.to(dtype), mask=(d < D)[None, :])
-        made = tl.dot(q.to(dtype), k_t, input_precision=PRECISION) * between
-        tl.store(scores + cell * CHUNK + i[None, :], made.to(dtype))
+        # With the diagonal's blocks solved the system is 1 - m, whose m is zero on and above the diagonal of blocks, so
+        # that no more than the third power of it is another matrix than zero.
+        block = i // PART
+        near = block[:, None] == block[None, :]
+        inverse = tl.load(inverses + cell * PART + (i % PART)[None, :], mask=near, other=0.0)
+        rest = _decayed_products(k.to(dtype), block[:, None] > block[None, :], decay, beta, PRECISION)
+        m = tl.dot(inverse, rest, input_precision=PRECISION)
+        square = tl.dot(m, m, input_precision=PRECISION)
+        inverse += tl.dot(square, inverse, input_precision=PRECISION)
+        inverse += tl.dot(m, inverse, input_precision=PRECISION)
+        solved = inverse.to(dtype)
+        v = tl.load(source + 2 * K * D + head * W + w[None, :], mask=of_value, other=0.0).to(tl.float32)
+        made = tl.dot(solved, (v * beta[:, None]).to(dtype), input_precision=PRECISION)
+        tl.store(values + cell * W + w[None, :], made.to(dtype), mask=(w < W)[None, :])
+        made = tl.dot(solved, (k * (beta * tl.exp(decay))[:, None]).to(dtype), input_precision=PRECISION)
+        tl.store(erased + cell * D + d[None, :], made.to(dtype), mask=(d < D)[None, :])
         tl.store(decays + n * V + head, last)
 
 
@@ -263,21 +298,28 @@ def advance_many(
     values = out.new_empty((chunks, V, CHUNK, W))
     erased, asks, puts = out.new_empty((3, chunks, V, CHUNK, D)).unbind(0)
     scores, decays = out.new_empty((chunks, V, CHUNK, CHUNK)), states.matrix.new_empty((chunks, V))
+    inverses = states.matrix.new_empty((chunks, V, CHUNK, PART.value))
     made = values, erased, asks, puts, scores, decays
+    padded_key, padded = triton.next_power_of_2(D), triton.next_power_of_2(W)
     sizes = {
         "V": V, "K": heads.num_key, "OFFSET": heads.offset, "GROUP": heads.group, "D": D,
-        "D_PAD": triton.next_power_of_2(D), "W": W, "MAX_RUN": max_run, "CHUNK": CHUNK,
+        "D_PAD": padded_key, "W": W, "MAX_RUN": max_run, "CHUNK": CHUNK,
         "PRECISION": "ieee" if out.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-    padded = triton.next_power_of_2(W)
+    given = inputs.scores, mixed, query_start, weights["state_rates"], inverses
+    _solve_kernel[(chunks, CHUNK // PART.value, V)](
+        *given, rows, runs, **from_scores, NORM_EPS=NORM_EPS, **sizes, num_warps=1
+    )
     _within_kernel[(chunks, V)](
-        inputs.scores, mixed, query_start, weights["state_rates"], *made, rows, runs, **from_scores, W_PAD=padded,
-        NORM_EPS=NORM_EPS, **sizes, num_warps=8,
-    )  # fmt: skip
+        *given, *made, rows, runs, **from_scores, W_PAD=padded, NORM_EPS=NORM_EPS, **sizes, num_warps=4
+    )
     columns = min(STATE_COLUMNS, padded)
+    turn_bytes = CHUNK * (3 * padded_key + CHUNK + columns) * out.element_size()
+    stages = max(1, min(STAGES, (shared_bytes(out.device) - BESIDE_BYTES) // turn_bytes))
     _across_kernel[(runs, V, -(-W // columns))](
         flat, positions, row_seq, query_start, states.matrix, states.position, states.inputs, *made, out, rows,
-        **from_flat, BW=columns, TAPS=heads.taps, RING=states.inputs.shape[1], **sizes, num_warps=4, num_stages=2,
+        **from_flat, BW=columns, TAPS=heads.taps, RING=states.inputs.shape[1], **sizes,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     _norm_kernel[(chunks, CHUNK // 16, V)](
         flat, query_start, weights["state_norm"], out, rows, runs, eps, **from_flat, V=V, W=W, W_PAD=padded,
