@@ -1,0 +1,174 @@
+"""The same work on one GPU through the Python API of Helix or of vLLM: first tokens, a token's time, throughput.
+
+    python -m scripts.bench_peer system=helix model=glm4_9b_1m
+    python -m scripts.bench_peer system=vllm model=glm4_9b_1m      # in an environment with vLLM
+
+Random weights, prompts of token ids, 16 bits, reuse of prefixes on in both. No two prompts of a run begin alike, so
+that a first token takes the whole prompt; a token's time (TTL) is taken over prompts that are cached: the time of
+``outputs`` + 1 tokens less that of 1, host work included. Each system runs in a process of its own. Random weights
+choose other experts in each: compare dense models.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helix.config import (
+    CacheConfig,
+    HelixConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    check_at_least,
+    check_choice,
+)
+from helix.sampling import SamplingParams
+from parallel.launch import stop
+from scripts import cli
+from scripts.timing import report
+
+SYSTEMS = ("helix", "vllm")
+Generate = Callable[[list[list[int]], int], None]  # prompts, tokens that each makes
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchPeerConfig:
+    """What to measure.
+
+    Attributes:
+        system: helix or vllm.
+        cases: [context, batch] of each case of first tokens and of a token's time.
+        throughput: [requests, prompt tokens, output tokens] of each case of throughput.
+        chunk: prompt tokens a step.
+        max_batch: most sequences of a step.
+        outputs: tokens that a token's time is the mean of.
+        repeats: runs of a case, each with fresh prompts; the first may pay for what is done once.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    system: str = "helix"
+    cases: list[list[int]] = field(default_factory=lambda: [[4096, 64], [32768, 8], [131072, 1]])
+    throughput: list[list[int]] = field(default_factory=lambda: [[256, 1024, 256]])
+    chunk: int = 8192
+    max_batch: int = 256
+    outputs: int = 128
+    repeats: int = 2
+
+    def __post_init__(self) -> None:
+        check_choice("system", self.system, SYSTEMS)
+        if self.system == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ValueError("system = vllm needs vLLM, in an environment of its own: pip install vllm")
+        for name, size in (("cases", 2), ("throughput", 3)):
+            for case in getattr(self, name):
+                if len(case) != size or min(case) < 1:
+                    raise ValueError(f"{name}: {case} must be {size} numbers from 1 on")
+        if not self.cases and not self.throughput:
+            raise ValueError("cases = [] and throughput = [] must not both be empty")
+        for name in ("chunk", "max_batch", "outputs", "repeats"):
+            check_at_least(name, getattr(self, name), 1)
+
+    def longest(self) -> int:
+        """Return the most tokens of a sequence, rounded up to whole pages and a few more."""
+        lengths = [context + self.outputs + 1 for context, _ in self.cases]
+        lengths += [inputs + outputs for _, inputs, outputs in self.throughput]
+        return -(-max(lengths) // 64) * 64 + 64
+
+
+def start_helix(config: BenchPeerConfig) -> tuple[Generate, int]:
+    """Start Helix and return how it generates, and the size of the vocabulary."""
+    from helix.llm import LLM
+
+    llm = LLM(
+        HelixConfig(
+            model=replace(config.model, max_position=config.longest()),
+            cache=CacheConfig(block_size=64),
+            scheduler=SchedulerConfig(max_batch=config.max_batch, prefill_chunk=config.chunk),
+            runtime=config.runtime,
+        )
+    )
+
+    def generate(prompts: list[list[int]], outputs: int) -> None:
+        for output in llm.generate(prompts, SamplingParams(max_tokens=outputs, ignore_eos=True)):
+            if output.error is not None:
+                raise ValueError(output.error)
+
+    return generate, llm.spec.vocab_size
+
+
+def start_vllm(config: BenchPeerConfig) -> tuple[Generate, int]:
+    """Start vLLM on a folder that holds a config alone; return how it generates, and the size of the vocabulary."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from vllm import LLM  # type: ignore[import-not-found]
+    from vllm import SamplingParams as PeerParams
+
+    shape = dict(config.model.config or json.loads((Path(config.model.path) / "config.json").read_text()))
+    shape.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[shape["model_type"]]])
+    shape |= {"torch_dtype": "bfloat16"}
+    folder = Path(tempfile.mkdtemp(prefix="helix-peer-"))
+    (folder / "config.json").write_text(json.dumps(shape))
+    llm = LLM(
+        model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", block_size=64,
+        max_model_len=config.longest(), max_num_batched_tokens=config.chunk, max_num_seqs=config.max_batch,
+        enable_prefix_caching=True, disable_log_stats=True,
+    )  # fmt: skip
+
+    def generate(prompts: list[list[int]], outputs: int) -> None:
+        exactly = PeerParams(temperature=0, max_tokens=outputs, min_tokens=outputs, ignore_eos=True, detokenize=False)
+        llm.generate([{"prompt_token_ids": ids} for ids in prompts], exactly, use_tqdm=False)
+
+    return generate, shape["vocab_size"]
+
+
+def seconds(generate: Generate, prompts: list[list[int]], outputs: int) -> float:
+    """Return what the prompts take to their last token."""
+    began = time.perf_counter()
+    generate(prompts, outputs)
+    return time.perf_counter() - began
+
+
+def run(config: BenchPeerConfig) -> None:
+    """Run the benchmark; it prints one line a case and a table."""
+    began = time.perf_counter()
+    generate, vocab_size = (start_helix if config.system == "helix" else start_vllm)(config)
+    cli.say(f"{config.system}: {time.perf_counter() - began:.1f} s to start")
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+
+    def fresh(count: int, length: int) -> list[list[int]]:
+        return rng.integers(0, vocab_size, (count, length)).tolist()
+
+    for context, batch in config.cases:
+        times = []
+        for _ in range(config.repeats):
+            prompts = fresh(batch, context)
+            times.append(seconds(generate, prompts, 1))
+        spans = [seconds(generate, prompts, 1 + config.outputs) - seconds(generate, prompts, 1) for _ in range(2)]
+        ttl_ms = min(spans) / config.outputs * 1e3
+        rows.append({"case": f"{context} x {batch}", "first s": times[0], "again s": min(times[1:] or times)})
+        rows[-1] |= {"TTL ms": ttl_ms, "tokens/s": None}
+        cli.say(f"{context} x {batch}: first tokens {[round(each, 2) for each in times]} s, TTL {ttl_ms:.3f} ms")
+    for requests, inputs, outputs in config.throughput:
+        times = [seconds(generate, fresh(requests, inputs), outputs) for _ in range(config.repeats)]
+        rate = round(requests * outputs / min(times))
+        rows.append(
+            {"case": f"{requests} x {inputs} x {outputs}", "first s": times[0], "again s": min(times[1:] or times)}
+        )
+        rows[-1] |= {"TTL ms": None, "tokens/s": rate}
+        cli.say(f"{requests} x {inputs} in x {outputs} out: {[round(each, 2) for each in times]} s, {rate} tokens/s")
+    if config.system == "helix":
+        stop()
+    report("one GPU", list(rows[0]), [list(row.values()) for row in rows], system=config.system, chunk=config.chunk)
+
+
+if __name__ == "__main__":
+    cli.main("bench_peer", BenchPeerConfig, run)
