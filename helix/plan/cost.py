@@ -16,6 +16,8 @@ from ..models.kinds import FULL, STATE, WINDOW
 from ..models.query_rows import rows_that_share
 from ..models.spec import Experts
 from ..models.weights import EXPERT_ROLES
+from ..states.heads import StateHeads
+from ..states.reference import CHUNK
 from .footprint import Footprint, LayerKind
 from .hardware import Hardware
 
@@ -24,6 +26,8 @@ ONE_SHOT_BYTES = 128 << 10  # from here on an all-reduce takes two flights
 FUSED_REDUCE_BYTES = 4 << 20  # above this it is NCCL's
 FUSED_EXCHANGE_BYTES, FUSED_EXCHANGE_ROWS = 16 << 20, (256, 4096)  # of partials, up to which the exchange is one kernel
 SHARE_ROWS = 512  # attention.share_qkv_rows
+EXPERT_ROWS = 64  # of many rows, each expert's are multiplied by so many at once, of which the last are half padding
+STATES_SHARE = 0.4  # of a streaming read, what the kernels of states reach for prompts: chunks follow one another
 STREAMED_ROWS = 64  # up to here weights stream past the rows, and every expert in use is multiplied with all of them
 NAMES = ("weights", "products", "cache", "attention", "launches", "exchange", "all-reduce", "elements")
 ATTENTION_ROLES = ("qkv", "q_b", "k_up", "v_up", "o", "output_gate", "state_in", "state_scores")
@@ -90,6 +94,8 @@ class CostModel:
                 layer = self._waits(kind, rows)
                 self.add_products(layer, kind, rows, shared=rows >= SHARE_ROWS)
                 layer["elements"] += self._element_bytes(kind, rows) / hw.read_bytes_per_us
+                if kind.kind == STATE:
+                    layer["elements"] += self._state_bytes(rows) / (STATES_SHARE * hw.read_bytes_per_us)
                 if kind.kind == WINDOW:
                     seen = min(prompt, foot.spec.window)
                     self.add_window(layer, rows_times_tokens=rows * seen, read_tokens=rows + seen)
@@ -206,7 +212,10 @@ class CostModel:
             held = [kind.matrices[role] for role in EXPERT_ROLES]
             held_us = sum(each.num_bytes / hw.read_rate(is_narrow=each.is_narrow) for each in held)
             used = experts_in_use(experts, foot.layout.ep, rows)
-            flops = 2 * sum(each.elements for each in held) * rows * experts.num_chosen / experts.num_experts
+            mine = rows * experts.num_chosen / experts.num_experts  # of an expert
+            if rows > STREAMED_ROWS:
+                mine += min(mine, EXPERT_ROWS / 2)
+            flops = 2 * sum(each.elements for each in held) * mine
             _add_larger(terms, "weights", held_us * used, "products", flops / rate)
 
     def add_bounded(self, terms: Terms, kind: LayerKind, context: float, batch: int) -> None:
@@ -257,13 +266,24 @@ class CostModel:
         """
         foot, spec, part = self.footprint, self.footprint.spec, self.footprint.part
         units, kvp = part.ffn[1] - part.ffn[0], foot.layout.kvp
-        if spec.experts is not None:
-            units = spec.experts.num_chosen * (part.expert_ffn[1] - part.expert_ffn[0]) // foot.layout.ep
-        elements: float = 8 * spec.hidden_size + 3 * units + 4 * foot.num_heads * spec.value_dim
+        hidden = 8.0 * spec.hidden_size
+        if kind.has_experts and spec.experts is not None:
+            share = spec.experts.num_chosen / foot.layout.ep
+            units = round(share * (part.expert_ffn[1] - part.expert_ffn[0]))
+            hidden += 3 * share * spec.hidden_size  # a row is copied for each of its experts; what these add is summed
+        heads = 0 if kind.kind == STATE else foot.num_heads * spec.value_dim
+        elements = hidden + 3 * units + 4 * heads
         if kvp > 1 and kind.kind == FULL:
             elements += 2 * spec.hidden_size / kvp
             elements += foot.num_heads * (2 * self._query_size + (3 + 1 / kvp) * spec.value_dim)
         return rows * ELEMENT * elements
+
+    def _state_bytes(self, rows: int) -> float:
+        """What a state layer's kernels read and write of a prompt's rows, in bytes; see ``states.prompt_kernels``."""
+        assert self.footprint.spec.states is not None
+        heads = StateHeads.of(self.footprint.spec.states, self.footprint.part.value_heads)
+        within = heads.value_dim + 3 * heads.key_dim + CHUNK  # of a head: values, erased, asks, puts, scores
+        return rows * ELEMENT * (3 * heads.conv_size + heads.num_value * (2 * within + 4 * heads.value_dim))
 
     @property
     def _query_size(self) -> int:
