@@ -97,7 +97,8 @@ def test_a_plan_needs_no_torch() -> None:
     [
         ("glm", "auto", "fp32"), ("deepseek_v3", "fp8_e4m3", "fp8"), ("gpt_oss", "fp8_e4m3", "fp8"),
         ("mixtral", "auto", "fp32"), ("mistral", "auto", "fp32"), ("qwen3_next", "auto", "fp32"),
-        ("qwen3_5", "fp8_e4m3", "fp8"), ("qwen3_5_moe", "auto", "fp32"),
+        ("qwen3_5", "fp8_e4m3", "fp8"), ("qwen3_5_moe", "auto", "fp32"), ("gemma3", "fp8_e4m3", "fp8"),
+        ("glm4_moe", "auto", "fp32"),
     ],
 )  # fmt: skip
 def test_the_runtime_allocates_what_was_counted(tmp_path, family, dtype, cache) -> None:
