@@ -7,6 +7,8 @@ import torch
 
 from helix import LLM, HelixConfig, SamplingParams
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from scripts.dummy_weights import BenchCache
+from scripts.find_keys import FindKeysConfig, places, search
 from scripts.make_checkpoint import make_checkpoint
 from scripts.passkey_model import TURNING, prompt_with_key
 
@@ -31,22 +33,33 @@ def open_model(path: str, dtype: str, **layout: int) -> LLM:
     )
 
 
-def found_body(path: str, dtype: str, layout: dict[str, int], positions: list[int]) -> None:
-    llm = open_model(path, dtype, **layout)
-    asked = [prompt_with_key(LENGTH, position, seed=position) for position in positions]
-    outputs = llm.generate([prompt for prompt, _ in asked], FIVE)
-    assert [output.token_ids for output in outputs] == [answer for _, answer in asked]
+def found_body(path: str, dtype: str, layout: dict[str, int]) -> None:
+    config = FindKeysConfig(
+        parallel=ParallelConfig(**layout), block_size=BLOCK, prefill_chunk=100, cache=BenchCache(dtype=dtype),
+        runtime=RuntimeConfig(device="cpu"), lengths=[LENGTH], keys=2,
+    )  # fmt: skip
+    found = search(config.open(path, LENGTH), LENGTH, config.keys)
+    assert (found["right"], found["keys"]) == (25, 5)
+    assert found["whole without it"] == 0 and found["right without the block"] < 5
 
 
 @pytest.mark.parametrize(
     ("dtype", "layout"),
-    [("float32", {"kvp": 4}), ("bfloat16", {"kvp": 2, "tpa": 2})],
-    ids=("float32 kvp 4", "bfloat16 kvp 2 x tpa 2"),
+    [("fp8_e4m3", {"kvp": 4}), ("auto", {"kvp": 2, "tpa": 2})],
+    ids=("8 bits kvp 4", "kvp 2 x tpa 2"),
 )
-def test_a_key_is_found_wherever_it_stands(path, ranks, dtype, layout) -> None:
+def test_a_key_is_found_wherever_it_stands_and_lost_with_its_block(path, ranks, dtype, layout) -> None:
     """At both ends, on each rank, and across the border of two ranks' blocks."""
-    positions = [1, 2 * BLOCK - 3, 100 + BLOCK, 100 + 2 * BLOCK, 100 + 3 * BLOCK, LENGTH - 8]
-    ranks(layout["kvp"] * layout.get("tpa", 1)).run(found_body, path, dtype, layout, positions)
+    ranks(layout["kvp"] * layout.get("tpa", 1)).run(found_body, path, dtype, layout)
+
+
+def test_keys_stand_on_each_rank_in_turn_and_across_a_border() -> None:
+    inside, others = places(65536, 4, 64, 2)
+    assert [position // 64 % 2 for position in inside] == [0, 1, 0, 1]
+    assert all(position // 64 == (position + 5) // 64 for position in inside)
+    assert others == [1, 32765, 65528]
+    with pytest.raises(ValueError, match="lengths: 100 must lie from 768, for 4 keys, to 2097152"):
+        FindKeysConfig(lengths=[100])
 
 
 @pytest.mark.parametrize(("layer", "head"), [(1, 0), (1, 1)], ids=("KV head 0", "KV head 1"))
