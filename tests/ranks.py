@@ -41,9 +41,11 @@ from tests import rank_process
 from tests.rank_process import Place, Report
 
 # The ranks are forks of a process that has these: nothing here starts a thread or touches CUDA. The second list is slow
-# to import, and loaded only when the tests that pytest has collected import it too.
+# to import, and loaded only when the tests that pytest has collected import it too; the third makes kernels of what it
+# finds in the environment, so that it is loaded where all ranks have the same.
 PRELOAD = ["torch", "torch.distributed", "triton", "pytest"]
 PRELOAD_IF_USED = ["transformers.modeling_utils"]
+PRELOAD_IF_INTERPRETED = ["helix.llm"]
 HASH_SEEDS = (1, 2)  # each costs a process that loads all that
 START_TIMEOUT_S = 120.0
 GRACE_S = 1.0
@@ -167,7 +169,9 @@ def _start_process(process: BaseProcess, hash_seed: int) -> None:
     with _starting:
         for seed in HASH_SEEDS:
             server = _fork_servers.setdefault(seed, forkserver.ForkServer())
-            server.set_forkserver_preload(PRELOAD + [name for name in PRELOAD_IF_USED if name in sys.modules])
+            interpreted = PRELOAD_IF_INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else []
+            used = [name for name in (*PRELOAD_IF_USED, *interpreted) if name in sys.modules]
+            server.set_forkserver_preload(PRELOAD + used)
             with patch.dict(os.environ, PYTHONHASHSEED=str(seed)):
                 server.ensure_running()
         connect = _fork_servers[hash_seed].connect_to_new_process
