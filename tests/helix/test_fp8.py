@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from helix.models.quantized import widen_blocks
 from scripts.make_checkpoint import make_checkpoint
 from scripts.quantize import quantize_checkpoint
+from tests.helix.greedy import greedy_of
 from tests.helix.test_parity import check, generate_body
 
 SIZES = {"hidden": 192, "ffn": 424, "expert_ffn": 200, "heads": 12}
@@ -46,13 +47,7 @@ def reference(checkpoint):
 
     def generate(family, prompt, num_tokens):
         model = AutoModelForCausalLM.from_pretrained(checkpoint(family)[1], dtype=torch.float32)
-        ids = torch.tensor([prompt])
-        made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None,
-            pad_token_id=0, return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
-        best = torch.stack(made.logits)[:, 0].topk(2, -1).values
-        return made.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
+        return greedy_of(model, prompt, num_tokens)
 
     return generate
 

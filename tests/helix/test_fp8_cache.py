@@ -24,6 +24,7 @@ from helix.models.checkpoint import Checkpoint
 from helix.models.spec import load_spec
 from helix.sampling import SamplingParams
 from scripts.make_checkpoint import make_checkpoint
+from tests.helix.greedy import greedy_of
 from tests.helix.test_parity import check
 
 TOKENS = 12
@@ -65,13 +66,7 @@ def reference(checkpoint):
             held.width = model.config.qk_rope_head_dim
             for layer in model.model.layers:
                 layer.self_attn.kv_a_layernorm.register_forward_hook(lambda module, x, out: through_8_bits(out))
-        ids = torch.tensor([prompt])
-        made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None,
-            pad_token_id=0, return_dict_in_generate=True, output_logits=True, past_key_values=held,
-        )  # fmt: skip
-        best = torch.stack(made.logits)[:, 0].topk(2, -1).values
-        return made.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
+        return greedy_of(model, prompt, num_tokens, past_key_values=held)
 
     return cache(generate)
 

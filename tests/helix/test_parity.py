@@ -21,8 +21,8 @@ from helix.config import (
 from helix.llm import LLM
 from helix.sampling import SamplingParams
 from scripts.make_checkpoint import FAMILIES, HYBRIDS, make_checkpoint
+from tests.helix.greedy import TIE, greedy_of, require_equal
 
-TIE = 2e-3  # where the reference's own two best logits are this close, rounding may choose
 BLOCK_SIZES = (1, 16, 64)
 WHOLE = 2048  # a prefill chunk that holds every prompt
 KV_HEADS = {"glm": 2, "glm4": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "qwen3_next": 2}
@@ -73,19 +73,7 @@ def reference(checkpoint):
 
     @cache
     def generate(family: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[list[int], list[float]]:
-        ids = torch.tensor([prompt])
-        made = model(family).generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        best = torch.stack(made.logits)[:, 0].topk(2, -1).values
-        return made.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
+        return greedy_of(model(family), prompt, num_tokens)
 
     return generate
 
@@ -131,12 +119,7 @@ def check(results, reference, family, runs, tie=TIE):
     for (_, prompts, max_tokens, *_), outputs in zip(runs, results[0], strict=True):
         for prompt, (tokens, error) in zip(prompts, outputs, strict=True):
             assert error is None
-            expected, gaps = reference(family, prompt, max_tokens)
-            assert len(tokens) == max_tokens
-            for index, (ours, theirs, gap) in enumerate(zip(tokens, expected, gaps, strict=True)):
-                if ours != theirs:
-                    assert gap < tie, f"prompt of {len(prompt)}: token {index} is {ours}, not {theirs}, gap {gap}"
-                    break
+            require_equal(tokens, *reference(family, prompt, max_tokens), len(prompt), tie)
 
 
 @pytest.mark.parametrize(("family", "kvp", "tpa"), ALL_LAYOUTS)
@@ -202,13 +185,8 @@ def test_heads_that_kvp_does_not_divide_equal_transformers(ranks, tmp_path):
 
     path = tmp_path / "uneven"
     make_checkpoint(path, family="qwen2", heads=28, kv_heads=4, hidden=112, ffn=150, vocab=301)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     prompt = tuple(range(40, 75))
-    ids = torch.tensor([prompt])
-    made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    expected = made[0, len(prompt) :].tolist()
+    expected, _ = greedy_of(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), prompt, 24)
     for kvp, tpa in ((8, 1), (2, 4), (1, 8)):
         runs = [(4, [prompt], 24, WHOLE, 0)]
         results = ranks(8).run(generate_body, str(path), kvp, tpa, runs)
