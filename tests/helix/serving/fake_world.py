@@ -55,10 +55,10 @@ class FakeWorld:
             self._sock.close()
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def ask(self, path: str, body: Any = None) -> tuple[int, Any, http.client.HTTPMessage]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request("GET" if body is None else "POST", path, data, {"Content-Type": "application/json"})
         response = connection.getresponse()
