@@ -239,17 +239,21 @@ class Scheduler:
         """Take the first sequences of a queue, with their pages, while batch slots last; see ``WaitingLine.admit``."""
         if not queue or self._line.is_blocked(queue[0]):
             return []
-        claims = [(seq, self._line.claim(seq)) for seq in queue[: len(self._free_slots)]]
+        claims = [(seq, self._line.claim(seq, arrives=True)) for seq in queue[: len(self._free_slots)]]
         admitted = self._line.admit(claims)
         del queue[: len(admitted)]
         return admitted
 
-    def hold(self, seq: Sequence, table: BlockTable) -> None:
-        """Give a sequence its pages and a batch slot; it does not run before ``run_held``."""
+    def hold(self, seq: Sequence, table: BlockTable, *, arrives: bool = False) -> None:
+        """Give a sequence its pages and a batch slot; it does not run before ``run_held``.
+
+        ``arrives``: its states are brought by others.
+        """
         seq.blocks, seq.batch_slot = table, heapq.heappop(self._free_slots)
         seq.num_computed = self._line.skipped(table.num_reused)
-        if self.cache.checkpoints is not None and table.num_reused:
-            self.cache.blocks.movements += self.cache.checkpoints.restore(table, seq.batch_slot)
+        checkpoints = self.cache.checkpoints
+        if checkpoints is not None and table.num_reused and not (arrives and checkpoints.copies):
+            self.cache.blocks.movements += checkpoints.restore(table, seq.batch_slot)
 
     def run_held(self, seq: Sequence, num_computed: int) -> None:
         """Let a sequence run of which so many tokens are computed, and cache its blocks."""

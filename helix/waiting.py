@@ -143,11 +143,11 @@ class WaitingLine:
             if lacks_the_same(seq, leader):
                 seq.num_missing, self._least = None, 0
 
-    def claim(self, seq: Sequence) -> Claim:
-        """Claim what is cached of a sequence."""
+    def claim(self, seq: Sequence, *, arrives: bool = False) -> Claim:
+        """Claim what is cached of a sequence; see ``CacheControl.claim``."""
         if seq.keys is None:
             seq.keys = BlockKeys(seq.token_ids, self._cache.placement.block_size, seq.cache_salt)
-        return self._cache.claim(seq.keys, seq.retention, seq.most_reused)
+        return self._cache.claim(seq.keys, seq.retention, seq.most_reused, arrives=arrives)
 
     def skipped(self, num_reused: int) -> int:
         """Return how many tokens of a reused prefix are not computed."""

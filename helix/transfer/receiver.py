@@ -232,7 +232,7 @@ class Receiver:
         if scheduler.waiting:
             return
         for seq, table in scheduler.admit(self._waiting):
-            scheduler.hold(seq, table)
+            scheduler.hold(seq, table, arrives=True)
             self._held.append((seq, self._engine.num_departed))
         self._engine.mover.execute(scheduler.cache.take_movements())
 

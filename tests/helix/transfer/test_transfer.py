@@ -122,8 +122,9 @@ def test_states_arrive_with_keys_and_values(groups, ranks, tmp_path, prefill, de
     pools = groups(prefill[0] * prefill[1], decode[0] * decode[1])
     _, results = pools.run(prefill_body, decode_body, path, prefill, decode, sizes)
     for result in results:
-        for (batches, counters), expected_batches in zip(result, wanted, strict=True):
+        for size, (batches, counters), expected_batches in zip(sizes, result, wanted, strict=True):
             assert [tokens for tokens, _, _ in batches] == [tokens for tokens, _, _ in expected_batches]
+            assert batches[1][2][0] == 69 // size * size, "where a sequence could not begin to be computed"
             assert counters["requests"] == 3 and counters["retried"] == counters["failed"] == 0
 
 
