@@ -36,7 +36,8 @@ class TransferConfig:
         prefill_ranks: so many first ranks of this world prefill; the others decode, laid out by ``parallel``.
         role: prefill or decode: this whole world is one of the groups, and the other is another world.
         prefill: the layout of the prefill ranks of this world.
-        address: HOST:PORT where two worlds meet: the decode group listens there, the prefill group connects to it.
+        address: HOST:PORT where two worlds meet (IPv6: [HOST]:PORT): the decode group listens there, the prefill group
+            connects to it.
         bind: the address of the interface that the decode group listens on.
         connect_timeout_s: how long the groups wait for each other at the start, in seconds.
         timeout_s: how long the prefill group may be silent while something is asked of it, in seconds.
@@ -94,4 +95,4 @@ class TransferConfig:
         host, _, port = (self.address or "").rpartition(":")
         if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
             raise ValueError(f"transfer.address = {self.address} must be HOST:PORT, such as 127.0.0.1:29600")
-        return host, int(port)
+        return host.removeprefix("[").removesuffix("]"), int(port)

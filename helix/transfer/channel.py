@@ -1,173 +1,186 @@
-"""One connection between a prefill rank and the decode group's rank 0: authenticated frames over TCP.
+"""The connections between prefill ranks and the decode group's rank 0: messages over ZeroMQ, encrypted by CURVE.
 
- 1. The listener sends 32 random bytes. The connector answers with 32 of its own and proves that it knows the shared
-    secret: HMAC-SHA256 over both. The listener proves the same, or answers with fixed bytes that its secret is another
-    one, which is all that they tell. Nothing before that is parsed.
- 2. From then on a frame is: length (4 bytes, big-endian), HMAC over its number in the stream and its bytes, its bytes.
-    Keys are made from the secret and both random values, one for each direction, so that a recorded frame is refused in
+ 1. Both ends make two key pairs from the shared secret, the listener's and the connectors'. A connector speaks to the
+    holder of the one only, and the listener lets in holders of the other only (ZAP): each proves that it knows the
+    secret before a byte of its messages is parsed. Session keys are fresh, so that a recorded frame is refused in
     another connection, in the other direction, and a second time.
- 3. A frame that is too long, or whose HMAC is wrong, ends the connection: what follows cannot be trusted. A frame that
-    is authentic but holds no valid message is dropped, with a log line.
+ 2. The listener is a ROUTER, each connector a DEALER whose first frame is empty, a greeting. Another empty frame says
+    that an end closes the connection, since a ROUTER cannot hang up on one of its peers.
+ 3. A connection that ends is lost for good: nobody connects again in silence. ZeroMQ's monitor tells what ends one: a
+    peer that is gone, answers no heartbeat, or sends what is too long or not signed by it. A frame that is authentic
+    but holds no valid message is dropped, with a log line.
 
-Frames are authenticated, not encrypted. Nothing blocks: a channel keeps what could not be sent, and ``flush`` goes on.
+Nothing blocks: ZeroMQ's own thread sends what is queued, receives, and answers heartbeats.
 """
 
 from __future__ import annotations
 
-import hmac
+import errno
 import logging
-import secrets
-import selectors
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from typing import Any
 
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from .keys import key_pair
 from .protocol import MAX_MESSAGE_BYTES, Message, MessageError, decode, encode
-from .requirements import SAME_SECRET, SECRET_VARIABLE
-
-_log = logging.getLogger(__name__)
+from .requirements import SAME_SECRET, SECRET_VARIABLE, resolve
 
 HANDSHAKE_S = 5.0  # a connection that has not proved itself by then is closed
-MAX_PENDING = 64  # connections that may try to prove themselves at once
+SILENCE_S = 120.0
 RETRY_S = 0.1
-_MAGIC = b"helix-transfer-1"
-_NONCE = 32
-_MAC = 32
-_REFUSAL = b"your secret is another one".ljust(_MAC, b"\0")  # in the place of the listener's proof
-_LENGTH = 4
-_READ_BYTES = 1 << 20
-_CLOSED = "the peer closed it"
+CLOSE_MS = 1000  # what is queued at the end has so long to leave
+FORGED_S = 1.0
+MAX_QUEUED = 100_000  # messages to a peer that does not read
+_OVERHEAD_BYTES = 64  # of a frame of CURVE; it is 33
+_CLOSED, _CLOSED_HERE, _UNANSWERED = "the peer closed it", "closed here", "it did not answer"
+_ENDED = f"it ended: the peer is gone or silent, or sent a message of more than {MAX_MESSAGE_BYTES} bytes"
+_FORGED = "a message that was not signed by the peer"
+_NO_DETAIL, _AUTH = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_FAILURES = (_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, _AUTH)
+_OTHER_KEY = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
+_log = logging.getLogger(__name__)
 
 
 class ChannelLost(ConnectionError):
     """A connection could not be made, or has ended; the message says why."""
 
 
-def _mac(key: bytes, *parts: bytes) -> bytes:
-    return hmac.digest(key, b"".join(parts), "sha256")
+class _End:
+    """A socket with the channels that go over it."""
+
+    def __init__(self, kind: int, secret: bytes, silence_s: float, ends: tuple[str, str], **options: Any) -> None:
+        (public, private), (self._other, _) = (key_pair(secret, end) for end in ends)
+        self._context = zmq.Context()
+        self.socket = self._context.socket(kind)
+        options.update(
+            curve_publickey=public,
+            curve_secretkey=private,
+            handshake_ivl=int(HANDSHAKE_S * 1000),
+            heartbeat_ivl=max(1, int(silence_s * 250)),
+            heartbeat_timeout=max(1, int(silence_s * 1000)),
+            maxmsgsize=MAX_MESSAGE_BYTES + _OVERHEAD_BYTES,
+            sndhwm=MAX_QUEUED,
+            rcvhwm=MAX_QUEUED,
+            linger=0,  # for connections that end by themselves
+        )
+        for name, value in options.items():
+            setattr(self.socket, name, value)
+        self._monitor = self.socket.get_monitor_socket()
+        self.pollable = [self.socket, self._monitor]
+        self._failure: tuple[int, int] | None = None  # an event that the end of its connection follows
+        self._failed_at = 0.0
+
+    def pump(self) -> None:
+        """Deal messages to their channels and note what becomes of connections, the end of each after its messages."""
+        while not self.socket.closed and self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            self._read()
+            if event["event"] in _FAILURES:
+                self._failure, self._failed_at = (event["event"], event["value"]), time.monotonic()
+            self._note(event["event"], event["value"])
+        self._read()
+
+    def _read(self) -> None:
+        while not self.socket.closed and self.socket.poll(0):
+            self._take(self.socket.recv_multipart(copy=False))
+
+    def _endpoint(self, address: tuple[Any, ...]) -> str:
+        self.socket.ipv6 = ":" in address[0]
+        return "tcp://[{}]:{}".format(*address)
+
+    def post(self, frames: list[bytes]) -> str | None:
+        """Queue frames to a peer; returns why its connection is lost, if it is."""
+        try:
+            self.socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            return f"the peer does not read: {MAX_QUEUED} messages wait for it"
+        except zmq.ZMQError:  # a ROUTER whose peer is gone
+            return _ENDED
+        return None
+
+    def close(self, linger_ms: int = CLOSE_MS) -> None:
+        """End all connections; what is queued has ``linger_ms`` to leave."""
+        if not self.socket.closed:
+            self.socket.disable_monitor()
+            self._context.destroy(linger_ms)
+
+    def drop(self, channel: Channel) -> None:
+        """Take note that a channel is lost."""
+
+    def _take(self, frames: Sequence[zmq.Frame]) -> None:
+        raise NotImplementedError
+
+    def _note(self, event: int, value: int) -> None:
+        raise NotImplementedError
 
 
 class Channel:
-    """An authenticated connection.
+    """An authenticated and encrypted connection.
 
     Attributes:
         name: who is at the other end, for messages.
         lost: why it has ended; None while it is open.
+        inbox: what has arrived and was not received yet.
     """
 
-    def __init__(self, sock: socket.socket, name: str, send_key: bytes, receive_key: bytes) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self.name = sock, name
-        self._keys = send_key, receive_key
-        self._num_sent = self._num_received = 0
-        self._outgoing, self._incoming = bytearray(), bytearray()
+    def __init__(self, name: str, end: _End, route: list[bytes]) -> None:
+        self.name, self.end, self._route = name, end, route
+        self.inbox: deque[bytes] = deque()
         self.lost: str | None = None
 
-    def fileno(self) -> int:
-        """Return the socket's number, to wait for it."""
-        return self._socket.fileno()
-
     def send(self, message: Message) -> None:
-        """Queue a message and send what the socket takes; nothing happens on a lost connection."""
+        """Queue a message; nothing happens on a lost connection."""
         payload = encode(message)
         if len(payload) > MAX_MESSAGE_BYTES:
             raise MessageError(f"a {type(message).__name__} of {len(payload)} bytes; at most {MAX_MESSAGE_BYTES}")
-        mac = _mac(self._keys[0], self._num_sent.to_bytes(8, "big"), payload)
-        self._num_sent += 1
-        self._outgoing += len(payload).to_bytes(_LENGTH, "big") + mac + payload
-        self.flush()
-
-    def flush(self) -> bool:
-        """Send what the socket takes; return whether everything was sent."""
-        while self._outgoing and self.lost is None:
-            try:
-                sent = self._socket.send(memoryview(self._outgoing)[:_READ_BYTES])
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                self._lose(str(error))
-                return True
-            del self._outgoing[:sent]
-        return True
+        if self.lost is None and (problem := self.end.post([*self._route, payload])):
+            self.lose(problem)
 
     def receive(self) -> list[Message]:
         """Return the valid messages that have arrived; what else arrived is dropped with a log line."""
-        self._read()
+        self.end.pump()
         messages: list[Message] = []
-        while len(self._incoming) >= _LENGTH:
-            length = int.from_bytes(self._incoming[:_LENGTH], "big")
-            if length > MAX_MESSAGE_BYTES:
-                self._forget(f"a message of {length} bytes; at most {MAX_MESSAGE_BYTES} are read")
-                break
-            if len(self._incoming) < _LENGTH + _MAC + length:
-                break
-            payload = bytes(self._incoming[_LENGTH + _MAC : _LENGTH + _MAC + length])
-            mac = _mac(self._keys[1], self._num_received.to_bytes(8, "big"), payload)
-            if not hmac.compare_digest(mac, bytes(self._incoming[_LENGTH : _LENGTH + _MAC])):
-                self._forget("a message that was not signed by the peer")
-                break
-            self._num_received += 1
-            del self._incoming[: _LENGTH + _MAC + length]
+        while self.inbox:
             try:
-                messages.append(decode(payload))
+                messages.append(decode(self.inbox.popleft()))
             except MessageError as error:
                 _log.warning("dropped a malformed message from %s: %s", self.name, error)
-        if self.lost == _CLOSED and self._incoming:
-            self.lost = f"it ended inside a message, after {len(self._incoming)} bytes"
-            self._incoming.clear()
-            _log.warning("dropped a truncated message from %s: %s", self.name, self.lost)
         return messages
 
-    def close(self) -> None:
-        """End the connection."""
-        self._lose("closed here")
+    def take(self, payload: bytes) -> None:
+        """Keep what has arrived."""
+        if not payload:
+            self.lose(_CLOSED)
+        elif self.lost is None:
+            self.inbox.append(payload)
 
-    def _read(self) -> None:
-        while self.lost is None and len(self._incoming) < _LENGTH + _MAC + MAX_MESSAGE_BYTES:
-            try:
-                data = self._socket.recv(_READ_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._lose(str(error))
-                return
-            if not data:
-                self._lose(_CLOSED)
-                return
-            self._incoming += data
+    def close(self, reason: str = _CLOSED_HERE) -> None:
+        """End the connection; what was sent before still leaves."""
+        if self.lost is None:
+            self.end.post([*self._route, b""])
+            self.lose(reason)
 
-    def _forget(self, problem: str) -> None:
-        self._incoming.clear()
-        self._lose(problem)
-        _log.warning("dropped %s from %s, and the connection", problem, self.name)
-
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """Note that the connection has ended."""
         if self.lost is None:
             self.lost = reason
-            self._socket.close()
+            self.end.drop(self)
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A connection that has yet to prove itself."""
-
-    sock: socket.socket
-    name: str
-    nonce: bytes
-    deadline: float
-    data: bytearray = field(default_factory=bytearray)
-
-
-class Listener:
+class Listener(_End):
     """Waits for connectors that know the secret. Whatever others send, it goes on.
 
     Args:
         bind: the address of the interface; loopback unless others are meant to come in.
         port: 0 takes any.
         secret: the shared secret.
+        silence_s: a peer that answers no heartbeat for so long is lost, in seconds.
 
     Attributes:
         num_refused: connections whose secret was another one.
@@ -176,151 +189,151 @@ class Listener:
         OSError: when the port cannot be had.
     """
 
-    def __init__(self, bind: str, port: int, secret: bytes) -> None:
-        self._secret = secret
-        self._pending: list[_Pending] = []
-        self._socket = socket.create_server((bind, port), backlog=MAX_PENDING)
-        self._socket.setblocking(False)
-        self.port: int = self._socket.getsockname()[1]
+    def __init__(self, bind: str, port: int, secret: bytes, silence_s: float = SILENCE_S) -> None:
+        ends = "listener", "connector"
+        super().__init__(zmq.ROUTER, secret, silence_s, ends, curve_server=1, zap_domain=b"helix", router_mandatory=1)
         self.num_refused = 0
+        self._channels: dict[bytes, Channel] = {}
+        self._by_descriptor: dict[int, Channel] = {}
+        self._new: list[Channel] = []
+        self._doorman = self._context.socket(zmq.REP)
+        self._doorman.bind("inproc://zeromq.zap.01")
+        self.pollable.append(self._doorman)
+        try:
+            self.socket.bind(self._endpoint(resolve(bind, port)[0]))
+        except zmq.ZMQError as error:
+            self.close()
+            raise OSError(error.errno, error.strerror) from error
+        self.port = int(self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     def poll(self, timeout_s: float = 0.0) -> list[Channel]:
         """Return the connections that have proved themselves since; waits ``timeout_s`` at most for something new."""
-        _wait_readable([self._socket, *(each.sock for each in self._pending)], timeout_s)
-        self._accept()
-        proved: list[Channel] = []
-        for each in list(self._pending):
-            channel, problem = self._advance(each)
-            if channel is None and problem is None:
-                continue
-            self._pending.remove(each)
-            if channel is not None:
-                proved.append(channel)
-            else:
-                each.sock.close()
-                _log.warning("dropped a connection from %s: %s", each.name, problem)
-        return proved
+        zmq.select(self.pollable, [], [], timeout_s)
+        self.pump()
+        new, self._new = self._new, []
+        return new
 
-    def close(self) -> None:
-        """Stop listening; connections that have proved themselves stay."""
-        for each in self._pending:
-            each.sock.close()
-        self._socket.close()
+    def pump(self) -> None:
+        """Deal messages, note what becomes of connections, and let in the holders of the connectors' key."""
+        super().pump()
+        while not self.socket.closed and self._doorman.poll(0):
+            version, request, *_, key = self._doorman.recv_multipart()
+            status = b"200" if key == z85.decode(self._other) else b"400"
+            self._doorman.send_multipart([version, request, status, b"", b"", b""])
+        if self._failure is not None and time.monotonic() - self._failed_at > FORGED_S:
+            # ZeroMQ stops reading a connection that has carried what its peer did not sign, and does not say which.
+            # That no attempt to connect has failed shows in that the end of a connection does not follow.
+            self._failure = None
+            for channel in self._channels.values():
+                channel.close(_FORGED)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, address = self._socket.accept()
-            except OSError:  # nobody else is waiting, or who was has gone
-                return
-            name = f"{address[0]}:{address[1]}"
-            if len(self._pending) == MAX_PENDING:
-                sock.close()
-                _log.warning("dropped a connection from %s: %d others are being checked", name, MAX_PENDING)
-                continue
-            sock.setblocking(False)
-            each = _Pending(sock, name, secrets.token_bytes(_NONCE), time.monotonic() + HANDSHAKE_S)
-            with suppress(OSError):  # ``_advance`` finds out
-                sock.send(_MAGIC + each.nonce)
-            self._pending.append(each)
+    def _take(self, frames: Sequence[zmq.Frame]) -> None:
+        route, frame = frames[0].bytes, frames[-1]
+        if route in self._channels:
+            self._channels[route].take(frame.bytes)
+            return
+        channel = Channel(str(frame.get("Peer-Address")), self, [route])
+        self._channels[route] = self._by_descriptor[int(frame.get(zmq.SRCFD))] = channel
+        self._new.append(channel)
 
-    def _advance(self, each: _Pending) -> tuple[Channel | None, str | None]:
-        """Return the channel of a connection that has proved itself, or why it is to be dropped, or neither yet."""
-        wanted = len(_MAGIC) + _NONCE + _MAC
-        try:
-            data = each.sock.recv(wanted - len(each.data))
-        except BlockingIOError:
-            late = time.monotonic() > each.deadline
-            return None, f"it has not proved itself within {HANDSHAKE_S:g} s" if late else None
-        except OSError as error:
-            return None, str(error)
-        each.data += data
-        if not data:
-            return None, "it ended before it proved itself"
-        if len(each.data) < wanted:
-            return None, None
-        theirs = bytes(each.data[len(_MAGIC) : len(_MAGIC) + _NONCE])
-        right = _mac(self._secret, b"connector", each.nonce, theirs)
-        if each.data[: len(_MAGIC)] != _MAGIC:
-            return None, "it is no prefill rank"
-        if not hmac.compare_digest(right, bytes(each.data[-_MAC:])):
+    def _note(self, event: int, value: int) -> None:
+        if event != zmq.EVENT_DISCONNECTED:
+            return
+        failure, self._failure = self._failure, None
+        if channel := self._by_descriptor.pop(value, None):
+            channel.lose(_FORGED if failure else _ENDED)
+        elif failure is not None and (failure == _OTHER_KEY or failure[0] == _AUTH):
             self.num_refused += 1
-            with suppress(OSError):
-                each.sock.send(_REFUSAL)
-            return None, f"its {SECRET_VARIABLE} differs from this group's; {SAME_SECRET}"
-        with suppress(OSError):  # the channel finds out
-            each.sock.send(_mac(self._secret, b"listener", theirs, each.nonce))
-        keys = _session_keys(self._secret, each.nonce, theirs)
-        return Channel(each.sock, each.name, keys[0], keys[1]), None
+            _log.warning("dropped a connection: its %s differs from this group's; %s", SECRET_VARIABLE, SAME_SECRET)
+        else:
+            _log.warning("dropped a connection that has not proved itself in %g s: it is no prefill rank", HANDSHAKE_S)
 
 
-def connect(host: str, port: int, secret: bytes, timeout_s: float) -> Channel:
+class _Connector(_End):
+    """An attempt at a connection to a listener, and what has become of it."""
+
+    def __init__(self, address: tuple[Any, ...], name: str, secret: bytes, silence_s: float) -> None:
+        ends = "connector", "listener"
+        super().__init__(zmq.DEALER, secret, silence_s, ends, reconnect_ivl=-1, probe_router=1)
+        self.channel, self.proved = Channel(name, self, []), False
+        self.socket.curve_serverkey = self._other
+        self.socket.connect(self._endpoint(address))
+
+    def attempt(self, deadline: float) -> str | None:
+        """Return None once both ends have proved themselves, otherwise why another attempt may do better.
+
+        Raises:
+            ChannelLost: where none may.
+        """
+        while not self.proved and self.channel.lost is None:
+            zmq.select(self.pollable, [], [], RETRY_S)
+            self.pump()
+            if time.monotonic() > deadline and not self.proved:
+                self.channel.lose(_UNANSWERED)
+        if not self.proved and self.channel.lost == _ENDED:
+            raise ChannelLost(f"no connection to the decode group at {self.channel.name}: {self._why()}")
+        return None if self.proved else self.channel.lost
+
+    def drop(self, channel: Channel) -> None:
+        """Close the socket: it has no other channel."""
+        self.close(0 if channel.lost == _ENDED else CLOSE_MS)
+
+    def _why(self) -> str:
+        if self._failure == _OTHER_KEY:
+            return f"it does not prove that it knows {SECRET_VARIABLE} itself; {SAME_SECRET}"
+        if self._failure is not None and self._failure[0] in (_NO_DETAIL, _AUTH):
+            return f"it refused this rank, whose {SECRET_VARIABLE} differs from its own; {SAME_SECRET}"
+        return "something else listens there; see transfer.address"
+
+    def _take(self, frames: Sequence[zmq.Frame]) -> None:
+        self.channel.take(frames[-1].bytes)
+
+    def _note(self, event: int, value: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.proved = True
+        elif event in _FAILURES and self.proved:
+            self.channel.close(_FORGED)
+        elif event == zmq.EVENT_CLOSED:
+            self.channel.lose("nobody listens")
+        elif event == zmq.EVENT_DISCONNECTED:
+            self.channel.lose(_UNANSWERED if self._failure == (_NO_DETAIL, errno.EAGAIN) else _ENDED)
+
+
+def connect(host: str, port: int, secret: bytes, timeout_s: float, silence_s: float = SILENCE_S) -> Channel:
     """Connect to a listener, which may come up later, and prove to each other that both know the secret.
+
+    Args:
+        host, port: the listener's.
+        secret: the shared secret.
+        timeout_s: how long to try, in seconds.
+        silence_s: a listener that answers no heartbeat for so long is lost, in seconds.
 
     Raises:
         ChannelLost: when nobody listens within ``timeout_s`` seconds; at once when whoever does knows another secret.
     """
     deadline = time.monotonic() + timeout_s
+    num_tried = 0
     while True:
+        problem: str | None
         try:
-            sock = socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), RETRY_S))
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ChannelLost(f"nobody listened at {host}:{port} for {timeout_s:g} s ({error})") from error
-            time.sleep(RETRY_S)
-    try:
-        sock.settimeout(max(deadline - time.monotonic(), HANDSHAKE_S))
-        theirs, nonce = _prove_to_listener(sock, secret)
-    except OSError as error:
-        sock.close()
-        raise ChannelLost(f"no connection to the decode group at {host}:{port}: {error}") from error
-    keys = _session_keys(secret, theirs, nonce)
-    return Channel(sock, f"{host}:{port}", keys[1], keys[0])
-
-
-def _prove_to_listener(sock: socket.socket, secret: bytes) -> tuple[bytes, bytes]:
-    """Do the connector's part of the handshake; return the listener's random bytes and this end's."""
-    start = _read_exactly(sock, len(_MAGIC) + _NONCE)
-    nonce, theirs = secrets.token_bytes(_NONCE), start[len(_MAGIC) :]
-    if start[: len(_MAGIC)] != _MAGIC:
-        raise ChannelLost("something else listens there; see transfer.address")
-    sock.sendall(_MAGIC + nonce + _mac(secret, b"connector", theirs, nonce))
-    answer = _read_exactly(sock, _MAC)
-    if answer == _REFUSAL:
-        raise ChannelLost(f"it refused this rank, whose {SECRET_VARIABLE} differs from its own; {SAME_SECRET}")
-    if not hmac.compare_digest(answer, _mac(secret, b"listener", nonce, theirs)):
-        raise ChannelLost(f"it does not prove that it knows {SECRET_VARIABLE} itself; {SAME_SECRET}")
-    return theirs, nonce
+            addresses = resolve(host, port)
+            end = _Connector(addresses[num_tried % len(addresses)], f"{host}:{port}", secret, silence_s)
+            problem = end.attempt(deadline)
+            if problem is None:
+                return end.channel
+        except socket.gaierror as error:
+            problem = str(error)
+        if time.monotonic() > deadline:
+            raise ChannelLost(f"nobody listened at {host}:{port} for {timeout_s:g} s ({problem})")
+        num_tried += 1
+        time.sleep(RETRY_S)
 
 
 def wait_for(channels: Sequence[Channel], timeout_s: float) -> None:
     """Wait until one of the open channels has something to read, at most ``timeout_s`` seconds."""
     still_open = [channel for channel in channels if channel.lost is None]
-    if still_open:
-        _wait_readable(still_open, timeout_s)
-    else:
+    if not still_open:
         time.sleep(timeout_s)
-
-
-def _wait_readable(ends: Sequence[Channel | socket.socket], timeout_s: float) -> None:
-    """Wait until one of the ends can be read. By ``poll``: ``select`` takes no descriptor above 1,023."""
-    with selectors.PollSelector() as selector:
-        for end in ends:
-            selector.register(end, selectors.EVENT_READ)
-        selector.select(timeout_s)
-
-
-def _session_keys(secret: bytes, listener: bytes, connector: bytes) -> tuple[bytes, bytes]:
-    """Return the keys of what the listener sends and of what the connector sends."""
-    return _mac(secret, b"from listener", listener, connector), _mac(secret, b"from connector", listener, connector)
-
-
-def _read_exactly(sock: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = sock.recv(count - len(data))
-        if not part:
-            raise ConnectionError("it closed the connection")
-        data += part
-    return data
+    elif not any(channel.inbox for channel in still_open):
+        pollable = {id(channel.end): channel.end.pollable for channel in still_open}
+        zmq.select([each for pair in pollable.values() for each in pair], [], [], timeout_s)

@@ -9,24 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import msgspec
 
-from .channel import Channel, wait_for
-from .facts import Process
+from .channel import wait_for
+from .lobby import Lobby, Writer
 from .protocol import Ask, Bye, Cancel, End, First, Progress, pack_array, unpack_array
 
 IDLE_S = 0.02
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A prefill rank as rank 0 sees it."""
-
-    channel: Channel
-    process: Process
 
 
 class Said(msgspec.Struct, frozen=True, tag=True):
@@ -81,6 +72,7 @@ class Hearing:
 
     Args:
         writers: the prefill ranks, in their order.
+        lobby: rank 0's, through which they have come.
         timeout_s: how long they may be silent, and how long sequences may stand.
         vocabulary: token ids are below it.
         clock: seconds that never go back.
@@ -89,13 +81,14 @@ class Hearing:
     def __init__(
         self,
         writers: list[Writer],
+        lobby: Lobby | None,
         *,
         timeout_s: float,
         vocabulary: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._writers, self._timeout_s, self._vocabulary = writers, timeout_s, vocabulary
-        self._clock = clock
+        self._lobby, self._clock = lobby, clock
         self._told_lost: set[int] = set()
         self._told_ended: set[int] = set()
         self._silent = False
@@ -131,7 +124,6 @@ class Hearing:
                     news.append(Said(number, message))
                 elif not isinstance(message, (First, Progress)):
                     _log.warning("dropped a %s from prefill rank %d", type(message).__name__, number)
-            writer.channel.flush()
             news += self._look_after(number, writer)
         self._last_heard = now if heard else self._last_heard
         return news + self._watch(now, heard, waits, stands)
@@ -141,12 +133,11 @@ class Hearing:
         channels = [writer.channel for writer in self._writers if writer.channel.lost is None]
         wait_for(channels, IDLE_S)
         for channel in channels:
-            channel.flush()
             channel.receive()
         if time.monotonic() < deadline and any(channel.lost is None for channel in channels):
             return False
-        for channel in channels:
-            channel.close()
+        if self._lobby is not None:
+            self._lobby.listener.close()
         return True
 
     def _look_after(self, number: int, writer: Writer) -> list[News]:

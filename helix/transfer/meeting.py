@@ -4,7 +4,7 @@
    through the world's own store, with a secret made for this run.
 2. Every prefill rank connects to it, proves that it knows the secret, and says hello with its facts.
 3. Where a fact differs, both groups end with an error that holds both values. Otherwise the decode group answers with
-   the pools of all its ranks, and stops listening.
+   the pools of all its ranks.
 4. Every prefill rank connects to the pools that it will write, and is ready; the decode ranks let NIXL make progress
    until all are.
 """
@@ -33,12 +33,13 @@ from ..models.spec import ModelSpec
 from ..models.weights import part_of
 from ..states.records import StateRecords
 from .channel import Channel, ChannelLost, Listener, connect, wait_for
-from .facts import Process, find_mismatch, make_facts
-from .hearing import Hearing, Writer
-from .protocol import Hello, Message, Pool, Ready, Refuse, Welcome
+from .facts import Process, make_facts
+from .hearing import Hearing
+from .lobby import Lobby, Writer
+from .protocol import Hello, Pool, Ready, Refuse, Welcome
 from .receiver import Receiver
 from .regions import CacheMap, Side
-from .requirements import SAME_SECRET, SECRET_VARIABLE, naming_the_setting, place_to_listen, shared_secret
+from .requirements import naming_the_setting, place_to_listen, shared_secret
 from .sender import Prepare, Sender, Target
 from .transport import Peer, Transport
 
@@ -119,40 +120,45 @@ def meet_prefill_group(group: Group) -> Receiver:
             not agree.
     """
     transports = _make_transports(group, "decode")
-    pools, *records = (_gather(transport.pool) for transport in transports)
-    hellos: dict[int, tuple[Hello, Channel]] = {}
+    pools, records, *_ = [*(_gather(transport.pool) for transport in transports), []]
     config = group.config.transfer
     deadline = time.monotonic() + config.connect_timeout_s
+    lobbies: list[Lobby] = []  # rank 0's
+    writers: list[Writer] = []
 
-    def collect() -> int:
+    def listen() -> None:
         facts = group.facts()
         secret = shared_secret() if group.launch.store is None else secrets.token_bytes(32)
         with naming_the_setting(config):
-            listener = Listener(*place_to_listen(config), secret)
+            listener = Listener(*place_to_listen(config), secret, config.timeout_s)
         _announce(group, listener, secret)
-        try:
-            hellos.update(_collect_hellos(facts, listener, deadline, config.connect_timeout_s))
-        finally:
-            listener.close()
-        for _, channel in hellos.values():
-            channel.send(Welcome(group.layout.kvp, group.layout.tpa, pools, *records))
-        return len(hellos)
+        lobbies.append(Lobby(listener, facts, Welcome(group.layout.kvp, group.layout.tpa, pools, records)))
 
-    num_writers = from_rank0(collect)
-    writers = [Writer(channel, hello.process) for _, (hello, channel) in sorted(hellos.items())]
-    ready: set[int] = set()
-    while not from_rank0(lambda: _all_ready(writers, ready, deadline)):
+    def let_in() -> int:
+        try:
+            found = lobbies[0].poll(TURN_S)
+            if found is None and time.monotonic() > deadline:
+                raise ValueError(lobbies[0].late(config.connect_timeout_s))
+        except ValueError:
+            lobbies[0].listener.close()
+            raise
+        writers.extend(found or [])
+        return len(writers)
+
+    from_rank0(listen)
+    num_writers = 0
+    while not num_writers:
+        num_writers = from_rank0(let_in)
         for transport in transports:
             transport.progress()
-    for transport in transports:
-        transport.progress()
     _log.info("transfer: %d prefill ranks are connected", num_writers)
-    hearing = Hearing(writers, timeout_s=config.timeout_s, vocabulary=group.spec.vocab_size)
     return Receiver(
         group.engine,
         config,
         num_writers=num_writers,
-        hearing=hearing,
+        hearing=Hearing(
+            writers, lobbies[0] if lobbies else None, timeout_s=config.timeout_s, vocabulary=group.spec.vocab_size
+        ),
         transports=transports,
         speaks=group.launch.speaks,
     )
@@ -177,78 +183,6 @@ def _announce(group: Group, listener: Listener, secret: bytes) -> None:
         _log.info("transfer: waiting for the prefill group at %s:%d", config.bind, listener.port)
 
 
-def _collect_hellos(
-    facts: dict[str, Any], listener: Listener, deadline: float, timeout_s: float
-) -> dict[int, tuple[Hello, Channel]]:
-    """Return each prefill rank's hello and channel; refuse all where one does not fit."""
-    waiting: list[Channel] = []
-    hellos: dict[int, tuple[Hello, Channel]] = {}
-    world_size = 0
-    while not hellos or len(hellos) < world_size:
-        if time.monotonic() > deadline:
-            refused = f", and {listener.num_refused} with another {SECRET_VARIABLE}; {SAME_SECRET}"
-            raise ValueError(
-                f"{len(hellos)} prefill ranks have come within transfer.connect_timeout_s = {timeout_s:g} s"
-                + (refused if listener.num_refused else "; start the prefill group, or raise it")
-            )
-        waiting += listener.poll(TURN_S)
-        for channel in list(waiting):
-            message = _one_message(channel)
-            if message is None and channel.lost is None:
-                continue
-            waiting.remove(channel)
-            problem = channel.lost or _wrong(facts, message, hellos, world_size)
-            if isinstance(message, Hello) and problem is None:
-                world_size = message.world_size
-                hellos[message.rank] = message, channel
-                continue
-            _log.warning("refused a prefill rank at %s: %s", channel.name, problem)
-            if isinstance(message, Hello) and find_mismatch(facts, message.facts) is not None:
-                _refuse([channel, *waiting, *(each for _, each in hellos.values())], problem or "")
-                raise ValueError(problem)
-            channel.close()
-    return hellos
-
-
-def _one_message(channel: Channel) -> Message | None:
-    messages = channel.receive()
-    return messages[0] if messages else None
-
-
-def _wrong(
-    facts: dict[str, Any], message: Message | None, hellos: dict[int, tuple[Hello, Channel]], world_size: int
-) -> str | None:
-    """Return what is wrong with a first message; None where it is a hello that fits."""
-    if not isinstance(message, Hello):
-        return f"it began with a {type(message).__name__}"
-    mismatch = find_mismatch(facts, message.facts)
-    if mismatch is not None:
-        return mismatch
-    if message.rank in hellos or world_size not in (0, message.world_size):
-        return f"it is rank {message.rank} of {message.world_size}, and {len(hellos)} of {world_size} have come already"
-    return None
-
-
-def _refuse(channels: list[Channel], reason: str) -> None:
-    for channel in channels:
-        channel.send(Refuse(reason))
-        channel.flush()
-        channel.close()
-
-
-def _all_ready(writers: list[Writer], ready: set[int], deadline: float) -> bool:
-    wait_for([writer.channel for writer in writers], TURN_S)
-    for number, writer in enumerate(writers):
-        writer.channel.flush()
-        if any(isinstance(message, Ready) for message in writer.channel.receive()):
-            ready.add(number)
-        elif writer.channel.lost is not None and number not in ready:
-            raise ValueError(f"prefill rank {number} left before it was ready: {writer.channel.lost}")
-    if time.monotonic() > deadline:
-        raise ValueError(f"{len(ready)} of {len(writers)} prefill ranks were ready in time")
-    return len(ready) == len(writers)
-
-
 # --- the prefill group ------------------------------------------------------------------------------------------------
 
 
@@ -265,14 +199,14 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     transports = _make_transports(group, "prefill")
     facts, timeout_s = from_rank0(group.facts), group.config.transfer.connect_timeout_s
 
-    def join() -> tuple[Layout, Welcome]:
+    def join() -> Welcome:
         channel.send(Hello(group.launch.rank, group.layout.kvp, group.layout.tpa, facts, Process.current()))
-        welcome = _await_welcome(channel, timeout_s)
-        return Layout(kvp=welcome.kvp, tpa=welcome.tpa), welcome
+        return _await_welcome(channel, timeout_s)
 
     # In two steps: where one rank is refused, the others do not wait for a welcome that cannot come.
-    channel = agree(lambda: connect(*_where_to_go(group), timeout_s))
-    layout, welcome = agree(join)
+    channel = agree(lambda: connect(*_where_to_go(group), timeout_s, group.config.transfer.timeout_s))
+    welcome = agree(join)
+    layout = Layout(kvp=welcome.kvp, tpa=welcome.tpa)
     peers = agree(lambda: _connect_pools(group, transports[0], layout, welcome.pools))
     record_peers = agree(lambda: _connect_records(group, transports[1:], layout, welcome.records))
     for peer in (*peers, *record_peers):
@@ -314,15 +248,16 @@ def _where_to_go(group: Group) -> tuple[str, int, bytes]:
 def _await_welcome(channel: Channel, timeout_s: float) -> Welcome:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        channel.flush()
         wait_for([channel], TURN_S)
-        message = _one_message(channel)
-        if isinstance(message, Welcome):
-            return message
-        if isinstance(message, Refuse):
-            raise ValueError(message.reason)
+        for message in channel.receive():
+            if isinstance(message, Welcome):
+                return message
+            if isinstance(message, Refuse):
+                channel.close()
+                raise ValueError(message.reason)
         if channel.lost is not None:
             raise ChannelLost(f"the decode group at {channel.name} left before it answered: {channel.lost}")
+    channel.close()
     raise ChannelLost(f"the decode group at {channel.name} did not answer within {timeout_s:g} s")
 
 

@@ -108,7 +108,8 @@ class Pool(Struct, frozen=True, forbid_unknown_fields=True):
 class Welcome(_Message, frozen=True):
     """The decode group's layout and the pools of all its ranks, in rank order: of pages, and of records of states.
 
-    There are no records where the model has no state layers.
+    Attributes:
+        records: empty where the model has no state layers.
     """
 
     kvp: Positive

@@ -273,16 +273,12 @@ class Receiver:
         if isinstance(news, Said):
             return self._take(news.writer, news.message)
         if isinstance(news, Lost):
-            self._warn("the connection to prefill rank %d is lost: %s", news.writer, news.reason)
-            self._cut(GONE)
-            return self._end_all(f"prefill rank {news.writer} is lost: {news.reason}")
+            return self._cut(GONE, f"prefill rank {news.writer} is lost: {news.reason}")
         elif isinstance(news, Ended):
             for number in list(self._quarantined):
                 self._lift(number, news.writer)
         elif isinstance(news, Silence):
-            self._warn("the prefill group has been silent for %g s", self._config.timeout_s)
-            self._cut(SILENT)
-            return self._end_all(f"the prefill group has been silent for {self._config.timeout_s:g} s")
+            return self._cut(SILENT, f"the prefill group has been silent for {self._config.timeout_s:g} s")
         elif isinstance(news, Heard):
             self._warn("the prefill group is heard again")
             self._link = OPEN if self._link == SILENT else self._link
@@ -305,11 +301,17 @@ class Receiver:
         """Log what every rank finds alike."""
         _log.log(self._log_level, message, *values)
 
-    def _cut(self, link: str) -> None:
-        """Ask for nothing more, and say once what becomes of the requests that come from now on."""
+    def _cut(self, link: str, reason: str) -> list[StreamEvent]:
+        """Ask for nothing more, say once what becomes of requests, and wait for no writer: its end is unknown."""
+        self._warn("%s", reason)
         if self._link not in (link, GONE):
             self._link = link
             self._warn("%s", self.trouble)
+        events: list[StreamEvent] = []
+        for number, inbound in list(self._inbound.items()):
+            self._hearing.tell(Cancel(number))
+            events += self._end_early(number, inbound, inbound.unknown | inbound.waits_for, reason)
+        return events
 
     def _end(self, writer: int, end: End) -> list[StreamEvent]:
         """Note a writer's end state; the last one decides."""
@@ -336,14 +338,6 @@ class Receiver:
             return self._end_early(end.id, inbound, inbound.unknown, (inbound.problems or [FAILED])[0])
         del self._inbound[end.id]
         return self._publish(inbound)
-
-    def _end_all(self, reason: str) -> list[StreamEvent]:
-        """Wait for no writer any more: what has not ended is unknown."""
-        events: list[StreamEvent] = []
-        for number, inbound in list(self._inbound.items()):
-            self._hearing.tell(Cancel(number))
-            events += self._end_early(number, inbound, inbound.unknown | inbound.waits_for, reason)
-        return events
 
     def _end_early(self, number: int, inbound: Inbound, unknown: set[int], reason: str) -> list[StreamEvent]:
         """Free or quarantine the pages of a transfer that is not done, and give its request up."""

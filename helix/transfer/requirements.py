@@ -25,19 +25,32 @@ _INSTALL = "install it with: pip install -e .[transfer]"
 
 def require(config: TransferConfig, launch: Launch) -> None:
     """Raise ValueError, in one line, where a package or the secret is missing, or this rank must listen and cannot."""
+    try:
+        import zmq
+    except ImportError as error:
+        raise ValueError(f"KV transfer needs pyzmq, which cannot be imported ({error}); {_INSTALL}") from error
+    if not zmq.has("curve"):
+        raise ValueError(f"KV transfer needs a pyzmq with CURVE, and this one has none; {_INSTALL}")
     import_nixl()
     if launch.store is None:
         shared_secret()
     if launch.rank == 0 and not config.prefills(launch.part):
         # Bound but not listening: a prefill group that waits already does not take this for the decode group.
-        with naming_the_setting(config), socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place_to_listen(config))
+        with naming_the_setting(config):
+            [address, *_] = resolve(*place_to_listen(config))
+            with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
 
 
 def place_to_listen(config: TransferConfig) -> tuple[str, int]:
     """Return the interface and the port of the decode group; port 0, any that is free, where no address is set."""
     return config.bind, config.host_and_port()[1] if config.address is not None else 0
+
+
+def resolve(host: str, port: int) -> list[tuple[Any, ...]]:
+    """Return the addresses of a host, IPv4 and IPv6; OSError where it has none."""
+    return [each[4] for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 @contextmanager

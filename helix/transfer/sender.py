@@ -150,7 +150,6 @@ class Sender:
 
     def _hear(self) -> None:
         new = self._channel.receive()
-        self._channel.flush()
         self._inbox += new
         self._num_heard += len(new)
         lost = self._channel.lost and self._num_done == self._num_heard and not self._closing

@@ -21,10 +21,11 @@ from helix.transfer import channel as channels
 from helix.transfer.channel import ChannelLost
 from helix.transfer.facts import Process
 from helix.transfer.hearing import Hearing
-from helix.transfer.protocol import Ask, End, encode
+from helix.transfer.protocol import Ask, End
 from helix.transfer.receiver import Receiver
 from helix.transfer.transport import RUNNING, Peer
 from parallel.launch import from_rank0
+from tests.helix.transfer.relay import FORGED, OVERSIZED, TRUNCATED, Relay
 from tests.helix.transfer.worlds import assert_idle, leave, make_llm
 
 BLOCK = 16
@@ -411,25 +412,21 @@ def test_a_message_that_does_not_belong_is_dropped_and_every_request_completes(
 
 def forging_prefill_body(ports, path, layout, _, __, kind):
     """One rank's connection carries, between its messages, what the peer must not believe."""
-    llm = make_llm(path, ports[0], "prefill", layout)
+    relay = Relay(ports[0]) if dist.get_rank() == 1 else None
+    llm = make_llm(path, relay.port if relay else ports[0], "prefill", layout)
     channel = llm._sender._channel
     plain = channel.send
 
     def send(message):
         plain(message)
-        if isinstance(message, End) and message.id == 0 and dist.get_rank() == 1:
-            fake = encode(End(1, "done"))
-            if kind == "forged":
-                channel._outgoing += len(fake).to_bytes(4, "big") + bytes(32) + fake
-            elif kind == "oversized":
-                channel._outgoing += (1 << 30).to_bytes(4, "big") + bytes(100)
-            elif kind == "truncated":
-                channel._outgoing += (1 << 10).to_bytes(4, "big") + bytes(32) + fake
-            elif kind == "repeated":
+        if isinstance(message, End) and message.id == 0 and relay is not None:
+            relay.settle()
+            if kind == "repeated":
                 plain(message)
-            channel.flush()
+            else:
+                relay.far.sendall({"forged": FORGED, "oversized": OVERSIZED, "truncated": TRUNCATED}[kind])
             if kind == "truncated":
-                channel.close()
+                relay.hang_up()
 
     channel.send = send
     served = serve(llm)
@@ -443,8 +440,8 @@ def forging_prefill_body(ports, path, layout, _, __, kind):
     ("kind", "complaint"),
     [
         ("forged", "a message that was not signed by the peer"),
-        ("oversized", "a message of 1073741824 bytes"),
-        ("truncated", "it ended inside a message"),
+        ("oversized", "sent a message of more than 268435456 bytes"),
+        ("truncated", "it ended: the peer is gone"),
         ("repeated", "for request 0, which has ended"),
     ],
 )

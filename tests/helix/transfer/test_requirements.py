@@ -19,16 +19,17 @@ PREFILL = TransferConfig(role="prefill", address="127.0.0.1:29600")
 LAUNCH = Launch(0, 1, 0, 1, torch.device("cpu"))
 
 
-def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
+@pytest.mark.parametrize(("package", "name"), [("nixl", "NIXL"), ("zmq", "pyzmq")])
+def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, package, name):
     plain = builtins.__import__
 
     def refuse(wanted, *args, **kwargs):
-        if wanted.partition(".")[0] == "nixl":
-            raise ImportError("No module named 'nixl'")
+        if wanted.partition(".")[0] == package:
+            raise ImportError(f"No module named '{package}'")
         return plain(wanted, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match="KV transfer needs NIXL.*pip install -e .\\[transfer\\]"):
+    with pytest.raises(ValueError, match=f"KV transfer needs {name}.*pip install -e .\\[transfer\\]"):
         require(PREFILL, LAUNCH)
 
 
@@ -80,6 +81,13 @@ def test_an_interface_that_is_not_there_is_named_by_its_setting(monkeypatch):
     monkeypatch.setenv("HELIX_TRANSFER_SECRET", SECRET)
     with pytest.raises(ValueError, match="^transfer.bind = 192.0.2.1 cannot be listened on .* or 0.0.0.0 for all"):
         require(decode(address="192.0.2.1:29600", bind="192.0.2.1"), LAUNCH)
+
+
+def test_addresses_may_be_of_ipv6(monkeypatch):
+    monkeypatch.setenv("HELIX_TRANSFER_SECRET", SECRET)
+    assert decode(address="[::1]:29600").host_and_port() == ("::1", 29600)
+    with pytest.raises(ValueError, match="^transfer.bind = 2001:db8::1 cannot be listened on"):
+        require(decode(address="[2001:db8::1]:29600", bind="2001:db8::1"), LAUNCH)
 
 
 def test_only_the_rank_that_listens_needs_the_port(taken):

@@ -1,0 +1,120 @@
+"""A prefill group is let in whole or not at all; no pools, no processes."""
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from helix.transfer.channel import Listener, connect
+from helix.transfer.facts import Process
+from helix.transfer.lobby import Lobby
+from helix.transfer.protocol import Bye, Hello, Pool, Progress, Ready, Refuse, Welcome
+
+SECRET = b"a secret of some length"
+FACTS = {"cache.block_size": 16}
+POOL = Pool(b"md", np.array([4096]), 512, 3, "DRAM", 0)
+PROCESS = Process.current()
+
+
+@pytest.fixture
+def lobby():
+    made = Lobby(Listener("127.0.0.1", 0, SECRET), FACTS, Welcome(1, 1, [POOL]))
+    made.came = []
+    yield made
+    for channel in made.came:
+        channel.close()
+    made.listener.close()
+
+
+def ranks(lobby, count):
+    """Connections of so many ranks; meanwhile somebody listens, as rank 0 does."""
+    made = []
+    for _ in range(count):
+        thread = threading.Thread(target=lambda: made.append(connect("127.0.0.1", lobby.listener.port, SECRET, 5.0)))
+        thread.start()
+        while thread.is_alive():
+            lobby.listener.pump()
+            time.sleep(0.002)
+        thread.join()
+    lobby.came += made
+    return made
+
+
+def hello(rank, kvp=2, facts=FACTS, process=PROCESS):
+    return Hello(rank, kvp, 1, facts, process)
+
+
+def until(call, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not (found := call()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return found
+
+
+def answer(lobby, channel):
+    """The first message that a rank gets while rank 0 looks after the lobby."""
+
+    def look():
+        assert lobby.poll() is None
+        return channel.receive()
+
+    return until(look)[0]
+
+
+def test_a_group_is_let_in_in_the_order_of_its_ranks_once_all_of_it_are_ready(lobby):
+    one, two = ranks(lobby, 2)
+    one.send(hello(1))
+    assert until(lobby.poll, 0.1) is None and "1 prefill ranks have come" in lobby.late(3.0)
+    two.send(hello(0, process=replace(PROCESS, pid=7)))
+    assert type(answer(lobby, one)) is Welcome and type(answer(lobby, two)) is Welcome
+    one.send(Ready())
+    assert until(lobby.poll, 0.1) is None and "2 prefill ranks have come" in lobby.late(3.0)
+    assert "1 of them are ready" in lobby.late(3.0)
+    two.send(Ready())
+    writers = until(lobby.poll)
+    assert [writer.process.pid for writer in writers] == [7, PROCESS.pid]
+    writers[0].channel.send(Bye())
+    assert until(two.receive) == [Bye()]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (Progress(1, 2), "it began with a Progress"),
+        (hello(0), "rank 0 has come already"),
+        (hello(2, 4), "it is one of 4 ranks, and ranks of 2 have come"),
+    ],
+)
+def test_a_rank_that_does_not_belong_is_sent_away_alone(lobby, message, reason):
+    first, wrong, second = ranks(lobby, 3)
+    first.send(hello(0))
+    assert until(lobby.poll, 0.1) is None
+    wrong.send(message)
+    assert answer(lobby, wrong) == Refuse(reason)
+    assert until(lambda: wrong.receive() or wrong.lost) == "the peer closed it"
+    second.send(hello(1))
+    assert type(answer(lobby, first)) is Welcome
+
+
+def test_a_group_that_does_not_agree_or_breaks_up_is_sent_away_and_the_next_one_is_let_in(lobby):
+    first, other = ranks(lobby, 2)
+    first.send(hello(0))
+    assert until(lobby.poll, 0.1) is None
+    other.send(hello(1, facts={"cache.block_size": 64}))
+    with pytest.raises(ValueError, match="cache.block_size = 16 in the decode group and 64 in the prefill group"):
+        until(lobby.poll)
+    assert type(until(first.receive)[0]) is Refuse
+    pair = ranks(lobby, 2)
+    for rank, channel in enumerate(pair):
+        channel.send(hello(rank))
+    assert type(answer(lobby, pair[0])) is Welcome
+    pair[1].close()
+    with pytest.raises(ValueError, match="prefill rank 1 left before it was ready: the peer closed it"):
+        until(lobby.poll)
+    [last] = ranks(lobby, 1)
+    last.send(hello(0, 1))
+    assert type(answer(lobby, last)) is Welcome
+    last.send(Ready())
+    assert len(until(lobby.poll)) == 1
