@@ -40,6 +40,13 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     writer: int
 
 
+class Joined(msgspec.Struct, frozen=True, tag=True):
+    """Another prefill group has come; its ranks are writers from number ``first`` on."""
+
+    first: int
+    count: int
+
+
 class Silence(msgspec.Struct, frozen=True, tag=True):
     """Nothing was heard for too long while something was waited for."""
 
@@ -52,7 +59,7 @@ class Stuck(msgspec.Struct, frozen=True, tag=True):
     """Sequences have stood for too long because pages are quarantined."""
 
 
-News = Said | Lost | Ended | Silence | Heard | Stuck
+News = Said | Lost | Ended | Joined | Silence | Heard | Stuck
 _encoder = msgspec.msgpack.Encoder(enc_hook=pack_array)
 _decoder = msgspec.msgpack.Decoder(list[News], dec_hook=unpack_array)
 
@@ -72,7 +79,7 @@ class Hearing:
 
     Args:
         writers: the prefill ranks, in their order.
-        lobby: rank 0's, through which they have come.
+        lobby: rank 0's, through which they have come, and others may when they are lost.
         timeout_s: how long they may be silent, and how long sequences may stand.
         vocabulary: token ids are below it.
         clock: seconds that never go back.
@@ -89,6 +96,7 @@ class Hearing:
     ) -> None:
         self._writers, self._timeout_s, self._vocabulary = writers, timeout_s, vocabulary
         self._lobby, self._clock = lobby, clock
+        self._first = 0  # writers below it are of earlier groups
         self._told_lost: set[int] = set()
         self._told_ended: set[int] = set()
         self._silent = False
@@ -97,7 +105,7 @@ class Hearing:
 
     def tell(self, message: Ask | Cancel | Bye) -> None:
         """Send a message to every prefill rank."""
-        for writer in self._writers:
+        for writer in self._writers[self._first :]:
             writer.channel.send(message)
 
     def begin_to_wait(self) -> None:
@@ -126,7 +134,7 @@ class Hearing:
                     _log.warning("dropped a %s from prefill rank %d", type(message).__name__, number)
             news += self._look_after(number, writer)
         self._last_heard = now if heard else self._last_heard
-        return news + self._watch(now, heard, waits, stands)
+        return news + self._watch(now, heard, waits, stands) + self._let_in()
 
     def have_left(self, deadline: float) -> bool:
         """Return whether every writer has closed its connection, or had until ``deadline`` of ``time.monotonic``."""
@@ -143,13 +151,34 @@ class Hearing:
     def _look_after(self, number: int, writer: Writer) -> list[News]:
         """Return, once each, that a writer's connection is lost and that its process has ended."""
         news: list[News] = []
-        if writer.channel.lost and number not in self._told_lost:
+        if writer.channel.lost and number >= self._first and number not in self._told_lost:
             self._told_lost.add(number)
             news.append(Lost(number, writer.channel.lost))
         if writer.channel.lost and number not in self._told_ended and writer.process.has_ended():
             self._told_ended.add(number)
             news.append(Ended(number))
         return news
+
+    def _let_in(self) -> list[News]:
+        """Return that another group has come in the place of one that is lost, and what it knows of the lost ones."""
+        if self._lobby is None or max(self._told_lost, default=-1) < self._first:
+            return []
+        unknown = [number for number in range(len(self._writers)) if number not in self._told_ended]
+        try:
+            party = self._lobby.poll(lost=[self._writers[number].process for number in unknown])
+        except ValueError as problem:
+            _log.warning("no prefill group could join: %s", problem)
+            return []
+        if party is None:
+            return []
+        for writer in self._writers[self._first :]:
+            writer.channel.close()
+        ended = [number for number in unknown if self._writers[number].process in party.ended]
+        self._told_ended.update(ended)
+        self._first = len(self._writers)
+        self._writers += party.writers
+        self._silent = False
+        return [*(Ended(number) for number in ended), Joined(self._first, len(party.writers))]
 
     def _watch(self, now: float, heard: bool, waits: bool, stands: bool) -> list[News]:
         """Return what the clock says: silence, its end, and sequences that stand for too long."""
@@ -169,7 +198,7 @@ class Hearing:
     def _is_sound(self, writer: int, first: First, seeds: dict[int, int]) -> bool:
         """Return whether a first token can be one, and wait for it no more; says so in the log where it cannot."""
         problem = ""
-        if first.id not in seeds or writer != 0:
+        if first.id not in seeds or writer != self._first:
             problem = "which is not waited for"
         elif max(first.token, *first.top_ids.tolist(), 0) >= self._vocabulary or (first.top_ids < 0).any():
             problem = f"with ids outside the vocabulary of {self._vocabulary}"

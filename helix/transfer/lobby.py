@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from .channel import Channel, Listener
 from .facts import Process, find_mismatch
@@ -23,8 +25,16 @@ class Writer:
     process: Process
 
 
+@dataclass(frozen=True)
+class Party:
+    """A prefill group that can write to the pools: its ranks in order, and what processes it knows to have ended."""
+
+    writers: list[Writer]
+    ended: list[Process]
+
+
 class Lobby:
-    """Lets in a prefill group.
+    """Lets in a prefill group, and later another in its place.
 
     Args:
         listener: where they come from.
@@ -38,8 +48,12 @@ class Lobby:
         self._welcomed = False
         self._reset()
 
-    def poll(self, timeout_s: float = 0.0) -> list[Writer] | None:
-        """Return a group's ranks, in order, once all are ready; waits ``timeout_s`` at most for something new.
+    def poll(self, timeout_s: float = 0.0, lost: Sequence[Process] = ()) -> Party | None:
+        """Return a group once all its ranks are ready; waits ``timeout_s`` at most for something new.
+
+        Args:
+            timeout_s: in seconds.
+            lost: ranks of an earlier group, of which those are asked that are on their machines.
 
         Raises:
             ValueError: when a rank does not agree, or leaves; all who had come are told, and others may come.
@@ -59,12 +73,13 @@ class Lobby:
         if self._hellos and len(self._hellos) == self._world_size and not self._welcomed:
             self._welcomed = True
             for _, channel in self._hellos.values():
-                channel.send(self._welcome)
+                channel.send(msgspec.structs.replace(self._welcome, lost=list(lost)))
         if not self._hellos or len(self._ready) < self._world_size:
             return None
         writers = [Writer(channel, hello.process) for _, (hello, channel) in sorted(self._hellos.items())]
+        party = Party(writers, [process for ready in self._ready.values() for process in ready.ended])
         self._reset()
-        return writers
+        return party
 
     def late(self, timeout_s: float) -> str:
         """Return what to say when no group has come within ``timeout_s`` seconds."""

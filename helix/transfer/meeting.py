@@ -136,13 +136,13 @@ def meet_prefill_group(group: Group) -> Receiver:
 
     def let_in() -> int:
         try:
-            found = lobbies[0].poll(TURN_S)
-            if found is None and time.monotonic() > deadline:
+            party = lobbies[0].poll(TURN_S)
+            if party is None and time.monotonic() > deadline:
                 raise ValueError(lobbies[0].late(config.connect_timeout_s))
         except ValueError:
             lobbies[0].listener.close()
             raise
-        writers.extend(found or [])
+        writers.extend(party.writers if party is not None else [])
         return len(writers)
 
     from_rank0(listen)
@@ -211,7 +211,7 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     record_peers = agree(lambda: _connect_records(group, transports[1:], layout, welcome.records))
     for peer in (*peers, *record_peers):
         peer.ping(b"hello")
-    channel.send(Ready())
+    channel.send(Ready([process for process in welcome.lost if process.has_ended()]))
     _log.info("transfer: connected to %d decode ranks", len(welcome.pools))
     return Sender(
         group.engine,

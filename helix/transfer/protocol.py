@@ -110,12 +110,14 @@ class Welcome(_Message, frozen=True):
 
     Attributes:
         records: empty where the model has no state layers.
+        lost: ranks of an earlier prefill group whose end is not known here.
     """
 
     kvp: Positive
     tpa: Positive
     pools: list[Pool]
     records: list[Pool] = []
+    lost: list[Process] = []
 
     def __post_init__(self) -> None:
         num_ranks = self.kvp * self.tpa
@@ -130,7 +132,13 @@ class Refuse(_Message, frozen=True):
 
 
 class Ready(_Message, frozen=True):
-    """The sender can write to the decode group's pools."""
+    """The sender can write to the decode group's pools.
+
+    Attributes:
+        ended: those of ``Welcome.lost`` that have ended, as far as can be known on its machine.
+    """
+
+    ended: list[Process] = []
 
 
 class Ask(_Message, frozen=True):

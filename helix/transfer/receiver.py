@@ -31,7 +31,7 @@ from ..engine import Engine
 from ..metrics import RunMetrics
 from ..request import Sequence, StreamEvent, TokenLogprobs, order_of
 from .counters import TransferCounters
-from .hearing import Ended, Heard, Hearing, Lost, News, Said, Silence, Stuck, decode_news, encode_news
+from .hearing import Ended, Heard, Hearing, Joined, Lost, News, Said, Silence, Stuck, decode_news, encode_news
 from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message
 from .transport import Transport
 
@@ -257,7 +257,9 @@ class Receiver:
 
     def _listen(self) -> list[News]:
         if not (self._inbound or self._quarantined):  # of a group that is lost meanwhile, those who watch are told
-            return [] if self.has_work else self._hearing.listen({}, waits=False, stands=False, idle=False)
+            if self.has_work and self._link != GONE:
+                return []
+            return self._hearing.listen({}, waits=False, stands=False, idle=False)
         scheduler = self._engine.scheduler
         stands = bool(scheduler.waiting or self._waiting) and not (scheduler.running or self._held or self._inbound)
         return self._hearing.listen(
@@ -277,6 +279,10 @@ class Receiver:
         elif isinstance(news, Ended):
             for number in list(self._quarantined):
                 self._lift(number, news.writer)
+        elif isinstance(news, Joined):
+            self._all_writers = frozenset(range(news.first, news.first + news.count))
+            self._link = OPEN
+            self._warn("a prefill group of %d ranks has joined", news.count)
         elif isinstance(news, Silence):
             return self._cut(SILENT, f"the prefill group has been silent for {self._config.timeout_s:g} s")
         elif isinstance(news, Heard):

@@ -1,4 +1,4 @@
-"""A prefill group is let in whole or not at all; no pools, no processes."""
+"""A prefill group is let in whole or not at all, and another in its place once it is lost; no pools, no processes."""
 
 import threading
 import time
@@ -9,8 +9,9 @@ import pytest
 
 from helix.transfer.channel import Listener, connect
 from helix.transfer.facts import Process
+from helix.transfer.hearing import Ended, Hearing, Joined, Lost, Said
 from helix.transfer.lobby import Lobby
-from helix.transfer.protocol import Bye, Hello, Pool, Progress, Ready, Refuse, Welcome
+from helix.transfer.protocol import Bye, End, First, Hello, Pool, Progress, Ready, Refuse, Welcome
 
 SECRET = b"a secret of some length"
 FACTS = {"cache.block_size": 16}
@@ -73,9 +74,9 @@ def test_a_group_is_let_in_in_the_order_of_its_ranks_once_all_of_it_are_ready(lo
     assert until(lobby.poll, 0.1) is None and "2 prefill ranks have come" in lobby.late(3.0)
     assert "1 of them are ready" in lobby.late(3.0)
     two.send(Ready())
-    writers = until(lobby.poll)
-    assert [writer.process.pid for writer in writers] == [7, PROCESS.pid]
-    writers[0].channel.send(Bye())
+    party = until(lobby.poll)
+    assert [writer.process.pid for writer in party.writers] == [7, PROCESS.pid]
+    party.writers[0].channel.send(Bye())
     assert until(two.receive) == [Bye()]
 
 
@@ -117,4 +118,37 @@ def test_a_group_that_does_not_agree_or_breaks_up_is_sent_away_and_the_next_one_
     last.send(hello(0, 1))
     assert type(answer(lobby, last)) is Welcome
     last.send(Ready())
-    assert len(until(lobby.poll)) == 1
+    assert len(until(lobby.poll).writers) == 1
+
+
+def test_a_lost_group_is_followed_by_another_which_tells_what_has_become_of_it(lobby):
+    """Its process was another machine's: rank 0 cannot look it up, and the newcomer there can."""
+    gone = Process("another machine", 12, 34)
+    old, other, new = ranks(lobby, 3)
+    old.send(hello(0, process=gone))
+    other.send(hello(1))
+    for channel in (old, other):
+        answer(lobby, channel)
+        channel.send(Ready())
+    hearing = Hearing(until(lobby.poll).writers, lobby, timeout_s=100.0, vocabulary=256)
+
+    def listen(seeds=()):
+        return hearing.listen(dict(seeds), waits=False, stands=False, idle=False)
+
+    new.send(hello(0, 1))
+    assert until(listen, 0.2) == [], "while the first group is there nobody else is let in"
+    old.close()
+    assert until(listen) == [Lost(0, "the peer closed it")]
+    [welcome] = until(lambda: [*listen(), *new.receive()])
+    assert welcome.lost == [gone, PROCESS]
+    new.send(Ready([gone]))
+    assert until(listen) == [Ended(0), Joined(2, 1)]
+    assert until(listen, 0.2) == [], "that the rest of the first group is sent away is not the loss of this one"
+    assert until(lambda: other.receive() or other.lost) == "the peer closed it"
+    hearing.tell(Bye())
+    assert until(new.receive) == [Bye()]
+    first = First(5, 3, 9, 1, None, np.array([], np.int64), np.array([]))
+    new.send(first)
+    new.send(End(5, "done"))
+    said = until(lambda: listen({5: 9}.items()))
+    assert [(type(each), each.writer, type(each.message)) for each in said] == [(Said, 2, First), (Said, 2, End)]
