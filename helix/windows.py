@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
     """Return the settings, with partial reuse off where a model has windows, which is said.
 
+    Blocks may go to the host: what sequences begin behind them with, a window's pages, stays on the device.
+
     Raises:
         ValueError: in one line, for settings that need what has left a window, or windows elsewhere.
     """
@@ -42,10 +44,10 @@ def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
             f"speculative.method = {config.speculative.method} drafts for models without windows only, and this "
             f"{spec.family} has layers with a window; use speculative=ngram or speculative=draft_model"
         )
-    if config.cache.host_pages:
+    if config.cache.host_pages and not spec.num_cached_layers:
         raise ValueError(
-            f"cache.host_pages = {config.cache.host_pages} brings back pages of full layers alone, and this "
-            f"{spec.family} has layers with a window; use cache.host_pages=0"
+            f"cache.host_pages = {config.cache.host_pages} holds pages of full layers, and all layers of this "
+            f"{spec.family} have a window; use cache.host_pages=0"
         )
     if config.cache.partial_reuse and config.cache.reuse:
         _log.info("cache.partial_reuse: off, sequences of %s begin behind blocks whose windows are there", spec.family)

@@ -147,7 +147,6 @@ def test_what_windows_take_is_what_is_planned_and_the_plan_knows_them(models, dt
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"cache": CacheConfig(host_pages=4)}, "cache.host_pages = 4 brings back pages of full layers alone, .*=0"),
         ({"speculative": SpeculativeConfig(method="eagle3", path="x")}, "method = eagle3 drafts for models without"),
         ({"transfer": TransferConfig(prefill_ranks=1)}, r"transfer.\* brings what a sequence's owners hold"),
     ],
@@ -158,38 +157,57 @@ def test_what_cannot_be_with_windows_is_refused_in_one_line(models, settings, sa
         with_windows(HelixConfig(**settings), spec)
     assert with_windows(HelixConfig(**settings), replace(spec, kinds=())) == HelixConfig(**settings)
     assert not with_windows(HelixConfig(), spec).cache.partial_reuse
+    offloads = HelixConfig(cache=CacheConfig(host_pages=4))
+    assert with_windows(offloads, spec).cache.host_pages == 4
+    with pytest.raises(ValueError, match="host_pages = 4 holds pages of full layers, and all layers of .*=0$"):
+        with_windows(offloads, replace(spec, kinds=(spec.kind_of(0),) * spec.num_layers))
 
 
-def reuse_body(path, kvp, conversations, others):
-    """What each turn makes and found cached, with reuse and without; ``others`` come in between."""
+def reuse_body(path, kvp, conversations, others, host_pages):
+    """What each turn makes and found cached, with reuse and without; ``others`` come in between.
+
+    With ``host_pages`` the cache holds little more than what runs, and what is found again has been on the host.
+    """
     results = []
     for reuse in (True, False):
         config = HelixConfig(
             model=ModelConfig(path=path, dtype="float32"),
             parallel=ParallelConfig(kvp=kvp),
-            cache=CacheConfig(block_size=16, num_pages=256, reuse=reuse, checkpoint_every=64),
+            cache=CacheConfig(
+                block_size=16,
+                num_pages=30 // kvp if host_pages else 256,
+                host_pages=host_pages if reuse else 0,
+                reuse=reuse,
+                checkpoint_every=64,
+            ),
             scheduler=SchedulerConfig(max_batch=2, prefill_chunk=50),
             runtime=RuntimeConfig(check_ranks=True),
         )
         llm = LLM(config)
         settings = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
-        total, turns = llm.engine.scheduler.windows.num_free, []
+        total, turns, onboarded = llm.engine.scheduler.windows.num_free, [], 0
         for prompt in conversations:
             made = llm.generate([prompt], settings)[0]
+            onboarded += llm.metrics.cache.blocks_onboarded
             again = llm.generate([prompt + made.token_ids + [7] * 5, prompt], settings)
+            onboarded += llm.metrics.cache.blocks_onboarded
             llm.generate(others, settings)
             turns.append([(each.token_ids, each.cached_tokens) for each in (made, *again)])
         llm.engine.scheduler.cache.clear()
         assert llm.engine.scheduler.windows.num_free == total
+        assert (onboarded > 0) == bool(reuse and host_pages)
         results.append(turns)
     return results
 
 
-@pytest.mark.parametrize(("family", "kvp"), [("qwen3", 2), pytest.param("mistral", 1, marks=pytest.mark.slow)])
-def test_prompts_that_come_again_and_next_turns_reuse_what_is_there(ranks, models, family, kvp):
+@pytest.mark.parametrize(
+    ("family", "kvp", "host_pages"),
+    [("qwen3", 2, 0), ("gpt_oss", 1, 200), pytest.param("mistral", 1, 0, marks=pytest.mark.slow)],
+)
+def test_prompts_that_come_again_and_next_turns_reuse_what_is_there(ranks, models, family, kvp, host_pages):
     path, prompts, _ = models(family)
     mine, others = [prompts[-1], prompts[-2]], [[i] * 90 for i in range(3)]
-    for reused, computed in ranks(kvp).run(reuse_body, path, kvp, [*mine, mine[0]], others):
+    for reused, computed in ranks(kvp).run(reuse_body, path, kvp, [*mine, mine[0]], others, host_pages):
         assert [[tokens for tokens, _ in turn] for turn in reused] == [
             [tokens for tokens, _ in turn] for turn in computed
         ]

@@ -24,7 +24,8 @@ class World:
         reserve = pages_for(window, block_size, max_batch=3, max_run=2, prefill_chunk=24)
         self.windows = WindowPages(window, block_size, reserve + self.rng.randrange(reserve))
         checkpoints, place = WindowCheckpoints(self.windows, 64, block_size), BlockCyclic(block_size, kvp)
-        cache = CacheControl(place, 320 // (block_size * kvp) + 1, partial_reuse=False, checkpoints=checkpoints)
+        pages, host_pages = 320 // (block_size * kvp) + 1, seed % 2 * 640 // (block_size * kvp)
+        cache = CacheControl(place, pages, host_pages=host_pages, partial_reuse=False, checkpoints=checkpoints)
         config = SchedulerConfig(max_batch=3, prefill_chunk=24)
         self.scheduler = Scheduler(config, cache, windows=self.windows)
         self.held = {}
@@ -95,16 +96,17 @@ class World:
 
 @pytest.mark.parametrize(("window", "block_size", "kvp"), [(24, 16, 1), (70, 16, 2), (5, 1, 1), (200, 16, 1)])
 def test_random_runs_read_what_was_written_at_their_positions(window, block_size, kvp):
-    reused = preemptions = 0
+    reused = preemptions = onboarded = 0
     for seed in range(3):
         world = World(seed, window, block_size, kvp)
         world.run(30)
         total = world.windows.num_free
         cache = world.scheduler.cache
         reused, preemptions = reused + world.num_reused, preemptions + cache.counters.preemptions
+        onboarded += cache.counters.blocks_onboarded
         cache.clear()
         assert world.windows.num_free == len(world.windows._holders) >= total and not any(world.windows._holders)
-    assert reused and preemptions
+    assert reused and preemptions and onboarded
 
 
 def test_checkpoints_give_up_their_pages_to_sequences_and_lose_none():
