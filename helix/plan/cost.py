@@ -16,8 +16,7 @@ from ..models.kinds import FULL, STATE, WINDOW
 from ..models.query_rows import rows_that_share
 from ..models.spec import Experts
 from ..models.weights import EXPERT_ROLES
-from ..states.heads import StateHeads
-from ..states.reference import CHUNK
+from ..states.heads import CHUNK, StateHeads
 from .footprint import Footprint, LayerKind
 from .hardware import Hardware
 

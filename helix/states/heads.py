@@ -8,6 +8,9 @@ from parallel.layout import Range
 
 from ..models.states import States
 
+CHUNK = 64
+"""Tokens of a prompt that its kernels work in at once."""
+
 
 @dataclass(frozen=True)
 class StateHeads:

@@ -21,8 +21,9 @@ from attention.shared_memory import shared_bytes
 
 from .cache import LayerStates
 from .decode_kernel import silu_rounded, softplus
+from .heads import CHUNK
 from .inputs import Inputs
-from .reference import CHUNK, NORM_EPS
+from .reference import NORM_EPS
 
 ROWS, COLUMNS = 16, 128  # of the convolution, a program
 PART = tl.constexpr(16)  # rows that are solved one by one: a block of a chunk's triangular system

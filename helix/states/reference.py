@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from .cache import LayerStates
-from .heads import StateHeads
+from .heads import CHUNK, StateHeads
 
-CHUNK = 64
 NORM_EPS = 1e-6  # of the length of queries and keys
 
 
