@@ -293,7 +293,9 @@ class Receiver:
             self._engine.scheduler.remove(seq)
             self._waiting = [each for each in self._waiting if each is not seq]
             pages = sum(len(each.pages) for each in self._quarantined.values())
-            return [self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")]
+            slots = sum(each.slot is not None for each in self._quarantined.values())
+            beside = f"{pages} pages" + (f" and {slots} batch slots" if slots else "")
+            return [self._fail(seq, f"it does not fit beside {beside} that a lost prefill rank may still write")]
         return []
 
     def _take(self, writer: int, message: Message) -> list[StreamEvent]:
