@@ -8,6 +8,7 @@
 | many_rows                | Hopper | any                      | 64, 128, 256 | 16 to 256, 2 bytes | one a piece    |
 | split_kv                 | any    | any                      | any          | any                | persist if few |
 | stream_latent            | Hopper | any, all of one latent   | 512 + 64     | 16 to 256, 2 bytes | persist if few |
+| stream_latent_bytes      | Hopper | 16, of 8 runs or more    | 512 + 64     | 16 to 256, 1 byte  | persist        |
 | stream_latent_eight_bits | Hopper | any, all of one latent   | 512 + 64     | 16 to 256, 1 byte  | persist if few |
 | latent_kv                | any    | any, all of one latent   | any          | any                | persist if few |
 
@@ -22,7 +23,16 @@ from collections.abc import Callable
 import torch
 import triton
 
-from . import latent_kv, many_rows, split_kv, stream_eight_bits, stream_kv, stream_latent, stream_latent_eight_bits
+from . import (
+    latent_kv,
+    many_rows,
+    split_kv,
+    stream_eight_bits,
+    stream_kv,
+    stream_latent,
+    stream_latent_bytes,
+    stream_latent_eight_bits,
+)
 from .pages import Pages, QuantizedPages
 from .partial import Partials, Workspace
 from .rows import Rows
@@ -35,6 +45,7 @@ _KERNELS: dict[str, Callable[..., None]] = {
     "split_kv": split_kv.attend,
     "latent_kv": latent_kv.attend,
     "stream_latent": stream_latent.attend,
+    "stream_latent_bytes": stream_latent_bytes.attend,
     "stream_latent_eight_bits": stream_latent_eight_bits.attend,
 }
 _WINDOWS = ("stream_kv", "many_rows", "split_kv")
@@ -72,8 +83,9 @@ class TritonAttention:
         *,
         value_dim: int | None = None,
         window: bool = False,
+        num_runs: int = 1,
     ) -> Cutting:
-        """Choose the kernel for steps whose longest run has so many rows, and say how it wants them cut."""
+        """Choose the kernel for steps of so many runs, the longest of so many rows, and say how it wants them cut."""
         num_kv_heads = pages.k.shape[1] if isinstance(pages, Workspace) else pages.shape[2]
         group = num_heads // num_kv_heads
         programs = max(1, self._processors // num_kv_heads)
@@ -83,6 +95,8 @@ class TritonAttention:
             return split_kv.cutting(pages, group, max_rows, programs)
         if value_dim is not None:
             if isinstance(pages, QuantizedPages) and stream_latent_eight_bits.supports(pages, value_dim):
+                if stream_latent_bytes.pays(max_rows * num_heads, num_runs):
+                    return stream_latent_bytes.cutting(max_rows, self._processors)
                 return stream_latent_eight_bits.cutting(num_heads, max_rows, self._processors)
             if stream_latent.supports(pages, value_dim):
                 return stream_latent.cutting(num_heads, max_rows, self._processors)

@@ -24,6 +24,7 @@ class ReferenceAttention:
         *,
         value_dim: int | None = None,
         window: bool = False,
+        num_runs: int = 1,
     ) -> None:
         """Return None: nothing is cut."""
 

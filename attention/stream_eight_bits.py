@@ -57,7 +57,7 @@ MOST = gl.constexpr(15.0)  # log2 of the largest weight
 
 
 @gluon.jit
-def _neighbours(pairs):
+def neighbours(pairs):
     """Return in float16 what every second pair of bytes means as e4m3, and what the others mean."""
     return gl.inline_asm_elementwise(
         """
@@ -71,7 +71,7 @@ def _neighbours(pairs):
 
 
 @gluon.jit
-def _halves(pairs):
+def halves(pairs):
     """Return in float16 what the first bytes of pairs mean as e4m3, and what the second bytes mean."""
     return gl.inline_asm_elementwise(
         """
@@ -87,19 +87,19 @@ def _halves(pairs):
 
 
 @gluon.jit
-def _log2(x):
+def log2(x):
     """Return log2 of normal float32 values by one instruction."""
     return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def _inverse(x):
+def inverse(x):
     """Return 1 / x of normal float32 values by one instruction."""
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def _power(largest):
+def power(largest):
     """Return the power of two that brings a float32 value to [2 ** 14, 2 ** 15), and its inverse."""
     exponent = gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 20)
     return ((268 - exponent) << 23).to(gl.float32, bitcast=True), ((exponent - 14) << 23).to(gl.float32, bitcast=True)
@@ -124,7 +124,7 @@ def _scales_of(scales_s, tile, TURN: gl.constexpr, BLOCK_SIZE: gl.constexpr, lay
 
 
 @gluon.jit
-def _sum_of_threads(x):
+def sum_of_threads(x):
     """Return the sums of a product's rows [R, M] that stand in one thread: [32, M]."""
     M: gl.constexpr = x.shape[1]
     x = gl.sum(x.reshape([x.shape[0] // 64, 4, 2, 8, M]), 2)
@@ -213,7 +213,7 @@ def _attend(
         from_q = q + (q_row * q_row_stride + (kv_head * GROUP + c % GROUP) * D)[:, None] + d0[None, :]
         q0 = gl.load(from_q, mask=(q_row < stop)[:, None], other=0.0).to(gl.float32)
         q1 = gl.load(from_q + 2, mask=(q_row < stop)[:, None], other=0.0).to(gl.float32)
-        up, down = _power(gl.max(gl.maximum(gl.abs(q0), gl.abs(q1))))
+        up, down = power(gl.max(gl.maximum(gl.abs(q0), gl.abs(q1))))
         factor = down * scale_log2
         q_s.index(0).store((q0 * up).to(q_s.dtype))
         q_s.index(1).store((q1 * up).to(q_s.dtype))
@@ -226,14 +226,14 @@ def _attend(
         if SPLIT:
             cell = (gl.load(part_start + row, mask=real, other=0) + gl.load(its + 4)).to(gl.int64)
         shift = gl.full([M], LOWEST, gl.float32, layout=columns)
-        total = _sum_of_threads(nothing)
+        total = sum_of_threads(nothing)
         acc0 = gl.zeros([HALF, M], gl.float32, layout=wgmma)
         acc1 = gl.zeros([HALF, M], gl.float32, layout=wgmma)
         for at in range(begin, end, TURN):
             stage = turn % STAGES
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
             k = pairs_s.index(2 * stage).load(operand)
-            k0, k1 = _neighbours(k)
+            k0, k1 = neighbours(k)
             s = warpgroup_mma(k0, q0_t, nothing, use_acc=False, is_async=True)
             s = warpgroup_mma(k1, q1_t, s, is_async=True)
             k_scale = _scales_of(scales_s, 2 * stage, TURN, BLOCK_SIZE, its_rows)
@@ -243,8 +243,8 @@ def _attend(
                 v_scale = gl.where(at + token < end, v_scale, 1.0)
                 v = gl.where((at + seen_token < end)[None, :], v, 0)
             v_scale = gl.maximum(v_scale, 8.077935669463161e-28)  # 2 ** -90: sums of inverses are finite
-            v_log, v_inverse = _log2(v_scale), _inverse(v_scale)
-            v0, v1 = _halves(v)
+            v_log, v_inverse = log2(v_scale), inverse(v_scale)
+            v0, v1 = halves(v)
             s, k0, k1 = warpgroup_mma_wait(num_outstanding=0, deps=[s, k0, k1])
             s = s * (k_scale * factor)[:, None] + v_log[:, None]
             if at + TURN > whole:
@@ -263,7 +263,7 @@ def _attend(
             mbarrier.arrive(free.index(stage), count=1)
             acc0 = warpgroup_mma(v0, p_s.permute((1, 0)), acc0, is_async=True)
             acc1 = warpgroup_mma(v1, p_s.permute((1, 0)), acc1, is_async=True)
-            total += _sum_of_threads(p * v_inverse[:, None])
+            total += sum_of_threads(p * v_inverse[:, None])
             acc0, acc1, v0, v1 = warpgroup_mma_wait(num_outstanding=0, deps=[acc0, acc1, v0, v1])
             turn += 1
 

@@ -83,7 +83,7 @@ def _fetch_boxes(pages, tiles, bar, part, token, last, table, BLOCK_SIZE: gl.con
 
 
 @gluon.jit
-def _fetch(
+def fetch(
     bytes_, turned, bytes_s, turned_s, landed, taken, page_table, pieces, first_piece, last_piece, table_stride,
     TILE: gl.constexpr, BLOCK_SIZE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -215,7 +215,7 @@ def _stream_latent_eight_bits_kernel(
                         bytes_s, part_turned, values, turned, landed, taken, full, free, pieces, first_piece,
                         last_piece, STRIP, PDL,
                     )),
-                    (_fetch, (
+                    (fetch, (
                         bytes_, turned_boxes, bytes_s, part_turned, landed, taken, page_table, pieces, first_piece,
                         last_piece, table_stride, TILE, BLOCK_SIZE, PDL,
                     )),
@@ -243,7 +243,7 @@ def _stream_latent_eight_bits_kernel(
                         bytes_s, part_turned, values, turned, landed, taken, full, free, pieces, first_piece,
                         last_piece, STRIP, PDL,
                     )),
-                    (_fetch, (
+                    (fetch, (
                         bytes_, turned_boxes, bytes_s, part_turned, landed, taken, page_table, pieces, first_piece,
                         last_piece, table_stride, TILE, BLOCK_SIZE, PDL,
                     )),
@@ -271,11 +271,11 @@ def cutting(num_heads: int, max_rows: int, processors: int) -> Cutting:
     return replace(wide_cutting(num_heads, max_rows, processors), kernel=KERNEL)
 
 
-def boxes_of(plane: torch.Tensor, element: gl.dtype) -> TensorDescriptor:
-    """Describe a plane [P, 1, 1, block_size, width] in boxes of one page, 128 bytes wide, and of one part at most."""
+def boxes_of(plane: torch.Tensor, element: gl.dtype, tokens: int = PART) -> TensorDescriptor:
+    """Describe a plane [P, 1, 1, block_size, width] in boxes of one page, 128 bytes wide, of so many tokens at most."""
     num_pages, _, _, block_size, width = plane.shape
     rows = plane.as_strided((num_pages, block_size, width), (plane.stride(0), width, 1))
-    block = [1, min(PART, block_size), 128 // plane.element_size()]
+    block = [1, min(tokens, block_size), 128 // plane.element_size()]
     layout = gl.NVMMASharedLayout.get_default_for(block, element)
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block, layout)
 

@@ -1,9 +1,9 @@
-"""The streaming kernel over latents of 8 bits: it runs on Hopper alone; elsewhere ``latent_kv`` does the same."""
+"""The streaming kernels over latents of 8 bits: they run on Hopper alone; elsewhere ``latent_kv`` does the same."""
 
 import pytest
 import torch
 
-from attention import stream_latent_eight_bits
+from attention import stream_latent_bytes, stream_latent_eight_bits
 from attention.partial import select_backend
 from attention.reference import partial_attention
 from tests.attention.cases import attend, in_8_bits, make_case, partials_of, shard, widened
@@ -18,6 +18,7 @@ def hopper():
         pytest.skip("needs a Hopper GPU")
 
 
+@pytest.mark.parametrize("min_runs", [1, 100], ids=["bytes", "widened"])
 @pytest.mark.parametrize(
     ("heads", "num_rows", "block_size", "lengths"),
     [
@@ -25,12 +26,16 @@ def hopper():
         (16, 1, 64, [20_000, 1, 129, 64, 300, 9_000]),
         (16, 4, 16, [5, 4, 256, 3000, 9_000]),
         (20, 3, 32, [700, 1291, 300]),
+        (5, 3, 32, [700, 1291, 300]),
         (32, 1, 128, [9_000, 1, 129]),
         (128, 1, 64, [1, 65, 20_000, 700]),
         (96, 2, 256, [12_000, 3, 129]),
     ],
 )
-def test_it_equals_the_reference_over_what_8_bits_mean(heads, num_rows, block_size, lengths):
+def test_it_equals_the_reference_over_what_8_bits_mean(monkeypatch, heads, num_rows, block_size, lengths, min_runs):
+    monkeypatch.setattr(stream_latent_bytes, "MIN_RUNS", min_runs)
+    if min_runs == 1 and heads * num_rows > stream_latent_bytes.MAX_COLUMNS:
+        pytest.skip("for the other kernel either way")
     case = make_case(
         heads, lengths=lengths, num_rows=[num_rows] * len(lengths), heads=heads, kv_heads=1, head_dim=576,
         value_dim=512, block_size=block_size, kvp=2 if num_rows == 3 else 1, dtype=torch.bfloat16,
