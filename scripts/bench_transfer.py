@@ -175,7 +175,7 @@ def bench_bandwidth(config: BenchTransferConfig, device: torch.device) -> list[l
     num_pages = (max(config.sizes_mib) << 20) // page
     cache = PagedCache(PageLayout(HEADS, BLOCK, HEAD_DIM, dtype), num_layers=LAYERS, num_pages=num_pages, device=device)
     cache.pages.zero_()
-    transport = Transport(f"bench-{rank}-{secrets.token_hex(4)}", cache)
+    transport = Transport(f"bench-{rank}-{secrets.token_hex(4)}", cache.pages)
     shared = reduce_tensor(cache.pages) if device.type == "cuda" and rank == 1 else None
     pools = share((transport.pool, os.getpid(), shared))
     rows: list[list[Any]] = []
