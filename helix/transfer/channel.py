@@ -276,7 +276,7 @@ class _Connector(_End):
 
     def drop(self, channel: Channel) -> None:
         """Close the socket: it has no other channel."""
-        self.close(0 if channel.lost == _ENDED else CLOSE_MS)
+        self.close(CLOSE_MS if channel.lost in (_CLOSED_HERE, _FORGED) else 0)
 
     def _why(self) -> str:
         if self._failure == _OTHER_KEY:

@@ -55,8 +55,9 @@ def pair(listener):
 
 
 @pytest.fixture
-def relayed(listener):
+def relayed(listener, monkeypatch):
     """Both ends of a connection, and what stands between them."""
+    monkeypatch.setattr(channels, "FORGED_S", 0.2)
     relay = Relay(listener.port)
     mine, theirs = meet(listener, relay.port)
     relay.settle()
