@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helix.models.spec import TEXT_PARTS
+from helix.models.spec import TEXT_PARTS, one_line
 from scripts.key_help import meanings
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attent
 PASSKEY = "passkey"  # a Llama made by hand: scripts/passkey_model.py
 ALL = (*FAMILIES, *BESIDE, *WINDOWED, *HYBRIDS, PASSKEY)
 DTYPES = ("float32", "bfloat16", "float16")
+GROUPED, NUM_GROUPS = ("deepseek_v2", "deepseek_v3", "glm4_moe"), 3  # whose experts stand in groups
+MAY_BE_0 = ("kv_heads", "experts", "window", "seed")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 NUM_BYTES = 256
 EOS_ID = NUM_BYTES + SPECIAL_TOKENS.index("<|eos|>")
@@ -126,13 +128,27 @@ class Recipe:
             raise ValueError(f"dtype = {self.dtype!r}, must be one of {', '.join(DTYPES)}")
         if self.vocab < NUM_BYTES + len(SPECIAL_TOKENS):
             raise ValueError(f"vocab = {self.vocab}, must be at least {NUM_BYTES + len(SPECIAL_TOKENS)}")
+        for field in fields(Recipe):
+            size, least = getattr(self, field.name), 0 if field.name in MAY_BE_0 else 1
+            if field.type is int and not least <= size < 1 << 31:
+                raise ValueError(f"{field.name} = {size}, must lie in [{least}, 2**31)")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads = {self.kv_heads}, must divide heads = {self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim}, must be even: RoPE turns pairs")
+        if 0 < self.experts < self.experts_chosen:
+            raise ValueError(f"experts_chosen = {self.experts_chosen}, must be at most experts = {self.experts}")
+        if self.family in GROUPED and self.experts % NUM_GROUPS:
+            raise ValueError(
+                f"experts = {self.experts}, must be a multiple of {NUM_GROUPS}, the groups of {self.family}"
+            )
 
 
 def make_checkpoint(path: str | Path, *, force: bool = False, **sizes: Any) -> Path:
     """Write a checkpoint folder at `path` and return it; `sizes` are the fields of `Recipe`.
 
     The same recipe gives the same weights. Raises ValueError when the folder holds files already, unless `force`,
-    which replaces the weights, config and tokenizer in it.
+    which replaces the weights, config and tokenizer in it, and for sizes that no model has.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -148,7 +164,10 @@ def make_checkpoint(path: str | Path, *, force: bool = False, **sizes: Any) -> P
     for old in [*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")]:
         old.unlink()
 
-    model = AutoModelForCausalLM.from_config(_config(recipe))
+    try:
+        model = AutoModelForCausalLM.from_config(_config(recipe))
+    except Exception as error:  # of a size that its family or this machine's memory does not take: types of the library
+        raise ValueError(f"there is no {recipe.family} of these sizes: {one_line(error)}") from error
     if recipe.family == PASSKEY:
         construct(model)
     else:
@@ -259,7 +278,7 @@ def _config(recipe: Recipe) -> Any:
             "n_routed_experts": recipe.experts or 6,
             "num_experts_per_tok": recipe.experts_chosen,
             "moe_intermediate_size": recipe.expert_ffn,
-            "n_group": 3,
+            "n_group": NUM_GROUPS,
             "topk_group": 2,
             "routed_scaling_factor": 1.5,
             "first_k_dense_replace": 1 if recipe.experts else recipe.layers,
@@ -279,7 +298,7 @@ def _config(recipe: Recipe) -> Any:
             "num_experts_per_tok": recipe.experts_chosen,
             "moe_intermediate_size": recipe.expert_ffn,
             "n_shared_experts": 1,
-            "n_group": 3,
+            "n_group": NUM_GROUPS,
             "topk_group": 2,
             "topk_method": "noaux_tc" if third else "group_limited_greedy",
             "norm_topk_prob": third,

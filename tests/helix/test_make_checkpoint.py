@@ -95,6 +95,15 @@ def test_replacing_leaves_no_old_shards(tmp_path: Path) -> None:
         ({"family": "gpt2"}, r"family = 'gpt2', must be one of deepseek_v2, deepseek_v3, glm, llama, "),
         ({"vocab": 100}, r"vocab = 100, must be at least 262"),
         ({"dtype": "int8"}, r"dtype = 'int8', must be one of float32"),
+        ({"window": -5}, r"window = -5, must lie in \[0, 2\*\*31\)"),
+        ({"layers": 0}, r"layers = 0, must lie in \[1, "),
+        ({"kv_heads": 3}, r"kv_heads = 3, must divide heads = 8"),
+        (
+            {"family": "qwen3_moe", "experts": 2, "experts_chosen": 3},
+            r"experts_chosen = 3, must be at most experts = 2",
+        ),
+        ({"heads": 7}, r"^there is no llama of these sizes: [^\n]*7"),
+        ({"vocab": 1 << 30, "hidden": 1 << 16}, r"^there is no llama of these sizes: [^\n]*memory"),
     ],
 )
 def test_impossible_recipe_is_refused(tmp_path: Path, recipe: dict[str, Any], message: str) -> None:
