@@ -199,8 +199,10 @@ def _retention(given: Any, most_s: float) -> tuple[Retention, ...]:
 def _priority(given: Any, most: int | None) -> int:
     """Return a priority that clients may ask for; ValueError for any other."""
     priority = priority_of(given)
-    if priority and (most is None or priority > most):
-        raise ValueError(f"priority = {priority} is not taken here; serve.max_priority = {most} bounds it")
+    if priority and most is None:
+        raise ValueError(f"priority = {priority} is not taken here; serve.max_priority allows it")
+    if priority and most is not None and priority > most:
+        raise ValueError(f"priority = {priority} must be at most serve.max_priority = {most}")
     return priority
 
 
