@@ -27,24 +27,13 @@ from helix.sampling import SamplingParams
 from helix.windows import window_pages, with_windows
 from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint
+from tests.helix.greedy import greedy_of, require_equal
 from tests.helix.speculative.world import Recorded, make_llm, use
 from tests.helix.speculative.world import run as generate
 from tests.helix.test_fp8_cache import through_8_bits
 
 WINDOW, MAX_TOKENS = 24, 40
 LENGTHS = (1, 17, 24, 25, 70, 131)
-TIE = 2e-3
-
-
-def greedy_of(model, prompt, **more):
-    """Transformers' tokens, and the gap of the two best logits at each."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=None,
-        pad_token_id=0, return_dict_in_generate=True, output_logits=True, **more,
-    )  # fmt: skip
-    best = torch.stack(out.logits)[:, 0].topk(2, -1).values
-    return out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +51,7 @@ def models(tmp_path_factory):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         generator = torch.Generator().manual_seed(1)
         prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in LENGTHS]
-        expected = [greedy_of(model, prompt) for prompt in prompts]
+        expected = [greedy_of(model, prompt, MAX_TOKENS) for prompt in prompts]
         made[family] = str(path), prompts, expected
         return made[family]
 
@@ -115,9 +104,7 @@ def test_tokens_equal_transformers_whatever_is_cut(ranks, models, family, kvp, t
     assert all(result == results[0] for result in results)
     for run in results[0]:
         for prompt, tokens, (theirs, gaps) in zip(prompts, run, expected, strict=True):
-            assert len(tokens) == MAX_TOKENS
-            first = next((at for at in range(MAX_TOKENS) if tokens[at] != theirs[at]), None)
-            assert first is None or gaps[first] < TIE, f"prompt of {len(prompt)}: token {first}, gap {gaps[first]}"
+            require_equal(tokens, theirs, gaps, len(prompt))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp8"])
@@ -239,7 +226,7 @@ def test_drafts_in_graphs_over_8_bits_equal_transformers_over_what_these_mean(mo
 
     path, prompts, _ = models("gpt_oss")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    expected = [greedy_of(model, prompt, past_key_values=Keys())[0] for prompt in prompts]
+    expected = [greedy_of(model, prompt, MAX_TOKENS, past_key_values=Keys())[0] for prompt in prompts]
     speculative = {"method": "ngram", "max_draft_len": 3, "draft_len_schedule": {8: 3}}
     llm = make_llm(path, graphs=True, speculative=speculative, cache={"dtype": "fp8_e4m3"}, block_size=4)
     total = llm.engine.scheduler.windows.num_free
