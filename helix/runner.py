@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from attention.exchange import Exchange
+from attention.ranges import PAGE
 from parallel.grid import HelixGrid
 from parallel.placement import BlockCyclic, IntArray
 from parallel.symmetric import Faults
@@ -19,7 +21,7 @@ from .compile_ahead import compile_ahead
 from .decode_rows import DecodeRows
 from .device_rows import RowSender
 from .draft_graphs import DraftGraphs
-from .graphs import DecodeGraphs, PendingTokens, StepGraph
+from .graphs import DecodeGraphs, PendingTokens, StepGraph, buckets_up_to
 from .logprobs import SampledTokens
 from .lost import raise_lost
 from .models.decoder import Decoder
@@ -78,6 +80,7 @@ class Runner:
             placement, self.grid.kvp_rank, max_batch=max_batch, max_len=max_len, device=decoder.device,
             window=decoder.spec.window,
         )  # fmt: skip
+        self._expand_rows = expand_rows if decoder.made is not None else 0
         self._sender = RowSender(decoder, self.tables, placement, share_rows=share_qkv_rows, expand_rows=expand_rows)
         self._graphs: DecodeGraphs | None = None
         self._choices: ChoiceGraphs | None = None
@@ -332,6 +335,22 @@ class Runner:
                 for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
                     hidden = self._forward(StepRows.for_nobody(num_rows), self._for_nobody(num_rows, visible))
                 self.decoder.local_logits(hidden[: self.max_batch])
+            if ahead and 0 < self._expand_rows <= most_rows:
+                self._compile_wanted()
+
+    def _compile_wanted(self) -> None:
+        """Compile what steps launch that attend to a workspace once, and their last layers, for rows that choose alone:
+        one of each sequence, in parts, all in one filling or in two.
+        """
+        assert self.decoder.made is not None
+        num_rows, capacity = self._expand_rows, self.decoder.made.capacity
+        each_its_own = np.minimum(np.arange(num_rows), self.max_batch - 1)
+        step = replace(StepRows.for_nobody(num_rows), row_seq=each_its_own)
+        for num_wanted in buckets_up_to(min(self.max_batch, num_rows)):
+            share = capacity // num_wanted // PAGE * PAGE
+            for visible in (1, share, share + PAGE):
+                seen = min(visible, self.tables.max_local_len)
+                self._forward(step, self._for_nobody(num_rows, seen), wanted=np.arange(num_wanted))
 
     def _for_nobody(self, num_rows: int, visible: int = 0) -> LocalRows:
         return LocalRows.for_nobody(num_rows, visible=visible, window=self.decoder.spec.window)
