@@ -35,7 +35,7 @@ PROMPTS = [_random.choices(range(256), k=n) for n in (70, 33, 90, 64, 50)]
 
 
 class Log(logging.Handler):
-    """The records of a body, as text."""
+    """The records of a body, as text, until it stops. NIXL's first import closes all handlers there are."""
 
     def __init__(self):
         super().__init__()
@@ -45,9 +45,8 @@ class Log(logging.Handler):
     def emit(self, record):
         self.lines.append(record.getMessage())
 
-    def close(self):
+    def stop(self):
         logging.getLogger("helix.transfer").removeHandler(self)
-        super().close()
 
     def __str__(self):
         return "\n".join(self.lines)
@@ -85,7 +84,7 @@ def serve(llm):
         reason = ""
     except ChannelLost as problem:
         reason = str(problem)
-    log.close()
+    log.stop()
     assert_idle(llm)
     return reason, str(log)
 
@@ -120,7 +119,7 @@ def decode_and_log(llm, asked=None):
         llm.generate([Request(prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=1))])
         released += llm._receiver.counters.pages_released
     counters["pages_released"] += released
-    log.close()
+    log.stop()
     return told(outputs), str(log), counters
 
 
@@ -190,7 +189,7 @@ def log_of_the_rest_body(ports, path, _, layout, retry):
     llm.generate(requests()[:1])
     noticed = len(log.lines)
     outputs = told(llm.generate(requests()))
-    log.close()
+    log.stop()
     return outputs, log.lines[:noticed], log.lines[noticed:]
 
 
@@ -225,7 +224,7 @@ def unknown_end_body(ports, path, _, layout):
     jump_when(llm._receiver._hearing, lambda awaited, flags: flags["stands"])
     log = Log()
     outputs = told(llm.generate(requests()))
-    log.close()
+    log.stop()
     control = llm.engine.scheduler.cache
     quarantined = [pages for each in llm._receiver._quarantined.values() for pages in each.pages]
     assert control.num_available(0) == llm.num_pages - len(quarantined)
@@ -322,7 +321,7 @@ def late_decode_body(ports, path, _, layout, begins):
         begins.touch()
     landed = not torch.equal(before, llm.runner.cache.pages[:, mine])
     after = told(llm.generate(requests()))
-    log.close()
+    log.stop()
     leave(llm)
     return outputs, after, str(log), rounds, landed
 
@@ -596,7 +595,7 @@ def strangers_body(ports, path, _, layout, settings=None):
     thread.start()
     llm = make_llm(path, ports[0], "decode", layout)
     thread.join()
-    log.close()
+    log.stop()
     outputs = told(llm.generate(requests()))
     leave(llm)
     return outputs, str(log)
