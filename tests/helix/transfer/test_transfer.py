@@ -115,7 +115,9 @@ def test_latents_arrive_as_keys_and_values_do(groups, ranks, tmp_path, prefill, 
             assert counters["tokens_received"] > 0 and counters["failed"] == 0
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [((2, 1), (3, 1)), ((1, 1), (1, 2))], ids=str)
+@pytest.mark.parametrize(
+    ("prefill", "decode"), [((2, 1), (3, 1)), pytest.param((1, 1), (1, 2), marks=pytest.mark.slow)], ids=str
+)
 def test_states_arrive_with_keys_and_values(groups, ranks, tmp_path, prefill, decode):
     path, sizes = str(make_checkpoint(tmp_path / "model", family="qwen3_next", layers=3)), BLOCK_SIZES
     [wanted] = ranks(1).run(aggregated_body, path, sizes)
