@@ -187,9 +187,9 @@ def test_who_cannot_begin_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> N
     looked: list[int] = []
     claim = run.scheduler.cache.claim
 
-    def look(keys: BlockKeys, *how: Any) -> Claim:
+    def look(keys: BlockKeys, *how: Any, **more: Any) -> Claim:
         looked.append(len(keys.token_ids))
-        return claim(keys, *how)
+        return claim(keys, *how, **more)
 
     monkeypatch.setattr(run.scheduler.cache, "claim", look)
     for _ in range(300):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,6 @@ from helix.cache.claim import Claim
 from helix.cache.control import CacheControl
 from helix.cache.keys import BlockKeys
 from helix.cache.movements import CopyTokens, Movement
-from helix.cache.retention import Retention
 from helix.config import SchedulerConfig
 from helix.request import Chunk, RequestOutput, Sequence, order_of
 from helix.sampling import SamplingParams
@@ -383,9 +383,9 @@ def count_claims(scheduler: Scheduler) -> list[int]:
     """The lengths of the sequences that are matched from now on."""
     plain, lengths = scheduler.cache.claim, list[int]()
 
-    def claim(keys: BlockKeys, retention: Many[Retention], most: int) -> Claim:
+    def claim(keys: BlockKeys, *how: Any, **more: Any) -> Claim:
         lengths.append(len(keys.token_ids))
-        return plain(keys, retention, most)
+        return plain(keys, *how, **more)
 
     scheduler.cache.claim = claim  # type: ignore[method-assign]
     return lengths

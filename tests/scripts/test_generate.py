@@ -443,7 +443,7 @@ def unlink(name: str) -> Callable[[Path], None]:
         (unlink("config.json"), "model.path = {0} has no config.json; give a checkpoint folder or a config.json file"),
         (
             lambda folder: edit_config(folder, model_type="mamba"),
-            "model.path = {0} has model_type 'mamba'; supported: deepseek_v2, deepseek_v3, glm, ",
+            "model.path = {0} has model_type 'mamba'; supported: deepseek_v2, deepseek_v3, gemma3, ",
         ),
         (
             unlink("model.safetensors"),
