@@ -61,7 +61,7 @@ def write_gguf(path: Path, folder: Path, arch: str, **more: Any) -> Path:
     for name, array in stacked({name: tensor.numpy() for name, tensor in load_file(folder / FILE).items()}).items():
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):  # llama.cpp turns neighbours, not halves
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array)
     if config.rope_parameters["rope_type"] == "llama3":
         plain = config.rope_parameters["rope_theta"] ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
@@ -77,7 +77,7 @@ def write_gguf(path: Path, folder: Path, arch: str, **more: Any) -> Path:
 @pytest.mark.parametrize(
     ("family", "arch", "sizes"),
     [
-        ("llama", "llama", {"rope_scaling": LLAMA3, "head_dim": 32}),
+        ("llama", "llama", {"rope_scaling": LLAMA3, "head_dim": 32, "attention_bias": True}),
         ("qwen2", "qwen2", {}),
         ("qwen3", "qwen3", {"tied": True, "heads": 6, "kv_heads": 2}),
         ("qwen3_moe", "qwen3moe", {"layers": 1}),
