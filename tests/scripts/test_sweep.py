@@ -1,7 +1,14 @@
 """Sweeps: what is refused, what is done already, what an interruption leaves."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
+import pytest
+
+from scripts.make_checkpoint import make_checkpoint
 from scripts.sweep import Case, Sweep, SweepConfig, cases_of, divided
 
 ARGUMENTS = ["model=glm4_9b_1m", "parallel.kvp=1,2,8", "parallel.tpa=1,8"]
@@ -32,3 +39,39 @@ def test_the_sweeps_own_keys_are_told_from_those_of_its_runs() -> None:
     own, swept = divided(["batch=1", "parallel.kvp=1,2", "hardware=h200", "cache.num_pages=8", "--help"])
     assert own == ["batch=1", "hardware=h200", "--help"]
     assert swept == ["parallel.kvp=1,2", "cache.num_pages=8"]
+
+
+@pytest.mark.slow(reason="it starts a dozen worlds: about two minutes")
+@pytest.mark.timeout(600)
+def test_a_measured_sweep_is_interrupted_and_goes_on(tmp_path) -> None:
+    make_checkpoint(tmp_path / "model", kv_heads=2)
+    (tmp_path / "launch.sh").write_text(  # one point, of 2 ranks and 3 sequences, does not start
+        'case "$*" in "2 "*kvp=2*max_batch=3*) echo "error: no such luck" >&2; exit 2;; esac\n'
+        'n=$1; shift; exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node $n -m "$@"\n'
+    )
+    line = [
+        sys.executable, "-m", "scripts.sweep", f"model.path={tmp_path}/model", "parallel.kvp=1,2", "parallel.tpa=1,2",
+        "batch=1,2,3,4", "context=96", "gpus=2", f"output={tmp_path}/out", "tokens=4", "cache.num_pages=64",
+        f"launch=env PYTHON={sys.executable} sh {tmp_path}/launch.sh {{ranks}}",
+    ]  # fmt: skip
+    file = tmp_path / "out" / "points.jsonl"
+    first = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while first.poll() is None and (not file.exists() or len(file.read_text().splitlines()) < 4):
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130
+    done = file.read_text().splitlines()
+    assert 4 <= len(done) < 16
+    second = subprocess.run(line, capture_output=True, text=True, timeout=500, check=False)
+    assert second.returncode == 1, second.stderr
+    lines = file.read_text().splitlines()
+    points = [json.loads(each) for each in lines]
+    assert lines[: len(done)] == done and len(points) == 16
+    assert second.stderr.startswith(f"{len(done) + 1} of 16: ")
+    status = {(p["kvp"], p["tpa"], p["batch"]): p["status"] for p in points}
+    assert {case for case, each in status.items() if each == "refused"} == {(2, 2, batch) for batch in (1, 2, 3, 4)}
+    assert [case for case, each in status.items() if each == "failed"] == [(2, 1, 3)]
+    assert all(p["ttl_ms"] > 0 and p["ttft_s"] > 0 for p in points if p["status"] == "ok")
+    assert (tmp_path / "out" / "pareto.png").stat().st_size and "no such luck" in second.stderr
+    counts = json.loads(second.stdout.splitlines()[-1])
+    assert (counts["ok"], counts["refused"], counts["failed"]) == (11, 4, 1)
