@@ -34,7 +34,6 @@ MAX_FUSED_BYTES = 4 << 20
 TWO_SHOT_BYTES = 1 << 17
 """From these on: with 4 H200, one shot is faster up to 64 KiB."""
 GRACE_NS = tl.constexpr(1 << 30)
-SUM_REGISTERS = 128  # a thread's at most; left to itself, the compiler saves registers and asks for summands in turn
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -267,7 +266,7 @@ class AllReduceNorm:
                 return rms_norm(residual.add_(x.view_as(residual)), weight, eps)
             _add_norm_kernel[(rows,)](
                 x, residual, weight, normed, rows, eps, H=h, H_PAD=triton.next_power_of_2(h), SUMMANDS=summands,
-                PDL=self._pdl, num_warps=8, **_launch(self._pdl, summands),
+                PDL=self._pdl, num_warps=8, **_launch(self._pdl),
             )  # fmt: skip
             return normed
         granules = max(32, triton.next_power_of_2(-(-self._row_bytes // 16)))  # one a thread: see push_granules
@@ -275,14 +274,11 @@ class AllReduceNorm:
             x, residual, weight, normed, self._buffer.peers, self._faults.word, rows, self._group.rank(),
             index % 2, index // 2 * 4 + OPERATION, self._timeout_ns, eps,
             CAPACITY=self._capacity, N=self._group.size(), H=h, GRANULES=granules, SUMMANDS=summands,
-            TWO_SHOT=self._is_two_shot(rows), PDL=self._pdl, num_warps=min(16, granules // 32),
-            **_launch(self._pdl, summands),
+            TWO_SHOT=self._is_two_shot(rows), PDL=self._pdl, num_warps=min(16, granules // 32), **_launch(self._pdl),
         )  # fmt: skip
         return normed
 
 
-def _launch(pdl: bool, summands: int) -> dict[str, int]:
+def _launch(pdl: bool) -> dict[str, bool]:
     """Launch options; Triton's interpreter knows none of them."""
-    if not pdl:
-        return {}
-    return {"launch_pdl": True} | ({"maxnreg": SUM_REGISTERS} if summands > 1 else {})
+    return {"launch_pdl": True} if pdl else {}
