@@ -203,6 +203,7 @@ class Decoder:
                 self.tapped.append(stream.clone())
             place = self.spec.places[layer]
             kind = self.spec.kind_of(layer).name
+            last = wanted if layer == self.spec.num_layers - 1 else None
             if kind == STATE:
                 merged = self._advance(place, weights, normed, rows, chunk=chunk, longest=longest)
             elif kind == WINDOW:
@@ -213,12 +214,12 @@ class Decoder:
                     weights, normed, *own, slot, pages[place], share, queries, plain=bool(fillings), chunk=chunk
                 )
                 seen = (rows, fillings)
-                if wanted is not None and layer == self.spec.num_layers - 1:
-                    q, seen = q[wanted.index], (wanted.rows, wanted.fillings)
+                if last is not None:
+                    q, seen = q[last.index], (last.rows, last.fillings)
                 partials = self._attend(q, pages[place], *seen, weights)
                 merged = exchange(partials, layer=place, sinks=weights.get("sinks"))
-            if wanted is not None and layer == self.spec.num_layers - 1:
-                merged, stream, normed = (wanted.of(each) for each in (merged, stream, normed))
+            if last is not None:
+                merged, stream, normed = (last.of(each) for each in (merged, stream, normed))
                 chunk = False
             if "output_gate" in weights:
                 scores = split_linear(normed, weights["output_gate"], pdl=self._pdl, chunk=chunk)

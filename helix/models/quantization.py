@@ -2,10 +2,10 @@
 
 Three formats of 8-bit floats (e4m3) are read. "fp8" is that of DeepSeek-V3 and of Qwen3's FP8 files: one scale for each
 block of 128 x 128 elements, in `X.weight_scale_inv` (arXiv 2412.19437, section 3.3); or one for a matrix, there or, in
-AutoFP8's files, in `X.weight_scale`. "compressed-tensors" has one scale in `X.weight_scale`
-for a matrix, for each of its rows, or for such blocks; "modelopt" one for a matrix or for each of its rows. Any of them
-is what values are multiplied by, and leaves embeddings, norms, routers and the output head as they are. Scales of
-activations are not used: rows that meet 8 bits are quantised as they come.
+AutoFP8's files, in `X.weight_scale`. "compressed-tensors" has one scale in `X.weight_scale` for a matrix, for each of
+its rows, or for such blocks; "modelopt" one for a matrix or for each of its rows. Any of them is what values are
+multiplied by, and leaves embeddings, norms, routers and the output head as they are. Scales of activations are not
+used: rows that meet 8 bits are quantised as they come.
 """
 
 import fnmatch

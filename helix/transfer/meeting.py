@@ -120,7 +120,8 @@ def meet_prefill_group(group: Group) -> Receiver:
             not agree.
     """
     transports = _make_transports(group, "decode")
-    pools, records, *_ = [*(_gather(transport.pool) for transport in transports), []]
+    pools = _gather(transports[0].pool)
+    records = [pool for transport in transports[1:] for pool in _gather(transport.pool)]
     config = group.config.transfer
     deadline = time.monotonic() + config.connect_timeout_s
     lobbies: list[Lobby] = []  # rank 0's
