@@ -289,6 +289,12 @@ class HelixConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
 
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            kind: Any = each.default_factory
+            if not isinstance(value := getattr(self, each.name), kind):
+                raise TypeError(f"HelixConfig.{each.name} is a {type(value).__name__}, must be a {kind.__name__}")
+
 
 def _changed(config: Any, group: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the key and the value of every setting that differs from its default."""

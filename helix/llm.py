@@ -9,6 +9,7 @@ Start it under torchrun, or plainly for a world of one.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from .grammar.compiling import GrammarCompiler
 from .grammar.masks import Masks
 from .grammar.matching import Matchers
 from .inbox import Inbox
+from .interrupts import uninterrupted
 from .loop import StepLoop
 from .metrics import RunMetrics
 from .models.generation_config import with_models_sampling
@@ -73,7 +75,8 @@ def _steps() -> Iterator[None]:
 class LLM:
     """A model spread over the world's ranks, ready to generate.
 
-    Collective over the world: every rank makes it and calls it with equal arguments; of prompts rank 0's count.
+    Collective over the world: every rank makes it and calls it with equal arguments; of prompts rank 0's count. As a
+    context manager it closes itself. Ctrl-C in a world of one ends a call between two steps, and the next one runs.
 
     Args:
         config: the settings of the run.
@@ -85,6 +88,9 @@ class LLM:
     """
 
     def __init__(self, config: HelixConfig, *, prompts: Prompt | Sequence[Prompt] = ()) -> None:
+        if not isinstance(config, HelixConfig):
+            raise TypeError(f"LLM takes a HelixConfig, which names model.path, not a {type(config).__name__}")
+        self._in_use, self._is_closed = threading.Lock(), False
         self.launch: Launch = self._enter(config)
         prepared = Prepared(with_models_sampling(config), self.launch, prompts=as_prompts(prompts))
         self.config = config = prepared.config
@@ -159,7 +165,7 @@ class LLM:
         """
         if self._sender is None:
             raise RuntimeError("only a prefill group serves; see transfer.role and transfer.prefill_ranks")
-        with _steps():
+        with self._alone(), _steps():
             self._sender.run()
 
     @property
@@ -197,13 +203,23 @@ class LLM:
         """Yield new tokens as they are made; the last event of each prompt carries its output.
 
         Collective: every rank iterates it to its end or to the same event; rank 0's prompts count, other ranks pass the
-        same or None. Text is there on rank 0 alone. One stream at a time: RuntimeError while another is open.
+        same or None. Text is there on rank 0 alone. One stream at a time: RuntimeError while another is open, in
+        whatever thread, and after ``close``.
         """
         if self._sender is not None:
             raise RuntimeError("a prefill group takes its prompts from the decode group; call serve()")
+        if not isinstance(sampling, SamplingParams | None):
+            raise TypeError(f"sampling is a {type(sampling).__name__}, must be SamplingParams; a Request has its own")
+        with self._alone():
+            yield from self._stream(prompts, sampling, on_step)
+
+    def _stream(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None,
+        sampling: SamplingParams | None,
+        on_step: Callable[[RunMetrics], None] | None,
+    ) -> Iterator[StreamEvent]:
         front = self._front
-        if front.has_work:
-            raise RuntimeError("another stream of this LLM is open; iterate it to its end or close it first")
         progress = None if on_step is None else Callback(on_step)
         metrics = front.reset_metrics()
         began = time.perf_counter()
@@ -220,7 +236,24 @@ class LLM:
                     progress(metrics)
                 yield from events
         finally:
-            front.abort_all()
+            if not self._is_closed:
+                with uninterrupted():
+                    front.abort_all()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other call in meanwhile."""
+        self._check_open()
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError("another stream of this LLM is open; iterate it to its end or close it first")
+        try:
+            yield
+        finally:
+            self._in_use.release()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this LLM is closed; make another one")
 
     def turns(self, source: Source) -> Iterator[list[StreamEvent]]:
         """Run what comes out of rank 0's source, such as an ``Inbox``; yield what is new after every step.
@@ -232,7 +265,8 @@ class LLM:
         text = TextReader(self.tokenizer) if self.launch.speaks else None
         turns = StepLoop(self._front, door, text).turns()
         while True:
-            with _steps():
+            self._check_open()
+            with _steps(), uninterrupted():
                 events = next(turns, None)
             if events is None:
                 return
@@ -264,11 +298,27 @@ class LLM:
         self.engine.scheduler.cache.unlisten(listener)
 
     def close(self) -> None:
-        """Leave the other group, where there is one, and the world. Collective."""
+        """Leave the other group, where there is one, and the world. Collective; a second call does nothing.
+
+        A stream that is open ends with RuntimeError where it is asked for more.
+        """
+        if self._is_closed:
+            return
+        if self._in_use.locked():
+            self._front.abort_all()
+        self._is_closed = True
         self._grammars.close()
         self._front.close()
         self.runner.release_graphs()
         stop()
+
+    def __enter__(self) -> LLM:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close it, whatever ended the block."""
+        self.close()
 
     def _meet(self) -> None:
         """Connect to the other group of a transfer."""

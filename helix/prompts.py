@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -46,8 +46,11 @@ def as_request(prompt: Prompt) -> Request:
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """Return the list of prompts that an argument stands for: a text, ids or a request alone is a list of one."""
-    if isinstance(prompts, str | Request):
+    """Return the list of prompts that an argument stands for: a text, ids or a request alone is a list of one.
+
+    So is what is no list and no prompt, and would be taken for one of its keys or bytes; it fails.
+    """
+    if isinstance(prompts, str | Request | bytes | Mapping | Set):
         return [prompts]
     given: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     is_one = isinstance(given, Sequence) and len(given) > 0 and all(type(plain_number(token)) is int for token in given)
