@@ -235,11 +235,14 @@ class Scheduler:
 
     # --- sequences that another group prefills ------------------------------------------------------------------------
 
-    def admit(self, queue: list[Sequence]) -> list[tuple[Sequence, BlockTable]]:
-        """Take the first sequences of a queue, with their pages, while batch slots last; see ``WaitingLine.admit``."""
+    def admit(self, queue: list[Sequence], most: int) -> list[tuple[Sequence, BlockTable]]:
+        """Take the first sequences of a queue, with their pages, while batch slots last; see ``WaitingLine.admit``.
+
+        ``most``: how many at most.
+        """
         if not queue or self._line.is_blocked(queue[0]):
             return []
-        claims = [(seq, self._line.claim(seq, arrives=True)) for seq in queue[: len(self._free_slots)]]
+        claims = [(seq, self._line.claim(seq, arrives=True)) for seq in queue[: min(most, len(self._free_slots))]]
         admitted = self._line.admit(claims)
         del queue[: len(admitted)]
         return admitted
@@ -263,12 +266,8 @@ class Scheduler:
 
     def free_slot(self, seq: Sequence) -> None:
         """Take back the batch slot of a held sequence; what becomes of its pages is the caller's to say."""
-        self.give_slot(seq.batch_slot)
+        heapq.heappush(self._free_slots, seq.batch_slot)
         seq.batch_slot = -1
-
-    def give_slot(self, slot: int) -> None:
-        """Make a batch slot free."""
-        heapq.heappush(self._free_slots, slot)
 
     # --- who begins ---------------------------------------------------------------------------------------------------
 

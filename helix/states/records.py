@@ -3,7 +3,7 @@
 When all of a prompt is in the matrices, what later rows need is these and the inputs of the last ``taps`` - 1 tokens. A
 record holds, for each value head of the rank, those of all state layers one after the other: the matrix, then of each
 token the inputs of the head's value, and of its key head's query and key. So a head's share is one piece of memory,
-which is the same on every rank of every layout that has the head. Records have the number of the batch slot.
+which is the same on every rank of every layout that has the head. As many as batch slots.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class StateRecords:
         size = heads.num_value * self.head_bytes
         self.memory = torch.zeros((1, slots, size), dtype=torch.uint8, device=inputs.device)
 
-    def _parts(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _parts(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a record's matrices [V, layers, D, W] and inputs [V, layers, tokens, columns of a head]."""
         matrices, _, inputs = self._states.tensors
         heads, layers = self._states.heads, matrices.shape[0]
-        record = self.memory[0, slot].view(heads.num_value, self.head_bytes)
+        record = self.memory[0, number].view(heads.num_value, self.head_bytes)
         stop = self._matrix_bytes + self._inputs_bytes
         kept = record[:, : self._matrix_bytes].view(torch.float32)
         given = record[:, self._matrix_bytes : stop].view(inputs.dtype)
@@ -50,17 +50,17 @@ class StateRecords:
         )
 
     def write(self, slot: int, length: int) -> None:
-        """Write the record of the sequence in a batch slot, of which ``length`` tokens are in the matrices."""
+        """Write the record of a batch slot: of its sequence, of which ``length`` tokens are in the matrices."""
         matrices, _, inputs = self._states.tensors
         kept, given = self._parts(slot)
         kept.copy_(matrices[:, slot].transpose(0, 1))
         its = inputs[:, slot][:, self._places(length)][:, :, self._columns]  # [layers, tokens, V, columns]
         given.copy_(its.permute(2, 0, 1, 3))
 
-    def read(self, slot: int, length: int) -> None:
-        """Let the sequence in a batch slot go on behind ``length`` tokens, whose record has arrived."""
+    def read(self, record: int, slot: int, length: int) -> None:
+        """Let the sequence in a batch slot go on behind ``length`` tokens, of which a record has arrived."""
         matrices, positions, inputs = self._states.tensors
-        kept, given = self._parts(slot)
+        kept, given = self._parts(record)
         matrices[:, slot] = kept.transpose(0, 1)
         positions[:, slot] = length
         places = self._places(length).view(1, -1, 1, 1)

@@ -28,7 +28,7 @@ from msgspec import Meta, Struct
 from ..request import Sequence
 from .facts import Process
 
-VERSION = 3
+VERSION = 4
 MAX_MESSAGE_BYTES = 256 << 20
 """The longest message that is read: token ids and pages of 16 million tokens."""
 
@@ -153,7 +153,7 @@ class Ask(_Message, frozen=True):
         sampling: the settings of ``SamplingParams``.
         seed: of the request's random numbers.
         salt, retention: of its cached blocks.
-        slot: where the record of its states goes, if the model has any.
+        record: where its states go, if the model has any.
     """
 
     id: Count
@@ -165,7 +165,7 @@ class Ask(_Message, frozen=True):
     seed: Count
     salt: str = ""
     retention: list[dict[str, Any]] = []
-    slot: Count = 0
+    record: Count = 0
 
     def __post_init__(self) -> None:
         _require(len(self.token_ids) > 0 and bool((self.token_ids >= 0).all()), "token_ids must be ids, and not empty")
@@ -173,8 +173,8 @@ class Ask(_Message, frozen=True):
         _require(bool((self.pages >= 0).all()), "pages must not be negative")
 
     @classmethod
-    def of(cls, number: int, seq: Sequence) -> Ask:
-        """Return what asks for the prompt of a sequence that has its pages."""
+    def of(cls, number: int, seq: Sequence, record: int = 0) -> Ask:
+        """Return what asks for the prompt of a sequence that has its pages, and a record if the model has states."""
         sampling = asdict(seq.sampling) | {"structured_outputs": {}}  # the group that asks chooses by it
         sampling["logit_bias"] = {str(token): value for token, value in seq.sampling.logit_bias.items()}  # keys: texts
         return cls(
@@ -187,15 +187,15 @@ class Ask(_Message, frozen=True):
             seed=seq.seed,
             salt=seq.cache_salt,
             retention=[asdict(each) for each in seq.retention],
-            slot=seq.batch_slot,
+            record=record,
         )
 
-    def check_places(self, block_size: int, kvp: int, num_pages: int, num_slots: int | None) -> None:
-        """Raise MessageError unless pages and slot fit the prompt and the receiver's pools."""
+    def check_places(self, block_size: int, kvp: int, num_pages: int, num_records: int | None) -> None:
+        """Raise MessageError unless pages and record fit the prompt and the receiver's pools."""
         num_blocks = -(-len(self.token_ids) // block_size)
         _require(len(self.pages) == num_blocks, f"{len(self.pages)} pages for {num_blocks} blocks")
         _require(bool((self.pages < num_pages).all()), f"page {int(self.pages.max())} of {num_pages}")
-        _require(num_slots is None or self.slot < num_slots, f"slot = {self.slot} of {num_slots}")
+        _require(num_records is None or self.record < num_records, f"record = {self.record} of {num_records}")
         _require(self.first_owner < kvp, f"first_owner = {self.first_owner} of {kvp} KVP ranks")
 
 

@@ -22,7 +22,6 @@ import logging
 import time
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
 
 from parallel.launch import from_rank0, minimum
 
@@ -32,39 +31,13 @@ from ..metrics import RunMetrics
 from ..request import Sequence, StreamEvent, TokenLogprobs, order_of
 from .counters import TransferCounters
 from .hearing import Ended, Heard, Hearing, Joined, Lost, News, Said, Silence, Stuck, decode_news, encode_news
+from .inbound import Inbound, Quarantine, Records
 from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message
 from .transport import Transport
 
 CLOSE_S = 5.0
 OPEN, SILENT, GONE = "open", "silent", "gone"
 _log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Inbound:
-    """A request that is asked for.
-
-    Attributes:
-        waits_for: the writers that have not reported an end state.
-        unknown: those whose end is unknown.
-        problems: what the writers that are not done said.
-    """
-
-    seq: Sequence
-    waits_for: set[int]
-    first: First | None = None
-    first_heard: float = 0.0
-    unknown: set[int] = field(default_factory=set)
-    problems: list[str] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Quarantine:
-    """Pages that some writers may still write, and the batch slot whose record of states they may; None without."""
-
-    pages: list[tuple[int, int]]
-    writers: set[int]
-    slot: int | None = None
 
 
 class Receiver:
@@ -93,11 +66,10 @@ class Receiver:
         self._log_level = logging.WARNING if speaks else logging.DEBUG
         self._all_writers = frozenset(range(num_writers))
         self._hearing, self._transports = hearing, transports
-        states = engine.runner.decoder.states
-        self._records = None if states is None else states.records
+        self._records = Records.of(engine.runner.decoder.states)
         self._link = OPEN
         self._waiting: list[Sequence] = []
-        self._held: deque[tuple[Sequence, int]] = deque()  # not asked for yet, and the steps given to the device before
+        self._held: deque[tuple[Inbound, int]] = deque()  # not asked for yet, and the steps given to the device before
         self._inbound: dict[int, Inbound] = {}
         self._quarantined: dict[int, Quarantine] = {}
         self._next_id = 0
@@ -118,7 +90,17 @@ class Receiver:
     def trouble(self) -> str:
         """What is wrong with the prefill group, and what becomes of requests by it; empty where nothing is."""
         fate = "is computed by the decode group" if self._config.retry else "fails"
-        return "" if self._link == OPEN else f"the prefill group is {self._link}: every further request {fate}"
+        return f"{self._obstacle}: every further request {fate}" if self._obstacle else ""
+
+    @property
+    def _obstacle(self) -> str:
+        """Why nothing can be asked for; empty where something can, at once or once what is asked for has come."""
+        if self._link != OPEN:
+            return f"the prefill group is {self._link}"
+        lost = sum(each.record is not None for each in self._quarantined.values())
+        if self._records is None or lost < self._records.count:
+            return ""
+        return f"a lost prefill rank may still write all {lost} records of states (scheduler.max_batch)"
 
     def reset_metrics(self) -> RunMetrics:
         """Start a new set of counters and return it."""
@@ -175,8 +157,7 @@ class Receiver:
     def abort_all(self) -> None:
         """Drop every sequence. Waits until the writers have ended, or for ``timeout_s``; the rest is quarantined."""
         self._waiting.clear()
-        while self._held:
-            self._let_go(self._held.popleft()[0])
+        self._let_go_of_held()
         failed = self._engine.in_step  # another rank may be anywhere: nothing collective now
         self._aborting = True
         for number, inbound in list(self._inbound.items()):
@@ -205,15 +186,13 @@ class Receiver:
 
     def _ask(self) -> list[StreamEvent]:
         """Hold pages for waiting sequences and ask the prefill group for their prompts."""
-        engine = self._engine
-        if self._link != OPEN:
-            held = [seq for seq, _ in self._held]
-            self._held.clear()
-            for seq in held:
-                self._let_go(seq)
-            asking = [*(seq for seq in held if not seq.has_ended), *self._waiting]
+        engine, obstacle = self._engine, self._obstacle
+        if obstacle:
+            held = [inbound.seq for inbound, _ in self._held if not inbound.seq.has_ended]
+            self._let_go_of_held()
+            asking = [*held, *self._waiting]
             self._waiting.clear()
-            events = [self._give_up(seq, f"the prefill group is {self._link}") for seq in asking]
+            events = [self._give_up(seq, obstacle) for seq in asking]
             return [event for event in events if event is not None]
         self._hold()
         if self._held and not engine.scheduler.running:
@@ -231,27 +210,36 @@ class Receiver:
         scheduler = self._engine.scheduler
         if scheduler.waiting:
             return
-        for seq, table in scheduler.admit(self._waiting):
+        records = self._records
+        most = len(self._waiting) if records is None else records.num_free
+        for seq, table in scheduler.admit(self._waiting, most):
             scheduler.hold(seq, table, arrives=True)
-            self._held.append((seq, self._engine.num_departed))
+            record = None if records is None else records.take()
+            self._held.append((Inbound(seq, record), self._engine.num_departed))
         self._engine.mover.execute(scheduler.cache.take_movements())
 
-    def _ask_for(self, seq: Sequence) -> None:
+    def _ask_for(self, inbound: Inbound) -> None:
         """Ask the prefill group for a held sequence; one that has ended meanwhile gives back what it holds."""
-        if seq.has_ended:
-            self._let_go(seq)
+        if inbound.seq.has_ended:
+            self._let_go(inbound)
             return
         if not self._inbound:
             self._hearing.begin_to_wait()
-        self._inbound[self._next_id] = Inbound(seq, set(self._all_writers))
-        self._hearing.tell(Ask.of(self._next_id, seq))
+        inbound.waits_for.update(self._all_writers)
+        self._inbound[self._next_id] = inbound
+        self._hearing.tell(Ask.of(self._next_id, inbound.seq, inbound.record or 0))
         self._next_id += 1
 
-    def _let_go(self, seq: Sequence) -> None:
-        """Take back the pages and the batch slot of a held sequence that nobody writes."""
-        scheduler = self._engine.scheduler
+    def _let_go_of_held(self) -> None:
+        while self._held:
+            self._let_go(self._held.popleft()[0])
+
+    def _let_go(self, inbound: Inbound) -> None:
+        """Take back the pages, the batch slot and the record of a held sequence that nobody writes."""
+        seq, scheduler = inbound.seq, self._engine.scheduler
         scheduler.cache.release(seq.blocks, seq.blocks.num_reused)
         scheduler.free_slot(seq)
+        self._give_back(inbound.record)
 
     # --- listening ----------------------------------------------------------------------------------------------------
 
@@ -283,6 +271,7 @@ class Receiver:
             self._all_writers = frozenset(range(news.first, news.first + news.count))
             self._link = OPEN
             self._warn("a prefill group of %d ranks has joined", news.count)
+            self._warn_of_trouble()
         elif isinstance(news, Silence):
             return self._cut(SILENT, f"the prefill group has been silent for {self._config.timeout_s:g} s")
         elif isinstance(news, Heard):
@@ -293,9 +282,7 @@ class Receiver:
             self._engine.scheduler.remove(seq)
             self._waiting = [each for each in self._waiting if each is not seq]
             pages = sum(len(each.pages) for each in self._quarantined.values())
-            slots = sum(each.slot is not None for each in self._quarantined.values())
-            beside = f"{pages} pages" + (f" and {slots} batch slots" if slots else "")
-            return [self._fail(seq, f"it does not fit beside {beside} that a lost prefill rank may still write")]
+            return [self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")]
         return []
 
     def _take(self, writer: int, message: Message) -> list[StreamEvent]:
@@ -309,12 +296,16 @@ class Receiver:
         """Log what every rank finds alike."""
         _log.log(self._log_level, message, *values)
 
+    def _warn_of_trouble(self) -> None:
+        if self.trouble:
+            self._warn("%s", self.trouble)
+
     def _cut(self, link: str, reason: str) -> list[StreamEvent]:
         """Ask for nothing more, say once what becomes of requests, and wait for no writer: its end is unknown."""
         self._warn("%s", reason)
         if self._link not in (link, GONE):
             self._link = link
-            self._warn("%s", self.trouble)
+            self._warn_of_trouble()
         events: list[StreamEvent] = []
         for number, inbound in list(self._inbound.items()):
             self._hearing.tell(Cancel(number))
@@ -352,12 +343,9 @@ class Receiver:
         del self._inbound[number]
         seq, scheduler = inbound.seq, self._engine.scheduler
         if unknown:
-            pages, slot = scheduler.cache.detach(seq.blocks), None
-            if self._records is None:
-                scheduler.free_slot(seq)
-            else:
-                slot, seq.batch_slot = seq.batch_slot, -1
-            self._quarantined[number] = Quarantine(pages, set(unknown), slot)
+            pages = scheduler.cache.detach(seq.blocks)
+            scheduler.free_slot(seq)
+            self._quarantined[number] = Quarantine(pages, set(unknown), inbound.record)
             self.counters.pages_quarantined += len(pages)
             self._warn(
                 "request %d: %d pages are quarantined until %d prefill ranks have ended",
@@ -365,8 +353,10 @@ class Receiver:
                 len(pages),
                 len(unknown),
             )
+            if self._link == OPEN:
+                self._warn_of_trouble()
         else:
-            self._let_go(seq)
+            self._let_go(inbound)
         if self._aborting or seq.has_ended:
             return []
         if self._config.retry:
@@ -383,8 +373,7 @@ class Receiver:
         if not quarantine.writers:
             del self._quarantined[number]
             self._engine.scheduler.cache.reattach(quarantine.pages)
-            if quarantine.slot is not None:
-                self._engine.scheduler.give_slot(quarantine.slot)
+            self._give_back(quarantine.record)
             self.counters.pages_released += len(quarantine.pages)
             self._warn("request %d: its %d quarantined pages are free again", number, len(quarantine.pages))
 
@@ -400,9 +389,15 @@ class Receiver:
         if first.logprob is not None:
             top = dict(zip(first.top_ids.tolist(), first.top_logprobs.tolist(), strict=True))
             logprobs = TokenLogprobs(first.token, first.logprob, top)
-        if self._records is not None:
-            self._records.read(seq.batch_slot, seq.prompt_len)
+        if self._records is not None and inbound.record is not None:
+            self._records.memory.read(inbound.record, seq.batch_slot, seq.prompt_len)
+            self._records.give(inbound.record)  # whoever takes it is asked for once this is done, as its pages are
         return self._engine.go_on(seq, first.token, logprobs)
+
+    def _give_back(self, record: int | None) -> None:
+        """Make a record free that nobody writes any more."""
+        if self._records is not None and record is not None:
+            self._records.give(record)
 
     def _give_up(self, seq: Sequence, reason: str) -> StreamEvent | None:
         """Compute a request here whose transfer failed, or end it."""

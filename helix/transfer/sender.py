@@ -51,7 +51,7 @@ class Target:
 
     layout: Layout
     num_pages: int
-    num_slots: int | None
+    num_records: int | None
 
 
 @dataclass(eq=False)
@@ -186,7 +186,7 @@ class Sender:
         try:
             placement = self._source.placement
             target = self._target
-            ask.check_places(placement.block_size, target.layout.kvp, target.num_pages, target.num_slots)
+            ask.check_places(placement.block_size, target.layout.kvp, target.num_pages, target.num_records)
             sending.target = Side(
                 self._target.layout,
                 BlockCyclic(placement.block_size, self._target.layout.kvp),
@@ -266,9 +266,9 @@ class Sender:
         if self._records is not None and stop == seq.prompt_len:
             self._records.write(seq.batch_slot, stop)
             self._engine.synchronize()
-            source_slot, target_slot = np.array([seq.batch_slot]), np.array([ask.slot])
+            ours, theirs = np.array([seq.batch_slot]), np.array([ask.record])
             for peer in self._record_peers:
-                sending.writes.append(peer.write(np.array([0]), source_slot, target_slot, (0, 1)))
+                sending.writes.append(peer.write(np.array([0]), ours, theirs, (0, 1)))
         sending.posted = stop
 
     def _poll(self, sending: Sending) -> None:

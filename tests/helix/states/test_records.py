@@ -53,12 +53,12 @@ def test_ranks_of_another_layout_go_on_behind_a_record(length):
         source.advance(rows[:, :length], 0, 1)
         source.records.write(1, length)
     for target in decode:
-        record = target.records.memory[0, 2].view(target.value.stop - target.value.start, -1)
+        record = target.records.memory[0, 0].view(target.value.stop - target.value.start, -1)
         for source in prefill:
             sent = source.records.memory[0, 1].view(source.value.stop - source.value.start, -1)
             for head in range(max(source.value.start, target.value.start), min(source.value.stop, target.value.stop)):
                 record[head - target.value.start] = sent[head - source.value.start]
-        target.records.read(2, length)
+        target.records.read(0, 2, length)
         for start, stop in ((length, length + 3), (length + 2, length + 4), (length + 4, length + 5)):  # one is drafted
             made = target.advance(rows[:, start:stop], start, 2)
             for ours, theirs in zip(made, expected, strict=True):

@@ -516,7 +516,7 @@ def aborting_body(ports, path, _, layout):
         ended.update({event.index: event.output for event in events if event.output is not None})
 
     def places():
-        held = {seq.index: "held" for seq, _ in receiver._held}
+        held = {inbound.seq.index: "held" for inbound, _ in receiver._held}
         waiting = {seq.index: "waiting" for seq in receiver._waiting}
         asked = {each.seq.index: "asked" for each in receiver._inbound.values() if not each.seq.has_ended}
         return {**held, **waiting, **asked, **{seq.index: "running" for seq in engine.scheduler.running}}

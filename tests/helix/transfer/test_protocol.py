@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from helix.transfer.facts import Process
 from helix.transfer.protocol import (
+    VERSION,
     Ask,
     Bye,
     Cancel,
@@ -74,8 +75,8 @@ def changed(message, **changes):
     [
         (ASK, {"kind": "Ask 1"}, "Invalid value 'Ask 1'"),
         (ASK, {"kind": ...}, "missing required field `kind`"),
-        (ASK, {"kind": "Exec 3"}, "Invalid value 'Exec 3'"),
-        (ASK, {"kind": ["Ask 3"]}, "Expected `str`, got `array` - at `$.kind`"),
+        (ASK, {"kind": f"Exec {VERSION}"}, f"Invalid value 'Exec {VERSION}'"),
+        (ASK, {"kind": [f"Ask {VERSION}"]}, "Expected `str`, got `array` - at `$.kind`"),
         (ASK, {"pages": ...}, "missing required field `pages`"),
         (ASK, {"more": 1}, "unknown field `more`"),
         (ASK, {"id": True}, "Expected `int`, got `bool` - at `$.id`"),
@@ -118,7 +119,7 @@ def test_what_does_not_keep_the_protocol_is_refused(message, changes, complaint)
 
 
 def test_what_nests_without_end_is_refused():
-    body = msgspec.msgpack.encode({"kind": "Ask 3"})[:-1]
+    body = msgspec.msgpack.encode({"kind": f"Ask {VERSION}"})[:-1]
     with pytest.raises(MessageError):
         decode(b"\x82" + body[1:] + b"2\xa8sampling" + b"\x81\xa1a" * 100_000 + b"\xc0")
 
@@ -129,7 +130,7 @@ def test_what_nests_without_end_is_refused():
         ({"pages": ints(1)}, "1 pages for 2 blocks"),
         ({"pages": ints(0, 4)}, "page 4 of 4"),
         ({"first_owner": 2}, "first_owner = 2 of 2 KVP ranks"),
-        ({"slot": 3}, "slot = 3 of 3"),
+        ({"record": 3}, "record = 3 of 3"),
     ],
 )
 def test_places_that_do_not_fit_the_prompt_or_the_pools_are_refused(changes, complaint):
