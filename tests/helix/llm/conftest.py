@@ -19,14 +19,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("llm") / "model")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def shared(path: Path) -> LLM:
     return make_llm(path)
 
 
 @pytest.fixture
 def llm(shared: LLM) -> Iterator[LLM]:
-    """The file's LLM, which every test has to leave without work and with all its pages free."""
+    """The shared LLM, which every test has to leave without work and with all its pages free."""
     yield shared
     assert_idle(shared)
 
