@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 
 from .eight_bits import as_float, scaled
-from .online_softmax import finish, fold
+from .online_softmax import LOG2_E, finish, fold
 from .pages import Pages, QuantizedPages, planes_of
 from .partial import Partials
 from .rows import Rows, Work
 from .shared_memory import fit_turn, shared_bytes
 from .work import PIECE_FIELDS, Cutting
 
-LOG2_E = 1.4426950408889634
 TILE = 64  # rows x heads of a tile at most, a quarter of it for 4-byte elements
 UNIT = 32  # tokens
 PIECE = tl.constexpr(len(PIECE_FIELDS))

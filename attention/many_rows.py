@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import capability
 
+from .online_softmax import LOG2_E, natural_lse
 from .page_tiles import (
     ELEMENTS,
     FETCH_REGISTERS,
@@ -38,7 +39,6 @@ from .page_tiles import (
 )
 from .partial import Partials, Workspace
 from .rows import Rows, Work
-from .stream_kv import LOG2_E
 from .work import Cutting
 
 M = 128  # rows x heads of a program, half of them to each group of warps
@@ -234,7 +234,7 @@ def _attend(
 
     empty = total == 0.0
     sums = gl.where(empty, 1.0, total)
-    natural = gl.where(empty, float("-inf"), (top * scale_log2 + gl.log2(sums)) / 1.4426950408889634)
+    natural = natural_lse(top * scale_log2, sums, empty)
     gl.store(lse + _cell(part_start, row, part, stop, SPLIT) * num_heads + kv_head * GROUP + m % GROUP, natural,
              mask=real)  # fmt: skip
     o_m = PART * HALF + gl.arange(0, HALF, layout=of_pv)

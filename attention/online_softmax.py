@@ -1,4 +1,4 @@
-"""What the attention kernels in Triton share: a softmax that grows a turn at a time.
+"""What the attention kernels share: logarithms to base 2, and in Triton a softmax that grows a turn at a time.
 
 Scores are in units of log 2; ``top`` and ``total`` are the largest score of each row so far and the sum of all weights.
 """
@@ -7,6 +7,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@gluon.jit
+def natural_lse(top, total, empty):
+    """Return the natural log of total * 2 ** top, -inf where nothing was seen; ``total`` is not 0 there either."""
+    return gl.where(empty, float("-inf"), (top + gl.log2(total)) / _LOG2_E)
 
 
 @triton.jit
@@ -24,5 +35,5 @@ def finish(acc, top, total):
     """Return normalised sums, and the natural log of the sum of exponentials: 0 and -inf where nothing was seen."""
     empty = total == 0.0
     whole = tl.where(empty, 1.0, total)
-    natural = tl.where(empty, float("-inf"), (top + tl.log2(whole)) / 1.4426950408889634)
+    natural = tl.where(empty, float("-inf"), (top + tl.log2(whole)) / _LOG2_E)
     return acc / whole[:, None], natural

@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 
 from .eight_bits import as_float, scaled
-from .online_softmax import finish, fold
+from .online_softmax import LOG2_E, finish, fold
 from .pages import Pages, QuantizedPages, planes_of
 from .partial import Partials, Workspace
 from .rows import Rows, Work
 from .shared_memory import fit_turn, shared_bytes
 from .work import PIECE_FIELDS, Cutting
 
-LOG2_E = 1.4426950408889634
 UNIT = 128  # tokens: the longest turn, so that one which begins a piece begins a page or stands in one
 FEW_COLUMNS = 32  # rows x heads up to which a step reads more than it multiplies
 COLUMNS = 128  # rows x heads of a tile where rows are many

@@ -39,11 +39,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import capability
 
+from .online_softmax import LOG2_E, natural_lse
 from .page_tiles import BLOCK_SIZES, FETCH_REGISTERS, PIECE, early_turns, exp2
 from .pages import SIXTEEN_BITS, QuantizedPages
 from .partial import Partials
 from .rows import Rows, Work
-from .stream_kv import LOG2_E
 
 HEAD_DIM = 128
 MAX_COLUMNS = 64
@@ -271,7 +271,7 @@ def _attend(
         empty = sums == 0.0
         sums = gl.where(empty, 1.0, sums)
         cell = cell * num_heads + kv_head * GROUP + m % GROUP
-        natural = gl.where(empty, float("-inf"), (shift + gl.log2(sums)) / 1.4426950408889634)
+        natural = natural_lse(shift, sums, empty)
         gl.store(lse + cell, natural, mask=real)
         value = gl.join(acc0 / sums[None, :], acc1 / sums[None, :])
         OUT: gl.constexpr = value.type.layout

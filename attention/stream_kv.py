@@ -28,11 +28,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .online_softmax import LOG2_E, natural_lse
 from .page_tiles import FETCH_REGISTERS, PIECE, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
 from .partial import Partials
 from .rows import Rows, Work
 
-LOG2_E = 1.4426950408889634
 TILE = 64  # tokens
 WIDEST_OF_TWO_TILES = 128  # a turn takes two tiles of heads up to this size, else one, so that stages stay several
 MAX_COLUMNS = 64
@@ -170,7 +170,7 @@ def _attend(
         empty = sums == 0.0
         sums = gl.where(empty, 1.0, sums)
         cell = cell * num_heads + kv_head * GROUP + m % GROUP
-        natural = gl.where(empty, float("-inf"), (top + gl.log2(sums)) / 1.4426950408889634)
+        natural = natural_lse(top, sums, empty)
         gl.store(lse + cell, natural, mask=real)
         value = acc / sums[None, :]
         gl.store(out + cell[None, :] * D + o_d[:, None], value.to(out.dtype.element_ty), mask=real[None, :])

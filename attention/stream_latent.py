@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import capability
 
+from .online_softmax import LOG2_E
 from .page_tiles import (
     BLOCK_SIZES,
     ELEMENTS,
@@ -37,7 +38,6 @@ from .page_tiles import (
 from .pages import Pages
 from .partial import Partials
 from .rows import Rows, Work
-from .stream_kv import LOG2_E
 from .sum_latents import sum_heads, sum_up
 from .weigh_latents import NOTES, weigh, weigh_heads
 from .work import Cutting

@@ -20,12 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .online_softmax import LOG2_E, natural_lse
 from .page_tiles import FETCH_REGISTERS, PIECE, exp2
 from .pages import QuantizedPages
 from .partial import Partials
 from .rows import Rows, Work
 from .stream_eight_bits import LOWEST, MOST, halves, inverse, log2, neighbours, power, sum_of_threads
-from .stream_kv import LOG2_E
 from .stream_latent import TURNED_DIM, VALUE_DIM
 from .stream_latent_eight_bits import boxes_of, fetch
 from .weigh_latents import cell_of, pages_of, scales_of
@@ -161,7 +161,7 @@ def _attend(
         empty = sums == 0.0
         sums = gl.where(empty, 1.0, sums)
         cell = (cell_of(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head).to(gl.int64)
-        natural = gl.where(empty, float("-inf"), (shift + gl.log2(sums)) / 1.4426950408889634)
+        natural = natural_lse(shift, sums, empty)
         gl.store(lse + cell, natural, mask=real)
         to = out + cell[None, :] * VALUE + o_d[:, None]
         gl.store(to, (a0 / sums[None, :]).to(out.dtype.element_ty), mask=real[None, :])

@@ -24,11 +24,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import capability
 
+from .online_softmax import LOG2_E
 from .page_tiles import BLOCK_SIZES, FETCH_REGISTERS, PIECE, early_turns
 from .pages import QuantizedPages
 from .partial import Partials
 from .rows import Rows, Work
-from .stream_kv import LOG2_E
 from .stream_latent import STAGES, TURNED_DIM, VALUE_DIM, passes_of
 from .stream_latent import cutting as wide_cutting
 from .sum_latents import sum_heads, sum_up

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
+from .online_softmax import natural_lse
 from .page_tiles import PIECE, exp2, keep_seen
 
 NOTES = gl.constexpr(2)
@@ -173,7 +174,7 @@ def weigh(
         notes.index(note % NOTES).store((1048576.0 if IN_8_BITS else 1.0) / sums)
         mbarrier.arrive(said.index(note % NOTES), count=1)
         note += 1
-        natural = gl.where(empty, float("-inf"), (top + gl.log2(sums)) / 1.4426950408889634)
+        natural = natural_lse(top, sums, empty)
         cell = cell_of(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head
         gl.store(lse + cell, natural, mask=real)
 
@@ -266,6 +267,6 @@ def weigh_heads(
         notes.index(note % NOTES).store((1048576.0 if IN_8_BITS else 1.0) / sums)
         mbarrier.arrive(said.index(note % NOTES), count=1)
         note += 1
-        natural = gl.where(empty, float("-inf"), (top + gl.log2(sums)) / 1.4426950408889634)
+        natural = natural_lse(top, sums, empty)
         cell = cell_of(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head
         gl.store(lse + cell, natural, mask=real)
