@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from parallel.device import early
+
 from .eight_bits import as_byte, scale_of
 from .pages import Pages, QuantizedPages, planes_of
 
@@ -262,7 +264,7 @@ def rope_append(
             SUMMANDS=summands, NUM_Q=num_heads, NUM_KV=num_kv_heads, D=head_dim,
             D_PAD=triton.next_power_of_2(head_dim),
             HALF=cos.shape[-1], BLOCK_SIZE=block_size, INTERLEAVED=interleaved, NORM=norms is not None,
-            BR=1 if few else ROWS, IN_8_BITS=in_8_bits, FIXED=fixed is not None, PDL=pdl, num_warps=1 if few else 4,
-            **({"launch_pdl": True} if pdl else {}),
+            BR=1 if few else ROWS, IN_8_BITS=in_8_bits, FIXED=fixed is not None, num_warps=1 if few else 4,
+            **early(pdl),
         )  # fmt: skip
     return q

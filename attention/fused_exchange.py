@@ -15,6 +15,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from parallel.device import early
 from parallel.symmetric import (
     Faults,
     SymmetricBuffer,
@@ -281,9 +282,8 @@ class FusedExchange:
             SLOT_BYTES=self._slot_bytes, PUSH=push, PUSH_PAD=1 if split else max(push, 32 * slices // granules),
             MERGE=triton.next_power_of_2(-(-self._padded // programs)), SLICES=slices,
             SPLIT=split, MOST_PAD=triton.next_power_of_2(partials.most), TURN=parts_at_once(rows * heads),
-            SINKS=sinks is not None, PDL=self._pdl,
-            num_warps=4 if split else max(1, min(4, push * granules // slices // 32)),
-            **({"launch_pdl": True} if self._pdl else {}),
+            SINKS=sinks is not None,
+            num_warps=4 if split else max(1, min(4, push * granules // slices // 32)), **early(self._pdl),
         )  # fmt: skip
         return merged
 

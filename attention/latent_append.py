@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from parallel.device import early
+
 from .append import load_sum, turns_with
 from .eight_bits import as_byte, scale_of
 from .pages import Pages, QuantizedPages, planes_of
@@ -141,7 +143,7 @@ def turn_queries(
     if rows and num_heads:
         _turn_kernel[(rows, -(-num_heads * half // TURNED_PAIRS))](
             first, cos, sin, num_heads, P=width - 2 * half, HALF=half, PAIRS=TURNED_PAIRS, INTERLEAVED=interleaved,
-            PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            num_warps=4, **early(pdl),
         )  # fmt: skip
 
 
@@ -187,8 +189,7 @@ def latent_append(
             slot, rows, values.stride(0), turned.stride(0), scales.stride(0), values.stride(3), turned.stride(3), eps,
             SUMMANDS=summands, Q_LEN=q_len, Q_PAD=q_pad, NORM_Q=q_norm is not None,
             C=rank, C_PAD=triton.next_power_of_2(rank), T=width - rank, T_PAD=triton.next_power_of_2(width - rank),
-            BLOCK_SIZE=block_size, INTERLEAVED=interleaved, IN_8_BITS=in_8_bits, PDL=pdl,
-            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            BLOCK_SIZE=block_size, INTERLEAVED=interleaved, IN_8_BITS=in_8_bits, num_warps=4, **early(pdl),
         )  # fmt: skip
     return first
 
@@ -218,7 +219,6 @@ def latent_queries(
         _queries_kernel[(rows, num_heads)](
             first, absorbed, cos, sin, out, rows, num_heads,
             P=first.shape[-1] - turned, C=rank, C_PAD=triton.next_power_of_2(rank),
-            T=turned, T_PAD=triton.next_power_of_2(turned), INTERLEAVED=interleaved, PDL=pdl,
-            num_warps=1, **({"launch_pdl": True} if pdl else {}),
+            T=turned, T_PAD=triton.next_power_of_2(turned), INTERLEAVED=interleaved, num_warps=1, **early(pdl),
         )  # fmt: skip
     return out

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from parallel.device import early
+
 from .eight_bits import as_float, scaled
 from .online_softmax import LOG2_E, finish, fold
 from .pages import Pages, QuantizedPages, planes_of
@@ -126,6 +128,5 @@ def attend(
         rows.page_table.stride(0), scale * LOG2_E, num_heads,
         TILE_HEADS=heads, BLOCK_SIZE=pages.shape[3], M=m, N=turn,
         D=head_dim, VALUE=value_dim, VALUE_PAD=value_pad, TURNED_PAD=turned_pad, IN_8_BITS=in_8_bits,
-        SPLIT=work.part_start is not None, PDL=pdl, num_warps=8 if m > 16 else 4, num_stages=stages,
-        **({"launch_pdl": True} if pdl else {}),
+        SPLIT=work.part_start is not None, num_warps=8 if m > 16 else 4, num_stages=stages, **early(pdl),
     )  # fmt: skip

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from parallel.device import early
+
 from .append import load_sum, turns_with
 from .latent_append import append_row
 from .pages import Pages, QuantizedPages, planes_of
@@ -173,7 +175,7 @@ def _queries(
             SUMMANDS=summands, APPEND=appends, P=plain, P_PAD=_padded(plain),
             C=rank, C_PAD=triton.next_power_of_2(rank), T=turned, T_PAD=triton.next_power_of_2(turned),
             BN=LATENT_COLUMNS, HEADS=num_heads, BLOCK_SIZE=block_size, INTERLEAVED=interleaved, IN_8_BITS=in_8_bits,
-            PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            num_warps=4, **early(pdl),
         )  # fmt: skip
     return out
 
@@ -190,8 +192,8 @@ def latent_values(merged: torch.Tensor, v_up: torch.Tensor, *, pdl: bool = False
     out = merged.new_empty((rows, num_heads, width))
     if rows and num_heads:
         _values_kernel[(num_heads, -(-width // VALUE_COLUMNS), -(-rows // ROWS.value))](
-            merged, v_up, out, rows, num_heads, C=rank, C_PAD=_padded(rank), W=width, BN=VALUE_COLUMNS, PDL=pdl,
-            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            merged, v_up, out, rows, num_heads, C=rank, C_PAD=_padded(rank), W=width, BN=VALUE_COLUMNS,
+            num_warps=4, **early(pdl),
         )  # fmt: skip
     return out
 

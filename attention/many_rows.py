@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from parallel.device import capability
+from parallel.device import capability, early
 
 from .online_softmax import LOG2_E, natural_lse
 from .page_tiles import (
@@ -373,8 +373,7 @@ def attend(
         GROUP=num_heads // num_kv_heads, D=head_dim, W=partials.out.shape[-1], T=turned_dim,
         BLOCK_SIZE=pages.block_size if isinstance(pages, Workspace) else pages.shape[3], M=M, TILE=tile, STAGES=STAGES,
         WINDOW=rows.visible_from is not None, SPLIT=work.part_start is not None, REGISTERS=REGISTERS,
-        FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4,
-        **({"launch_pdl": True} if pdl else {}),
+        FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4, **early(pdl),
     )  # fmt: skip
 
 

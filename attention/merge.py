@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from parallel.device import early
+
 from .partial import Partials
 
 FEW_HEADS = 256  # rows x heads up to which a launch cannot fill a GPU, so that all that counts is how long one takes
@@ -188,8 +190,8 @@ def merge_parts(
         columns = min(32, triton.next_power_of_2(head_dim)) if few else triton.next_power_of_2(head_dim)
         _merge_parts_kernel[(rows, heads, -(-head_dim // columns))](
             part, part_lse, part_start, part_lse if sinks is None else sinks, out, lse, heads, D=head_dim,
-            D_PAD=columns, TURN=parts_at_once(rows * heads), SINKS=sinks is not None, PDL=pdl,
-            num_warps=4 if few else 1, **({"launch_pdl": True} if pdl else {}),
+            D_PAD=columns, TURN=parts_at_once(rows * heads), SINKS=sinks is not None,
+            num_warps=4 if few else 1, **early(pdl),
         )  # fmt: skip
     return out, lse
 

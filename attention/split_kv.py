@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from parallel.device import early
+
 from .eight_bits import as_float, scaled
 from .online_softmax import LOG2_E, finish, fold
 from .pages import Pages, QuantizedPages, planes_of
@@ -179,7 +181,6 @@ def attend(
         GROUP=group, BLOCK_SIZE=block_size, M=m, N=n, D=head_dim, D_PAD=triton.next_power_of_2(max(head_dim, 16)),
         W=value_dim, W_PAD=triton.next_power_of_2(max(value_dim, 16)), T=turned_dim,
         T_PAD=triton.next_power_of_2(max(turned_dim, 16)),
-        IN_8_BITS=in_8_bits, WINDOW=rows.visible_from is not None, SPLIT=work.part_start is not None, PDL=pdl,
-        num_warps=warps, num_stages=stages,
-        **({"launch_pdl": True} if pdl else {}),
+        IN_8_BITS=in_8_bits, WINDOW=rows.visible_from is not None, SPLIT=work.part_start is not None,
+        num_warps=warps, num_stages=stages, **early(pdl),
     )  # fmt: skip

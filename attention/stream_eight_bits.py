@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from parallel.device import capability
+from parallel.device import capability, early
 
 from .online_softmax import LOG2_E, natural_lse
 from .page_tiles import BLOCK_SIZES, FETCH_REGISTERS, PIECE, early_turns, exp2
@@ -371,7 +371,6 @@ def attend(
         q_RQD.stride(0), rows.page_table.stride(0), pages.values.stride(0) // head_dim,
         scale * LOG2_E, num_heads, num_kv_heads,
         GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TURN=TURN, SPLIT=work.part_start is not None,
-        STAGES=STAGES if columns <= 16 else STAGES_OF_MANY_COLUMNS, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl,
-        num_warps=WARPS, maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS,
-        **({"launch_pdl": True} if pdl else {}),
+        STAGES=STAGES if columns <= 16 else STAGES_OF_MANY_COLUMNS, FETCH_REGISTERS=FETCH_REGISTERS,
+        num_warps=WARPS, maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS, **early(pdl),
     )  # fmt: skip

@@ -28,6 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from parallel.device import early
+
 from .online_softmax import LOG2_E, natural_lse
 from .page_tiles import FETCH_REGISTERS, PIECE, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
 from .partial import Partials
@@ -242,7 +244,6 @@ def attend(
         GROUP=group, D=head_dim, BLOCK_SIZE=block_size, M=columns, TILE=TILE, TILES=tiles,
         WINDOW=rows.visible_from is not None, SPLIT=work.part_start is not None,
         STAGES=STAGE_BYTES // (2 * tiles * TILE * head_dim * pages.element_size()),
-        FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4,
-        maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS,
-        **({"launch_pdl": True} if pdl else {}),
+        FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4,
+        maxnreg=REGISTERS if columns < MAX_COLUMNS else REGISTERS_OF_MOST_COLUMNS, **early(pdl),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from parallel.device import capability
+from parallel.device import capability, early
 
 from .online_softmax import LOG2_E
 from .page_tiles import (
@@ -209,6 +209,5 @@ def attend(
         q_RQD.stride(0), rows.page_table.stride(0), scale * LOG2_E, num_heads,
         HEADS=heads, BLOCK_SIZE=pages.shape[3], GROUPS=groups, M=columns, TILE=TILE,
         VALUE=VALUE_DIM, TURNED=TURNED_DIM, SPLIT=work.part_start is not None, STAGES=STAGES,
-        SUM_REGISTERS=sum_registers, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4, maxnreg=registers,
-        **({"launch_pdl": True} if pdl else {}),
+        SUM_REGISTERS=sum_registers, FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4, maxnreg=registers, **early(pdl),
     )  # fmt: skip

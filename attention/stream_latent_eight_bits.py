@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from parallel.device import capability
+from parallel.device import capability, early
 
 from .online_softmax import LOG2_E
 from .page_tiles import BLOCK_SIZES, FETCH_REGISTERS, PIECE, early_turns
@@ -296,6 +296,6 @@ def attend(
         q_RQD.stride(0), rows.page_table.stride(0), pages.scales.stride(0), scale * LOG2_E, num_heads,
         HEADS=heads, BLOCK_SIZE=pages.shape[3], GROUPS=groups, M=columns, TILE=tile, VALUE=VALUE_DIM,
         TURNED=TURNED_DIM, PART=PART, STRIP=STRIP, SPLIT=work.part_start is not None, STAGES=STAGES, PARTS=parts,
-        SUM_REGISTERS=sum_registers, WIDEN_REGISTERS=widen_registers, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl,
-        num_warps=4, maxnreg=registers, **({"launch_pdl": True} if pdl else {}),
+        SUM_REGISTERS=sum_registers, WIDEN_REGISTERS=widen_registers, FETCH_REGISTERS=FETCH_REGISTERS,
+        num_warps=4, maxnreg=registers, **early(pdl),
     )  # fmt: skip

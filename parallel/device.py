@@ -24,6 +24,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def early(pdl: bool) -> dict[str, bool]:
+    """Return what a Triton kernel with a constant PDL is launched with: where ``pdl``, before the one before it ends.
+
+    The kernel then waits itself (``gdc_wait``) for what that one writes. Triton's interpreter knows no such launch.
+    """
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
 def own_gpu(local_rank: int, local_world_size: int) -> int | None:
     """Return the index of the GPU that a rank of so many on its host would take; None where there are too few.
 

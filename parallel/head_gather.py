@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .collectives import all_gather
+from .device import early
 from .layout import split_evenly
 from .symmetric import (
     Faults,
@@ -143,8 +144,7 @@ class HeadGather:
             _gather_kernel[(pieces, rows)](
                 mine, out, self._buffer.peers, self._faults.word, self._group.rank(), layer * 4 + OPERATION,
                 self._timeout_ns, HEADS=self._num_heads, HEAD_BYTES=self._head_bytes, N=self._group.size(),
-                CAPACITY=self._capacity, PIECE=PIECE, PDL=self._pdl, num_warps=PIECE // 32,
-                **({"launch_pdl": True} if self._pdl else {}),
+                CAPACITY=self._capacity, PIECE=PIECE, num_warps=PIECE // 32, **early(self._pdl),
             )  # fmt: skip
         return out
 

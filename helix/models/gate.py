@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from attention.append import load_sum
+from parallel.device import early
 
 BLOCK = 2048
 
@@ -74,8 +75,7 @@ def gate_heads_kernel(x: torch.Tensor, scores: torch.Tensor, *, pdl: bool = Fals
     (summands, rows, columns), out = scores.shape, torch.empty_like(x)
     if rows:
         _gate_heads_kernel[(rows, -(-columns // BLOCK))](
-            x, scores, out, rows, columns, SUMMANDS=summands, BLOCK=BLOCK, PDL=pdl, num_warps=4,
-            **({"launch_pdl": True} if pdl else {}),
+            x, scores, out, rows, columns, SUMMANDS=summands, BLOCK=BLOCK, num_warps=4, **early(pdl),
         )  # fmt: skip
     return out
 
@@ -113,7 +113,7 @@ def gate_rows_kernel(hidden: torch.Tensor, x: torch.Tensor, router: torch.Tensor
     (rows, units), columns = hidden.shape, x.shape[1]
     if rows and units:
         _gate_rows_kernel[(rows,)](
-            hidden, x, router, units, columns, UNITS_PAD=triton.next_power_of_2(units), BLOCK=BLOCK, PDL=pdl,
-            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            hidden, x, router, units, columns, UNITS_PAD=triton.next_power_of_2(units), BLOCK=BLOCK,
+            num_warps=4, **early(pdl),
         )  # fmt: skip
     return hidden

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from parallel.device import early
+
 from .linear import ExpertsInUse
 from .spec import Experts
 
@@ -188,8 +190,8 @@ def experts_in_use(
     rows_padded, rule = triton.next_power_of_2(rows), rule_of(experts)
     _in_use_kernel[(1,)](
         logits, logits if bias is None else bias, experts.scale, ids, count, row_weights, rows, first,
-        SUMMANDS=summands, HELD=num_held, BR=rows_padded, PDL=pdl, **rule,
-        num_warps=max(1, min(16, rule["ALL_PAD"] * rows_padded // ROUTE_WARP)), **({"launch_pdl": True} if pdl else {}),
+        SUMMANDS=summands, HELD=num_held, BR=rows_padded, **rule,
+        num_warps=max(1, min(16, rule["ALL_PAD"] * rows_padded // ROUTE_WARP)), **early(pdl),
     )  # fmt: skip
     return ExpertsInUse(ids, count, row_weights)
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from attention.append import load_sum
+from parallel.device import early
 
 from .cache import LayerStates
 from .inputs import Inputs
@@ -227,5 +228,5 @@ def advance_few(
         **inputs.sizes(heads), V=heads.num_value, K=heads.num_key, OFFSET=heads.offset, GROUP=heads.group,
         D=heads.key_dim, D_PAD=triton.next_power_of_2(heads.key_dim), W=heads.value_dim,
         W_PAD=triton.next_power_of_2(heads.value_dim), TAPS=heads.taps, RING=states.inputs.shape[1], MAX_RUN=max_run,
-        RUN_PAD=triton.next_power_of_2(max_run), PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        RUN_PAD=triton.next_power_of_2(max_run), num_warps=4, **early(pdl),
     )  # fmt: skip
