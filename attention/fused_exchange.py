@@ -65,7 +65,7 @@ def _weighed(word, weight):
 @triton.jit
 def _merged_parts(part, part_lse, start, stop, head, g, heads, MOST_PAD: tl.constexpr, TURN: tl.constexpr,
                   GRANULES: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Merge one head's float32 parts [start, stop), at most TURN at a time: the words of granules g [1, G] of its
+    """Merge one head's float32 parts [start, stop), at most TURN at a time: the words of a row g of its
     GRANULES, and its lse [1, 1].
     """
     VALUES: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # of one granule on the wire; float32 in the parts

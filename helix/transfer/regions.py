@@ -6,6 +6,8 @@ NumPy over whole requests: the Python work does not grow with blocks, layers or 
 
 A page holds arrays [KV heads, block_size] of a token's bytes: of one layer K and V, or latents, and behind them what
 else 8 bits need (``attention.pages``). Pages of one layer are ``page_bytes`` apart.
+
+Shape letters: L layers, n pages, A arrays of a page, I items of a page's lists.
 """
 
 from __future__ import annotations
