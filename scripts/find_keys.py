@@ -138,13 +138,19 @@ def right_tokens(llm: LLM, length: int, position: int) -> int:
 def search(llm: LLM, length: int, keys: int) -> dict[str, Any]:
     """Look for all keys of a length; return what was found, and what was found without its block."""
     inside, others = places(length, keys, llm.placement.block_size, llm.layout.kvp)
-    began = time.perf_counter()
-    found = [right_tokens(llm, length, position) for position in (*inside, *others)]
+    began, found, lost = time.perf_counter(), list[int](), list[int]()
+
+    def look(position: int, into: list[int], of: int, which: str) -> None:
+        into.append(right_tokens(llm, length, position))
+        said = f"{into[-1]} of {NUM_DIGITS} tokens right, {time.perf_counter() - began:.0f} s"
+        cli.say(f"{length} tokens, {which} {len(into)} of {of}, at {position}: {said}")
+
+    for position in (*inside, *others):
+        look(position, found, len(inside) + len(others), "key")
     took = time.perf_counter() - began
-    lost = []
     for position in inside[:NUM_EMPTIED]:
         with block_emptied(llm, position):
-            lost.append(right_tokens(llm, length, position))
+            look(position, lost, NUM_EMPTIED, "key without its block")
     return {
         "tokens": length,
         "kvp": llm.layout.kvp,
