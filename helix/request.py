@@ -160,7 +160,7 @@ class Sequence:
         keys: its blocks' keys, made when it is first matched.
         was_admitted: True from its first admission on; later ones resume it.
         keeps_pages: it keeps its pages when it ends, until whoever reads them releases them.
-        keeps_slot: and its batch slot, for what state layers have there.
+        keeps_slot: and its batch slot: what state layers have there, and one that ended counts where windows are given.
         arrived_s, last_token_s: when it came, and its last token, by this rank's own clock: for the metrics alone.
         bad_word_ids: the tokens of each of the bad words.
         logit_bias: token ids and what is added to their logits, as arrays; None where nothing is.

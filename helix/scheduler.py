@@ -209,7 +209,8 @@ class Scheduler:
     def _commit(self, seq: Sequence) -> None:
         self.cache.commit(seq.blocks, seq.num_computed)
         if self.windows is not None:
-            self.windows.trim(seq.blocks.window, seq.num_computed)
+            # of a sequence that others read, they may compute the last row again
+            self.windows.trim(seq.blocks.window, seq.num_computed - seq.keeps_pages)
 
     def remove(self, seq: Sequence, *, keep: bool = True) -> None:
         """Take out a sequence that waits or runs; what it computed stays cached, unless ``keep`` is False.
@@ -250,12 +251,14 @@ class Scheduler:
     def hold(self, seq: Sequence, table: BlockTable, *, arrives: bool = False) -> None:
         """Give a sequence its pages and a batch slot; it does not run before ``run_held``.
 
-        ``arrives``: its states are brought by others.
+        ``arrives``: its states or window are brought by others.
         """
         seq.blocks, seq.batch_slot = table, heapq.heappop(self._free_slots)
         seq.num_computed = self._line.skipped(table.num_reused)
         checkpoints = self.cache.checkpoints
-        if checkpoints is not None and table.num_reused and not (arrives and checkpoints.copies):
+        if arrives and self.windows is not None:
+            self.windows.arrive(table.window, len(seq.token_ids))
+        elif checkpoints is not None and table.num_reused and not arrives:
             self.cache.blocks.movements += checkpoints.restore(table, seq.batch_slot)
 
     def run_held(self, seq: Sequence, num_computed: int) -> None:
@@ -264,8 +267,27 @@ class Scheduler:
         self.cache.commit(seq.blocks, seq.num_computed)
         insort(self.running, seq, key=order_of)
 
+    def let_go(self, seq: Sequence, num_computed: int) -> None:
+        """Take back all that a held sequence has; its first ``num_computed`` tokens stay cached."""
+        self.cache.release(seq.blocks, num_computed)
+        if self.windows is not None:
+            self.windows.release(seq.blocks.window)
+        if seq.batch_slot >= 0:
+            self.free_slot(seq)
+
+    def detach(self, seq: Sequence) -> tuple[list[tuple[int, int]], list[int]]:
+        """Take back a held sequence's batch slot; return its pages and those of its window, which stay out of use."""
+        self.free_slot(seq)
+        return self.cache.detach(seq.blocks), [] if self.windows is None else self.windows.detach(seq.blocks.window)
+
+    def reattach(self, pages: list[tuple[int, int]], windows: list[int]) -> None:
+        """Make pages free that ``detach`` took out of use."""
+        self.cache.reattach(pages)
+        if self.windows is not None:
+            self.windows.drop(windows)
+
     def free_slot(self, seq: Sequence) -> None:
-        """Take back the batch slot of a held sequence; what becomes of its pages is the caller's to say."""
+        """Take back the batch slot of a sequence."""
         heapq.heappush(self._free_slots, seq.batch_slot)
         seq.batch_slot = -1
 
@@ -327,7 +349,8 @@ class Scheduler:
             if keep and self.cache.checkpoints is not None:
                 self.cache.commit(seq.blocks, seq.num_computed)
                 self.cache.checkpoints.keep_end(seq.blocks, seq.num_computed)
-            self.windows.release(seq.blocks.window)
+            if not seq.keeps_pages:
+                self.windows.release(seq.blocks.window)
         if not seq.keeps_pages:
             self.cache.release(seq.blocks, seq.num_computed if keep else 0)
         if self.cache.checkpoints is not None:

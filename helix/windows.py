@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-
-from attention.pages import Pages
 
 from .cache.checkpoints import interval_of
 from .cache.pages import PagedCache, page_layout
@@ -34,10 +31,9 @@ def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
         return config
     if spec.states is not None:
         raise ValueError(f"{spec.family} has layers with a window beside layers of states, whose checkpoints differ")
-    if config.transfer.enabled:
+    if config.transfer.enabled and not spec.num_cached_layers:
         raise ValueError(
-            f"transfer.* brings what a sequence's owners hold, and {spec.family} models have layers with a window, "
-            "which every rank holds for itself; leave transfer.* out"
+            f"transfer.* brings pages of full layers, and all layers of this {spec.family} have a window; leave it out"
         )
     if config.speculative.method not in ("none", "ngram", "draft_model"):
         raise ValueError(
@@ -66,7 +62,7 @@ def num_window_pages(config: HelixConfig, spec: ModelSpec) -> int:
         max_run=max(2, 1 + config.speculative.most_drafts),  # a row that is computed and one that is launched ahead
         prefill_chunk=scheduler.prefill_chunk,
         max_len=spec.max_position,
-        reuse=config.cache.reuse,
+        twice=config.cache.reuse or config.transfer.enabled,
     )
 
 
@@ -86,11 +82,11 @@ def window_checkpoints(config: HelixConfig, windows: WindowPages | None) -> Wind
 
 def window_pages(
     config: HelixConfig, spec: ModelSpec, part: Part, *, dtype: torch.dtype, device: torch.device, in_8_bits: bool
-) -> Sequence[Pages] | None:
-    """Return a rank's pages of each layer with a window; None without any."""
+) -> PagedCache | None:
+    """Return a rank's pages of the layers with a window; None without any."""
     if not spec.window:
         return None
     first, stop = part.window_kv_heads
     layout = page_layout(spec, stop - first, config.cache.block_size, dtype, in_8_bits=in_8_bits)
     pages = num_window_pages(config, spec)
-    return PagedCache(layout, num_layers=len(spec.layers_of(WINDOW)), num_pages=pages, device=device).layers
+    return PagedCache(layout, num_layers=len(spec.layers_of(WINDOW)), num_pages=pages, device=device)

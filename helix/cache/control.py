@@ -140,13 +140,12 @@ class CacheControl:
     ) -> Claim:
         """Find and pin the longest cached prefix of a sequence, of ``most`` tokens, its last token excepted.
 
-        ``arrives``: its states are brought by others, so that it may begin where no checkpoint has them.
+        ``arrives``: its states or window are brought by others, so that it may begin where no checkpoint has them.
         """
         keys.update()
         root = self.blocks.tree.root(keys.salt)
         limit = min(len(keys.token_ids) - 1, most)
-        anywhere = self.checkpoints is None or (arrives and self.checkpoints.copies)
-        find = match if anywhere or self.checkpoints is None else self.checkpoints.match
+        find = match if arrives or self.checkpoints is None else self.checkpoints.match
         chain = find(root, keys.full, limit // keys.block_size) if self._reuse else []
         claim = Claim(keys, tuple(retention), root, chain, [block.page for block in chain])
         self.blocks.pin_chain(root, chain)

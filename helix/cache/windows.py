@@ -51,15 +51,16 @@ def pages_for(window: int, block_size: int, *, max_batch: int, max_run: int, pre
 
 
 def pool_pages(
-    window: int, block_size: int, *, max_batch: int, max_run: int, prefill_chunk: int, max_len: int, reuse: bool
+    window: int, block_size: int, *, max_batch: int, max_run: int, prefill_chunk: int, max_len: int, twice: bool
 ) -> int:
     """Return how many pages the pool has: what sequences of at most ``max_len`` tokens may hold together.
 
-    The other sizes are those of ``pages_for``. Where prefixes are reused there are as many again for checkpoints.
+    The other sizes are those of ``pages_for``. ``twice``: as many again, for checkpoints where prefixes are reused, and
+    for pages that a lost prefill rank may still write where transfers are on.
     """
     held = pages_for(window, block_size, max_batch=max_batch, max_run=max_run, prefill_chunk=prefill_chunk)
     held = min(held, max_batch * -(-max_len // block_size))
-    return 2 * held if reuse else held
+    return 2 * held if twice else held
 
 
 class WindowPages:
@@ -104,8 +105,24 @@ class WindowPages:
 
     def release(self, table: WindowTable) -> None:
         """Take back all pages of a sequence."""
-        self.drop(table.pages)
-        table.pages.clear()
+        self.drop(self.detach(table))
+
+    def detach(self, table: WindowTable) -> list[int]:
+        """Take a sequence's pages out of its table; they are held until they are dropped."""
+        pages, table.pages = table.pages, []
+        return pages
+
+    def first_of_arrival(self, length: int) -> int:
+        """Return the first block that a sequence needs whose ``length`` tokens were computed elsewhere.
+
+        Its last row may be computed again.
+        """
+        return self._first_of(length - 1)
+
+    def arrive(self, table: WindowTable, length: int) -> None:
+        """Give an empty table the pages of such a sequence."""
+        table.first = self.first_of_arrival(length)
+        self.extend(table, length)
 
     def before(self, table: WindowTable, position: int) -> list[int]:
         """Return the pages of a sequence that rows from ``position`` on see, a multiple of the block size; not trimmed

@@ -35,6 +35,7 @@ from parallel.layout import split_evenly
 from parallel.norm import rms_norm
 from parallel.sharded_argmax import ShardedArgmax
 
+from ..cache.pages import PagedCache
 from ..states.cache import StateCache
 from ..states.layer import advance
 from .embed import embed
@@ -67,7 +68,7 @@ class Decoder:
             next: those of the layer that predicts one token further, None without one.
         made: where keys and values are made of latents, or widened from 8 bits; None without ``workspace``.
         states: what state layers keep of the sequences; None where the model has no such layer.
-        windows: the pages of each layer with a window; None where the model has no such layer.
+        window_cache: the pages of layers with a window, and windows: those of each; None where the model has none.
         taps: layers before which a step's residual stream is kept, for a head that drafts; none without one.
         tapped: of the last step, these streams [R, h], in the order of ``taps``; whoever reads them takes them out.
     """
@@ -85,7 +86,7 @@ class Decoder:
         query_gather: QueryGather | None = None,
         workspace: tuple[int, PageLayout] | None = None,
         states: StateCache | None = None,
-        windows: Sequence[Pages] | None = None,
+        windows: PagedCache | None = None,
         pdl: bool = False,
     ) -> None:
         self.spec, self.grid, self.dtype, self.device = spec, grid, dtype, device
@@ -99,7 +100,8 @@ class Decoder:
         self._argmax = argmax or ShardedArgmax(
             grid.world_group, vocab=self.part.vocab, vocab_size=spec.vocab_size, device=device
         )
-        self.states, self.windows = states, windows
+        self.states, self.window_cache = states, windows
+        self.windows = None if windows is None else windows.layers
         self.taps: tuple[int, ...] = ()
         self.tapped: list[torch.Tensor] = []
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)

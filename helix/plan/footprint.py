@@ -208,7 +208,7 @@ class Footprint:
             max_run=2,
             prefill_chunk=prefill_chunk,
             max_len=self.spec.max_position,
-            reuse=True,
+            twice=True,
         )
         return pages * self.window_page_bytes
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..models.kinds import STATE, WINDOW
 from ..models.spec import ModelSpec
 
 _SAMPLES = 16  # places of each weight file that are read
@@ -29,7 +30,8 @@ def make_facts(
         dtypes: of the model, and of what is cached.
         weights: the checkpoint's folder; None where weights are made up.
     """
-    rope = spec.rope.inv_freq.numpy().tobytes() + repr(spec.rope.attention_scaling).encode()
+    ropes = [spec.rope, *([] if spec.window_rope is None else [spec.window_rope])]
+    rope = b"".join(each.inv_freq.numpy().tobytes() + repr(each.attention_scaling).encode() for each in ropes)
     experts, states = spec.experts, spec.states
     return {
         "cache.block_size": block_size,
@@ -47,6 +49,9 @@ def make_facts(
         "model's attention_bias": spec.qkv_bias,
         "model's tie_word_embeddings": spec.tied_embeddings,
         "model's attention_scale": spec.scale,
+        "model's sliding_window": spec.window,
+        "model's layers with a window": list(spec.layers_of(WINDOW)),
+        "model's layers with states": list(spec.layers_of(STATE)),
         "model's kv_lora_rank": 0 if spec.latent is None else spec.latent.rank,
         "model's num_experts": 0 if experts is None else experts.num_experts,
         "model's num_experts_per_tok": 0 if experts is None else experts.num_chosen,

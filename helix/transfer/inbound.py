@@ -1,7 +1,7 @@
 """What the decode group keeps of a request that is asked for: what may be written for it, until all writers have ended.
 
-A record of states is no batch slot's: one that a lost writer may still write keeps no sequence from running. There are
-as many as batch slots; where all are lost like that, nothing more can be asked for.
+States and windows that arrive are no batch slot's: those that a lost writer may still write keep no sequence from
+running. As many may be on their way as there are batch slots; where all are lost like that, nothing more is asked for.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
+from ..engine import Engine
 from ..request import Sequence
-from ..states.cache import StateCache
 from ..states.records import StateRecords
 from .protocol import First
 
@@ -20,14 +20,14 @@ class Inbound:
     """A request that is asked for, or will be.
 
     Attributes:
-        record: where its states arrive; None where the model has none.
+        arrival: its number among ``Arrivals``; None where the model has neither states nor windows.
         waits_for: the writers that have not reported an end state.
         unknown: those whose end is unknown.
         problems: what the writers that are not done said.
     """
 
     seq: Sequence
-    record: int | None = None
+    arrival: int | None = None
     waits_for: set[int] = field(default_factory=set)
     first: First | None = None
     first_heard: float = 0.0
@@ -37,39 +37,57 @@ class Inbound:
 
 @dataclass(eq=False)
 class Quarantine:
-    """Pages that some writers may still write, and the record of states that they may; None without."""
+    """What some writers may still write: pages, pages of windows, and the number of its arrival; None without."""
 
     pages: list[tuple[int, int]]
+    windows: list[int]
     writers: set[int]
-    record: int | None = None
+    arrival: int | None = None
 
 
-class Records:
-    """Which records of states are free, alike on all ranks; the lowest goes first.
+class Arrivals:
+    """The numbers of sequences whose states or windows are on their way, alike on all ranks; the lowest goes first.
 
-    Attributes:
-        memory: this rank's.
-        count: of all of them.
+    Args:
+        count: as many as batch slots, which the pool of windows has pages for.
+        records: of states, this rank's, by these numbers; None where windows arrive.
     """
 
-    def __init__(self, memory: StateRecords) -> None:
-        self.memory, self.count = memory, memory.memory.shape[1]
-        self._free = list(range(self.count))
+    def __init__(self, count: int, records: StateRecords | None) -> None:
+        self.count, self._records = count, records
+        self._free = list(range(count))
 
     @classmethod
-    def of(cls, states: StateCache | None) -> Records | None:
-        """Return those of a rank's states; None where the model has none."""
-        return None if states is None or states.records is None else cls(states.records)
+    def of(cls, engine: Engine) -> Arrivals | None:
+        """Return those of an engine; None where the model has neither states nor windows."""
+        states = engine.runner.decoder.states
+        if states is None and engine.scheduler.windows is None:
+            return None
+        return cls(engine.runner.max_batch, None if states is None else states.records)
 
     @property
     def num_free(self) -> int:
-        """Records that nobody writes."""
+        """Numbers that nobody has."""
         return len(self._free)
 
+    @property
+    def what(self) -> str:
+        """What arrives, in words."""
+        return "windows" if self._records is None else "states"
+
     def take(self) -> int:
-        """Return one that is free; there must be one."""
+        """Return a number that is free; there must be one."""
         return heapq.heappop(self._free)
 
-    def give(self, record: int) -> None:
-        """Make one free."""
-        heapq.heappush(self._free, record)
+    def land(self, number: int, seq: Sequence) -> None:
+        """Let a sequence go on behind its prompt, of which all has arrived, and make the number free.
+
+        Whoever has it next is asked for once the device has done this, as with pages.
+        """
+        if self._records is not None:
+            self._records.read(number, seq.batch_slot, seq.prompt_len)
+        self.give(number)
+
+    def give(self, number: int) -> None:
+        """Make a number free."""
+        heapq.heappush(self._free, number)

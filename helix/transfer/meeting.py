@@ -15,8 +15,10 @@ import json
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,7 @@ from parallel.placement import BlockCyclic
 from ..config import HelixConfig
 from ..engine import Engine
 from ..models.spec import ModelSpec
-from ..models.weights import part_of
-from ..states.records import StateRecords
+from .bounded import Bounded, bounded_memory
 from .channel import Channel, ChannelLost, Listener, connect, wait_for
 from .facts import Process, make_facts
 from .hearing import Hearing
@@ -45,6 +46,8 @@ from .transport import Peer, Transport
 
 STORE_KEY = "helix/transfer"
 TURN_S = 0.05
+MapOf = Callable[[Pool, Layout, int], CacheMap]
+"""Where the pool of a rank of a group of some layout has which heads."""
 _log = logging.getLogger(__name__)
 
 
@@ -85,27 +88,18 @@ class Group:
             raise ValueError(f"the pool of decode rank {rank} has {len(pool.layers)} layers of {pool.page_bytes} bytes")
         return CacheMap.of(pages, pool.layers, heads)
 
-    @property
-    def records(self) -> StateRecords | None:
-        """Where records of states are; None where the model has no state layers."""
-        states = self.engine.runner.decoder.states
-        return None if states is None else states.records
-
-    def record_map(self, pool: Pool, layout: Layout, rank: int) -> CacheMap:
-        """Return where a rank's records lie: pages of one token; ValueError when they are not of this model."""
-        assert self.records is not None
-        heads, head_bytes = part_of(self.spec, layout, rank).value_heads, self.records.head_bytes
-        if pool.page_bytes != (heads[1] - heads[0]) * head_bytes or len(pool.layers) != 1:
-            raise ValueError(f"the records of decode rank {rank} have {pool.page_bytes} bytes")
-        return CacheMap(pool.layers, pool.page_bytes, head_bytes, 1, heads, planes=1)
+    @cached_property
+    def bounded(self) -> Bounded | None:
+        """What the rank has of layers of bounded memory; None where the model has none."""
+        return bounded_memory(self.spec, self.engine)
 
 
 def _make_transports(group: Group, role: str) -> list[Transport]:
-    """Return the transport of this rank's pages, and that of its records of states, if it has any."""
+    """Return the transport of this rank's pages, and that of its states or windows, if it has any."""
     name = f"{role}-{group.launch.rank}-{secrets.token_hex(4)}"
     memories = [group.engine.runner.cache.pages]
-    if group.records is not None:
-        memories.append(group.records.memory)
+    if group.bounded is not None:
+        memories.append(group.bounded.memory)
     return agree(lambda: [Transport(f"{name}-{number}", memory) for number, memory in enumerate(memories)])
 
 
@@ -121,7 +115,7 @@ def meet_prefill_group(group: Group) -> Receiver:
     """
     transports = _make_transports(group, "decode")
     pools = _gather(transports[0].pool)
-    records = [pool for transport in transports[1:] for pool in _gather(transport.pool)]
+    bounded = [pool for transport in transports[1:] for pool in _gather(transport.pool)]
     config = group.config.transfer
     deadline = time.monotonic() + config.connect_timeout_s
     lobbies: list[Lobby] = []  # rank 0's
@@ -133,7 +127,7 @@ def meet_prefill_group(group: Group) -> Receiver:
         with naming_the_setting(config):
             listener = Listener(*place_to_listen(config), secret, config.timeout_s)
         _announce(group, listener, secret)
-        lobbies.append(Lobby(listener, facts, Welcome(group.layout.kvp, group.layout.tpa, pools, records)))
+        lobbies.append(Lobby(listener, facts, Welcome(group.layout.kvp, group.layout.tpa, pools, bounded)))
 
     def let_in() -> int:
         try:
@@ -209,8 +203,8 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     welcome = agree(join)
     layout = Layout(kvp=welcome.kvp, tpa=welcome.tpa)
     peers = agree(lambda: _connect_pools(group, transports[0], layout, welcome.pools))
-    record_peers = agree(lambda: _connect_records(group, transports[1:], layout, welcome.records))
-    for peer in (*peers, *record_peers):
+    bounded_peers = agree(lambda: _connect_bounded(group, transports[1:], layout, welcome.bounded))
+    for peer in (*peers, *bounded_peers):
         peer.ping(b"hello")
     channel.send(Ready([process for process in welcome.lost if process.has_ended()]))
     _log.info("transfer: connected to %d decode ranks", len(welcome.pools))
@@ -220,12 +214,13 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
         target=Target(
             layout,
             min(pool.num_pages for pool in welcome.pools),
-            min((pool.num_pages for pool in welcome.records), default=None),
+            min((pool.num_pages for pool in welcome.bounded), default=0),
         ),
         rank=group.launch.rank,
         channel=channel,
         peers=peers,
-        record_peers=record_peers,
+        bounded_peers=bounded_peers,
+        bounded=group.bounded,
         transports=transports,
         prepare=prepare,
     )
@@ -264,31 +259,30 @@ def _await_welcome(channel: Channel, timeout_s: float) -> Welcome:
 
 def _connect_pools(group: Group, transport: Transport, layout: Layout, pools: list[Pool]) -> list[Peer]:
     """Return the pools that this rank writes: those with heads of its own, unless another rank sends them."""
-    rank = group.launch.rank
-    if not group.side(group.layout).sends(rank):
-        return []
-    source = group.cache_map(transport.pool, group.layout, rank)
-    peers = []
-    for number, pool in enumerate(pools):
-        target = group.cache_map(pool, layout, number)
-        if max(source.heads[0], target.heads[0]) < min(source.heads[1], target.heads[1]):
-            peers.append(transport.connect(pool, source, target, rank=number))
-    return peers
+    sends = group.side(group.layout).sends(group.launch.rank)
+    return _connect(group, transport, layout, pools, group.cache_map) if sends else []
 
 
-def _connect_records(group: Group, transports: list[Transport], layout: Layout, pools: list[Pool]) -> list[Peer]:
-    """Return the records of states that this rank writes: those with value heads of its own, which no other rank has.
+def _connect_bounded(group: Group, transports: list[Transport], layout: Layout, pools: list[Pool]) -> list[Peer]:
+    """Return the same of states or windows.
 
     Raises:
-        ValueError: when one group has records and the other has none.
+        ValueError: when one group has some and the other has none.
     """
+    bounded = group.bounded
     if len(transports) != bool(pools):
-        raise ValueError(f"the decode group has {len(pools)} pools of records, and this rank {len(transports)}")
+        raise ValueError(f"the decode group has {len(pools)} pools of states or windows, this rank {len(transports)}")
+    if bounded is None or not bounded.sends(group.layout, group.launch.rank):
+        return []
+    return _connect(group, transports[0], layout, pools, bounded.map)
+
+
+def _connect(group: Group, transport: Transport, layout: Layout, pools: list[Pool], map_of: MapOf) -> list[Peer]:
+    """Return the pools of a group of some layout that have heads of this rank's."""
+    source = map_of(transport.pool, group.layout, group.launch.rank)
     peers = []
-    for transport in transports:
-        source = group.record_map(transport.pool, group.layout, group.launch.rank)
-        for number, pool in enumerate(pools):
-            target = group.record_map(pool, layout, number)
-            if max(source.heads[0], target.heads[0]) < min(source.heads[1], target.heads[1]):
-                peers.append(transport.connect(pool, source, target, rank=number))
+    for number, pool in enumerate(pools):
+        target = map_of(pool, layout, number)
+        if max(source.heads[0], target.heads[0]) < min(source.heads[1], target.heads[1]):
+            peers.append(transport.connect(pool, source, target, rank=number))
     return peers

@@ -49,7 +49,8 @@ class MessageError(ValueError):
     """A message that does not keep the protocol."""
 
 
-def _require(holds: bool, what: str) -> None:
+def require(holds: bool, what: str) -> None:
+    """Raise MessageError that says ``what`` must hold, unless it does."""
     if not holds:
         raise MessageError(what)
 
@@ -75,7 +76,7 @@ class Hello(_Message, frozen=True):
     process: Process
 
     def __post_init__(self) -> None:
-        _require(self.rank < self.world_size, f"rank = {self.rank} of {self.kvp} x {self.tpa}")
+        require(self.rank < self.world_size, f"rank = {self.rank} of {self.kvp} x {self.tpa}")
 
     @property
     def world_size(self) -> int:
@@ -102,27 +103,27 @@ class Pool(Struct, frozen=True, forbid_unknown_fields=True):
     device: Count
 
     def __post_init__(self) -> None:
-        _require(len(self.layers) > 0 and bool((self.layers > 0).all()), "layers must be addresses")
+        require(len(self.layers) > 0 and bool((self.layers > 0).all()), "layers must be addresses")
 
 
 class Welcome(_Message, frozen=True):
-    """The decode group's layout and the pools of all its ranks, in rank order: of pages, and of records of states.
+    """The decode group's layout and the pools of all its ranks, in rank order.
 
     Attributes:
-        records: empty where the model has no state layers.
+        bounded: records of states, or pages of windows; empty where the model has neither.
         lost: ranks of an earlier prefill group whose end is not known here.
     """
 
     kvp: Positive
     tpa: Positive
     pools: list[Pool]
-    records: list[Pool] = []
+    bounded: list[Pool] = []
     lost: list[Process] = []
 
     def __post_init__(self) -> None:
         num_ranks = self.kvp * self.tpa
-        _require(len(self.pools) == num_ranks, f"{len(self.pools)} pools for {self.kvp} x {self.tpa} ranks")
-        _require(len(self.records) in (0, num_ranks), f"{len(self.records)} records for {self.kvp} x {self.tpa} ranks")
+        for pools, least in ((self.pools, num_ranks), (self.bounded, 0)):
+            require(len(pools) in (least, num_ranks), f"{len(pools)} pools for {self.kvp} x {self.tpa} ranks")
 
 
 class Refuse(_Message, frozen=True):
@@ -154,6 +155,7 @@ class Ask(_Message, frozen=True):
         seed: of the request's random numbers.
         salt, retention: of its cached blocks.
         record: where its states go, if the model has any.
+        window_pages: the receiver's pages of its last blocks in layers with a window, if the model has any.
     """
 
     id: Count
@@ -166,15 +168,18 @@ class Ask(_Message, frozen=True):
     salt: str = ""
     retention: list[dict[str, Any]] = []
     record: Count = 0
+    window_pages: Int64Array = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self) -> None:
-        _require(len(self.token_ids) > 0 and bool((self.token_ids >= 0).all()), "token_ids must be ids, and not empty")
-        _require(self.start < len(self.token_ids), f"start = {self.start} of {len(self.token_ids)} tokens")
-        _require(bool((self.pages >= 0).all()), "pages must not be negative")
+        require(len(self.token_ids) > 0 and bool((self.token_ids >= 0).all()), "token_ids must be ids, and not empty")
+        require(self.start < len(self.token_ids), f"start = {self.start} of {len(self.token_ids)} tokens")
+        require(
+            all(bool((pages >= 0).all()) for pages in (self.pages, self.window_pages)), "pages must not be negative"
+        )
 
     @classmethod
     def of(cls, number: int, seq: Sequence, record: int = 0) -> Ask:
-        """Return what asks for the prompt of a sequence that has its pages, and a record if the model has states."""
+        """Return what asks for the prompt of a sequence that has its pages, and a record if its states go there."""
         sampling = asdict(seq.sampling) | {"structured_outputs": {}}  # the group that asks chooses by it
         sampling["logit_bias"] = {str(token): value for token, value in seq.sampling.logit_bias.items()}  # keys: texts
         return cls(
@@ -188,15 +193,15 @@ class Ask(_Message, frozen=True):
             salt=seq.cache_salt,
             retention=[asdict(each) for each in seq.retention],
             record=record,
+            window_pages=np.array(seq.blocks.window.pages, np.int64),
         )
 
-    def check_places(self, block_size: int, kvp: int, num_pages: int, num_records: int | None) -> None:
-        """Raise MessageError unless pages and record fit the prompt and the receiver's pools."""
+    def check_places(self, block_size: int, kvp: int, num_pages: int) -> None:
+        """Raise MessageError unless pages fit the prompt and the receiver's pools."""
         num_blocks = -(-len(self.token_ids) // block_size)
-        _require(len(self.pages) == num_blocks, f"{len(self.pages)} pages for {num_blocks} blocks")
-        _require(bool((self.pages < num_pages).all()), f"page {int(self.pages.max())} of {num_pages}")
-        _require(num_records is None or self.record < num_records, f"record = {self.record} of {num_records}")
-        _require(self.first_owner < kvp, f"first_owner = {self.first_owner} of {kvp} KVP ranks")
+        require(len(self.pages) == num_blocks, f"{len(self.pages)} pages for {num_blocks} blocks")
+        require(bool((self.pages < num_pages).all()), f"page {int(self.pages.max())} of {num_pages}")
+        require(self.first_owner < kvp, f"first_owner = {self.first_owner} of {kvp} KVP ranks")
 
 
 class Cancel(_Message, frozen=True):
@@ -236,7 +241,7 @@ class First(_Message, frozen=True):
 
     def __post_init__(self) -> None:
         sizes = len(self.top_ids), len(self.top_logprobs)
-        _require(sizes[0] == sizes[1], f"top_ids, top_logprobs = {sizes[0]}, {sizes[1]} entries")
+        require(sizes[0] == sizes[1], f"top_ids, top_logprobs = {sizes[0]}, {sizes[1]} entries")
 
 
 class End(_Message, frozen=True):
@@ -266,7 +271,7 @@ def pack_array(value: Any) -> bytes:
 def unpack_array(wanted: Any, data: Any) -> npt.NDArray[Any]:
     """Return the array that bytes hold, of the dtype that is wanted: a decoder's hook."""
     dtype = _DTYPES[wanted]
-    _require(type(data) is bytes and data[:3] == dtype, f"an array of {dtype.decode()} begins with its dtype")
+    require(type(data) is bytes and data[:3] == dtype, f"an array of {dtype.decode()} begins with its dtype")
     return np.frombuffer(data, dtype.decode(), offset=3)
 
 

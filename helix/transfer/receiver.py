@@ -31,7 +31,7 @@ from ..metrics import RunMetrics
 from ..request import Sequence, StreamEvent, TokenLogprobs, order_of
 from .counters import TransferCounters
 from .hearing import Ended, Heard, Hearing, Joined, Lost, News, Said, Silence, Stuck, decode_news, encode_news
-from .inbound import Inbound, Quarantine, Records
+from .inbound import Arrivals, Inbound, Quarantine
 from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message
 from .transport import Transport
 
@@ -66,7 +66,7 @@ class Receiver:
         self._log_level = logging.WARNING if speaks else logging.DEBUG
         self._all_writers = frozenset(range(num_writers))
         self._hearing, self._transports = hearing, transports
-        self._records = Records.of(engine.runner.decoder.states)
+        self._arrivals = Arrivals.of(engine)
         self._link = OPEN
         self._waiting: list[Sequence] = []
         self._held: deque[tuple[Inbound, int]] = deque()  # not asked for yet, and the steps given to the device before
@@ -97,10 +97,10 @@ class Receiver:
         """Why nothing can be asked for; empty where something can, at once or once what is asked for has come."""
         if self._link != OPEN:
             return f"the prefill group is {self._link}"
-        lost = sum(each.record is not None for each in self._quarantined.values())
-        if self._records is None or lost < self._records.count:
+        if self._arrivals is None or len(self._quarantined) < self._arrivals.count:
             return ""
-        return f"a lost prefill rank may still write all {lost} records of states (scheduler.max_batch)"
+        beside = f"scheduler.max_batch = {self._arrivals.count} sequences"
+        return f"a lost prefill rank may still write the {self._arrivals.what} of {beside}"
 
     def reset_metrics(self) -> RunMetrics:
         """Start a new set of counters and return it."""
@@ -210,12 +210,12 @@ class Receiver:
         scheduler = self._engine.scheduler
         if scheduler.waiting:
             return
-        records = self._records
-        most = len(self._waiting) if records is None else records.num_free
+        arrivals = self._arrivals
+        most = len(self._waiting) if arrivals is None else arrivals.num_free
         for seq, table in scheduler.admit(self._waiting, most):
             scheduler.hold(seq, table, arrives=True)
-            record = None if records is None else records.take()
-            self._held.append((Inbound(seq, record), self._engine.num_departed))
+            number = None if arrivals is None else arrivals.take()
+            self._held.append((Inbound(seq, number), self._engine.num_departed))
         self._engine.mover.execute(scheduler.cache.take_movements())
 
     def _ask_for(self, inbound: Inbound) -> None:
@@ -227,7 +227,7 @@ class Receiver:
             self._hearing.begin_to_wait()
         inbound.waits_for.update(self._all_writers)
         self._inbound[self._next_id] = inbound
-        self._hearing.tell(Ask.of(self._next_id, inbound.seq, inbound.record or 0))
+        self._hearing.tell(Ask.of(self._next_id, inbound.seq, inbound.arrival or 0))
         self._next_id += 1
 
     def _let_go_of_held(self) -> None:
@@ -235,11 +235,9 @@ class Receiver:
             self._let_go(self._held.popleft()[0])
 
     def _let_go(self, inbound: Inbound) -> None:
-        """Take back the pages, the batch slot and the record of a held sequence that nobody writes."""
-        seq, scheduler = inbound.seq, self._engine.scheduler
-        scheduler.cache.release(seq.blocks, seq.blocks.num_reused)
-        scheduler.free_slot(seq)
-        self._give_back(inbound.record)
+        """Take back all that a held sequence has that nobody writes."""
+        self._engine.scheduler.let_go(inbound.seq, inbound.seq.blocks.num_reused)
+        self._give_back(inbound.arrival)
 
     # --- listening ----------------------------------------------------------------------------------------------------
 
@@ -343,9 +341,8 @@ class Receiver:
         del self._inbound[number]
         seq, scheduler = inbound.seq, self._engine.scheduler
         if unknown:
-            pages = scheduler.cache.detach(seq.blocks)
-            scheduler.free_slot(seq)
-            self._quarantined[number] = Quarantine(pages, set(unknown), inbound.record)
+            pages, windows = scheduler.detach(seq)
+            self._quarantined[number] = Quarantine(pages, windows, set(unknown), inbound.arrival)
             self.counters.pages_quarantined += len(pages)
             self._warn(
                 "request %d: %d pages are quarantined until %d prefill ranks have ended",
@@ -372,8 +369,8 @@ class Receiver:
         quarantine.writers.discard(writer)
         if not quarantine.writers:
             del self._quarantined[number]
-            self._engine.scheduler.cache.reattach(quarantine.pages)
-            self._give_back(quarantine.record)
+            self._engine.scheduler.reattach(quarantine.pages, quarantine.windows)
+            self._give_back(quarantine.arrival)
             self.counters.pages_released += len(quarantine.pages)
             self._warn("request %d: its %d quarantined pages are free again", number, len(quarantine.pages))
 
@@ -389,15 +386,14 @@ class Receiver:
         if first.logprob is not None:
             top = dict(zip(first.top_ids.tolist(), first.top_logprobs.tolist(), strict=True))
             logprobs = TokenLogprobs(first.token, first.logprob, top)
-        if self._records is not None and inbound.record is not None:
-            self._records.memory.read(inbound.record, seq.batch_slot, seq.prompt_len)
-            self._records.give(inbound.record)  # whoever takes it is asked for once this is done, as its pages are
+        if self._arrivals is not None and inbound.arrival is not None:
+            self._arrivals.land(inbound.arrival, seq)
         return self._engine.go_on(seq, first.token, logprobs)
 
-    def _give_back(self, record: int | None) -> None:
-        """Make a record free that nobody writes any more."""
-        if self._records is not None and record is not None:
-            self._records.give(record)
+    def _give_back(self, arrival: int | None) -> None:
+        """Make the number of an arrival free that nobody writes any more."""
+        if self._arrivals is not None and arrival is not None:
+            self._arrivals.give(arrival)
 
     def _give_up(self, seq: Sequence, reason: str) -> StreamEvent | None:
         """Compute a request here whose transfer failed, or end it."""

@@ -31,6 +31,7 @@ from ..commands import Add
 from ..engine import Engine
 from ..request import Request, Sequence, StreamEvent
 from ..sampling import SamplingParams
+from .bounded import Bounded
 from .channel import Channel, ChannelLost, wait_for
 from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message, Progress, State
 from .regions import Side, shared_blocks
@@ -47,11 +48,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """The decode group as every prefill rank sees it: its layout, and pages and records of states a rank, if any."""
+    """The decode group as every prefill rank sees it: its layout, and a rank's pages, and records or window pages."""
 
     layout: Layout
     num_pages: int
-    num_records: int | None
+    num_bounded: int
 
 
 @dataclass(eq=False)
@@ -89,7 +90,8 @@ class Sender:
         rank: this process's, in the prefill group.
         channel: to the decode group's rank 0.
         peers: the decode ranks whose pages this rank writes to.
-        record_peers: those whose records of states it writes to.
+        bounded_peers: those whose states or windows it writes to.
+        bounded: this rank's; None where the model has neither.
         transports: this rank's pools.
         prepare: settles a request.
     """
@@ -103,15 +105,14 @@ class Sender:
         rank: int,
         channel: Channel,
         peers: list[Peer],
-        record_peers: list[Peer],
+        bounded_peers: list[Peer],
+        bounded: Bounded | None,
         transports: list[Transport],
         prepare: Prepare,
     ) -> None:
         self._engine, self._source, self._target = engine, source, target
         self._rank, self._channel, self._peers, self._prepare = rank, channel, peers, prepare
-        self._record_peers, self._transports = record_peers, transports
-        states = engine.runner.decoder.states
-        self._records = None if states is None else states.records
+        self._bounded_peers, self._bounded, self._transports = bounded_peers, bounded, transports
         self._inbox: deque[Message] = deque()
         self._num_heard = self._num_done = 0
         self._sendings: deque[Sending] = deque()  # in the order of their requests, from the first that holds pages
@@ -133,7 +134,7 @@ class Sender:
             if self._engine.has_work:
                 self._tell_first(self._engine.step(may_wait=bool(self._sendings)))
             self._send()
-        for peer in (*self._peers, *self._record_peers):
+        for peer in (*self._peers, *self._bounded_peers):
             peer.close()
         for transport in self._transports:
             transport.close()
@@ -186,7 +187,9 @@ class Sender:
         try:
             placement = self._source.placement
             target = self._target
-            ask.check_places(placement.block_size, target.layout.kvp, target.num_pages, target.num_records)
+            ask.check_places(placement.block_size, target.layout.kvp, target.num_pages)
+            if self._bounded is not None:
+                self._bounded.check(ask, target.num_bounded)
             sending.target = Side(
                 self._target.layout,
                 BlockCyclic(placement.block_size, self._target.layout.kvp),
@@ -200,7 +203,7 @@ class Sender:
             sending.stopping = f"the prefill group cannot run it: {problem}"
             return
         sending.seq.keeps_pages = True
-        sending.seq.keeps_slot = self._records is not None
+        sending.seq.keeps_slot = self._bounded is not None
         sending.posted = ask.start
         self._engine.add(sending.seq)
 
@@ -263,12 +266,10 @@ class Sender:
             blocks = shared_blocks(source, self._rank, sending.target, peer.rank, tokens)
             if len(blocks):
                 sending.writes.append(peer.write(blocks, sending.pages[blocks], ask.pages[blocks], tokens))
-        if self._records is not None and stop == seq.prompt_len:
-            self._records.write(seq.batch_slot, stop)
-            self._engine.synchronize()
-            ours, theirs = np.array([seq.batch_slot]), np.array([ask.record])
-            for peer in self._record_peers:
-                sending.writes.append(peer.write(np.array([0]), ours, theirs, (0, 1)))
+        if self._bounded is not None and stop == seq.prompt_len:
+            post = self._bounded.post(seq, ask)
+            for peer in self._bounded_peers:
+                sending.writes.append(peer.write(post.blocks, post.ours, post.theirs, post.tokens))
         sending.posted = stop
 
     def _poll(self, sending: Sending) -> None:
@@ -306,9 +307,7 @@ class Sender:
             sending = self._sendings.popleft()
             self._engine.abort(sending.ask.id)  # its writes broke off on every rank before its prompt was computed
             if sending.seq is not None:
-                self._engine.scheduler.cache.release(sending.seq.blocks, sending.seq.num_computed)
-                if sending.seq.keeps_slot and sending.seq.batch_slot >= 0:
-                    self._engine.scheduler.free_slot(sending.seq)
+                self._engine.scheduler.let_go(sending.seq, sending.seq.num_computed)
 
 
 def _request_of(ask: Ask) -> tuple[Request, SamplingParams]:

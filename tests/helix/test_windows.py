@@ -111,11 +111,12 @@ def test_tokens_equal_transformers_whatever_is_cut(ranks, models, family, kvp, t
 def test_what_windows_take_is_what_is_planned_and_the_plan_knows_them(models, dtype):
     spec, layout = load_spec(models("qwen3")[0]), Layout(kvp=4, tpa=2)
     config = HelixConfig(scheduler=SchedulerConfig(max_batch=6, prefill_chunk=512), cache=CacheConfig(block_size=16))
-    layers = window_pages(
+    cache = window_pages(
         config, spec, part_of(spec, layout, 0), dtype=torch.float32, device=torch.device("cpu"),
         in_8_bits=dtype == "fp8",
     )  # fmt: skip
     foot = Footprint(spec, layout, Storage("fp32", dtype), 16)
+    layers = cache.layers
     planes = [layer if isinstance(layer, torch.Tensor) else (layer.values, layer.scales) for layer in layers]
     taken = sum(each.nbytes for plane in planes for each in (plane if isinstance(plane, tuple) else (plane,)))
     planned = foot.windows_bytes(6, prefill_chunk=512)
@@ -135,7 +136,6 @@ def test_what_windows_take_is_what_is_planned_and_the_plan_knows_them(models, dt
     ("settings", "said"),
     [
         ({"speculative": SpeculativeConfig(method="eagle3", path="x")}, "method = eagle3 drafts for models without"),
-        ({"transfer": TransferConfig(prefill_ranks=1)}, r"transfer.\* brings what a sequence's owners hold"),
     ],
 )
 def test_what_cannot_be_with_windows_is_refused_in_one_line(models, settings, said):
@@ -146,6 +146,11 @@ def test_what_cannot_be_with_windows_is_refused_in_one_line(models, settings, sa
     assert not with_windows(HelixConfig(), spec).cache.partial_reuse
     offloads = HelixConfig(cache=CacheConfig(host_pages=4))
     assert with_windows(offloads, spec).cache.host_pages == 4
+    with pytest.raises(ValueError, match="transfer.* all layers of this qwen3 have a window; leave it out$"):
+        with_windows(
+            HelixConfig(transfer=TransferConfig(prefill_ranks=1)),
+            replace(spec, kinds=(spec.kind_of(0),) * spec.num_layers),
+        )
     with pytest.raises(ValueError, match="host_pages = 4 holds pages of full layers, and all layers of .*=0$"):
         with_windows(offloads, replace(spec, kinds=(spec.kind_of(0),) * spec.num_layers))
 

@@ -37,15 +37,17 @@ class Said:
         return told
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(make_checkpoint(tmp_path_factory.mktemp("states") / "model", family="qwen3_next", layers=3))
+@pytest.fixture(scope="module", params=["states", "windows"])
+def model(request, tmp_path_factory):
+    family = {"family": "qwen3_next"} if request.param == "states" else {"family": "gpt_oss", "window": 24}
+    return str(make_checkpoint(tmp_path_factory.mktemp(request.param) / "model", layers=3, **family))
 
 
 def receiver_of(llm, hearing, **settings):
     """The front of a decode group whose prefill group has one rank."""
     states = llm.runner.decoder.states
-    states.records = StateRecords(states)
+    if states is not None:
+        states.records = StateRecords(states)
     config = TransferConfig(role="decode", address="127.0.0.1:1", min_tokens=0, **settings)
     return Receiver(llm.engine, config, num_writers=1, hearing=hearing, transports=[], speaks=True)
 
@@ -61,18 +63,22 @@ def generate(llm, receiver):
 
 @pytest.mark.parametrize("rejoins", [False, True])
 def test_the_only_batch_slot_is_free_when_its_writer_is_lost(model, rejoins, caplog):
-    """Even where another group joins: it has no record to write to, so nothing is asked of it."""
+    """Even where another group joins: nothing may arrive, so nothing is asked of it."""
     llm = make_llm(model, max_batch=1)
+    windows = llm.engine.scheduler.windows
+    total = 0 if windows is None else windows.num_free
     expected = llm.generate(PROMPTS, SAMPLING)
     hearing = Said([Lost(0, "gone"), *([Joined(1, 1)] if rejoins else [])])
     receiver = receiver_of(llm, hearing)
     assert told(generate(llm, receiver)) == told(expected)
     assert hearing.asked == [0] and receiver.counters.retried == 3
-    assert ("a lost prefill rank may still write all 1 records of states" in caplog.text) == rejoins
+    assert ("of scheduler.max_batch = 1 sequences: every further request" in caplog.text) == rejoins
     assert llm.engine.scheduler._free_slots == [0]
-    if rejoins:  # its end becomes known
-        list(receiver._act(Ended(0)))
-        assert receiver.trouble == "" and receiver._records.num_free == 1
+    llm.engine.scheduler.cache.clear()
+    assert windows is None or windows.num_free == total - 3, "tokens 41 to 69 are in three blocks"
+    receiver._act(Ended(0))  # that is known now
+    assert receiver._arrivals.num_free == 1 and bool(receiver.trouble) != rejoins
+    assert windows is None or windows.num_free == total
 
 
 def test_without_retry_requests_fail_at_once_where_no_record_is_left(model):
@@ -81,6 +87,6 @@ def test_without_retry_requests_fail_at_once_where_no_record_is_left(model):
     first, *others = generate(llm, receiver)
     assert first.error == "the transfer of its prompt failed: prefill rank 0 is lost: gone"
     assert {each.error for each in others} == {
-        "the transfer of its prompt failed: a lost prefill rank may still write all 1 records of states "
-        "(scheduler.max_batch)"
+        f"the transfer of its prompt failed: a lost prefill rank may still write the {receiver._arrivals.what} of "
+        "scheduler.max_batch = 1 sequences"
     }

@@ -130,6 +130,67 @@ def test_states_arrive_with_keys_and_values(groups, ranks, tmp_path, prefill, de
             assert counters["requests"] == 3 and counters["retried"] == counters["failed"] == 0
 
 
+CONSTRAINED = [([97, 98] * 24, SamplingParams(max_tokens=12, structured_outputs={"regex": "(ab){3}[c-e]{3}"}))]
+
+
+def windows_expected_body(path, runs):
+    return [
+        generate(make_llm(path, None, None, (1, 1), block_size=size, num_pages=1024 // size), windows_batches(size))
+        for size in runs
+    ]
+
+
+def windows_batches(size):
+    """The last one ends where a block does; its last row is computed again, whose window begins a block before."""
+    return [*prompts_for(size), CONSTRAINED]
+
+
+def windows_prefill_body(ports, path, prefill, decode, runs):
+    for port, size in zip(ports, runs, strict=True):
+        llm = make_llm(path, port, "prefill", prefill, block_size=size, num_pages=1024 // size)
+        total = llm.engine.scheduler.windows.num_free
+        llm.serve()
+        assert_idle(llm)
+        llm.engine.scheduler.cache.clear()
+        assert llm.engine.scheduler.windows.num_free == total
+
+
+def windows_decode_body(ports, path, prefill, decode, runs):
+    results = []
+    for port, size in zip(ports, runs, strict=True):
+        llm = make_llm(path, port, "decode", decode, block_size=size, num_pages=1024 // size)
+        total = llm.engine.scheduler.windows.num_free
+        results.append((generate(llm, windows_batches(size)), llm.metrics.as_dict()["transfer"]))
+        leave(llm)
+        llm.engine.scheduler.cache.clear()
+        assert llm.engine.scheduler.windows.num_free == total
+    return results
+
+
+@pytest.mark.parametrize(
+    ("family", "prefill", "decode"),
+    [
+        ("gpt_oss", (2, 1), (1, 2)),
+        ("qwen3", (2, 2), (1, 1)),  # two ranks of four have each KV head of a window
+        pytest.param("qwen3", (1, 1), (4, 1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_windows_arrive_with_keys_and_values(groups, ranks, tmp_path, family, prefill, decode):
+    path, sizes = (
+        str(make_checkpoint(tmp_path / "model", family=family, window=24, kv_heads=2, layers=3)),
+        BLOCK_SIZES[:2],
+    )
+    [wanted] = ranks(1).run(windows_expected_body, path, sizes)
+    pools = groups(prefill[0] * prefill[1], decode[0] * decode[1])
+    _, results = pools.run(windows_prefill_body, windows_decode_body, path, prefill, decode, sizes)
+    for result in results:
+        for size, (batches, counters), expected_batches in zip(sizes, result, wanted, strict=True):
+            assert [tokens for tokens, _, _ in batches] == [tokens for tokens, _, _ in expected_batches]
+            assert batches[1][2][0] == 69 // size * size, "where no window is"
+            assert counters["requests"] == 1 and counters["retried"] == counters["failed"] == 0
+
+
 TIGHT = [(Random(n).choices(range(256), k=n), SamplingParams(max_tokens=30, ignore_eos=True)) for n in (90, 70, 80, 33)]
 
 
