@@ -290,7 +290,7 @@ class HelixConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
+        for each in fields(HelixConfig):  # commands add keys of their own, of any kind
             kind: Any = each.default_factory
             if not isinstance(value := getattr(self, each.name), kind):
                 raise TypeError(f"HelixConfig.{each.name} is a {type(value).__name__}, must be a {kind.__name__}")

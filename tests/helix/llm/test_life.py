@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from helix import LLM, HelixConfig
 from helix.cache.store import BlockStore
 from helix.runner import Runner
 from tests.helix.llm.small import PROMPTS, assert_idle, greedy, make_llm, one, told
+
+
+@dataclass(kw_only=True)
+class WithKeys(HelixConfig):
+    """As commands add keys."""
+
+    tokens: int = 5
 
 
 def test_nothing_runs_after_close_and_closing_again_does_nothing(path: Path) -> None:
@@ -97,3 +105,4 @@ def test_settings_of_another_type_are_refused_in_one_line(llm: LLM) -> None:
         LLM(bad)
     with pytest.raises(TypeError, match="HelixConfig.cache is a dict, must be a CacheConfig"):
         HelixConfig(cache=bad)
+    assert WithKeys().tokens == 5
