@@ -6,6 +6,12 @@ for tiles of K and V, and two groups of four attend, each with half of the rows.
 overlap the softmax of the next, and as no barrier holds the two groups together, one's products overlap the other's
 softmax (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2). The mask is each row's own ``visible_len``, and
 ``visible_from`` where there is a window; only tiles of tokens that some row does not see whole are masked.
+
+Barriers; each stage has one of the first four, and a phase of it is one tile:
+
+    k_full, v_full   complete when a tile's bytes have come        both groups wait
+    k_free, v_free   complete when both groups are done with it    the warp that asks waits, but for a first tile
+    seen             group 0 has cleared the last tile of V past the end, where it has one; group 1 waits, once
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ A program takes a span of the step's work list (``work``), and the warp that ask
     asks      a0 a1 a2 | wait for queries | a3 a4 b0 b1 ...        stages hold the next turns, whosever they are
     attends              wait for queries | a0 a1 a2 a3 a4, store a | b0 b1 ..., store b
 
+Each stage has two barriers, and a phase of them is one turn: ``full`` completes when its bytes have come, and the warps
+that attend wait; ``free`` when they are done with it, and the warp that asks waits, but for a first turn.
+
 Tokens are the tensor core's 64 rows; the query heads of one KV head, times the rows of a sequence, are its columns:
 S^T = K q^T, O^T = V^T P^T.
 """
