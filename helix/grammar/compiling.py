@@ -155,17 +155,19 @@ class GrammarCompiler:
                 env=_environment(),
             )
         self._end = weakref.finalize(self, _hang_up, self._process, ours)
-        ours.settimeout(_START_S)
+        problem: OSError | None = None
         try:
             with Connection(os.dup(ours.fileno())) as begin:
                 begin.send_bytes(self._vocabulary.packed())
+            ours.settimeout(_START_S)  # no sooner: a handle with one takes no more than the socket's buffer holds
             ready = ours.recv(1) == b"\0"
-        except OSError:  # a time-out, too
-            ready = False
+        except OSError as error:  # a time-out, too
+            ready, problem = False, error
         if not ready:
             self._process.kill()  # which the next grammar finds, and starts another
             self._process.wait()
-            raise RuntimeError("the process that compiles grammars did not start; what it said is above")
+            why = "what it said is above" if problem is None else str(problem)
+            raise RuntimeError(f"the process that compiles grammars did not start: {why}") from problem
         return ours
 
 

@@ -1,8 +1,10 @@
 """Grammars of strangers: what cannot be compiled is refused with its reason, in its time, and harms nothing else."""
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import wait
+from contextlib import closing
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -88,6 +90,18 @@ def test_what_is_missing_is_named(vocabulary: Vocabulary, monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs xgrammar: pip install -c constraints.txt -e '.\[grammar\]'"):
         GrammarCompiler(vocabulary).begin({"regex": "a"})
+
+
+def test_a_vocabulary_beyond_what_a_socket_holds_is_sent_whole(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = json.loads(vocabulary.packed())
+    made["spelled"] += ["a" * 20] * 50_000
+    packed = json.dumps(made).encode()
+    assert len(packed) > 1 << 20
+    monkeypatch.setattr(vocabulary, "packed", lambda: packed)
+    with closing(GrammarCompiler(vocabulary)) as compiler:
+        assert compiler.compile({"regex": "a"})
 
 
 def test_a_process_that_has_died_is_started_again(compiler: GrammarCompiler) -> None:
