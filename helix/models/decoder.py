@@ -271,9 +271,8 @@ class Decoder:
             first, stop = (head - self.part.q_heads[0] for head in self.part.out_heads)
             size = self.spec.latent.value_dim
             merged = values_of(merged, weights["v_up"][first * size : stop * size], self.spec.latent, pdl=self._pdl)
-        projected = split_linear(merged.flatten(1), weights["o"], pdl=self._pdl, chunk=chunk)
-        if "o_bias" in weights:  # once: every rank has the same stream, and the all-reduce adds what they project
-            stream += weights["o_bias"]
+        bias = weights.get("o_bias") if self.grid.rank == 0 else None  # once: the all-reduce adds what ranks project
+        projected = split_linear(merged.flatten(1), weights["o"], bias, pdl=self._pdl, chunk=chunk)
         normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * index, weights.get("mixed_norm"))
         added = self._feed_forward(weights, normed, self.spec.experts_of(layer), chunk)
         return self._sum_and_norm(added, stream, next_norm, 2 * index + 1, weights.get("fed_norm"))
