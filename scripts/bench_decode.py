@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from helix.cache.pool import BlockTable
+from helix.cache.windows import WindowTable
 from helix.config import (
     AttentionConfig,
     CacheConfig,
@@ -137,7 +138,19 @@ def filled_sequences(llm: LLM, context: int, batch: int) -> list[Sequence]:
         )  # fmt: skip
         seq.blocks, seq.batch_slot = table, index
         sequences.append(seq)
+    if llm.runner.decoder.windows is not None:
+        _fill_windows(llm, sequences, context)
     return sequences
+
+
+def _fill_windows(llm: LLM, sequences: list[Sequence], context: int) -> None:
+    """Give sequences pages of their windows, with room to grow, of which far ones may be the same."""
+    size, num_pages = llm.placement.block_size, llm.runner.decoder.windows[0].shape[0]
+    first = max(0, context - llm.spec.window) // size
+    count = -(-(context + 4096) // size) - first
+    near = num_pages // len(sequences)  # from one sequence's pages to the next's
+    for index, seq in enumerate(sequences):
+        seq.blocks.window = WindowTable(first, [(index * near + block) % num_pages for block in range(count)])
 
 
 def floor_bytes(llm: LLM, context: int, batch: int) -> tuple[int, int]:
@@ -305,7 +318,7 @@ def run(config: BenchDecodeConfig) -> None:
             llm = LLM(settings)
         else:
             llm = LoneRank(settings, rank=config.rank, of=config.of)
-        for pages in llm.runner.cache.layers:
+        for pages in (*llm.runner.cache.layers, *(llm.runner.decoder.windows or ())):
             fill_pages(pages)
         for context, batch in config.cases:
             row = measure(llm, context, batch, meter)
