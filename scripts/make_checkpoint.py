@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm", "llama", "qwen2", "qwen3", "qwen3_moe")
 BESIDE = ("glm4", "glm4_moe", "seed_oss")  # families that tests of all families leave out
-WINDOWED = ("gemma3", "gpt_oss", "mistral", "mixtral")  # of gpt_oss every second layer, as of other families that may
+# of gpt_oss every second layer, as of other families that may
+WINDOWED = ("gemma3", "gpt_oss", "mimo_v2_flash", "mistral", "mixtral")
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # of state layers and attention, in turn
 PASSKEY = "passkey"  # a Llama made by hand: scripts/passkey_model.py
 ALL = (*FAMILIES, *BESIDE, *WINDOWED, *HYBRIDS, PASSKEY)
 DTYPES = ("float32", "bfloat16", "float16")
-GROUPED, NUM_GROUPS = ("deepseek_v2", "deepseek_v3", "glm4_moe"), 3  # whose experts stand in groups
+GROUPED, NUM_GROUPS = ("deepseek_v2", "deepseek_v3", "glm4_moe", "mimo_v2_flash"), 3  # whose experts stand in groups
 MAY_BE_0 = ("kv_heads", "experts", "window", "seed")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 NUM_BYTES = 256
@@ -73,12 +74,12 @@ class Recipe:
         layers: decoder layers.
         hidden: elements of a row.
         heads: query heads.
-        kv_heads: KV heads; 0 is the family's own default, 2 for glm, glm4 and hybrids, else 4.
+        kv_heads: KV heads; 0 is the family's own default, 2 for glm, glm4, mimo_v2_flash and hybrids, else 4.
         head_dim: elements a head; deepseek_* have latents of twice as many, keys of so many, and of half as many that
             RoPE turns.
         ffn: units of a feed-forward network.
-        experts: of qwen3_moe and qwen3_next, whose second layer has none, and of deepseek_* and glm4_moe, whose first
-            has none; with 0 no layer.
+        experts: of qwen3_moe and qwen3_next, whose second layer has none, and of deepseek_*, glm4_moe and
+            mimo_v2_flash, whose first has none; with 0 no layer.
         experts_chosen: experts that a token goes through.
         expert_ffn: units of an expert.
         vocab: 256 bytes, 6 special tokens, the rest "<|extra_ID|>".
@@ -283,7 +284,24 @@ def _config(recipe: Recipe) -> Any:
             "routed_scaling_factor": 1.5,
             "first_k_dense_replace": 1 if recipe.experts else recipe.layers,
         }
-    kv_heads = recipe.kv_heads or (2 if recipe.family in ("glm", "glm4", *HYBRIDS) else 4)
+    if recipe.family == "mimo_v2_flash":
+        sparse = "sparse" if recipe.experts else "dense"
+        more |= {
+            "v_head_dim": recipe.head_dim - 4,
+            "layer_types": more.get("layer_types", ["full_attention"] * recipe.layers),
+            "mlp_layer_types": ["dense"] + [sparse] * (recipe.layers - 1),
+            "rope_parameters": {
+                kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
+                for kind, theta in (("full_attention", 500_000.0), ("sliding_attention", 10_000.0))
+            },
+            "n_routed_experts": recipe.experts or 6,
+            "num_experts_per_tok": recipe.experts_chosen,
+            "moe_intermediate_size": recipe.expert_ffn,
+            "n_group": NUM_GROUPS,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+        }
+    kv_heads = recipe.kv_heads or (2 if recipe.family in ("glm", "glm4", "mimo_v2_flash", *HYBRIDS) else 4)
     head_dim = recipe.head_dim
     if recipe.family.startswith("deepseek"):
         third = recipe.family == "deepseek_v3"

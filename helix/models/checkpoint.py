@@ -135,11 +135,12 @@ class Checkpoint:
             return found if piece.parity is None else found[piece.parity :: 2]
         data: torch.Tensor = handle[rows] if len(handle.get_shape()) == 1 else handle[rows, cols]
         if not self._spec.is_quantized(piece.name):
-            return data
+            return _with_zeros(data, piece.zeros)
         whole = handle.get_shape()
         columns = piece.cols or (0, whole[1])
         scales = self._scales(piece.name, piece.rows or (0, whole[0]), columns)
-        return _EightBits(data, scales, columns[0] % BLOCK)
+        data = _with_zeros(data.view(torch.uint8), piece.zeros).view(VALUES)
+        return _EightBits(data, _with_zeros(scales.T, piece.zeros).T, columns[0] % BLOCK)
 
     def _widened(self, piece: Piece, index: int) -> torch.Tensor:
         """Return a piece of one of a stack of matrices in 4 bits, in float32."""
@@ -263,6 +264,10 @@ class _EightBits:
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
+
+
+def _with_zeros(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat((rows, rows.new_zeros(count, *rows.shape[1:]))) if count else rows
 
 
 def _put(data: torch.Tensor | _EightBits, out: Matrix, start: int) -> None:

@@ -41,9 +41,9 @@ class Limit:
 SPARSE = "it attends to some tokens only, which approximates the full attention of Helix"
 QWEN3_NEXT = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 QWEN3 = ("qwen3", "qwen3_moe", *QWEN3_NEXT)
-BY_SIGMOID = ("deepseek_v3", "glm4_moe")
+BY_SIGMOID = ("deepseek_v3", "glm4_moe", "mimo_v2_flash")
 PARTLY = "a part of each head would be rotated"
-PARTLY_ROTATED = ("glm", "glm4", "glm4_moe", *QWEN3_NEXT)
+PARTLY_ROTATED = ("glm", "glm4", "glm4_moe", "mimo_v2_flash", *QWEN3_NEXT)
 KEYS = (
     Key("is_causal", (True,), "tokens would see later ones"),
     Key("use_bidirectional_attention", (False,), "tokens would see later ones"),
@@ -91,7 +91,7 @@ KEYS = (
     Key("norm_topk_prob", (False,), "the weights of the experts chosen would sum to one", ("deepseek_v2",)),
     Key("routed_scaling_factor", (1,), "what experts add would be multiplied", ("qwen3_moe",)),
     Key("attn_output_gate", (True,), "attention's output would not be gated", QWEN3_NEXT),
-    Key("moe_layer_freq", (1,), "some layers would have no experts", ("deepseek_v2", *BY_SIGMOID)),
+    Key("moe_layer_freq", (1,), "some layers would have no experts", ("deepseek_v2", "deepseek_v3", "glm4_moe")),
 )
 
 
@@ -146,6 +146,7 @@ def _other_layers(config: Any) -> int | None:
 WINDOWED = (
     "gemma3_text",
     "gpt_oss",
+    "mimo_v2_flash",
     "mistral",
     "mixtral",
     "qwen2",
@@ -174,6 +175,8 @@ def _dual_chunks(config: Any) -> int | None:
 
 
 def _chunk(config: Any) -> int | None:
+    if config.model_type == "mimo_v2_flash":  # whose config has it beside the window, and nothing reads it
+        return None
     return getattr(config, "attention_chunk_size", None)
 
 

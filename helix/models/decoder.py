@@ -271,6 +271,8 @@ class Decoder:
             first, stop = (head - self.part.q_heads[0] for head in self.part.out_heads)
             size = self.spec.latent.value_dim
             merged = values_of(merged, weights["v_up"][first * size : stop * size], self.spec.latent, pdl=self._pdl)
+        if self.spec.narrow_values is not None:
+            merged = merged[..., : self.spec.narrow_values] * self.spec.value_scale
         bias = weights.get("o_bias") if self.grid.rank == 0 else None  # once: the all-reduce adds what ranks project
         projected = split_linear(merged.flatten(1), weights["o"], bias, pdl=self._pdl, chunk=chunk)
         normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * index, weights.get("mixed_norm"))

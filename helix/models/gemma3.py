@@ -4,35 +4,34 @@ Of six layers five see a window, and their RoPE has a base of its own. What atte
 before it joins the stream, embeddings are multiplied, gates are GELUs, and scores have a scale of the config's.
 """
 
-import copy
 from typing import Any
 
-from .hf_config import FULL_ATTENTION, layer_kinds, require, require_full_rotation, rope_of, spec_from
+from .hf_config import (
+    SLIDING_ATTENTION,
+    layer_kinds,
+    of_both_kinds,
+    require,
+    require_full_rotation,
+    rope_of,
+    spec_from,
+)
 from .spec import ModelSpec
 from .weight_names import WeightNames
 
-SLIDING = "sliding_attention"
 GELU = "gelu_pytorch_tanh"
 NAMES = WeightNames(post_norm="model.layers.{layer}.pre_feedforward_layernorm.weight")
 
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers Gemma3TextConfig; ValueError for a setting that Helix does not compute."""
-    name = "hidden_activation"
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    rotary, name = of_both_kinds(Gemma3RotaryEmbedding), "hidden_activation"
     require(config.hidden_activation == GELU, name, config.hidden_activation, f"Helix computes {GELU!r} only")
     require(not config.attention_bias, "attention_bias", True, "Helix adds no bias before a norm; valid: false")
     spec = spec_from(
-        config, "gemma3", _rotary, activation=GELU, qk_norm=True, names=NAMES, kinds=layer_kinds(config),
+        config, "gemma3", rotary, activation=GELU, qk_norm=True, names=NAMES, kinds=layer_kinds(config),
         norms_exceed_one=True, gelu=True, normalises_added=True, embedding_scale=config.hidden_size**0.5,
-        score_scale=config.query_pre_attn_scalar**-0.5, window_rope=rope_of(config, _rotary, kind=SLIDING),
+        score_scale=config.query_pre_attn_scalar**-0.5, window_rope=rope_of(config, rotary, kind=SLIDING_ATTENTION),
     )  # fmt: skip
     return require_full_rotation(spec)
-
-
-def _rotary(config: Any) -> Any:
-    """Return the family's rotary embedding, which has frequencies of the kinds that it is told of alone."""
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-
-    both = copy.deepcopy(config)
-    both.layer_types = [SLIDING, FULL_ATTENTION]
-    return Gemma3RotaryEmbedding(both)

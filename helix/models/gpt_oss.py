@@ -3,6 +3,7 @@
 from typing import Any
 
 from .hf_config import layer_kinds, require, require_full_rotation, spec_from
+from .kinds import FULL, WINDOW
 from .spec import ClampedGate, Experts, ModelSpec
 from .weight_names import WeightNames
 
@@ -28,6 +29,6 @@ def make_spec(config: Any) -> ModelSpec:
     )
     spec = spec_from(
         config, "gpt_oss", GptOssRotaryEmbedding, qkv_bias=True, names=NAMES, experts=experts,
-        kinds=layer_kinds(config), o_bias=True, sinks=True,
+        kinds=layer_kinds(config), o_bias=True, sinks=(FULL, WINDOW),
     )  # fmt: skip
     return require_full_rotation(spec)

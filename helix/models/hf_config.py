@@ -17,7 +17,7 @@ from .rope import RopeSpec
 from .spec import Experts, Latent, ModelSpec, as_token_ids
 from .weight_names import WeightNames
 
-FULL_ATTENTION = "full_attention"
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 UNUSED = {"bos_token_id": None, "pad_token_id": None}  # whatever they hold, nothing here reads them
 
@@ -119,7 +119,18 @@ def rope_of(
     )
 
 
-KINDS = {FULL_ATTENTION: FULL, "sliding_attention": WINDOW, "linear_attention": STATE}
+def of_both_kinds(rotary: Callable[[Any], torch.nn.Module]) -> Callable[[Any], torch.nn.Module]:
+    """Return what makes a rotary embedding for full layers and those with a window, though a model may lack either."""
+
+    def make(config: Any) -> torch.nn.Module:
+        both = copy.deepcopy(config)
+        both.layer_types = [SLIDING_ATTENTION, FULL_ATTENTION]
+        return rotary(both)
+
+    return make
+
+
+KINDS = {FULL_ATTENTION: FULL, SLIDING_ATTENTION: WINDOW, "linear_attention": STATE}
 
 
 def layer_kinds(config: Any) -> tuple[Kind, ...]:

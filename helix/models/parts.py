@@ -55,7 +55,7 @@ class Piece:
     """A slice of the checkpoint tensor `name`: half-open ranges along dim 0 (rows) and dim 1 (cols), None for all.
 
     index: which matrix, where the tensor is a stack of them. turned: each is stored transposed; rows and cols are those
-    of what it means. parity: 0 or 1 for the even or odd ones of ``rows`` alone.
+    of what it means. parity: 0 or 1 for the even or odd ones of ``rows`` alone. zeros: rows of zeros that follow.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Piece:
     index: int | None = None
     turned: bool = False
     parity: int | None = None
+    zeros: int = 0
 
 
 @dataclass(frozen=True)

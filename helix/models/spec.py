@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config_files import find_config, one_line, read_config_file, read_json
-from .kinds import FULL, FULL_KIND, STATE, Kind
+from .kinds import FULL, FULL_KIND, STATE, WINDOW, Kind
 from .quantization import Quantization, read_quantization
 from .rope import RopeSpec
 from .states import States
@@ -28,6 +28,7 @@ FAMILIES = {
     "gpt_oss": ".gpt_oss",
     "kimi_k2": ".deepseek",
     "llama": ".llama",
+    "mimo_v2_flash": ".mimo_v2_flash",
     "mistral": ".mistral",
     "mixtral": ".mixtral",
     "qwen2": ".qwen2",
@@ -155,11 +156,15 @@ class ModelSpec:
     states: what state layers are made of; None for a model without.
     output_gate: attention's output is multiplied by a sigmoid; a head's gate stands behind its query in q's matrix.
     norms_exceed_one: the files hold what the weights of norms exceed one by (not of those of state layers).
-    o_bias: the output projection has a bias. sinks: each head has a score without a value, which joins its softmax.
+    o_bias: the output projection has a bias.
+    sinks: in layers of these kinds each head has a score without a value, which joins its softmax.
     gelu: dense feed-forwards are gated by GELU (its tanh form). normalises_added: what attention and feed-forward add
         is normalised, by weights of its own. embedding_scale: what embeddings are multiplied by.
     score_scale: what scores are multiplied by; None for 1 / sqrt(head_dim), or what latents say.
-    window_rope: how positions rotate in layers with a window; None for as in others.
+    window_rope, window_kv_heads: how positions rotate, and how many KV heads there are, in layers with a window; None
+        for as in others.
+    narrow_values: elements of a head's value where these are fewer than ``head_dim``; they are cached with zeros behind
+        them. value_scale: what attention's output is multiplied by.
     """
 
     family: str
@@ -188,23 +193,27 @@ class ModelSpec:
     output_gate: bool = False
     norms_exceed_one: bool = False
     o_bias: bool = False
-    sinks: bool = False
+    sinks: tuple[str, ...] = ()
     gelu: bool = False
     normalises_added: bool = False
     embedding_scale: float = 1.0
     score_scale: float | None = None
     window_rope: RopeSpec | None = None
+    window_kv_heads: int | None = None
+    narrow_values: int | None = None
+    value_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size max_position".split():
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}, must be an integer of at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}; "
-                f"every KV head must serve the same number of query heads"
-            )
+        for num_kv_heads in (self.num_kv_heads, self.kv_heads_of(WINDOW)):
+            if self.num_heads % num_kv_heads:
+                raise ValueError(
+                    f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {num_kv_heads}; "
+                    f"every KV head must serve the same number of query heads"
+                )
         if self.rope.rotary_dim > self.head_dim:
             raise ValueError(f"rope.rotary_dim = {self.rope.rotary_dim} exceeds head_dim = {self.head_dim}")
         if self.kinds and len(self.kinds) != self.num_layers:
@@ -224,6 +233,10 @@ class ModelSpec:
     def kind_of(self, layer: int) -> Kind:
         """Return the kind of a layer; that which predicts one token further is full."""
         return self.kinds[layer] if layer < len(self.kinds) else FULL_KIND
+
+    def kv_heads_of(self, name: str) -> int:
+        """Return the KV heads of the model's layers of a kind, FULL or WINDOW."""
+        return self.window_kv_heads or self.num_kv_heads if name == WINDOW else self.num_kv_heads
 
     def layers_of(self, name: str) -> tuple[int, ...]:
         """Return the numbers of the model's layers of a kind, FULL, WINDOW or STATE."""

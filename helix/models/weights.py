@@ -5,15 +5,15 @@ and a part follow the rank's parameters, each a `Weight`: a shape, and the piece
 along dim 0 to fill it. Nothing is read here; `checkpoint.py` reads. Ranges may differ in length between ranks, and may
 be empty.
 
-Shape letters: h hidden size, D head size, V vocabulary.
+Shape letters: h hidden size, D head size, W value size, V vocabulary.
 """
 
 from dataclasses import replace
 
 from parallel.layout import Layout, Range, split_evenly, split_units
 
-from .clamped_experts import clamped_experts_shapes, clamped_experts_weights
-from .kinds import STATE
+from .clamped_experts import Shapes, clamped_experts_shapes, clamped_experts_weights
+from .kinds import STATE, WINDOW
 from .parts import Part, Piece, Weight
 from .spec import Latent, ModelSpec
 from .state_weights import state_shapes, state_weights
@@ -78,7 +78,7 @@ def _window_heads(spec: ModelSpec, world: int, rank: int) -> tuple[Range, Range]
     """Return the query and KV heads of a rank in layers with a window: those of plain tensor parallelism over all."""
     if not spec.window:
         return (0, 0), (0, 0)
-    num_heads, num_kv_heads = spec.num_heads, spec.num_kv_heads
+    num_heads, num_kv_heads = spec.num_heads, spec.kv_heads_of(WINDOW)
     if num_kv_heads % world and world % num_kv_heads:
         raise ValueError(
             f"{world} ranks cannot split the {num_kv_heads} KV heads of {spec.family}'s layers with a window: their "
@@ -111,12 +111,13 @@ def layer_weights(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     """Return this rank's weights of one layer, by role.
 
     input_norm, post_norm [h]; mixed_norm, fed_norm [h] of what attention and feed-forward add, when the model has them
-    qkv [(q heads + 2 * KV heads) * D, h]: rows of the q heads, then of the k heads, then of the v heads
+    qkv [(q heads + 2 * KV heads) * D, h]: rows of the q heads, then of the k heads, then of the v heads, zeros behind
+        each of these where values are narrow, W elements
     qkv_bias [(q heads + 2 * KV heads) * D] when the model has it, in the same order
     q_norm, k_norm [D] when the model has them
-    o_bias [h] whole on every rank, sinks [out heads] of part.out_heads, when the model has them
+    o_bias [h] whole on every rank, sinks [out heads] of part.out_heads, when the layer has them
     output_gate [out heads * D, h]: rows of part.out_heads, when the model has it
-    o [h, out heads * D]: columns of part.out_heads
+    o [h, out heads * D], or W for D: columns of part.out_heads
     gate_up [2 * ffn, h]: gate rows, then up rows, of part.ffn
     down [h, ffn]: columns of part.ffn
     with latents, of rank elements and T turned ones, instead of the first four (P plain elements a head, W of a value):
@@ -194,13 +195,15 @@ def _attention(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     def name(template: str) -> str:
         return template.format(layer=layer)
 
-    q_rows, kv_rows, o_cols = _times(part.q_heads, D), _times(part.kv_heads, D), _times(part.out_heads, D)
+    W = spec.narrow_values or D
+    q_rows, kv_rows, o_cols = _times(part.q_heads, D), _times(part.kv_heads, D), _times(part.out_heads, W)
     q: tuple[Piece, ...] = (Piece(name(names.q), q_rows),)
     if spec.output_gate:  # of each head the rows of its query, then of its gate
         q = tuple(Piece(name(names.q), (2 * head * D, (2 * head + 1) * D)) for head in range(*part.q_heads))
+    v, v_bias = (_values(name(each), part.kv_heads, W, D - W) for each in (names.v, names.v_bias))
     qkv_len = _len(q_rows) + 2 * _len(kv_rows)
     weights = {
-        "qkv": Weight((qkv_len, h), (*q, Piece(name(names.k), kv_rows), Piece(name(names.v), kv_rows))),
+        "qkv": Weight((qkv_len, h), (*q, Piece(name(names.k), kv_rows), *v)),
         "o": Weight((h, _len(o_cols)), (Piece(name(names.o), cols=o_cols),)),
     }
     if spec.output_gate:
@@ -209,17 +212,24 @@ def _attention(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     if spec.qkv_bias:
         weights["qkv_bias"] = Weight(
             (qkv_len,),
-            (Piece(name(names.q_bias), q_rows), Piece(name(names.k_bias), kv_rows), Piece(name(names.v_bias), kv_rows)),
+            (Piece(name(names.q_bias), q_rows), Piece(name(names.k_bias), kv_rows), *v_bias),
         )
     if spec.o_bias:
         weights["o_bias"] = Weight((h,), (Piece(name(names.o_bias)),))
-    if spec.sinks:
+    if spec.kind_of(layer).name in spec.sinks:
         sinks = Piece(name(names.sinks), part.out_heads)
         weights["sinks"] = Weight((_len(part.out_heads),), (sinks,), exact=True)
     if spec.qk_norm:
         weights["q_norm"] = _norm(spec, name(names.q_norm), D)
         weights["k_norm"] = _norm(spec, name(names.k_norm), D)
     return weights
+
+
+def _values(name: str, heads: Range, size: int, zeros: int) -> tuple[Piece, ...]:
+    """Return the rows of values of so many elements a head, and zeros behind each."""
+    if not zeros:
+        return (Piece(name, _times(heads, size)),)
+    return tuple(Piece(name, (head * size, (head + 1) * size), zeros=zeros) for head in range(*heads))
 
 
 def _latent(spec: ModelSpec, latent: Latent, layer: int, part: Part) -> dict[str, Weight]:
@@ -294,48 +304,21 @@ def _experts_ffn(spec: ModelSpec, layer: int, part: Part) -> dict[str, Weight]:
     return weights
 
 
-def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(spec: ModelSpec) -> Shapes:
     """Return the name and full shape of every checkpoint tensor that the model needs, but for scales."""
-    h, D, names = spec.hidden_size, spec.head_dim, spec.names
-    latent, gates = spec.latent, 2 if names.up is None else 1
-    q_len, kv_len = spec.num_heads * D, spec.num_kv_heads * D
-    shapes: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, h), names.final_norm: (h,)}
+    h, names, gates = spec.hidden_size, spec.names, 2 if spec.names.up is None else 1
+    shapes: Shapes = {names.embedding: (spec.vocab_size, h), names.final_norm: (h,)}
     if not spec.tied_embeddings:
         shapes[names.lm_head] = (spec.vocab_size, h)
-    norms: dict[str, tuple[int, ...]] = {names.input_norm: (h,), names.post_norm: (h,)}
+    norms: Shapes = {names.input_norm: (h,), names.post_norm: (h,)}
     if spec.normalises_added:
         norms |= {names.mixed_norm: (h,), names.fed_norm: (h,)}
-    layer: dict[str, tuple[int, ...]] = {}
-    if latent is None:
-        layer |= {
-            names.q: (q_len * (2 if spec.output_gate else 1), h),
-            names.k: (kv_len, h),
-            names.v: (kv_len, h),
-            names.o: (h, q_len),
-        }
-    else:
-        made = spec.num_heads * latent.q_dim
-        layer |= {
-            names.kv_a: (D, h),
-            names.kv_a_norm: (latent.rank,),
-            names.kv_b: (spec.num_heads * (latent.plain_dim + latent.value_dim), latent.rank),
-            names.o: (h, spec.num_heads * latent.value_dim),
-        }
-        if latent.q_rank is None:
-            layer[names.q] = (made, h)
-        else:
-            layer |= {
-                names.q_a: (latent.q_rank, h),
-                names.q_a_norm: (latent.q_rank,),
-                names.q_b: (made, latent.q_rank),
-            }
-    dense: dict[str, tuple[int, ...]] = {names.gate: (gates * spec.ffn_size, h), names.down: (h, spec.ffn_size)}
+    dense: Shapes = {names.gate: (gates * spec.ffn_size, h), names.down: (h, spec.ffn_size)}
     if names.up is not None:
         dense[names.up] = (spec.ffn_size, h)
     num_experts, units = spec.expert_sizes
-    one_expert: dict[str, tuple[int, ...]]
-    one_expert = {names.expert_gate: (units, h), names.expert_up: (units, h), names.expert_down: (h, units)}
-    router: dict[str, tuple[int, ...]] = {names.router: (num_experts, h)}
+    one_expert: Shapes = {names.expert_gate: (units, h), names.expert_up: (units, h), names.expert_down: (h, units)}
+    router: Shapes = {names.router: (num_experts, h)}
     if spec.experts is not None and spec.experts.sigmoid:
         router[names.router_bias] = (num_experts,)
     if shared := spec.shared_size:
@@ -347,25 +330,59 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         router |= {names.experts_gate_up: (num_experts, 2 * units, h), names.experts_down: (num_experts, h, units)}
     if spec.experts is not None and spec.experts.clamped is not None:
         router = clamped_experts_shapes(spec)
-    if spec.o_bias:
-        layer[names.o_bias] = (h,)
-    if spec.sinks:
-        layer[names.sinks] = (spec.num_heads,)
-    if spec.qkv_bias:
-        layer |= {names.q_bias: (q_len,), names.k_bias: (kv_len,), names.v_bias: (kv_len,)}
-    if spec.qk_norm:
-        layer |= {names.q_norm: (D,), names.k_norm: (D,)}
     further = {names.next_embedding_norm: (h,), names.next_hidden_norm: (h,), names.next_norm: (h,)}
     for number in range(spec.num_layers + spec.predicts_next):
-        if number == spec.num_layers:
-            layer |= further | {names.next_input: (h, 2 * h)}
+        beside = further | {names.next_input: (h, 2 * h)} if number == spec.num_layers else {}
         has_experts = spec.experts_of(number) is not None
-        mixing = state_shapes(spec) if spec.kind_of(number).name == STATE else layer
-        own = norms | mixing | (router if has_experts else dense)
+        own = norms | _mixing_shapes(spec, number) | (router if has_experts else dense) | beside
         shapes |= {template.format(layer=number): shape for template, shape in own.items()}
         for expert in range(num_experts if has_experts else 0):
             shapes |= {each.format(layer=number, expert=expert): shape for each, shape in one_expert.items()}
     return shapes
+
+
+def _mixing_shapes(spec: ModelSpec, layer: int) -> Shapes:
+    """Return the shapes of the tensors of what mixes tokens in a layer, by their names' templates."""
+    h, D, names, kind = spec.hidden_size, spec.head_dim, spec.names, spec.kind_of(layer).name
+    if kind == STATE:
+        return state_shapes(spec)
+    if spec.latent is not None:
+        return _latent_shapes(spec, spec.latent)
+    W = spec.narrow_values or D
+    num_heads, num_kv_heads = spec.num_heads, spec.kv_heads_of(kind)
+    shapes: Shapes = {
+        names.q: (num_heads * D * (2 if spec.output_gate else 1), h),
+        names.k: (num_kv_heads * D, h),
+        names.v: (num_kv_heads * W, h),
+        names.o: (h, num_heads * W),
+    }
+    if spec.qkv_bias:
+        of_q, of_k, of_v = num_heads * D, num_kv_heads * D, num_kv_heads * W
+        shapes |= {names.q_bias: (of_q,), names.k_bias: (of_k,), names.v_bias: (of_v,)}
+    if spec.o_bias:
+        shapes[names.o_bias] = (h,)
+    if kind in spec.sinks:
+        shapes[names.sinks] = (num_heads,)
+    if spec.qk_norm:
+        shapes |= {names.q_norm: (D,), names.k_norm: (D,)}
+    return shapes
+
+
+def _latent_shapes(spec: ModelSpec, latent: Latent) -> Shapes:
+    h, names, made = spec.hidden_size, spec.names, spec.num_heads * latent.q_dim
+    shapes: Shapes = {
+        names.kv_a: (spec.head_dim, h),
+        names.kv_a_norm: (latent.rank,),
+        names.kv_b: (spec.num_heads * (latent.plain_dim + latent.value_dim), latent.rank),
+        names.o: (h, spec.num_heads * latent.value_dim),
+    }
+    if latent.q_rank is None:
+        return shapes | {names.q: (made, h)}
+    return shapes | {
+        names.q_a: (latent.q_rank, h),
+        names.q_a_norm: (latent.q_rank,),
+        names.q_b: (made, latent.q_rank),
+    }
 
 
 def _len(span: Range) -> int:

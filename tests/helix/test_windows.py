@@ -47,7 +47,8 @@ def models(tmp_path_factory):
         if family in made:
             return made[family]
         path = tmp_path_factory.mktemp("windows") / family
-        make_checkpoint(path, family=family, window=WINDOW, kv_heads=4, layers=3)
+        kv_heads = 2 if family == "mimo_v2_flash" else 4
+        make_checkpoint(path, family=family, window=WINDOW, kv_heads=kv_heads, layers=3)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         generator = torch.Generator().manual_seed(1)
         prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in LENGTHS]
@@ -96,6 +97,8 @@ def generate_body(path, kvp, tpa, runs, prompts):
         ("gemma3", 1, 1, [(16, 2048, 8, {}), (1, 7, 3, {})]),
         ("gemma3", 2, 2, [(4, 20, 8, {"check_ranks": True})]),
         ("mixtral", 2, 1, [(16, 33, 8, {"ep": 2})]),
+        ("mimo_v2_flash", 1, 1, [(16, 2048, 8, {}), (1, 7, 3, {})]),
+        ("mimo_v2_flash", 2, 2, [(4, 20, 4, {"check_ranks": True, "ep": 2})]),
     ],
 )
 def test_tokens_equal_transformers_whatever_is_cut(ranks, models, family, kvp, tpa, runs):

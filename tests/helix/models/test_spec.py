@@ -190,6 +190,8 @@ def test_max_position_can_be_overridden(tmp_path: Path) -> None:
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method = 'gptq'"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'; supported"),
         ("llama", {"num_key_value_heads": 3}, "num_heads = 8 is not a multiple of num_kv_heads = 3"),
+        ("mimo_v2_flash", {"swa_head_dim": 64}, "swa_head_dim = 64; Helix computes 16 beside"),
+        ("mimo_v2_flash", {"hybrid_layer_pattern": [1, 0, 0]}, "hybrid_layer_pattern = [1, 0, 0]; Helix computes [0,"),
         ("llama", {"num_hidden_layers": 0}, "num_layers = 0, must be an integer of at least 1"),
     ],
 )
