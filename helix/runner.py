@@ -335,7 +335,7 @@ class Runner:
                 for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
                     hidden = self._forward(StepRows.for_nobody(num_rows), self._for_nobody(num_rows, visible))
                 self.decoder.local_logits(hidden[: self.max_batch])
-            if ahead and 0 < self._expand_rows <= most_rows:
+            if ahead and self.next_states is None and 0 < self._expand_rows <= most_rows:
                 self._compile_wanted()
 
     def _compile_wanted(self) -> None:
