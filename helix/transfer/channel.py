@@ -143,8 +143,12 @@ class Channel:
             self.lose(problem)
 
     def receive(self) -> list[Message]:
-        """Return the valid messages that have arrived; what else arrived is dropped with a log line."""
+        """Look what has arrived, and return it as ``messages`` does."""
         self.end.pump()
+        return self.messages()
+
+    def messages(self) -> list[Message]:
+        """Return the valid messages that were dealt to it; what else arrived is dropped with a log line."""
         messages: list[Message] = []
         while self.inbox:
             try:
@@ -330,10 +334,12 @@ def connect(host: str, port: int, secret: bytes, timeout_s: float, silence_s: fl
 
 
 def wait_for(channels: Sequence[Channel], timeout_s: float) -> None:
-    """Wait until one of the open channels has something to read, at most ``timeout_s`` seconds."""
+    """Wait until an open channel has something to read, at most ``timeout_s`` seconds, and deal what has arrived."""
     still_open = [channel for channel in channels if channel.lost is None]
+    ends = {id(channel.end): channel.end for channel in still_open}
     if not still_open:
         time.sleep(timeout_s)
-    elif not any(channel.inbox for channel in still_open):
-        pollable = {id(channel.end): channel.end.pollable for channel in still_open}
-        zmq.select([each for pair in pollable.values() for each in pair], [], [], timeout_s)
+    elif timeout_s and not any(channel.inbox for channel in still_open):
+        zmq.select([each for end in ends.values() for each in end.pollable], [], [], timeout_s)
+    for end in ends.values():
+        end.pump()

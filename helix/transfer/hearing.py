@@ -121,12 +121,11 @@ class Hearing:
             stands: sequences cannot go on because pages are quarantined.
             idle: there is nothing else to do: wait a little for something to read.
         """
-        if idle:
-            wait_for([writer.channel for writer in self._writers], IDLE_S)
+        wait_for([writer.channel for writer in self._writers], IDLE_S if idle else 0.0)
         news: list[News] = []
         now, heard, seeds = self._clock(), False, dict(awaited)
         for number, writer in enumerate(self._writers):
-            for message in writer.channel.receive():
+            for message in writer.channel.messages():
                 heard = True
                 if isinstance(message, End) or (isinstance(message, First) and self._is_sound(number, message, seeds)):
                     news.append(Said(number, message))
@@ -141,7 +140,7 @@ class Hearing:
         channels = [writer.channel for writer in self._writers if writer.channel.lost is None]
         wait_for(channels, IDLE_S)
         for channel in channels:
-            channel.receive()
+            channel.inbox.clear()
         if time.monotonic() < deadline and any(channel.lost is None for channel in channels):
             return False
         if self._lobby is not None:

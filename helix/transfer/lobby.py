@@ -60,12 +60,12 @@ class Lobby:
         """
         self._waiting += self.listener.poll(timeout_s)
         for channel in list(self._waiting):
-            messages = channel.receive()
+            messages = channel.messages()
             if messages or channel.lost is not None:
                 self._waiting.remove(channel)
                 self._greet(channel, messages[0] if messages else None)
         for rank, (_, channel) in self._hellos.items():
-            for message in channel.receive():
+            for message in channel.messages():
                 if isinstance(message, Ready):
                     self._ready[rank] = message
             if channel.lost is not None and rank not in self._ready:

@@ -245,7 +245,7 @@ def _await_welcome(channel: Channel, timeout_s: float) -> Welcome:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         wait_for([channel], TURN_S)
-        for message in channel.receive():
+        for message in channel.messages():
             if isinstance(message, Welcome):
                 return message
             if isinstance(message, Refuse):

@@ -295,6 +295,19 @@ def test_a_peer_that_answers_no_heartbeat_is_lost(listener):
     relay.close()
 
 
+def test_one_look_deals_to_all_connections_of_a_listener(listener, monkeypatch):
+    pairs, looks, plain = [meet(listener) for _ in range(3)], [], listener.pump
+    monkeypatch.setattr(listener, "pump", lambda: looks.append(plain()))
+    for number, (_, theirs) in enumerate(pairs):
+        theirs.send(Cancel(number))
+    time.sleep(0.2)
+    channels.wait_for([mine for mine, _ in pairs], 0.0)
+    assert len(looks) == 1
+    assert [mine.messages() for mine, _ in pairs] == [[Cancel(0)], [Cancel(1)], [Cancel(2)]]
+    for _, theirs in pairs:
+        theirs.close()
+
+
 def test_connections_over_ipv6():
     if not socket.has_ipv6:
         pytest.skip("this machine has no IPv6")
