@@ -26,7 +26,8 @@ def test_it_runs_on_the_slices_of_its_rank(tmp_path, monkeypatch):
         expected = {role: weight.shape for role, weight in layer_weights(llm.spec, number, part).items()}
         assert {role: tuple(held.shape) for role, held in layer.items()} == expected
     heads, width = llm.spec.num_heads, llm.spec.value_dim
-    out, lse = torch.randn(5, heads, width), torch.zeros(5, heads)
+    device = llm.runner.decoder.device
+    out, lse = torch.randn(5, heads, width, device=device), torch.zeros(5, heads, device=device)
     own = out[:, slice(*part.out_heads)]
     assert 0 < own.shape[1] < heads and torch.equal(llm.exchange(Partials(out, lse)), own)
 
