@@ -50,9 +50,11 @@ class WaitingLine:
             self._least = 0
 
     def remove(self, seq: Sequence) -> None:
-        """Take a sequence out."""
+        """Take a sequence out; if it did not fit, those behind it may."""
         self.seqs.remove(seq)
         self._followers.remove(seq)
+        if self._blocked is not None and self._blocked[0] is seq:
+            self._blocked, self._least = None, 0
 
     def hurry(self, dues: dict[Sequence, Due]) -> None:
         """Make prompts that run as urgent and as short as those that wait for their blocks."""

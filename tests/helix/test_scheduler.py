@@ -232,6 +232,17 @@ def test_a_later_short_prompt_does_not_overtake_one_that_waits_for_pages() -> No
     assert step(scheduler) == [(1, 0, 30), (2, 0, 1)]
 
 
+def test_who_waits_behind_one_that_did_not_fit_begins_when_that_is_taken_out() -> None:
+    scheduler = make_scheduler(num_pages=6)
+    seqs = [make_sequence(0, 12, 4), make_sequence(1, 16, 4), make_sequence(2, 4, 2)]
+    for seq in seqs:
+        scheduler.add(seq)
+    step(scheduler)
+    assert scheduler.running == seqs[:1] and scheduler.waiting == seqs[1:]
+    scheduler.remove(seqs[1])
+    assert (2, 0, 4) in step(scheduler)
+
+
 def test_a_full_batch_makes_others_wait_and_slots_are_used_again_lowest_first() -> None:
     scheduler = make_scheduler(max_batch=3, prefill_chunk=64)
     sequences = [make_sequence(index, 4, made) for index, made in enumerate((9, 2, 1, 9, 9))]
