@@ -23,9 +23,10 @@ from .multiply_blocks import multiply_blocks_kernel
 from .quantization import BLOCK
 from .quantized import GROUP, LARGEST, VALUES, Matrix, Quantized
 
-TILE_ROWS, TILE_COLUMNS = 128, 128
-STAGES = 6
-REGISTERS = 168  # a thread's, of 12 warps
+GROUP_ROWS = 64  # rows of a tile that a group of warps multiplies
+TILE_ROWS, TILE_COLUMNS = 2 * GROUP_ROWS, 128  # of one expert
+STAGES = {2: 6, 3: 5}  # by groups of warps
+REGISTERS = {2: 168, 3: 128}  # a thread's, by groups; the warp that asks counts as four
 SHARED_ROWS = 8  # tiles of x whose programs follow each other, so that the cache holds what they share of w
 
 
@@ -169,14 +170,16 @@ def multiply(
     num_rows, columns, half = values.shape[0], w.shape[-2] // parts, TILE_COLUMNS // parts
     out = torch.empty((num_rows, columns), dtype=dtype, device=values.device)
     matrices = (w.values if w.values.dim() == 2 else w.values.flatten(0, 1)).unflatten(0, (-1, columns))
-    num_tiles = -(-num_rows // TILE_ROWS) * -(-columns // half)
+    even = w.shares_scales(columns, TILE_COLUMNS // 2)
+    groups = 3 if even and expert_of is None else 2  # a scale for each column takes registers
+    num_tiles = -(-num_rows // (groups * GROUP_ROWS)) * -(-columns // half)
     programs = min(num_tiles, torch.cuda.get_device_properties(values.device).multi_processor_count)
     multiply_blocks_kernel[(programs,)](
-        _tiles(values, [TILE_ROWS, BLOCK]), _tiles(matrices, [parts, half, BLOCK]), _tiles(scales, [1, TILE_ROWS]),
+        _tiles(values, [GROUP_ROWS, BLOCK]), _tiles(matrices, [parts, half, BLOCK]), _tiles(scales, [1, GROUP_ROWS]),
         _tiles(w.scales, [1, half]), out if bias is None else bias, out, out if expert_of is None else expert_of,
         matrices.shape[0] // parts, num_rows, columns, scales.shape[0], num_tiles, w.shift - w.lead,
-        STAGES=STAGES, SHARED_ROWS=SHARED_ROWS, EVEN=w.shares_scales(columns, TILE_COLUMNS // 2),
-        HAS_BIAS=bias is not None, EXPERTS=expert_of is not None, num_warps=4, maxnreg=REGISTERS,
+        GROUPS=groups, STAGES=STAGES[groups], SHARED_ROWS=SHARED_ROWS, EVEN=even,
+        HAS_BIAS=bias is not None, EXPERTS=expert_of is not None, num_warps=4, maxnreg=REGISTERS[groups],
     )  # fmt: skip
     return out
 

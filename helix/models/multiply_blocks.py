@@ -1,8 +1,8 @@
 """The kernel that multiplies many rows with quantised matrices in 8 bits, block by block of columns.
 
-A program takes tiles in turn. One of its warps asks for what they need, ahead of the others, and two groups of four
-multiply: while the products of one run, the other adds up what its own were, times the scales of their rows and
-columns. See ``chunk_product``, which launches it.
+A program takes tiles in turn. One of its warps asks for what they need, ahead of the others, and two or three groups of
+four multiply 64 rows each: while the products of one run, another adds up what its own were, times the scales of their
+rows and columns. See ``chunk_product``, which launches it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ def _place(
 @gluon.jit
 def _fetch(
     x, w, x_scales, w_scales, x_tiles, w_parts, x_scale_tiles, w_scale_parts, full, free, expert_of, num_experts,
-    num_rows, columns, num_blocks, num_tiles, begin, SHARED_ROWS: gl.constexpr, EXPERTS: gl.constexpr,
+    num_rows, columns, num_blocks, num_tiles, begin,
+    GROUPS: gl.constexpr, SHARED_ROWS: gl.constexpr, EXPERTS: gl.constexpr,
 ):  # fmt: skip
     """The warp that asks for the tiles of each block of columns, once their stage is free, over the ends of tiles."""
     STAGES: gl.constexpr = full.shape[0]
     PARTS: gl.constexpr = w.block_shape[0]
     HALF: gl.constexpr = w.block_shape[1]
-    BM: gl.constexpr = x.block_shape[0]
+    ROWS: gl.constexpr = x.block_shape[0]
+    BM: gl.constexpr = GROUPS * ROWS
     BK: gl.constexpr = w.block_shape[2]
     BYTES: gl.constexpr = (BM + PARTS * HALF) * (BK + 4)
     turn = gl.program_id(0) * 0
@@ -51,9 +53,11 @@ def _fetch(
             bar = full.index(stage)
             mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, BYTES)
-            tma.async_copy_global_to_shared(x, [m0, at], bar, x_tiles.index(stage))
             tma.async_copy_global_to_shared(w, [matrix * PARTS, n0, at], bar, w_parts.index(stage))
-            tma.async_copy_global_to_shared(x_scales, [block, m0], bar, x_scale_tiles.index(stage))
+            for group in gl.static_range(GROUPS):
+                m, to = m0 + group * ROWS, stage * GROUPS + group
+                tma.async_copy_global_to_shared(x, [m, at], bar, x_tiles.index(to))
+                tma.async_copy_global_to_shared(x_scales, [block, m], bar, x_scale_tiles.index(to))
             for part in gl.static_range(PARTS):
                 row = (matrix * PARTS + part) * columns + n0
                 tma.async_copy_global_to_shared(w_scales, [block, row], bar, w_scale_parts.index(stage * PARTS + part))
@@ -64,27 +68,29 @@ def _fetch(
 def _multiply(
     x_tiles, w_tiles, x_scale_tiles, w_scale_tiles, full, free, bias, out, expert_of, num_experts, num_rows, columns,
     num_blocks, num_tiles,
-    FIRST: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr, SHARED_ROWS: gl.constexpr, EVEN: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr, SHARED_ROWS: gl.constexpr, EVEN: gl.constexpr,
     HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps that multiply 64 of each tile's rows, from FIRST on, and store the sums."""
+    """Four warps that multiply the same part of each tile's rows, and store the sums."""
     STAGES: gl.constexpr = full.shape[0]
+    ROWS: gl.constexpr = x_tiles.shape[1]
     BN: gl.constexpr = w_tiles.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
-    nothing = gl.zeros([64, BN], gl.float32, layout=layout)
+    nothing = gl.zeros([ROWS, BN], gl.float32, layout=layout)
     in_first_half = gl.arange(0, BN, layout=gl.SliceLayout(0, layout)) < BN // 2
     turn = gl.program_id(0) * 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         m0, n0, _matrix, there = _place(
-            tile, expert_of, num_experts, num_rows, columns, BM, BN // PARTS, SHARED_ROWS, EXPERTS
+            tile, expert_of, num_experts, num_rows, columns, GROUPS * ROWS, BN // PARTS, SHARED_ROWS, EXPERTS
         )  # fmt: skip
         acc = nothing
         for _block in range(gl.where(there, num_blocks, 0)):
             stage = turn % STAGES
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-            x_tile, w_tile = x_tiles.index(stage).slice(FIRST, 64, dim=0), w_tiles.index(stage).permute((1, 0))
+            own = stage * GROUPS + GROUP
+            x_tile, w_tile = x_tiles.index(own), w_tiles.index(stage).permute((1, 0))
             part = warpgroup_mma(x_tile, w_tile, nothing, use_acc=False, is_async=True)
-            of_row = x_scale_tiles.index(stage).slice(FIRST, 64, dim=0).load(gl.SliceLayout(1, layout))
+            of_row = x_scale_tiles.index(own).load(gl.SliceLayout(1, layout))
             if EVEN:
                 of_half = w_scale_tiles.index(stage).slice(0, 1, dim=0).load(gl.SliceLayout(0, layout))
                 of_other = w_scale_tiles.index(stage).slice(BN // 2, 1, dim=0).load(gl.SliceLayout(0, layout))
@@ -99,11 +105,11 @@ def _multiply(
             turn += 1
         value = acc
         if PARTS == 2:
-            gate, up = acc.reshape([64, 2, BN // 2]).permute((0, 2, 1)).split()
+            gate, up = acc.reshape([ROWS, 2, BN // 2]).permute((0, 2, 1)).split()
             value = gate / (1.0 + gl.exp(-gate)) * up
         flat: gl.constexpr = value.type.layout
         n = n0 + gl.arange(0, BN // PARTS, layout=gl.SliceLayout(0, flat))
-        m = m0 + FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, flat))
+        m = m0 + GROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, flat))
         if HAS_BIAS:
             value += gl.load(bias + n, mask=n < columns, other=0.0).to(gl.float32)[None, :]
         to = out + m.to(gl.int64)[:, None] * columns + n[None, :]
@@ -113,7 +119,8 @@ def _multiply(
 @gluon.jit(do_not_specialize=["num_experts", "num_rows", "num_blocks", "num_tiles", "begin"])
 def multiply_blocks_kernel(
     x, w, x_scales, w_scales, bias, out, expert_of, num_experts, num_rows, columns, num_blocks, num_tiles, begin,
-    STAGES: gl.constexpr, SHARED_ROWS: gl.constexpr, EVEN: gl.constexpr, HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, SHARED_ROWS: gl.constexpr, EVEN: gl.constexpr, HAS_BIAS: gl.constexpr,
+    EXPERTS: gl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum over blocks of x[m] . w[0, n], times their scales, plus bias[n]; or silu of that times w[1]'s.
 
@@ -121,40 +128,66 @@ def multiply_blocks_kernel(
     block has ``begin`` before the first. EXPERTS: each tile of rows has its own matrices. EVEN: the columns of half a
     tile of the result share their scales. A program takes every so many-th of the tiles of ``out``.
     """
-    BM: gl.constexpr = x.block_shape[0]
+    ROWS: gl.constexpr = x.block_shape[0]
     PARTS: gl.constexpr = w.block_shape[0]
     HALF: gl.constexpr = w.block_shape[1]
     BN: gl.constexpr = PARTS * HALF
     BK: gl.constexpr = w.block_shape[2]
     plain: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, BM, BK], x.layout)
+    x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES * GROUPS, ROWS, BK], x.layout)
     w_parts = gl.allocate_shared_memory(w.dtype, [STAGES, PARTS, HALF, BK], w.layout)
     w_tiles = w_parts._reinterpret(w.dtype, [STAGES, BN, BK], plain)
-    x_scale_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], x_scales.layout)
+    x_scale_tiles = gl.allocate_shared_memory(gl.float32, [STAGES * GROUPS, 1, ROWS], x_scales.layout)
     w_scale_parts = gl.allocate_shared_memory(gl.float32, [STAGES * PARTS, 1, HALF], w_scales.layout)
-    x_lines = x_scale_tiles._reinterpret(gl.float32, [STAGES, BM], line)
+    x_lines = x_scale_tiles._reinterpret(gl.float32, [STAGES * GROUPS, ROWS], line)
     w_lines = w_scale_parts._reinterpret(gl.float32, [STAGES, BN], line)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
-        mbarrier.init(free.index(s), count=2)
-    gl.warp_specialize(
-        [
-            (_multiply, (
-                x_tiles, w_tiles, x_lines, w_lines, full, free, bias, out, expert_of, num_experts, num_rows, columns,
-                num_blocks, num_tiles, 0, BM, PARTS, SHARED_ROWS, EVEN, HAS_BIAS, EXPERTS,
-            )),
-            (_multiply, (
-                x_tiles, w_tiles, x_lines, w_lines, full, free, bias, out, expert_of, num_experts, num_rows, columns,
-                num_blocks, num_tiles, 64, BM, PARTS, SHARED_ROWS, EVEN, HAS_BIAS, EXPERTS,
-            )),
-            (_fetch, (
-                x, w, x_scales, w_scales, x_tiles, w_parts, x_scale_tiles, w_scale_parts, full, free, expert_of,
-                num_experts, num_rows, columns, num_blocks, num_tiles, begin, SHARED_ROWS, EXPERTS,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+        mbarrier.init(free.index(s), count=GROUPS)
+    # what is left of the registers is that of the first group
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_multiply, (
+                    x_tiles, w_tiles, x_lines, w_lines, full, free, bias, out, expert_of, num_experts, num_rows,
+                    columns, num_blocks, num_tiles, 0, GROUPS, PARTS, SHARED_ROWS, EVEN, HAS_BIAS, EXPERTS,
+                )),
+                (_multiply, (
+                    x_tiles, w_tiles, x_lines, w_lines, full, free, bias, out, expert_of, num_experts, num_rows,
+                    columns, num_blocks, num_tiles, 1, GROUPS, PARTS, SHARED_ROWS, EVEN, HAS_BIAS, EXPERTS,
+                )),
+                (_multiply, (
+                    x_tiles, w_tiles, x_lines, w_lines, full, free, bias, out, expert_of, num_experts, num_rows,
+                    columns, num_blocks, num_tiles, 2, GROUPS, PARTS, SHARED_ROWS, EVEN, HAS_BIAS, EXPERTS,
+                )),
+                (_fetch, (
+                    x, w, x_scales, w_scales, x_tiles, w_parts, x_scale_tiles, w_scale_parts, full, free, expert_of,
+                    num_experts, num_rows, columns, num_blocks, num_tiles, begin, GROUPS, SHARED_ROWS, EXPERTS,
+                )),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )  # fmt: skip
+    else:
+        gl.static_assert(GROUPS == 2)
+        gl.warp_specialize(
+            [
+                (_multiply, (
+                    x_tiles, w_tiles, x_lines, w_lines, full, free, bias, out, expert_of, num_experts, num_rows,
+                    columns, num_blocks, num_tiles, 0, GROUPS, PARTS, SHARED_ROWS, EVEN, HAS_BIAS, EXPERTS,
+                )),
+                (_multiply, (
+                    x_tiles, w_tiles, x_lines, w_lines, full, free, bias, out, expert_of, num_experts, num_rows,
+                    columns, num_blocks, num_tiles, 1, GROUPS, PARTS, SHARED_ROWS, EVEN, HAS_BIAS, EXPERTS,
+                )),
+                (_fetch, (
+                    x, w, x_scales, w_scales, x_tiles, w_parts, x_scale_tiles, w_scale_parts, full, free, expert_of,
+                    num_experts, num_rows, columns, num_blocks, num_tiles, begin, GROUPS, SHARED_ROWS, EXPERTS,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
