@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .stream_weights import finish, matrix_of, place
+from .stream_weights import finish, matrix_of, place, weights_of_rows
 
 
 @gluon.jit
@@ -58,8 +58,11 @@ def _fetch(
     first, count, _used = _turns_of(num_turns, num_experts, split, splits, EXPERTS)
     stop = first + count
     early = gl.minimum(count, STAGES)
+    own = split * 0
+    if EXPERTS == "each":
+        own = gl.load(experts + split, cache_modifier=".cg")  # anything where none is in use
     for i in range(early):
-        matrix = matrix_of(first + i, stop, experts, num_turns, EXPERTS)
+        matrix = own if EXPERTS == "each" else matrix_of(first + i, stop, experts, num_turns, EXPERTS)
         matrix, x_row, at = place(first + i, matrix, num_turns, num_rows, EXPERTS, BK)
         mbarrier.expect(full.index(i), BYTES)
         _ask_weights(w, scales, full.index(i), w_parts, scale_parts, i, matrix, n0, at, begin, columns)
@@ -71,7 +74,7 @@ def _fetch(
     for i in range(STAGES, count):
         stage = i % STAGES
         bar = full.index(stage)
-        matrix = matrix_of(first + i, stop, experts, num_turns, EXPERTS)
+        matrix = own if EXPERTS == "each" else matrix_of(first + i, stop, experts, num_turns, EXPERTS)
         matrix, x_row, at = place(first + i, matrix, num_turns, num_rows, EXPERTS, BK)
         mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
         mbarrier.expect(bar, BYTES)
@@ -91,7 +94,8 @@ def _multiply(
     BM: gl.constexpr = x_tiles.shape[1]
     WARPS: gl.constexpr = BN // 16
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BM, 16])
-    first, count, used = _turns_of(num_turns, num_experts, split, splits, EXPERTS)
+    _first, count, used = _turns_of(num_turns, num_experts, split, splits, EXPERTS)
+    weight = weights_of_rows(experts, row_weights, num_rows, split, used, BM, WARPS, EXPERTS)
     nothing = gl.zeros([BN, BM], gl.float32, layout=layout)
     acc = nothing
     for i in range(count):
@@ -110,8 +114,7 @@ def _multiply(
     sums = w_parts._reinterpret(gl.float32, [BN, BM], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
     sums.store(acc)
     finish(
-        sums, bias, out, experts, row_weights, num_rows, columns, n0, split, used, first, first + count, num_turns,
-        PARTS, BN // PARTS, BM, WARPS, HAS_BIAS, EXPERTS,
+        sums, bias, out, weight, num_rows, columns, n0, split, used, PARTS, BN // PARTS, BM, WARPS, HAS_BIAS, EXPERTS,
     )  # fmt: skip
 
 

@@ -76,6 +76,7 @@ def stream_weights_kernel(
     for s in gl.static_range(STAGES):
         _, row, at = place(first + s, 0, num_turns, num_rows, EXPERTS, BK)
         tma.async_copy_global_to_shared(x, [row, at], bars.index(s), x_tiles.index(s), pred=s < count)
+    weight = weights_of_rows(experts, row_weights, num_rows, split, used, BM, 4, EXPERTS)
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     acc = gl.zeros([BN, BM], gl.float32, layout=layout)
     ahead = matrix_of(stop, stop, experts, num_turns, EXPERTS)
@@ -97,18 +98,30 @@ def stream_weights_kernel(
 
     sums.store(acc)
     finish(
-        sums, bias, out, experts, row_weights, num_rows, columns, n0, split, used, first, stop, num_turns,
-        PARTS, HALF, BM, 4, HAS_BIAS, EXPERTS,
+        sums, bias, out, weight, num_rows, columns, n0, split, used, PARTS, HALF, BM, 4, HAS_BIAS, EXPERTS,
     )  # fmt: skip
 
 
 @gluon.jit
+def weights_of_rows(
+    experts, row_weights, num_rows, split, used, BM: gl.constexpr, WARPS: gl.constexpr, EXPERTS: gl.constexpr
+):
+    """Return the weights [BM] of a split's expert, for ``finish``: asked for before the products, not after."""
+    if EXPERTS == "each":
+        m = gl.arange(0, BM, layout=gl.SliceLayout(0, gl.BlockedLayout([1, 1], [32, 1], [1, WARPS], [0, 1])))
+        expert = gl.load(experts + split, mask=used, other=0, cache_modifier=".cg")
+        return gl.load(row_weights + expert * num_rows + m, mask=(m < num_rows) & used, other=0.0)
+    else:
+        return 0.0
+
+
+@gluon.jit
 def finish(
-    sums, bias, out, experts, row_weights, num_rows, columns, n0, split, used, first, stop, num_turns,
+    sums, bias, out, weight, num_rows, columns, n0, split, used,
     PARTS: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, HAS_BIAS: gl.constexpr,
     EXPERTS: gl.constexpr,
 ):  # fmt: skip
-    """Write a program's sums to its rows of ``out``: gated, with their bias, or weighted."""
+    """Write a program's sums to its rows of ``out``: gated, with their bias, or times ``weights_of_rows``."""
     flat: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, WARPS], [0, 1])
     dtype: gl.constexpr = out.dtype.element_ty
     n = n0 + gl.arange(0, HALF, layout=gl.SliceLayout(1, flat))
@@ -119,9 +132,7 @@ def finish(
     if HAS_BIAS:
         value += gl.load(bias + n, mask=(n < columns) & (split == 0), other=0.0).to(gl.float32)[:, None]
     if EXPERTS == "each":
-        expert = matrix_of(first, stop, experts, num_turns, EXPERTS)
-        weight = gl.load(row_weights + expert * num_rows + m, mask=(m < num_rows) & used, other=0.0)[None, :]
-        value = gl.where(weight != 0.0, weight * value, 0.0)
+        value = gl.where((weight != 0.0)[None, :], weight[None, :] * value, 0.0)
     to = out + ((split * num_rows + m).to(gl.int64)[None, :] * columns + n[:, None])
     gl.store(to, value.to(dtype), mask=(n < columns)[:, None] & ((m < num_rows) & used)[None, :])
 
