@@ -337,7 +337,7 @@ def spec_of(raw: dict[str, Any], source: str, *, max_position: int | None = None
         spec = spec if max_position is None else replace(spec, max_position=max_position)
         kinds = tuple(FULL_KIND if kind.window >= spec.max_position else kind for kind in spec.kinds)
         return replace(spec, kinds=kinds if any(kind.is_bounded for kind in kinds) else ())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{source}: {one_line(error)}") from error
 
 
@@ -347,7 +347,7 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
     if family is not None:
         return raw | {"model_type": family}
     text = raw.get("text_config")
-    if raw.get("model_type") not in TEXT_PARTS or not isinstance(text, dict):
+    if str(raw.get("model_type")) not in TEXT_PARTS or not isinstance(text, dict):
         return raw
     shared = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings", "eos_token_id") if key in raw}
     return shared | text | {"model_type": raw["model_type"]}

@@ -193,6 +193,9 @@ def test_max_position_can_be_overridden(tmp_path: Path) -> None:
         ("mimo_v2_flash", {"swa_head_dim": 64}, "swa_head_dim = 64; Helix computes 16 beside"),
         ("mimo_v2_flash", {"hybrid_layer_pattern": [1, 0, 0]}, "hybrid_layer_pattern = [1, 0, 0]; Helix computes [0,"),
         ("llama", {"num_hidden_layers": 0}, "num_layers = 0, must be an integer of at least 1"),
+        ("llama", {"head_dim": -1}, "RuntimeError: upper bound and lower bound inconsistent"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "ZeroDivisionError: integer modulo by zero"),
+        ("llama", {"model_type": []}, "has model_type []; supported: deepseek_v2"),
     ],
 )
 @pytest.mark.filterwarnings("default")  # transformers warns of some of these configs; here only the refusal counts
