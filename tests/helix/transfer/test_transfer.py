@@ -146,7 +146,7 @@ def windows_batches(size):
 
 
 def windows_prefill_body(ports, path, prefill, decode, runs):
-    for port, size in zip(ports, runs, strict=True):
+    for port, size in zip(ports, runs, strict=False):
         llm = make_llm(path, port, "prefill", prefill, block_size=size, num_pages=1024 // size)
         total = llm.engine.scheduler.windows.num_free
         llm.serve()
@@ -157,7 +157,7 @@ def windows_prefill_body(ports, path, prefill, decode, runs):
 
 def windows_decode_body(ports, path, prefill, decode, runs):
     results = []
-    for port, size in zip(ports, runs, strict=True):
+    for port, size in zip(ports, runs, strict=False):
         llm = make_llm(path, port, "decode", decode, block_size=size, num_pages=1024 // size)
         total = llm.engine.scheduler.windows.num_free
         results.append((generate(llm, windows_batches(size)), llm.metrics.as_dict()["transfer"]))
