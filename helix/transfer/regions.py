@@ -16,14 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from attention.pages import PageLayout
 from parallel.layout import Layout, Range
 from parallel.placement import BlockCyclic, IntArray
-
-IndexArray = npt.NDArray[np.int32]
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -230,67 +226,3 @@ def _expand(
         np.add(side.layers[:, None, None], within, out=regions[..., column])
     regions[..., 2] = size
     return regions.reshape(-1, 3)
-
-
-@dataclass(frozen=True)
-class PagePairs:
-    """Whole pages of two ranks as indices into lists that are made once per pair of pools.
-
-    The lists name, for each layer and each array of a page (all as one where both ranks hold the same heads), the heads
-    that both ranks hold, in every page. A transport prepares them when it connects; a request then is two arrays of
-    indices, whatever the pages are.
-
-    Attributes:
-        source, target: the two ranks' caches.
-        num_pages: of the source and of the target, a layer.
-    """
-
-    source: CacheMap
-    target: CacheMap
-    num_pages: Range
-
-    @property
-    def heads(self) -> Range:
-        """The KV heads that both ranks hold; empty where stop is not above start."""
-        return max(self.source.heads[0], self.target.heads[0]), min(self.source.heads[1], self.target.heads[1])
-
-    @cached_property
-    def item_bytes(self) -> IntArray:
-        """Bytes of the items of the lists: [I], of all of a page, or of each of its arrays."""
-        if self.source.heads == self.target.heads:
-            return np.array([self.source.held_bytes], np.int64)
-        return np.asarray((self.heads[1] - self.heads[0]) * self.source.block_size * self.source.arrays[:, 1])
-
-    def strides(self) -> tuple[IntArray, IntArray]:
-        """Return the two lists in short: [L x I, 4] int64, first address, bytes, step, number of pages."""
-        return self._strides(self.source, self.num_pages[0]), self._strides(self.target, self.num_pages[1])
-
-    def _strides(self, side: CacheMap, num_pages: int) -> IntArray:
-        items = len(self.item_bytes)
-        offset, token_bytes = side.arrays[:items].T
-        rows = np.empty((len(side.layers), items, 4), np.int64)
-        rows[..., 0] = side.layers[:, None] + offset
-        rows[..., 0] += (self.heads[0] - side.heads[0]) * side.block_size * token_bytes
-        rows[..., 1] = self.item_bytes
-        rows[..., 2:] = side.page_bytes, num_pages
-        return rows.reshape(-1, 4)
-
-    def indices(self, source_pages: IntArray, target_pages: IntArray) -> tuple[IndexArray, IndexArray]:
-        """Return where pages [n] stand in the two lists, in all layers: two [L x I x n] int32 arrays."""
-        if len(source_pages) != len(target_pages):
-            raise ValueError(
-                f"source_pages, target_pages = {len(source_pages)}, {len(target_pages)} entries must be equally many"
-            )
-        rows = np.arange(len(self.source.layers) * len(self.item_bytes), dtype=np.int32)[:, None]
-        source, target = (
-            (rows * np.int32(count) + pages.astype(np.int32)).reshape(-1)
-            for count, pages in zip(self.num_pages, (source_pages, target_pages), strict=True)
-        )
-        return source, target
-
-
-def split_blocks(block_size: int, blocks: IntArray, tokens: Range) -> tuple[BoolArray, BoolArray]:
-    """Return which blocks [n] lie wholly in a range of tokens, and which do in part; neither holds for the others."""
-    first, last = blocks * block_size, (blocks + 1) * block_size
-    whole = (first >= tokens[0]) & (last <= tokens[1])
-    return whole, ~whole & (last > tokens[0]) & (first < tokens[1])

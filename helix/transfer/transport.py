@@ -1,8 +1,7 @@
 """How bytes move between the pools of two ranks: one-sided writes through NIXL and its UCX back end.
 
-The pool is registered once. When a sender connects to a receiver's pool it prepares, once, the lists of all pages of
-both; whole blocks are then pairs of indices, and only blocks that are cut at the ends of a range are described anew.
-CPU and GPU memory take the same path (UCX picks shared memory, NVLink, RDMA or TCP).
+The pool is registered once; a write names its regions. CPU and GPU memory take the same path (UCX picks shared memory,
+NVLink, RDMA or TCP).
 
 No thread of NIXL's runs: it would keep a core busy (97% of one, idle). So ``progress`` is called in every loop of a
 receiver, and ``Write.poll`` in every loop of a sender.
@@ -20,7 +19,7 @@ from parallel.layout import Range
 from parallel.placement import IntArray
 
 from .protocol import DONE, UNKNOWN, Pool
-from .regions import CacheMap, PagePairs, build_regions, split_blocks
+from .regions import CacheMap, build_regions
 from .requirements import import_nixl
 
 RUNNING = "running"
@@ -97,13 +96,9 @@ class Peer:
 
     def __init__(self, agent: Any, pool: Pool, source: CacheMap, target: CacheMap, mine: Pool, *, rank: int) -> None:
         self.rank = rank
-        self._agent, self._pool, self._mine = agent, pool, mine
-        self._pairs = PagePairs(source, target, (mine.num_pages, pool.num_pages))
+        self._agent, self._pools, self._maps = agent, (mine, pool), (source, target)
         self._name: str = agent.add_remote_agent(pool.metadata)
         agent.make_connection(self._name)
-        ours, theirs = self._pairs.strides()
-        self._ours = agent.prep_xfer_dlist("NIXL_INIT_AGENT", _with_device(ours, mine.device), mine.memory)
-        self._theirs = agent.prep_xfer_dlist(self._name, _with_device(theirs, pool.device), pool.memory)
 
     def write(self, blocks: IntArray, source_pages: IntArray, target_pages: IntArray, tokens: Range) -> Write:
         """Start writing the tokens of some blocks; everything in them has been computed.
@@ -114,20 +109,12 @@ class Peer:
             tokens: the half-open range of positions to write; it may cut the first and the last block.
         """
         write = Write(self._agent, f"decode rank {self.rank}")
-        pairs = self._pairs
-        whole, cut = split_blocks(pairs.source.block_size, blocks, tokens)
-        if whole.any():
-            ours, theirs = pairs.indices(source_pages[whole], target_pages[whole])
-            write.start(self._agent.make_prepped_xfer("WRITE", self._ours, ours, self._theirs, theirs))
-        if cut.any():
-            regions = build_regions(
-                pairs.source, pairs.target, blocks[cut], source_pages[cut], target_pages[cut], tokens
-            )
-            ours, theirs = (
-                self._agent.get_xfer_descs(_descriptors(regions, column, pool.device), pool.memory)
-                for column, pool in enumerate((self._mine, self._pool))
-            )
-            write.start(self._agent.initialize_xfer("WRITE", ours, theirs, self._name))
+        regions = build_regions(*self._maps, blocks, source_pages, target_pages, tokens)
+        ours, theirs = (
+            self._agent.get_xfer_descs(_descriptors(regions, column, pool.device), pool.memory)
+            for column, pool in enumerate(self._pools)
+        )
+        write.start(self._agent.initialize_xfer("WRITE", ours, theirs, self._name))
         return write
 
     def ping(self, message: bytes) -> None:
@@ -136,8 +123,6 @@ class Peer:
 
     def close(self) -> None:
         """Forget the receiver."""
-        for handle in (self._ours, self._theirs):
-            handle.release()
         self._agent.remove_remote_agent(self._name)
 
 
@@ -193,11 +178,6 @@ class Transport:
         """Unregister the pool: from here on nobody can write it."""
         self._agent.deregister_memory(self._registered)
         del self._agent, self._registered
-
-
-def _with_device(strides: IntArray, device: int) -> IntArray:
-    """Return [n, 5]: address, bytes, device, step, count."""
-    return np.insert(strides, 2, device, axis=1)
 
 
 def _descriptors(regions: IntArray, column: int, device: int) -> IntArray:

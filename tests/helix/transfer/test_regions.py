@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.pages import PageLayout
-from helix.transfer.regions import CacheMap, PagePairs, Side, build_regions, shared_blocks, split_blocks
+from helix.transfer.regions import CacheMap, Side, build_regions, shared_blocks
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
@@ -54,31 +54,12 @@ class Group:
 layouts = st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (3, 2), (1, 8)])
 
 
-def copies(source, target, blocks, source_pages, target_pages, tokens, num_pages):
-    """All copies as regions; or, where pools have ``num_pages``, whole blocks by their indices in prepared lists."""
-    if num_pages is None:
-        return build_regions(source, target, blocks, source_pages, target_pages, tokens)
-    pairs = PagePairs(source, target, (num_pages, num_pages))
-    if pairs.heads[0] >= pairs.heads[1]:
-        return []
-    whole, cut = split_blocks(source.block_size, blocks, tokens)
-    lists = [
-        np.concatenate([first + step * np.arange(count) for first, _, step, count in rows]) for rows in pairs.strides()
-    ]
-    ours, theirs = pairs.indices(source_pages[whole], target_pages[whole])
-    sizes = np.tile(np.repeat(pairs.item_bytes, whole.sum()), LAYERS)
-    rest = build_regions(source, target, blocks[cut], source_pages[cut], target_pages[cut], tokens)
-    return [*zip(lists[0][ours], lists[1][theirs], sizes, strict=True), *rest]
-
-
 @settings(max_examples=200)
 @given(
     layouts, layouts, st.sampled_from([1, 4, 16]), st.integers(1, 40), st.integers(0, 45), st.booleans(),
-    st.booleans(), st.integers(0, 2**31),
+    st.integers(0, 2**31),
 )  # fmt: skip
-def test_every_token_and_head_is_written_once_and_nothing_else(
-    ours, theirs, block_size, length, cached, packed, by_index, seed
-):
+def test_every_token_and_head_is_written_once_and_nothing_else(ours, theirs, block_size, length, cached, packed, seed):
     tokens = (min(cached, length), length)
     random = np.random.default_rng(seed)
     num_blocks = -(-length // block_size)
@@ -98,7 +79,7 @@ def test_every_token_and_head_is_written_once_and_nothing_else(
             blocks = shared_blocks(source.side, sender, target.side, receiver, tokens)
             pages = [np.array([group.pages[block] for block in blocks], np.int64) for group in groups]
             ends = source.maps[sender], target.maps[receiver]
-            for src, dst, size in copies(*ends, blocks, *pages, tokens, num_blocks if by_index else None):
+            for src, dst, size in build_regions(*ends, blocks, *pages, tokens):
                 memory[dst : dst + size] = before[src : src + size]
                 writes[dst : dst + size] += 1
     expected = np.zeros(at, np.int64)
@@ -137,7 +118,7 @@ def test_planes_of_8_bit_pages_arrive_at_other_heads(tokens):
         for ours, theirs in zip(*views, strict=True):
             token = ours[:, pages[0][position // 16], :, 2:4, at]
             theirs[:, pages[1][position // 16], :, :, at] = token
-    for source, target, size in copies(*maps, blocks, *pages, tokens, num_pages):
+    for source, target, size in build_regions(*maps, blocks, *pages, tokens):
         memory[target : target + size] = memory[source : source + size]
     assert (memory == expected).all()
 
@@ -174,8 +155,6 @@ def test_ends_and_arrays_that_do_not_fit_are_refused():
         build_regions(one, cache_map(2, 100, (0, 2)), pages, pages, pages, (0, 128))
     with pytest.raises(ValueError, match="block_size = 32 here and 16 there must be equal"):
         build_regions(one, cache_map(3, 100, (0, 2), 16), pages, pages, pages, (0, 128))
-    with pytest.raises(ValueError, match="source_pages, target_pages = 4, 3 entries must be equally many"):
-        PagePairs(one, one, (100, 100)).indices(pages, pages[:3])
     side = [Side(Layout(), BlockCyclic(size, 1), 0, num_kv_heads=4) for size in (16, 32)]
     with pytest.raises(ValueError, match="block sizes 16 and 32"):
         shared_blocks(side[0], 0, side[1], 0, (0, 64))
