@@ -56,9 +56,39 @@ def join_sinks(out_RQD: torch.Tensor, lse_RQ: torch.Tensor, sinks_Q: torch.Tenso
         lse_RQ: float32 or float64, natural log.
         sinks_Q: float32, scores as they are.
     """
+    if lse_RQ.dtype == torch.float32 and (out_RQD.is_cuda or triton.knobs.runtime.interpret):
+        return _join_sinks(out_RQD.contiguous(), lse_RQ.contiguous(), sinks_Q)
     kept = torch.sigmoid(lse_RQ - sinks_Q).unsqueeze(-1)
     joined = out_RQD.to(lse_RQ.dtype) * kept
     return joined.masked_fill(kept == 0, 0.0).to(out_RQD.dtype)
+
+
+@triton.jit(do_not_specialize=["num_cells"])
+def _join_sinks_kernel(
+    out, lse, sinks, joined, num_cells, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, CELLS: tl.constexpr
+):  # fmt: skip
+    """CELLS heads of rows, each with its head's sink."""
+    cell = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+    d = tl.arange(0, D_PAD)
+    here = cell < num_cells
+    at, inside = cell[:, None] * D + d[None, :], here[:, None] & (d < D)[None, :]
+    score = tl.load(lse + cell, mask=here, other=float("-inf")) - tl.load(sinks + cell % HEADS, mask=here, other=0.0)
+    small = tl.exp(-tl.abs(score))
+    kept = (tl.where(score < 0.0, small, 1.0) / (1.0 + small))[:, None]
+    value = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(kept > 0.0, value * kept, 0.0)  # of a row that saw nothing it may be NaN
+    tl.store(joined + at, value.to(joined.dtype.element_ty), mask=inside)
+
+
+def _join_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    (_, heads, head_dim), num_cells = out.shape, lse.numel()
+    joined = torch.empty_like(out)
+    if num_cells:
+        _join_sinks_kernel[(-(-num_cells // CELLS),)](
+            out, lse, sinks, joined, num_cells, HEADS=heads, D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
+            CELLS=CELLS, num_warps=4,
+        )  # fmt: skip
+    return joined
 
 
 @triton.jit
