@@ -3,16 +3,17 @@
     python -m scripts.bench_peer system=helix model=glm4_9b_1m
     python -m scripts.bench_peer system=vllm model=glm4_9b_1m      # in an environment with vLLM
 
-Random weights, prompts of token ids, 16 bits, reuse of prefixes on in both. No two prompts of a run begin alike, so
-that a first token takes the whole prompt; a token's time (TTL) is taken over prompts that are cached: the time of
-``outputs`` + 1 tokens less that of 1, host work included. Each system runs in a process of its own. Random weights
-choose other experts in each: compare dense models.
+Random weights by one law in both (so that the experts in use are as many as chance makes), prompts of token ids, 16
+bits or the checkpoint's 8, reuse of prefixes on. No two prompts of a run begin alike, so that a first token takes the
+whole prompt; a token's time (TTL) is taken over prompts that are cached: the time of ``outputs`` + 1 tokens less that
+of 1, host work included. Each system runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from helix.config import (
     CacheConfig,
@@ -52,6 +54,7 @@ class BenchPeerConfig:
         max_batch: most sequences of a step.
         outputs: tokens that a token's time is the mean of.
         repeats: runs of a case, each with fresh prompts; the first may pay for what is done once.
+        peer: further arguments of ``vllm.LLM``.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -63,6 +66,7 @@ class BenchPeerConfig:
     max_batch: int = 256
     outputs: int = 128
     repeats: int = 2
+    peer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("system", self.system, SYSTEMS)
@@ -74,6 +78,8 @@ class BenchPeerConfig:
                     raise ValueError(f"{name}: {case} must be {size} numbers from 1 on")
         if not self.cases and not self.throughput:
             raise ValueError("cases = [] and throughput = [] must not both be empty")
+        if self.peer and self.system != "vllm":
+            raise ValueError(f"peer = {self.peer} is for system = vllm")
         for name in ("chunk", "max_batch", "outputs", "repeats"):
             check_at_least(name, getattr(self, name), 1)
 
@@ -105,8 +111,29 @@ def start_helix(config: BenchPeerConfig) -> tuple[Generate, int]:
     return generate, llm.spec.vocab_size
 
 
+def fill_by_law(model: torch.nn.Module) -> None:
+    """Fill vLLM's weights as Helix fills its own: norms 1, embeddings of standard deviation 1, biases 0.02, matrices
+    1 / sqrt(columns); of 8 bits, values of 64 and one scale.
+    """
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        scaled = weights.get(name.removesuffix("_inv").removesuffix("_scale")) if "scale" in name else None
+        if weight.dtype == torch.float8_e4m3fn:
+            for some in weight.data.view(-1).split(1 << 26):
+                some.copy_(torch.empty(some.shape, device=some.device).normal_(0, 64))
+        elif scaled is not None:
+            weight.data.fill_(scaled.shape[-1] ** -0.5 / 64)
+        elif "norm" in name:
+            weight.data.fill_(1)
+        elif "embed" in name or name.endswith("bias"):
+            weight.data.normal_(0, 1 if "embed" in name else 0.02)
+        elif weight.dim() > 1:
+            weight.data.normal_(0, weight.shape[-1] ** -0.5)
+
+
 def start_vllm(config: BenchPeerConfig) -> tuple[Generate, int]:
     """Start vLLM on a folder that holds a config alone; return how it generates, and the size of the vocabulary."""
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # weights are filled by a function in its process
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import LLM  # type: ignore[import-not-found]
     from vllm import SamplingParams as PeerParams
@@ -116,11 +143,13 @@ def start_vllm(config: BenchPeerConfig) -> tuple[Generate, int]:
     shape |= {"torch_dtype": "bfloat16"}
     folder = Path(tempfile.mkdtemp(prefix="helix-peer-"))
     (folder / "config.json").write_text(json.dumps(shape))
-    llm = LLM(
+    given = dict(
         model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", block_size=64,
         max_model_len=config.longest(), max_num_batched_tokens=config.chunk, max_num_seqs=config.max_batch,
         enable_prefix_caching=True, disable_log_stats=True,
     )  # fmt: skip
+    llm = LLM(**given | config.peer)
+    llm.apply_model(fill_by_law)
 
     def generate(prompts: list[list[int]], outputs: int) -> None:
         exactly = PeerParams(temperature=0, max_tokens=outputs, min_tokens=outputs, ignore_eos=True, detokenize=False)

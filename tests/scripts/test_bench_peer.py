@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from helix.config import ModelConfig
-from scripts.bench_peer import BenchPeerConfig, run
+from scripts.bench_peer import BenchPeerConfig, fill_by_law, run
 from tests.scripts.test_bench_prefill import SHAPE
 
 
@@ -19,6 +20,29 @@ def test_first_tokens_a_tokens_time_and_throughput_are_measured(capfd: pytest.Ca
     assert 0 < case["TTL ms"] < 1e3 * case["again s"] and throughput["tokens/s"] > 0
 
 
+def test_the_other_systems_weights_follow_the_law_of_our_own() -> None:
+    made = torch.nn.Module()
+    shapes = {
+        "embed_tokens_weight": (500, 64),
+        "norm": (64,),
+        "bias": (4000,),
+        "A_log": (3,),
+        "w13_weight": (4, 30, 256),
+    }
+    for name, shape in shapes.items():
+        made.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+    eight = torch.zeros(128, 256).to(torch.float8_e4m3fn)
+    made.register_parameter("qkv_weight", torch.nn.Parameter(eight, requires_grad=False))
+    made.register_parameter("qkv_weight_scale_inv", torch.nn.Parameter(torch.zeros(1, 2)))
+    fill_by_law(made)
+    spread = {name: float(weight.detach().float().std()) for name, weight in made.named_parameters()}
+    assert bool((made.norm == 1).all()) and not made.A_log.any()
+    means = made.qkv_weight.float() * made.qkv_weight_scale_inv.detach()[0, 0]
+    expected = {"embed_tokens_weight": 1, "bias": 0.02, "w13_weight": 1 / 16}
+    assert {name: spread[name] for name in expected} == pytest.approx(expected, rel=0.1)
+    assert float(means.detach().std()) == pytest.approx(1 / 16, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
@@ -27,6 +51,7 @@ def test_first_tokens_a_tokens_time_and_throughput_are_measured(capfd: pytest.Ca
         ({"cases": [[4096]]}, r"cases: \[4096\] must be 2 numbers"),
         ({"cases": [], "throughput": []}, "must not both be empty"),
         ({"repeats": 0}, "repeats = 0"),
+        ({"peer": {"block_size": 16}}, "is for system = vllm"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(settings: dict[str, Any], problem: str) -> None:
