@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts.make_checkpoint import make_checkpoint
-from tests.scripts.test_serve import KEY, Served, end, start
+from tests.scripts.serve.served import KEY, Served, end, start
 
 NUM_REQUESTS = 500
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

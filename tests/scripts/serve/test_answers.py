@@ -1,154 +1,19 @@
-"""The server from outside: OpenAI's own client and bare sockets against two ranks, and what ends it."""
+"""A running server from outside: OpenAI's own client and bare sockets against two ranks."""
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import openai
 import pytest
 import zmq
 
-from helix import LLM, HelixConfig, Request, SamplingParams
-from helix.config import CacheConfig, ModelConfig, RuntimeConfig
-from helix.serving.config import ServingConfig
-from scripts.make_checkpoint import make_checkpoint
-from scripts.serve import ServeConfig, prepared
-from tests.scripts.serving_walk import Walk
-
-ROOT = Path(__file__).parents[2]
-KEY = "a-key"
-NUM_PAGES = 256
-
-
-@dataclass
-class Served:
-    """A running server."""
-
-    port: int
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    @cached_property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=60)
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
-
-    def ask(self, path: str, body: Any = None, *, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
-        """Return the status, the JSON and the headers of a response."""
-        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"} | (headers or {})
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                text, status, found = response.read(), response.status, response.headers
-        except urllib.error.HTTPError as error:
-            text, status, found = error.read(), error.code, error.headers
-            error.close()
-        is_json = found.get("content-type", "").startswith("application/json")
-        return status, json.loads(text) if is_json else text.decode(), found
-
-    def counter(self, name: str) -> float:
-        """Return the sum of a metric's values."""
-        lines = self.ask("/metrics")[1].splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"helix:{name}{{"))
-
-    def settle(self, name: str, value: float) -> None:
-        """Wait until a metric has a value."""
-        deadline = time.monotonic() + 30
-        while (now := self.counter(name)) != value:
-            assert time.monotonic() < deadline, f"{name} stays {now}, not {value}"
-            time.sleep(0.1)
-
-
-def launch(model: Path, folder: Path, *arguments: str, num_ranks: int, num_pages: int = NUM_PAGES) -> Served:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    settings = ["runtime.device=cpu", "cache.block_size=16", f"cache.num_pages={num_pages}", "parallel.tpa=1"]
-    log = folder / "log"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HELIX_API_KEY": KEY}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*command, "-m", "scripts.serve", f"model.path={model}", f"port={port}", *settings, *arguments],
-            cwd=folder,
-            env=env | {"CUDA_VISIBLE_DEVICES": ""},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    return Served(port, process, log)
-
-
-def start(model: Path, folder: Path, *arguments: str, num_ranks: int = 2, num_pages: int = NUM_PAGES) -> Served:
-    served = launch(model, folder, *arguments, num_ranks=num_ranks, num_pages=num_pages)
-    deadline = time.monotonic() + 120
-    while True:
-        assert served.process.poll() is None and time.monotonic() < deadline, served.log.read_text()
-        try:
-            if served.ask("/health")[0] == 200:
-                return served
-        except OSError:
-            pass
-        time.sleep(0.2)
-
-
-def pid_of(served: Served, rank: int) -> int:
-    """Return the process of a rank, a child of torchrun."""
-    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
-    [found] = [int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
-    return found
-
-
-def end(served: Served) -> None:
-    if "client" in vars(served):
-        served.client.close()
-    if served.process.poll() is None:
-        served.process.send_signal(signal.SIGTERM)
-        served.process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("serve") / "tiny", layers=1, max_position=4096)
-
-
-@pytest.fixture(scope="module")
-def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server of two ranks, for all tests that do not end it."""
-    folder = tmp_path_factory.mktemp("log")
-    events = [f"serve.kv_events=ipc://{folder}/events", f"serve.kv_events_replay=ipc://{folder}/replay"]
-    served = start(model, folder, "scheduler.prefill_chunk=64", "serve.keepalive_s=0.3", *events)
-    yield served
-    end(served)
-
-
-@pytest.fixture(scope="module")
-def llm(model: Path) -> LLM:
-    """The same model without a server."""
-    return LLM(
-        HelixConfig(
-            model=ModelConfig(path=str(model)),
-            cache=CacheConfig(block_size=16, num_pages=2 * NUM_PAGES),
-            runtime=RuntimeConfig(device="cpu"),
-        )
-    )
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
+from helix import LLM, Request, SamplingParams
+from tests.scripts.serve.served import KEY, ROOT, Served, head_of, walk
 
 
 def test_completions_are_what_generate_makes_streamed_or_not(served: Served, llm: LLM) -> None:
@@ -319,6 +184,7 @@ def test_a_router_that_comes_late_hears_of_cached_blocks(served: Served) -> None
 
 
 USAGE = {"include_usage": True}
+
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "measure me"}]}]
 
 
@@ -355,9 +221,6 @@ def test_the_examples_run(served: Served) -> None:
             command, cwd=ROOT, env={**os.environ, "HELIX_API_KEY": KEY}, capture_output=True, timeout=60
         )
         assert ran.returncode == 0 and ran.stdout, ran.stderr
-
-
-# --- other paths ------------------------------------------------------------------------------------------------------
 
 
 def test_models_versions_and_tokens_are_told(served: Served) -> None:
@@ -424,16 +287,6 @@ def test_a_key_is_needed_everywhere_but_for_health(served: Served) -> None:
     assert served.ask("/health", headers={"Authorization": ""})[0] == 200
 
 
-# --- clients that leave -----------------------------------------------------------------------------------------------
-
-
-def head_of(body: bytes, *, close: bool = False) -> bytes:
-    return (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" + "Connection: close\r\n" * close + "\r\n"
-    ).encode()
-
-
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("when", ["before the first token", "after it"])
 def test_a_client_that_leaves_ends_its_request_on_all_ranks(served: Served, stream: bool, when: str) -> None:
@@ -473,220 +326,5 @@ def test_a_long_prefill_is_told_in_comments_that_clients_pass_over(served: Serve
     assert [choice.finish_reason for chunk in stream for choice in chunk.choices][-1] in ("length", "stop")
 
 
-# --- many clients at once, and the end --------------------------------------------------------------------------------
-
-
 def test_a_walk_of_clients_loses_nothing_and_changes_no_answer(served: Served, llm: LLM) -> None:
     walk(served, llm, 60, seed=1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("seed", range(4))
-def test_ten_thousand_operations_with_drafts_few_pages_and_a_host_tier(
-    model: Path, llm: LLM, tmp_path: Path, seed: int
-) -> None:
-    settings = ["speculative=ngram", "cache.host_pages=40", "scheduler.prefill_chunk=64"]
-    served = start(model, tmp_path, *settings, num_pages=24)
-    try:
-        walk(served, llm, 2500, seed)
-        print(served.counter("num_preemptions_total"), "preemptions,", served.counter("num_steps_total"), "steps")
-    finally:
-        end(served)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_a_walk_before_two_groups(model: Path, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefill, served = two_groups(model, tmp_path, monkeypatch)
-    try:
-        walk(served, llm, 1000, seed=9)
-    finally:
-        end(served)
-    assert prefill.process.wait(60) == 0
-
-
-def walk(served: Served, llm: LLM, num_operations: int, seed: int) -> None:
-    """Let clients do so much at random; every answer is that of a run alone, and nothing is left."""
-    walk = Walk(head_of, served.port)
-    walk.run(num_operations, 6, seed)
-    assert walk.wrong == [] and len(walk.answers) > num_operations / 3
-    requests = [
-        Request(prompt=asked["prompt"], sampling=SamplingParams(
-            max_tokens=asked["max_tokens"], temperature=asked.get("temperature", 0.0), seed=asked.get("seed")
-        )) for asked, _ in walk.answers
-    ]  # fmt: skip
-    assert [text for _, text in walk.answers] == [output.text for output in llm.generate(requests)]
-    served.settle("num_requests_running", 0)
-    assert (served.counter("num_requests_waiting"), served.counter("kv_cache_usage_perc")) == (0, 0)
-
-
-def long_streams(served: Served, number: int, num_tokens: int) -> list[socket.socket]:
-    """Return connections whose streams have begun."""
-    body = json.dumps({"prompt": "go on", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}).encode()
-    clients = [served.connect() for _ in range(number)]
-    for client in clients:
-        client.sendall(head_of(body, close=True) + body)
-    for client in clients:
-        while b"data: " not in client.recv(4096):
-            pass
-    return clients
-
-
-def rest_of(client: socket.socket) -> bytes:
-    received = b""
-    while piece := client.recv(1 << 16):
-        received += piece
-    client.close()
-    return received
-
-
-def require_free(port: int) -> None:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-
-
-def test_a_signal_under_load_drains(served: Served) -> None:
-    """The last test of the module: it ends the server."""
-    clients = long_streams(served, 3, 120)
-    served.process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 10
-    while (status := served.ask("/v1/completions", {"prompt": "a"})[0]) == 200 and time.monotonic() < deadline:
-        pass
-    assert status == 503
-    for client in clients:
-        received = rest_of(client)
-        assert b'"finish_reason":"length"' in received and b"[DONE]" in received
-    served.process.wait(60)
-    require_free(served.port)
-    log = served.log.read_text()
-    assert "taking no more requests" in log and "rank 0 failed" not in log and "rank 1 failed" not in log
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_world_and_every_client_hears_of_it(model: Path, tmp_path: Path, rank: int) -> None:
-    served = start(model, tmp_path)
-    clients = long_streams(served, 3, 3000)
-    os.kill(pid_of(served, rank), signal.SIGKILL)
-    for client in clients:  # long before ``runtime.timeout_s``
-        assert b"world_lost" in rest_of(client)
-    assert served.process.wait(60) != 0
-    require_free(served.port)
-    assert rank == 0 or "error: another rank has ended" in served.log.read_text()
-
-
-@pytest.mark.slow
-def test_a_rank_that_hangs_ends_streams_with_an_error_until_it_goes_on(model: Path, tmp_path: Path) -> None:
-    served = start(model, tmp_path, "serve.stall_timeout_s=3")
-    [client] = long_streams(served, 1, 3000)
-    os.kill(pid_of(served, 1), signal.SIGSTOP)
-    assert b'"code":"stalled"' in rest_of(client)
-    assert served.ask("/health")[0] == 503
-    os.kill(pid_of(served, 1), signal.SIGCONT)
-    deadline = time.monotonic() + 30
-    while served.ask("/health")[0] != 200:
-        assert time.monotonic() < deadline
-    served.settle("num_requests_running", 0)
-    assert served.ask("/v1/completions", {"prompt": "again", "max_tokens": 2})[0] == 200
-    end(served)
-
-
-def two_groups(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Served, Served]:
-    """Return a world that prefills, and the server that decodes."""
-    monkeypatch.setenv("HELIX_TRANSFER_SECRET", "s" * 40)
-    (folder / "prefill").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"transfer.address=127.0.0.1:{probe.getsockname()[1]}"
-    prefill = launch(model, folder / "prefill", address, "transfer.role=prefill", num_ranks=1)
-    return prefill, start(model, folder, address, "transfer.role=decode", num_ranks=1)
-
-
-@pytest.mark.slow
-def test_a_killed_prefill_group_is_named_and_answers_go_on(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prefill, served = two_groups(model, tmp_path, monkeypatch)
-    assert served.ask("/health")[1] == {"status": "ok"}
-    clients = long_streams(served, 2, 400)
-    os.kill(pid_of(prefill, 0), signal.SIGKILL)
-    assert served.ask("/v1/completions", {"prompt": "on and on" * 20, "max_tokens": 3})[0] == 200
-    assert all(b'"finish_reason":"length"' in rest_of(client) for client in clients)
-    time.sleep(1.5)
-    status, health, _ = served.ask("/health")
-    assert (status, health["status"]) == (200, "degraded") and "prefill group is gone" in health["trouble"]
-    end(served)
-    assert prefill.process.wait(60) != 0
-
-
-@pytest.mark.slow
-def test_without_its_http_process_the_world_ends_in_one_line(model: Path, tmp_path: Path) -> None:
-    served = start(model, tmp_path)
-    [http] = [
-        int(folder.name)
-        for folder in Path("/proc").iterdir()
-        if folder.name.isdigit() and _is_http_of(folder, served.process.pid)
-    ]
-    os.kill(http, signal.SIGKILL)
-    assert served.process.wait(60) != 0
-    log = served.log.read_text()
-    assert "error: the HTTP process has ended" in log and "rank 0 failed" not in log and "rank 1 failed" not in log
-
-
-def _is_http_of(folder: Path, agent: int) -> bool:
-    """Return whether a process is the HTTP process of a rank that an agent started."""
-    try:
-        if b"scripts.http_process" not in (folder / "cmdline").read_bytes():
-            return False
-        parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-        return Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1] == str(agent)
-    except OSError:
-        return False
-
-
-@pytest.mark.slow
-def test_a_second_signal_ends_it_at_once(model: Path, tmp_path: Path) -> None:
-    served = start(model, tmp_path)
-    [client] = long_streams(served, 1, 3000)
-    for _ in range(2):
-        os.kill(pid_of(served, 0), signal.SIGTERM)
-        time.sleep(0.5)
-    assert b"world_lost" in rest_of(client)  # and not its 3000 tokens
-    served.process.wait(60)
-    assert "error: ended by SIGTERM" in served.log.read_text()
-
-
-@pytest.mark.parametrize(
-    ("settings", "key", "message"),
-    [
-        ({"host": "0.0.0.0"}, None, "host = 0.0.0.0 serves other machines without a key"),
-        ({"serve": ServingConfig(api_key_file="none")}, None, "serve.api_key_file = none cannot be read"),
-        (
-            {"serve": ServingConfig(api_key_file="none")},
-            "k",
-            "serve.api_key_file = none and HELIX_API_KEY are both set",
-        ),
-        ({}, "two words", "HELIX_API_KEY holds no key"),
-        ({"serve": ServingConfig(response_template="none")}, None, "serve.response_template = none is no response"),
-    ],
-)
-def test_what_cannot_be_served_is_said_before_anything_is_loaded(
-    settings: dict[str, Any], key: str | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HELIX_API_KEY", raising=False)
-    if key is not None:
-        monkeypatch.setenv("HELIX_API_KEY", key)
-    with pytest.raises(ValueError, match=f"^{message}"):
-        prepared(ServeConfig(**{"port": 0} | settings))
-
-
-def test_a_port_that_is_taken_is_named() -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(ValueError, match=f"^host = 127.0.0.1, port = {port} cannot be listened on"):
-            prepared(ServeConfig(port=port))
