@@ -254,6 +254,7 @@ class Chunk:
             that the device alone knows yet are -2 and below.
         masks: of a structured sequence's rows that choose, which tokens each may choose: int32 [num_choices, W], bit t
             of a row is token t.
+        keeps: behind how many of its rows states are kept on the way, and the checkpoints that take them.
     """
 
     seq: Sequence
@@ -261,6 +262,7 @@ class Chunk:
     stop: int
     drafts: tuple[int, ...] = ()
     masks: npt.NDArray[np.int32] | None = field(default=None, compare=False)
+    keeps: tuple[tuple[int, int], ...] = ()
 
     @property
     def samples(self) -> bool:

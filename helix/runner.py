@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from attention.exchange import Exchange
@@ -31,6 +32,7 @@ from .next_states import NextStates
 from .page_tables import PageTables
 from .request import Chunk
 from .sampler import FixedChoices, Sampler
+from .states.cuts import arrays_of_cuts
 from .upload import upload
 
 _LONG = 1 << 16  # tokens; attention over so many is cut into parts wherever it can be
@@ -370,11 +372,13 @@ class Runner:
         ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.
         ``wanted``: rows whose states are returned; None for all, as the layer that predicts one token further needs.
         """
-        beside: dict[str, IntArray] = {}
+        beside: dict[str, npt.NDArray[np.generic]] = {}
         if self.next_states is not None:
             nothing = np.zeros(step.num_rows, np.int64)
             before, keep = (nothing, nothing) if chunks is None else self.next_states.take(chunks)
             beside = {"before": before, "keep": keep}
+        if self.decoder.states is not None:
+            beside |= arrays_of_cuts(step.query_start, None if chunks is None else [each.keeps for each in chunks])
         given = self._sender.send(step, local, self.cache, repeat=repeat, beside=beside)
         token_ids, rows = given.token_ids, given.rows
         if (step.token_ids < 0).any():
@@ -386,9 +390,18 @@ class Runner:
         hidden = self.decoder.forward(
             token_ids, rows, self.cache.layers, self.exchange, given.share, fillings=given.fillings,
             chunk=longest > MAX_ROWS, longest=longest, wanted=few,
+            cuts=None if self.decoder.states is None else self.decoder.states.cuts_of(given.beside),
         )  # fmt: skip
         if self.next_states is not None:
-            self.next_states.follow(token_ids, hidden, rows, **given.beside, cache=self.cache, chunk=longest > MAX_ROWS)
+            self.next_states.follow(
+                token_ids,
+                hidden,
+                rows,
+                given.beside["before"],
+                given.beside["keep"],
+                cache=self.cache,
+                chunk=longest > MAX_ROWS,
+            )
         return hidden
 
 

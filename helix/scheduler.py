@@ -14,7 +14,7 @@ import heapq
 import math
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .ahead import Ahead
 from .cache.control import CacheControl
@@ -118,14 +118,15 @@ class Scheduler:
 
         It is what ``schedule`` would choose if no sequence stopped before its longest: one that chose a token has a row
         at the position after its launched one; who stopped is known later. None where the launched step has to be
-        committed first, since ``schedule`` may do something else then: a page is missing, or somebody waits for what a
-        sequence gives back that ends. ``decodes_alone``: None, too, where either step has more than decode rows; always
-        so with checkpoints of states, which are kept before a later chunk changes these.
+        committed first, since ``schedule`` may do something else then: a page is missing, somebody waits for what a
+        sequence gives back that ends, or states are copied before a later chunk changes them. ``decodes_alone``: None,
+        too, where either step has more than decode rows.
 
         Structured sequences whose tokens are not known sit this step out: what may follow is found on rank 0. Beside
         others, which lose nothing by it, they have a row in every other step.
         """
-        decodes_alone = decodes_alone or (self.cache.checkpoints is not None and self.cache.checkpoints.copies)
+        if any(map(self._copies_behind, launched.chunks)):
+            return None
         ahead = Ahead(launched.chunks)
         if ahead.something_ends and self.waiting and (self._line.has_blocked or not self._free_slots):
             return None
@@ -168,14 +169,30 @@ class Scheduler:
 
     def _with_movements(self, step: Step) -> Step:
         self._give_windows(step.chunks)
-        if self.cache.checkpoints is not None:
-            for chunk in step.chunks:
-                if chunk.stop - chunk.start == 1:
-                    passing = self.cache.checkpoints.pass_by(chunk.start, chunk.seq.batch_slot)
-                    self.cache.blocks.movements += passing
+        step.chunks = list(map(self._keeping, step.chunks))
         self.cache.offload_ahead()
         step.movements = self.cache.take_movements()
         return step
+
+    def _keeping(self, chunk: Chunk) -> Chunk:
+        """Return a chunk with the checkpoints that its step keeps on the way; behind a single row none is."""
+        checkpoints = self.cache.checkpoints
+        if checkpoints is None:
+            return chunk
+        if chunk.stop - chunk.start == 1:
+            self.cache.blocks.movements += checkpoints.pass_by(chunk.start, chunk.seq.batch_slot)
+            return chunk
+        places = chunk.start, chunk.stop, len(chunk.seq.token_ids), chunk.seq.batch_slot
+        keeps, moved = checkpoints.keep_on_the_way(*places)
+        self.cache.blocks.movements += moved
+        return replace(chunk, keeps=keeps)
+
+    def _copies_behind(self, chunk: Chunk) -> bool:
+        """Return whether the states behind a chunk that is launched are copied once it is committed."""
+        checkpoints, length = self.cache.checkpoints, len(chunk.seq.token_ids)
+        if checkpoints is None or chunk.stop - chunk.start == 1:
+            return False
+        return checkpoints.copies_behind(chunk.start, chunk.stop, length, chunk.seq.batch_slot)
 
     def commit(self, chunks: list[Chunk]) -> None:
         """Note that chunks are computed, and cache the blocks that they filled."""

@@ -3,9 +3,10 @@
 A model with state layers cannot go on from any block: keys and values of its full layers are there for every token, but
 of the others there is one state, of the last. So some positions of a prompt keep a copy of it, in slots that are alike
 on all ranks: the last multiple of ``unit`` below the prompt's end, where the same prompt comes again or a later turn
-goes on, and every ``every`` tokens. Chunks end there, and a match ends at the last one. A sequence that decodes keeps
-one at the last multiple of ``unit`` that it passed, where its next turn goes on: it is copied by the step whose row
-begins there, and is the block's once that step is committed.
+goes on, and every ``every`` tokens; a match ends at the last one. A chunk that begins at a multiple of ``unit`` passes
+them, and its step keeps the states on the way; another chunk ends there, and they are copied behind it. A sequence that
+decodes keeps one at the last multiple of ``unit`` that it passed, where its next turn goes on: it is copied by the step
+whose row begins there. What a step keeps is the block's once that step is committed.
 
 A block that leaves the tree has no parent any more; its slot is found free when one is needed. Else the checkpoint that
 was used least recently gives its slot up, whoever needs the block: a sequence that begins with it has copied it. It
@@ -19,6 +20,8 @@ from .pool import BlockTable
 from .tree import Block, match
 
 UNIT = 64
+MOST_ON_THE_WAY = 16
+"""Checkpoints that a step keeps of one chunk, at most."""
 
 
 def unit_of(block_size: int) -> int:
@@ -41,19 +44,17 @@ class Checkpoints:
         block_size: tokens a block, a power of two.
         host_slots: how many more there are on the host, with numbers from ``num_slots`` on.
         offload_min_priority: checkpoints of blocks below this priority are dropped, not moved to the host.
-
-    Attributes:
-        copies: leaving one, and beginning with one, are movements; no chunk may be launched over them.
+        passes: chunks may pass places where one is due.
     """
 
-    copies = True
-
     def __init__(
-        self, num_slots: int, every: int, block_size: int, *, host_slots: int = 0, offload_min_priority: int = 0
-    ) -> None:
+        self, num_slots: int, every: int, block_size: int, *, host_slots: int = 0, offload_min_priority: int = 0,
+        passes: bool = False,
+    ) -> None:  # fmt: skip
         self.num_slots, self.every, self.unit = num_slots, every, unit_of(block_size)
         self.host_slots, self._offload_min_priority = host_slots, offload_min_priority
-        self._block_size = block_size
+        self._block_size, self._may_pass = block_size, passes
+        self._on_the_way: dict[int, dict[int, int]] = {}  # by batch slot: positions, and the checkpoints for them
         self._passing: dict[int, tuple[int, int]] = {}  # by batch slot: a position, and the checkpoint copied for it
         self._passed: dict[int, Block] = {}  # by batch slot: the last block that decoding left a checkpoint behind
         self.clear()
@@ -64,13 +65,27 @@ class Checkpoints:
         self._slots: dict[Block, int] = {}  # the least recently used first, here and on the host
         self._host_free = list(range(self.num_slots + self.host_slots - 1, self.num_slots - 1, -1))
         self._host_slots: dict[Block, int] = {}
+        self._on_the_way.clear()
         self._passing.clear()
         self._passed.clear()
 
     def end(self, start: int, stop: int, length: int) -> int:
         """Return where a chunk that may reach from ``start`` to ``stop`` ends, of a sequence of ``length`` tokens."""
-        due = ((start // self.every + 1) * self.every, self._last(length))
-        return min((position for position in due if start < position < stop), default=stop)
+        if not self._passes(start):
+            return min((position for position in self._due(start, stop, length) if position < stop), default=stop)
+        whole = stop // self.unit * self.unit
+        stop = whole if start < whole and stop < length else stop  # so that the next one may pass as well
+        due = self._due(start, stop, length)
+        return stop if len(due) <= MOST_ON_THE_WAY else due[MOST_ON_THE_WAY - 1]
+
+    def _passes(self, start: int) -> bool:
+        """Return whether a chunk from a position on may pass places where checkpoints are due."""
+        return self._may_pass and start % self.unit == 0
+
+    def _due(self, start: int, stop: int, length: int) -> list[int]:
+        """Return where checkpoints are due in (start, stop] of a sequence of so many tokens, in order."""
+        places = {*range((start // self.every + 1) * self.every, min(stop + 1, length), self.every)}
+        return sorted(places | {last for last in (self._last(length),) if start < last <= stop})
 
     def last_below(self, position: int, length: int) -> int:
         """Return the last position up to one where a sequence of ``length`` tokens leaves a checkpoint; 0 for none."""
@@ -94,6 +109,29 @@ class Checkpoints:
         slots = self._slots if table.tail in self._slots else self._host_slots
         slot = slots[table.tail] = slots.pop(table.tail)  # used last
         return [CopyState(EVERY_RANK, batch_slot, slot, keeps=False)]
+
+    def keep_on_the_way(
+        self, start: int, stop: int, length: int, batch_slot: int
+    ) -> tuple[tuple[tuple[int, int], ...], list[Movement]]:
+        """Return behind how many of a chunk's rows its step keeps states in which checkpoints, and what moves before.
+
+        The chunk ends where ``end`` says, or before.
+        """
+        if not self._passes(start):
+            return (), []
+        mine, moved = self._on_the_way.setdefault(batch_slot, {}), list[Movement]()
+        for position in self._due(start, stop, length):
+            if position not in mine:
+                slot, moves = self._take()
+                if slot is None:
+                    break
+                mine[position] = slot
+                moved += moves
+        return tuple((place - start, slot) for place, slot in sorted(mine.items()) if start < place <= stop), moved
+
+    def copies_behind(self, start: int, stop: int, length: int, batch_slot: int) -> bool:
+        """Return whether ``keep`` will copy the states behind a chunk, so that no later one may be launched before."""
+        return stop in self._due(start, stop, length) and stop not in self._on_the_way.get(batch_slot, {})
 
     def keep(self, table: BlockTable, position: int, length: int, batch_slot: int) -> list[Movement]:
         """Return the copy that keeps the state of a sequence of which ``position`` tokens are computed, if due."""
@@ -126,23 +164,35 @@ class Checkpoints:
         if batch_slot in self._passing:
             self._free.append(self._passing.pop(batch_slot)[1])
         if ends:
+            for slot in self._on_the_way.pop(batch_slot, {}).values():
+                self._free.append(slot)
             self._passed.pop(batch_slot, None)
 
     def _bind(self, table: BlockTable, position: int, batch_slot: int) -> None:
-        """Give a checkpoint that was copied in passing to its block, and free the one before."""
+        """Give checkpoints that steps kept to their blocks; of those that were copied in passing the last one stays."""
+        mine = self._on_the_way.get(batch_slot, {})
+        for place in sorted(place for place in mine if place <= position):
+            self._bind_at(table, place, mine.pop(place))
         start, slot = self._passing.get(batch_slot, (position, 0))
         if start >= position:
             return
         del self._passing[batch_slot]
+        block = self._bind_at(table, start, slot)
+        if block is not None:
+            if batch_slot in self._passed:
+                self._drop(self._passed[batch_slot])
+            self._passed[batch_slot] = block
+
+    def _bind_at(self, table: BlockTable, position: int, slot: int) -> Block | None:
+        """Give a checkpoint to the block that ends at a position and return it; None where that is not to be had."""
         block = table.tail
-        while block is not None and (block.depth + 1) * self._block_size > start:
+        while block is not None and (block.depth + 1) * self._block_size > position:
             block = block.parent
-        if block is None or (block.depth + 1) * self._block_size != start or self.has(block):
+        if block is None or (block.depth + 1) * self._block_size != position or self.has(block):
             self._free.append(slot)
-            return
-        if batch_slot in self._passed:
-            self._drop(self._passed[batch_slot])
-        self._slots[block], self._passed[batch_slot] = slot, block
+            return None
+        self._slots[block] = slot
+        return block
 
     def is_due(self, block: Block | None, position: int, length: int) -> bool:
         """Return whether a sequence of which ``position`` tokens are computed leaves a checkpoint behind a block.

@@ -26,8 +26,6 @@ class WindowCheckpoints(Checkpoints):
         block_size: tokens a block, a power of two.
     """
 
-    copies = False
-
     def __init__(self, windows: WindowPages, every: int, block_size: int) -> None:
         self._windows = windows
         self._pages: dict[Block, list[int]] = {}  # the least recently used first
@@ -55,6 +53,10 @@ class WindowCheckpoints(Checkpoints):
         if self.is_due(table.tail, position, length):
             self._hold(table, position)
         return []
+
+    def copies_behind(self, start: int, stop: int, length: int, batch_slot: int) -> bool:
+        """Return False: pages stay as they are."""
+        return False
 
     def pass_by(self, start: int, batch_slot: int) -> list[Movement]:
         """Return nothing: the pages are there for ``keep_end``."""

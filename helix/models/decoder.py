@@ -37,6 +37,7 @@ from parallel.sharded_argmax import ShardedArgmax
 
 from ..cache.pages import PagedCache
 from ..states.cache import StateCache
+from ..states.cuts import Cuts
 from ..states.layer import advance
 from .embed import embed
 from .experts import ExpertBiases, mixture
@@ -164,6 +165,7 @@ class Decoder:
         chunk: bool = False,
         longest: int = 1,
         wanted: Wanted | None = None,
+        cuts: Cuts | None = None,
     ) -> torch.Tensor:
         """Run all layers over one step's rows and return final hidden states, normalised: [L, h] of those wanted.
 
@@ -179,6 +181,7 @@ class Decoder:
             longest: rows of the longest run; of verified ones fewer may be said, for state layers know how many these
                 may be.
             wanted: the rows whose states are returned; None for all R.
+            cuts: what checkpoints keep of state layers on the way; None for nothing.
         """
         # before the step's first kernel: what appends reads slots without waiting for the kernel before it
         slot = rows.slot if share is None else share.own(rows.slot)
@@ -207,7 +210,11 @@ class Decoder:
             kind = self.spec.kind_of(layer).name
             last = wanted if layer == self.spec.num_layers - 1 else None
             if kind == STATE:
-                merged = self._advance(place, weights, normed, rows, chunk=chunk, longest=longest)
+                assert self.states is not None and self.spec.states is not None
+                merged = advance(
+                    normed, rows, self.states, place, weights, eps=self.spec.states.eps, longest=longest,
+                    pdl=self._pdl, chunk=chunk, cuts=cuts,
+                )  # fmt: skip
             elif kind == WINDOW:
                 merged = self._look_back(place, weights, normed, *near, rows.window, chunk=chunk)
             else:
@@ -228,15 +235,6 @@ class Decoder:
                 merged = gate_heads(merged, scores, pdl=self._pdl)
             normed = self._finish(layer, weights, merged, stream, next_norm, plain=bool(fillings), chunk=chunk)
         return normed
-
-    def _advance(
-        self, place: int, weights: Parameters, normed: torch.Tensor, rows: Rows, *, chunk: bool, longest: int
-    ) -> torch.Tensor:
-        assert self.states is not None and self.spec.states is not None
-        return advance(
-            normed, rows, self.states, place, weights, eps=self.spec.states.eps, longest=longest, pdl=self._pdl,
-            chunk=chunk,
-        )  # fmt: skip
 
     def _look_back(
         self, place: int, weights: Parameters, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,

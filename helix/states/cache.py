@@ -10,6 +10,7 @@ that is rejected was never in the matrix, and what comes at its position overwri
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from parallel.layout import Range
 
 from ..models.kinds import STATE
 from ..models.spec import ModelSpec
+from .cuts import CUTS, Cuts
 from .heads import StateHeads, ring_of
 from .records import StateRecords
 
@@ -52,9 +54,11 @@ class StateCache:
         tensors: of all layers, each [layers, slots, ...].
         num_bytes: of all of them.
         records: room for what a transfer brings of sequences; None without transfers.
+        kept: what checkpoints keep, as ``tensors`` but [checkpoints, layers, ...]; None where there are none.
     """
 
     records: StateRecords | None = None
+    kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def __init__(
         self, heads: StateHeads, *, num_layers: int, num_slots: int, max_run: int, dtype: torch.dtype,
@@ -81,6 +85,11 @@ class StateCache:
     def matrix_bytes(self) -> int:
         """The matrices of one sequence, in bytes."""
         return sum(layer.matrix[0].nbytes for layer in self.layers)
+
+    def cuts_of(self, sent: Mapping[str, torch.Tensor]) -> Cuts:
+        """Return a step's cuts, of the arrays of ``arrays_of_cuts`` on the device."""
+        first, rows, slots = (sent[name] for name in CUTS)
+        return Cuts(first, rows, slots, self.kept)
 
     def pretend(self, position: int) -> None:
         """Let every sequence have seen ``position`` random tokens, for benchmarks."""

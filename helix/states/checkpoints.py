@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cache.checkpoints import Checkpoints, interval_of
+from ..cache.checkpoints import Checkpoints, interval_of, unit_of
 from ..cache.movements import CopyState, MoveState
 from ..config import CacheConfig
 from ..plan.footprint import CHECKPOINT_SHARE, Footprint
@@ -26,7 +26,8 @@ class StateCheckpoints:
     def __init__(self, states: StateCache, control: Checkpoints) -> None:
         self._states, self._num_slots = states, control.num_slots
         shapes = [(each, (each.shape[0], *each.shape[2:])) for each in states.tensors]
-        self._kept = [each.new_empty((control.num_slots, *shape)) for each, shape in shapes]
+        matrices, positions, inputs = [each.new_empty((control.num_slots, *shape)) for each, shape in shapes]
+        states.kept = self._kept = matrices, positions, inputs
         try:
             self._on_host = [
                 torch.empty(
@@ -113,4 +114,5 @@ class CheckpointPlan:
             self.footprint.block_size,
             host_slots=host_slots,
             offload_min_priority=self.config.offload_min_priority,
+            passes=self.max_run < unit_of(self.footprint.block_size),
         )

@@ -4,7 +4,7 @@
  2. ``_solve_kernel``: what 16 tokens do to each other, row by row; one warp each, so that no warp waits for another.
  3. ``_within_kernel``: what the tokens of a chunk do to each other, for all chunks and heads at once.
  4. ``_across_kernel``: from chunk to chunk, in order: a program has some columns of one head's state, which it keeps in
-    registers, and writes the state and the inputs that the next step needs.
+    registers, and writes the state and the inputs that the next step needs, and where ``Cuts`` says so others before.
  5. ``_norm_kernel``: norm and gate of the outputs.
 
 Which rows are a run's, and which runs are long, is on the device alone: launches depend on sizes.
@@ -20,6 +20,7 @@ from attention.append import load_sum
 from attention.shared_memory import shared_bytes
 
 from .cache import LayerStates
+from .cuts import Cuts
 from .decode_kernel import silu_rounded, softplus
 from .heads import CHUNK
 from .inputs import Inputs
@@ -186,15 +187,49 @@ def _within_kernel(
         tl.store(decays + n * V + head, last)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _across_kernel(
-    flat, positions, row_seq, query_start, matrix, known, inputs, values, erased, asks, puts, scores, decays, out,
-    num_rows, SUMMANDS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
+@triton.jit
+def _keep(
+    matrix, known, inputs, place, state, flat, start, stop, end, head, part, num_rows,
+    SUMMANDS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
-    TAPS: tl.constexpr, RING: tl.constexpr, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    TAPS: tl.constexpr, RING: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Keep some columns of a head's state before position ``end``, and the inputs that convolutions see from there on.
+
+    The row at that position is ``stop``; what is kept of all heads is at ``place``.
+    """
+    INPUT: tl.constexpr = 2 * K * D + V * W + 2 * V
+    d, w = tl.arange(0, D_PAD), part * BW + tl.arange(0, BW)
+    cell = place * V + head
+    to = matrix + cell * (D * W) + d[:, None] * W + w[None, :]
+    tl.store(to, state, mask=(d < D)[:, None] & (w < W)[None, :])
+    tl.store(known + cell, end, mask=part == 0)
+    split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
+    key_head = (OFFSET + head) // GROUP
+    owns_key = ((head == 0) | ((OFFSET + head) % GROUP == 0)) & (part == 0)
+    for back in tl.static_range(1, TAPS):
+        is_row = stop - back >= start
+        source = (stop - back).to(tl.int64) * WIDTH
+        to = inputs + (place * RING + ((end - back) & (RING - 1))) * INPUT
+        column, mine = 2 * K * D + head * W + w, (w < W) & is_row
+        tl.store(to + column, load_sum(flat, split_stride, source + column, mine, SUMMANDS, DTYPE), mask=mine)
+        mine = (d < D) & owns_key & is_row
+        column = key_head * D + d
+        tl.store(to + column, load_sum(flat, split_stride, source + column, mine, SUMMANDS, DTYPE), mask=mine)
+        column = (K + key_head) * D + d
+        tl.store(to + column, load_sum(flat, split_stride, source + column, mine, SUMMANDS, DTYPE), mask=mine)
+
+
+@triton.jit(do_not_specialize=["num_rows", "layer", "num_layers"])
+def _across_kernel(
+    flat, positions, row_seq, query_start, matrix, known, inputs, kept_matrix, kept_known, kept_inputs, first_cut,
+    cut_rows, cut_slots, values, erased, asks, puts, scores, decays, out, num_rows, layer, num_layers,
+    SUMMANDS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
+    TAPS: tl.constexpr, RING: tl.constexpr, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     run, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    INPUT: tl.constexpr = 2 * K * D + V * W + 2 * V
     dtype: tl.constexpr = out.dtype.element_ty
     start, stop = tl.load(query_start + run), tl.load(query_start + run + 1)
     if stop - start > MAX_RUN:
@@ -205,44 +240,41 @@ def _across_kernel(
         i, d, w = tl.arange(0, CHUNK), tl.arange(0, D_PAD), part * BW + tl.arange(0, BW)
         slot = tl.load(row_seq + start).to(tl.int64)
         here = matrix + (slot * V + head) * (D * W) + d[:, None] * W + w[None, :]
-        there = (d < D)[:, None] & (w < W)[None, :]
-        state = tl.load(here, mask=there, other=0.0)
-        for at in range(start, stop, CHUNK):
-            cell = (n * V + head) * CHUNK + i[:, None]
-            of_key, of_value = (d < D)[None, :], (w < W)[None, :]
-            forget = tl.exp(tl.load(decays + n * V + head))
-            rounded = state.to(dtype)
-            e = tl.load(erased + cell * D + d[None, :], mask=of_key, other=0.0)
-            new = tl.load(values + cell * W + w[None, :], mask=of_value, other=0.0).to(tl.float32)
-            new -= tl.dot(e, rounded, input_precision=PRECISION)
-            q = tl.load(asks + cell * D + d[None, :], mask=of_key, other=0.0)
-            made = tl.dot(q, rounded, input_precision=PRECISION)
-            made += tl.dot(tl.load(scores + cell * CHUNK + i[None, :]), new.to(dtype), input_precision=PRECISION)
-            k = tl.load(puts + cell * D + d[None, :], mask=of_key, other=0.0)
-            state = state * forget + tl.dot(tl.trans(k), new.to(dtype), input_precision=PRECISION)
-            row = tl.zeros([CHUNK], tl.int64) + at + i
-            to = out + (row[:, None] * V + head) * W + w[None, :]
-            tl.store(to, made.to(dtype), mask=(row < stop)[:, None] & of_value)
-            n += 1
-        tl.store(here, state, mask=there)
-        end = tl.load(positions + stop - 1).to(tl.int32) + 1
-        if part == 0:
-            tl.store(known + slot * V + head, end)
-        # the inputs that convolutions of later rows see
-        split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
-        key_head = (OFFSET + head) // GROUP
-        owns_key = ((head == 0) | ((OFFSET + head) % GROUP == 0)) & (part == 0)
-        for back in tl.static_range(1, TAPS):
-            is_row = stop - back >= start
-            source = (stop - back).to(tl.int64) * WIDTH
-            to = inputs + slot * (RING * INPUT) + ((end - back) & (RING - 1)) * INPUT
-            column, mine = 2 * K * D + head * W + w, (w < W) & is_row
-            tl.store(to + column, load_sum(flat, split_stride, source + column, mine, SUMMANDS, dtype), mask=mine)
-            mine = (d < D) & owns_key & is_row
-            column = key_head * D + d
-            tl.store(to + column, load_sum(flat, split_stride, source + column, mine, SUMMANDS, dtype), mask=mine)
-            column = (K + key_head) * D + d
-            tl.store(to + column, load_sum(flat, split_stride, source + column, mine, SUMMANDS, dtype), mask=mine)
+        state = tl.load(here, mask=(d < D)[:, None] & (w < W)[None, :], other=0.0)
+        begin = start
+        for cut in range(tl.load(first_cut + run), tl.load(first_cut + run + 1)):
+            until = tl.load(cut_rows + cut)
+            for at in range(begin, until, CHUNK):
+                cell = (n * V + head) * CHUNK + i[:, None]
+                of_key, of_value = (d < D)[None, :], (w < W)[None, :]
+                forget = tl.exp(tl.load(decays + n * V + head))
+                rounded = state.to(dtype)
+                e = tl.load(erased + cell * D + d[None, :], mask=of_key, other=0.0)
+                new = tl.load(values + cell * W + w[None, :], mask=of_value, other=0.0).to(tl.float32)
+                new -= tl.dot(e, rounded, input_precision=PRECISION)
+                q = tl.load(asks + cell * D + d[None, :], mask=of_key, other=0.0)
+                made = tl.dot(q, rounded, input_precision=PRECISION)
+                made += tl.dot(tl.load(scores + cell * CHUNK + i[None, :]), new.to(dtype), input_precision=PRECISION)
+                k = tl.load(puts + cell * D + d[None, :], mask=of_key, other=0.0)
+                state = state * forget + tl.dot(tl.trans(k), new.to(dtype), input_precision=PRECISION)
+                row = tl.zeros([CHUNK], tl.int64) + at + i
+                to = out + (row[:, None] * V + head) * W + w[None, :]
+                tl.store(to, made.to(dtype), mask=(row < stop)[:, None] & of_value)
+                n += 1
+            begin = until
+            kept = tl.load(cut_slots + cut).to(tl.int64)
+            end = tl.load(positions + until - 1).to(tl.int32) + 1
+            if kept < 0:
+                _keep(
+                    matrix, known, inputs, slot, state, flat, start, until, end, head, part, num_rows,
+                    SUMMANDS, WIDTH, V, K, OFFSET, GROUP, D, D_PAD, W, BW, TAPS, RING, dtype,
+                )  # fmt: skip
+            else:
+                _keep(
+                    kept_matrix, kept_known, kept_inputs, kept * num_layers + layer, state, flat, start, until, end,
+                    head, part, num_rows,
+                    SUMMANDS, WIDTH, V, K, OFFSET, GROUP, D, D_PAD, W, BW, TAPS, RING, dtype,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_runs"])
@@ -279,10 +311,13 @@ def advance_many(
     *,
     eps: float,
     max_run: int,
+    cuts: Cuts | None = None,
+    place: int = 0,
 ) -> None:
     """Run a state layer's heads over the rows of runs of more than ``max_run`` rows, which all stay.
 
     It comes behind ``advance_few`` with the same arguments, which leaves such runs' states where they begin.
+    ``cuts``: what is kept of the runs, of the state layer at ``place``; None for nothing.
     """
     heads, rows, runs = states.heads, out.shape[0], query_start.shape[0] - 1
     flat, found = inputs.flat, inputs.sizes(heads)
@@ -317,8 +352,12 @@ def advance_many(
     columns = min(STATE_COLUMNS, padded)
     turn_bytes = CHUNK * (3 * padded_key + CHUNK + columns) * out.element_size()
     stages = max(1, min(STAGES, (shared_bytes(out.device) - BESIDE_BYTES) // turn_bytes))
+    cuts = Cuts.at_ends(query_start) if cuts is None else cuts
+    own = states.matrix, states.position, states.inputs
+    kept = own if cuts.kept is None else cuts.kept
+    where = *own, *kept, cuts.first, cuts.rows, cuts.slots
     _across_kernel[(runs, V, -(-W // columns))](
-        flat, positions, row_seq, query_start, states.matrix, states.position, states.inputs, *made, out, rows,
+        flat, positions, row_seq, query_start, *where, *made, out, rows, place, kept[0].shape[1],
         **from_flat, BW=columns, TAPS=heads.taps, RING=states.inputs.shape[1], **sizes,
         num_warps=4, num_stages=stages,
     )  # fmt: skip

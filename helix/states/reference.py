@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .cache import LayerStates
+from .cuts import Cuts
 from .heads import CHUNK, StateHeads
 
 NORM_EPS = 1e-6  # of the length of queries and keys
@@ -49,6 +50,8 @@ def advance_reference(
     *,
     eps: float,
     max_run: int,
+    cuts: Cuts | None = None,
+    place: int = 0,
 ) -> torch.Tensor:
     """Run a state layer's heads over a step's rows and return their gated outputs: [R, V, W] in flat's dtype.
 
@@ -64,17 +67,24 @@ def advance_reference(
         weights: "state_conv" [conv_size, 1, taps], "state_rates" [2 V] float32, "state_norm" [W].
         eps: of the norm of outputs.
         max_run: see above.
+        cuts: what is kept of the runs on the way, of the state layer at ``place``; None for nothing.
     """
     heads = states.heads
     out = flat.new_zeros((flat.shape[0], heads.num_value, heads.value_dim))
     starts = query_start.tolist()
-    for start, stop in pairwise(starts):
+    for run, (start, stop) in enumerate(pairwise(starts)):
         start += int((positions[start:stop] < 0).sum())
-        if start < stop:
-            slot, first = int(row_seq[start]), int(positions[start])
-            made = _advance_run(flat[start:stop], first, slot, states, weights, max_run)
-            gate = flat[start:stop, heads.conv_size : heads.scores_at].unflatten(-1, (heads.num_value, -1))
-            out[start:stop] = gated_norm(made.to(flat.dtype), gate, weights["state_norm"], eps)
+        is_long = stop - start > max_run
+        for until, kept in [(stop, -1)] if cuts is None or not is_long else cuts.of(run):
+            if start < until:
+                slot, first = int(row_seq[start]), int(positions[start])
+                made = _advance_run(flat[start:until], first, slot, states, weights, 0 if is_long else max_run)
+                gate = flat[start:until, heads.conv_size : heads.scores_at].unflatten(-1, (heads.num_value, -1))
+                out[start:until] = gated_norm(made.to(flat.dtype), gate, weights["state_norm"], eps)
+                start = until
+            if kept >= 0 and cuts is not None and cuts.kept is not None:
+                for all_kept, own in zip(cuts.kept, (states.matrix, states.position, states.inputs), strict=True):
+                    all_kept[kept, place] = own[slot]
     return out
 
 

@@ -1,7 +1,5 @@
 """Window pages without a model: rows read what was written at its position; pages are shared, given up, never lost."""
 
-import random
-
 import pytest
 
 from helix.cache.control import CacheControl
@@ -10,17 +8,17 @@ from helix.cache.tree import NOWHERE, Block
 from helix.cache.window_checkpoints import WindowCheckpoints
 from helix.cache.windows import WindowPages, WindowTable, pages_for
 from helix.config import SchedulerConfig
-from helix.request import RequestOutput, Sequence
-from helix.sampling import SamplingParams
 from helix.scheduler import Scheduler
 from parallel.placement import BlockCyclic
+from tests.helix.cache.steps import Walk
 
 
-class World:
+class World(Walk):
     """A scheduler with windows whose pages hold what was written: the tokens up to each position."""
 
     def __init__(self, seed, window, block_size, kvp):
-        self.rng, self.window, self.size = random.Random(seed), window, block_size
+        super().__init__(seed, 130)
+        self.window, self.size = window, block_size
         reserve = pages_for(window, block_size, max_batch=3, max_run=2, prefill_chunk=24)
         self.windows = WindowPages(window, block_size, reserve + self.rng.randrange(reserve))
         checkpoints, place = WindowCheckpoints(self.windows, 64, block_size), BlockCyclic(block_size, kvp)
@@ -29,28 +27,11 @@ class World:
         config = SchedulerConfig(max_batch=3, prefill_chunk=24)
         self.scheduler = Scheduler(config, cache, windows=self.windows)
         self.held = {}
-        self.num_reused = self.num_made = 0
-
-    def token(self, tokens):
-        return hash(tuple(tokens)) % 7  # of integers: alike in every process
-
-    def arrive(self):
-        beginning = [self.rng.randrange(2)] * self.rng.randrange(1, 130)
-        prompt = beginning + [self.rng.randrange(3) for _ in range(self.rng.randrange(1, 30))]
-        seq = Sequence(
-            index=self.num_made, token_ids=prompt, prompt_len=len(prompt), sampling=SamplingParams(), seed=0,
-            max_len=len(prompt) + self.rng.randrange(1, 40), output=RequestOutput(None),
-        )  # fmt: skip
-        self.num_made += 1
-        self.scheduler.add(seq)
 
     def launch(self, step):
         """Write what a step's rows write, and hold what each reads against the tokens that it should see."""
-        self.num_reused += sum(seq.num_computed for seq in step.admitted)
         for chunk in step.chunks:
-            tokens, table = list(chunk.seq.token_ids), chunk.seq.blocks.window
-            while len(tokens) < chunk.stop:
-                tokens.append(self.token(tokens))
+            tokens, table = self.tokens_of(chunk), chunk.seq.blocks.window
             for position in range(chunk.start, chunk.stop):
                 page, offset = table.pages[position // self.size - table.first], position % self.size
                 self.held[page, offset] = tuple(tokens[: position + 1])
@@ -58,40 +39,6 @@ class World:
                 for seen in range(max(position + 1 - self.window, 0), position + 1):
                     page, offset = table.pages[seen // self.size - table.first], seen % self.size
                     assert self.held[page, offset] == tuple(tokens[: seen + 1])
-
-    def land(self, step, in_flight):
-        going_on = []
-        for chunk in step.chunks:
-            if chunk.seq.has_ended:
-                self.scheduler.remove(chunk.seq)
-            else:
-                going_on.append(chunk)
-        self.scheduler.commit(going_on)
-        for chunk in going_on:
-            seq = chunk.seq
-            if chunk.samples:
-                seq.token_ids.append(self.token(seq.token_ids))
-                if len(seq.token_ids) == seq.max_len or self.rng.random() < 0.02:
-                    seq.output.finish_reason = "stop"
-                    if in_flight is None or all(other.seq is not seq for other in in_flight.chunks):
-                        self.scheduler.remove(seq)
-
-    def run(self, num_arrivals):
-        flight = None
-        for _ in range(5000):
-            if self.num_made < num_arrivals and self.rng.random() < 0.15:
-                self.arrive()
-            if flight is None:
-                if not self.scheduler.has_work:
-                    continue
-                flight = self.scheduler.schedule()
-                self.launch(flight)
-            ahead = self.scheduler.look_ahead(flight) if self.rng.random() < 0.7 else None
-            if ahead is not None:
-                self.launch(ahead)
-            self.land(flight, ahead)
-            flight = ahead
-        assert not self.scheduler.has_work and flight is None
 
 
 @pytest.mark.parametrize(("window", "block_size", "kvp"), [(24, 16, 1), (70, 16, 2), (5, 1, 1), (200, 16, 1)])

@@ -1,10 +1,12 @@
 """The kernels of state layers equal their plain PyTorch reference: outputs, and what they keep."""
 
+import numpy as np
 import pytest
 import torch
 
 from helix.models.states import States
 from helix.states.cache import StateCache
+from helix.states.cuts import Cuts, arrays_of_cuts
 from helix.states.decode_kernel import advance_few
 from helix.states.heads import StateHeads
 from helix.states.inputs import Inputs
@@ -88,6 +90,47 @@ def compare(steps, dtype, summands):
             kept = torch.arange(max(first + rows - heads.taps + 1, 0), first + rows) % mine.inputs.shape[1]
             ours, others = (states.inputs[slot, kept, : heads.conv_size] for states in (mine, theirs))
             torch.testing.assert_close(ours, others)
+
+
+@pytest.mark.parametrize("length", [128, 150])
+def test_states_that_a_run_passes_are_kept_as_they_are_there(length):
+    """Behind 64 and 128 rows of a run, of the second of two layers, beside a run that keeps nothing."""
+    dtype, heads = torch.float32, StateHeads.of(STATES, (2, 5))
+    mine, theirs, weights = make_cache(heads, dtype), make_cache(heads, dtype), weights_of(heads, dtype)
+    flat = random(1, 70 + length, heads.width, seed=7)
+    given = torch.arange(70 + length, device=DEVICE), torch.arange(70 + length, device=DEVICE).ge(70).int()
+    given[0][70:] += 40 - 70
+    starts = np.array([0, 70, 70 + length])
+    arrays = arrays_of_cuts(starts, [[], [(64, 2), (128, 0)]])
+    shapes = [(3, 2, *each.shape[1:]) for each in (mine.matrix, mine.position, mine.inputs)]
+    kept = [
+        torch.zeros(shape, dtype=each, device=DEVICE)
+        for shape, each in zip(shapes, (dtype, torch.int32, dtype), strict=True)
+    ]
+    cuts = Cuts(*(torch.from_numpy(each).to(DEVICE) for each in arrays.values()), kept=tuple(kept))
+    out = torch.empty(70 + length, heads.num_value, heads.value_dim, device=DEVICE)
+    given = *given, torch.from_numpy(starts).int().to(DEVICE)
+    advance_few(Inputs(flat), *given, mine, weights, out, eps=1e-6, max_run=MAX_RUN)
+    advance_many(Inputs(flat), *given, mine, weights, out, eps=1e-6, max_run=MAX_RUN, cuts=cuts, place=1)
+    advance_reference(
+        flat[0, :70], *(each[:70] for each in given[:2]), given[2][:2], theirs, weights, eps=1e-6, max_run=MAX_RUN
+    )
+    begin = 70
+    for slot, stop in ((2, 64), (0, 128), (None, length)):
+        some, runs = slice(begin, 70 + stop), torch.tensor([0, 70 + stop - begin])
+        if begin < 70 + stop:
+            made = advance_reference(
+                flat[0, some], given[0][some], given[1][some], runs, theirs, weights, eps=1e-6, max_run=MAX_RUN
+            )
+            check(out[some], made, dtype)
+        begin = 70 + stop
+        ours = (mine.matrix, mine.position, mine.inputs) if slot is None else (each[:, 1] for each in kept)
+        matrix, position, inputs = (each[1 if slot is None else slot] for each in ours)
+        check(matrix, theirs.matrix[1], dtype)
+        assert torch.equal(position, theirs.position[1]) and int(position[0]) == 40 + stop
+        at = torch.arange(40 + stop - heads.taps + 1, 40 + stop) % len(inputs)
+        torch.testing.assert_close(inputs[at, : heads.conv_size], theirs.inputs[1, at, : heads.conv_size])
+    assert not any(each[:, 0].any() or each[1].any() for each in kept), "other layers and slots stay"
 
 
 GPU = pytest.mark.gpu  # the interpreter cuts where bfloat16 is rounded
