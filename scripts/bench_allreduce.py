@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from parallel.all_reduce_norm import AllReduceNorm
-from parallel.launch import start, stop
+from parallel.launch import stop
 from parallel.symmetric import Faults
 from scripts import cli
-from scripts.timing import graph_us, report
+from scripts.timing import graph_us, report, start_on_gpu
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,7 +54,7 @@ def measure(rows: int, hidden_size: int, repeats: int, group: dist.ProcessGroup)
 
 def run(config: BenchAllreduceConfig) -> None:
     """Run the benchmark on this rank."""
-    start("cuda")
+    start_on_gpu()
     group = dist.group.WORLD
     if group is None:
         raise ValueError("bench_allreduce needs at least 2 ranks: start it with torchrun")

@@ -28,7 +28,7 @@ from attention.pages import PageLayout
 from attention.partial import PartialAttention, Partials, select_backend
 from helix.config import AttentionConfig, check_at_least, check_choice
 from parallel.collectives import all_to_all
-from parallel.launch import set_up_logging, start, stop
+from parallel.launch import set_up_logging, stop
 from parallel.layout import split_evenly
 from parallel.symmetric import Faults, can_launch_dependently
 from scripts import cli
@@ -45,7 +45,7 @@ from scripts.attention_peers import (
     sdpa,
 )
 from scripts.dummy_weights import BenchCache
-from scripts.timing import graph_us, read_bytes_per_us, report
+from scripts.timing import graph_us, read_bytes_per_us, report, start_on_gpu
 
 NUM_SLOTS = 2
 """Layers of the exchange: neighbouring calls need different slots, so every list of calls has an even length."""
@@ -298,7 +298,7 @@ def measure_ranks(bench: Bench, shape: Shape, exchanges: Exchanges) -> dict[str,
 
 def run(config: BenchAttentionConfig) -> None:
     """Run the benchmark on this rank: attention alone in a world of one, with its exchange in a larger one."""
-    launch = start("cuda")
+    launch = start_on_gpu()
     set_up_logging(launch.rank)
     dtype, pdl = getattr(torch, config.dtype), config.pdl and can_launch_dependently(launch.device)
     rows = config.rows if launch.world_size == 1 else 1

@@ -45,10 +45,10 @@ from helix.models.weights import EXPERT_ROLES
 from helix.prediction import cost_of, find_hardware
 from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
-from parallel.launch import gather_values, set_up_logging, start, stop
+from parallel.launch import gather_values, set_up_logging, stop
 from scripts import cli
 from scripts.dummy_weights import BenchCache, check_weights, fill_pages, with_weights
-from scripts.timing import read_bytes_per_us, report
+from scripts.timing import read_bytes_per_us, report, start_on_gpu
 
 PARTS = {
     "attention": (
@@ -291,7 +291,7 @@ def parts_of(run: Any) -> dict[str, float]:
 
 def run(config: BenchDecodeConfig) -> None:
     """Run the benchmark on this rank."""
-    launch = start("cuda", timeout_s=config.runtime.timeout_s)
+    launch = start_on_gpu(config.runtime.device, timeout_s=config.runtime.timeout_s)
     set_up_logging(launch.rank)
     rows = []
     meter = Meter(config.steps, config.profile, Stamps(), read_bytes_per_us())

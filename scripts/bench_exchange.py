@@ -18,10 +18,10 @@ from attention.fused_exchange import FusedExchange
 from attention.merge import lse_words, merge_packed
 from attention.partial import Partials
 from parallel.collectives import all_gather, all_to_all
-from parallel.launch import start, stop
+from parallel.launch import stop
 from parallel.symmetric import Faults
 from scripts import cli
-from scripts.timing import graph_us, report
+from scripts.timing import graph_us, report, start_on_gpu
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,7 +79,7 @@ def measure(heads: int, head_dim: int, rows: int, repeats: int, group: dist.Proc
 
 def run(config: BenchExchangeConfig) -> None:
     """Run the benchmark on this rank."""
-    start("cuda")
+    start_on_gpu()
     group = dist.group.WORLD
     if group is None:
         raise ValueError("bench_exchange needs at least 2 ranks: start it with torchrun")

@@ -21,12 +21,12 @@ from helix.models.linear import MAX_ROWS
 from helix.models.quantized import Matrix, quantize
 from helix.models.routing import route
 from helix.models.spec import Experts
-from parallel.launch import start, stop
+from parallel.launch import stop
 from parallel.layout import split_units
 from parallel.symmetric import can_launch_dependently
 from scripts import cli
 from scripts.dummy_weights import WEIGHTS
-from scripts.timing import graph_us, read_bytes_per_us, report
+from scripts.timing import graph_us, read_bytes_per_us, report, start_on_gpu
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -158,7 +158,7 @@ def measure(config: BenchExpertsConfig, tpf: int, rows: int, layers: list[Weight
 
 def run(config: BenchExpertsConfig) -> None:
     """Run the benchmark on this rank's GPU."""
-    device, rate = start("cuda").device, read_bytes_per_us()
+    device, rate = start_on_gpu().device, read_bytes_per_us()
     table: list[dict[str, Any]] = []
     with torch.inference_mode():
         for tpf in config.tpf:

@@ -23,7 +23,7 @@ from attention.rows import Rows
 from attention.work import Cutting
 from helix.config import check_at_least
 from scripts import cli
-from scripts.timing import graph_us, read_bytes_per_us, report
+from scripts.timing import graph_us, read_bytes_per_us, report, start_on_gpu
 
 RANK, WIDTH = 512, 576
 SCALE = 192**-0.5
@@ -150,8 +150,7 @@ def measure(config: BenchLatentsConfig, shape: list[int], bytes_per_us: float) -
 
 def run(config: BenchLatentsConfig) -> None:
     """Measure every shape on this GPU."""
-    if not torch.cuda.is_available():
-        raise ValueError("bench_latents needs a CUDA device")
+    start_on_gpu()
     rate = read_bytes_per_us()
     columns = [
         "B",

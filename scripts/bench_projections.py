@@ -28,12 +28,12 @@ from helix.models.parts import Weight
 from helix.models.quantized import Matrix, Quantized
 from helix.models.query_share import rows_of
 from helix.models.weights import layer_weights, part_of
-from parallel.launch import start, stop
+from parallel.launch import stop
 from parallel.layout import Layout, Range
 from parallel.symmetric import can_launch_dependently
 from scripts import cli
 from scripts.dummy_weights import WEIGHTS, with_weights
-from scripts.timing import graph_us, read_bytes_per_us, report
+from scripts.timing import graph_us, read_bytes_per_us, report, start_on_gpu
 
 ROLES = ("qkv", "o", "gate_up", "down")
 
@@ -120,7 +120,7 @@ def time_queries(config: BenchProjectionsConfig, device: torch.device, pdl: bool
 
 def run(config: BenchProjectionsConfig) -> None:
     """Run the benchmark on this rank's GPU."""
-    device, rate = start("cuda").device, read_bytes_per_us()
+    device, rate = start_on_gpu().device, read_bytes_per_us()
     pdl = can_launch_dependently(device)
     table: list[dict[str, Any]] = []
     with torch.inference_mode():

@@ -22,10 +22,10 @@ import torch
 
 from helix.plan.hardware import FOLDER, Hardware, hardware_of, named_hardware
 from parallel.device import host
-from parallel.launch import Launch, from_rank0, set_up_logging, start, stop
+from parallel.launch import Launch, from_rank0, set_up_logging, stop
 from scripts import cli, constants
 from scripts.outputs import check_writable, write_text
-from scripts.timing import commit, show
+from scripts.timing import commit, show, start_on_gpu
 
 TEXTS = ("name", "gpu", "source")
 
@@ -123,7 +123,7 @@ def _number(value: float) -> str:
 
 def run(config: CalibrateConfig) -> None:
     """Measure on all ranks, and write on rank 0."""
-    launch = start("cuda", timeout_s=120.0)
+    launch = start_on_gpu(timeout_s=120.0)
     set_up_logging(launch.rank)
     gpu = torch.cuda.get_device_name(launch.device)
 

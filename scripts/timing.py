@@ -16,7 +16,22 @@ import triton.language as tl
 from rich.console import Console
 from rich.table import Table
 
+from parallel.launch import Launch, start
 from scripts import cli
+
+
+def start_on_gpu(device: str = "auto", *, timeout_s: float = 600.0) -> Launch:
+    """Start this rank of a command that measures GPUs alone; see ``start``.
+
+    Raises:
+        ValueError: on all ranks, where one of them has no GPU of its own, or ``device`` is another one.
+    """
+    launch = start(device, timeout_s=timeout_s)
+    if launch.device.type != "cuda":
+        there = f"this node has {torch.cuda.device_count()} for {launch.local_world_size} ranks"
+        why = there if device == "auto" else f"runtime.device = {device}, and {there}"
+        raise ValueError(f"this command measures GPUs, one a rank: {why}")
+    return launch
 
 
 @triton.jit

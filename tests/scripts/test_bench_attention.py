@@ -171,4 +171,4 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(sys, "argv", ["bench_attention", "lengths=[4096]", "shapes=[[1,4096,16,1]]"])
     with pytest.raises(SystemExit, match="2"):
         cli.main("bench_attention", BenchAttentionConfig, bench_attention.run)
-    assert "runtime.device = cuda" in capsys.readouterr().err
+    assert "this command measures GPUs" in capsys.readouterr().err
