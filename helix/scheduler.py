@@ -199,10 +199,11 @@ class Scheduler:
         for chunk in chunks:
             seq = chunk.seq
             seq.num_computed = chunk.stop
-            self._commit(seq)
+            self.cache.commit(seq.blocks, seq.num_computed)
             if self.cache.checkpoints is not None:
                 keep = self.cache.checkpoints.keep(seq.blocks, chunk.stop, len(seq.token_ids), seq.batch_slot)
                 self.cache.blocks.movements += keep
+            self._trim(seq)
 
     def extend_for_drafts(self, seq: Sequence, num_drafts: int) -> int:
         """Give a running sequence the pages of drafts after its last token; return how many drafts have them.
@@ -221,10 +222,10 @@ class Scheduler:
         What was computed of rejected drafts needs no undoing: the rows that come next overwrite it.
         """
         seq.num_computed = len(seq.token_ids) - 1
-        self._commit(seq)
-
-    def _commit(self, seq: Sequence) -> None:
         self.cache.commit(seq.blocks, seq.num_computed)
+        self._trim(seq)
+
+    def _trim(self, seq: Sequence) -> None:
         if self.windows is not None:
             # of a sequence that others read, they may compute the last row again
             self.windows.trim(seq.blocks.window, seq.num_computed - seq.keeps_pages)

@@ -1,8 +1,8 @@
 """Which blocks of the prefix tree a sequence may begin behind where layers see a window: those whose window is there.
 
 A checkpoint holds on to the window's pages before the end of its block; there is nothing to copy, neither when it is
-left nor when a sequence begins with it. Prompts leave them where ``Checkpoints`` says, and every sequence leaves one
-behind the last block that it filled, where its next turn goes on.
+left nor when a sequence begins with it. Prompts leave them where ``Checkpoints`` says, in passing: no chunk ends for
+them. Every sequence leaves one behind the last block that it filled, where its next turn goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .tree import Block
 from .windows import WindowPages
 
 EVERY = 16384
-"""Tokens of a prompt between two checkpoints, unless a setting says otherwise: chunks end there."""
+"""Tokens of a prompt between two checkpoints, unless a setting says otherwise."""
 
 
 class WindowCheckpoints(Checkpoints):
@@ -37,6 +37,10 @@ class WindowCheckpoints(Checkpoints):
         while self._give_up():
             pass
 
+    def end(self, start: int, stop: int, length: int) -> int:
+        """Return ``stop``: a chunk passes where checkpoints are due, and its commit finds their pages."""
+        return stop
+
     def has(self, block: Block) -> bool:
         """Return whether a sequence may begin behind a block."""
         return block in self._pages
@@ -49,9 +53,19 @@ class WindowCheckpoints(Checkpoints):
         return []
 
     def keep(self, table: BlockTable, position: int, length: int, batch_slot: int) -> list[Movement]:
-        """Hold on to the window's pages of a sequence where a checkpoint is due; nothing moves."""
-        if self.is_due(table.tail, position, length):
-            self._hold(table, position)
+        """Hold on to a sequence's pages before each checkpoint that is due up to ``position``; nothing moves.
+
+        The last chunk's pages are there until it is trimmed, which comes after.
+        """
+        lowest = table.window.first * self._block_size
+        for due in {self._last(length), *range(position // self.every * self.every, lowest, -self.every)}:
+            if not 0 < due <= position or due >= length or not self._windows.has_before(table.window, due):
+                continue
+            block = table.tail
+            while block is not None and (block.depth + 1) * self._block_size > due:
+                block = block.parent
+            if block is not None and self.is_due(block, due, length):
+                self._hold(table, block, due)
         return []
 
     def copies_behind(self, start: int, stop: int, length: int, batch_slot: int) -> bool:
@@ -67,13 +81,12 @@ class WindowCheckpoints(Checkpoints):
         position = num_computed // self._block_size * self._block_size
         tail = table.tail
         if position and tail is not None and (tail.depth + 1) * self._block_size == position and not self.has(tail):
-            self._hold(table, position)
+            self._hold(table, tail, position)
 
-    def _hold(self, table: BlockTable, position: int) -> None:
-        assert table.tail is not None
+    def _hold(self, table: BlockTable, block: Block, position: int) -> None:
         pages = self._windows.before(table.window, position)
         self._windows.share(pages)
-        self._pages[table.tail] = pages
+        self._pages[block] = pages
 
     def _give_up(self) -> bool:
         """Give up the checkpoints of blocks that left the tree, else the one that was used least recently."""

@@ -124,6 +124,10 @@ class WindowPages:
         table.first = self.first_of_arrival(length)
         self.extend(table, length)
 
+    def has_before(self, table: WindowTable, position: int) -> bool:
+        """Return whether a sequence still has all pages that ``before`` returns of a position that is computed."""
+        return table.first <= self._first_of(position)
+
     def before(self, table: WindowTable, position: int) -> list[int]:
         """Return the pages of a sequence that rows from ``position`` on see, a multiple of the block size; not trimmed
         beyond it.

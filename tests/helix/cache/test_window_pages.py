@@ -81,6 +81,25 @@ def test_checkpoints_give_up_their_pages_to_sequences_and_lose_none():
     assert windows.num_free == 8
 
 
+def test_a_prompt_leaves_checkpoints_in_passing():
+    windows = WindowPages(24, 16, 20)
+    checkpoints, blocks = WindowCheckpoints(windows, 64, 16), [Block(b"", None, NOWHERE, NOWHERE, 0)]
+    for depth in range(12):
+        blocks.append(Block(bytes([depth]), blocks[-1], 0, 0, depth))
+    table = BlockTable(0, tail=blocks[-1])
+    windows.extend(table.window, 200)
+    assert checkpoints.end(0, 200, 200) == 200  # one chunk
+    checkpoints.keep(table, 200, 200, 0)
+    assert [number for number, block in enumerate(blocks) if checkpoints.has(block)] == [4, 8, 12]
+    seen = table.window.pages[6:8]
+    windows.trim(table.window, 200)
+    checkpoints.keep(table, 200, 201, 0)  # what left the window is not asked for again
+    windows.release(table.window)
+    late = BlockTable(0, tail=blocks[8])
+    checkpoints.restore(late, 0)
+    assert (late.window.first, late.window.pages) == (6, seen) and windows.num_free == 20 - 6
+
+
 @pytest.mark.parametrize(("window", "block_size", "chunk"), [(24, 16, 33), (128, 64, 2048), (5, 1, 3), (1, 64, 64)])
 def test_a_long_sequence_holds_pages_of_its_window_and_a_chunk_alone(window, block_size, chunk):
     most = pages_for(window, block_size, max_batch=1, max_run=2, prefill_chunk=chunk)
