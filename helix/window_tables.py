@@ -40,9 +40,13 @@ class WindowTables:
         self._table.write(self._news(chunk.seq) for chunk in chunks)
 
     def rows_of(self, rows: StepRows) -> WindowRows:
-        """Return what these layers see of a step's rows, whose sequences' tables are up to date."""
+        """Return what these layers see of a step's rows, whose sequences' tables are up to date.
+
+        Tokens that were cached are not written anew, as elsewhere.
+        """
         block, offset = np.divmod(rows.positions, self._block_size)
         slot = self._table.host[rows.row_seq, block].astype(np.int64) * self._block_size + offset
+        slot[rows.positions < rows.reused] = -1
         return WindowRows.at(rows.positions + 1, self.window, slot)
 
     def _news(self, seq: Sequence) -> tuple[int, int, list[int]]:

@@ -35,11 +35,6 @@ def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
         raise ValueError(
             f"transfer.* brings pages of full layers, and all layers of this {spec.family} have a window; leave it out"
         )
-    if config.speculative.method not in ("none", "ngram", "draft_model"):
-        raise ValueError(
-            f"speculative.method = {config.speculative.method} drafts for models without windows only, and this "
-            f"{spec.family} has layers with a window; use speculative=ngram or speculative=draft_model"
-        )
     if config.cache.host_pages and not spec.num_cached_layers:
         raise ValueError(
             f"cache.host_pages = {config.cache.host_pages} holds pages of full layers, and all layers of this "
@@ -50,13 +45,20 @@ def with_windows(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
     return replace(config, cache=replace(config.cache, partial_reuse=False))
 
 
+def span_of(spec: ModelSpec) -> int:
+    """Return the tokens of a window whose pages are kept: one more where the last of a reused prefix is computed again,
+    for its hidden state.
+    """
+    return spec.window + spec.looks_further
+
+
 def num_window_pages(config: HelixConfig, spec: ModelSpec) -> int:
     """Return the pages of the second pool, on every rank; 0 without windows."""
     if not spec.window:
         return 0
     scheduler = config.scheduler
     return pool_pages(
-        spec.window,
+        span_of(spec),
         config.cache.block_size,
         max_batch=scheduler.max_batch,
         max_run=max(2, 1 + config.speculative.most_drafts),  # a row that is computed and one that is launched ahead
@@ -69,7 +71,7 @@ def num_window_pages(config: HelixConfig, spec: ModelSpec) -> int:
 def window_control(config: HelixConfig, spec: ModelSpec) -> WindowPages | None:
     """Return who gives these pages to sequences; None without windows."""
     pages = num_window_pages(config, spec)
-    return WindowPages(spec.window, config.cache.block_size, pages) if pages else None
+    return WindowPages(span_of(spec), config.cache.block_size, pages) if pages else None
 
 
 def window_checkpoints(config: HelixConfig, windows: WindowPages | None) -> WindowCheckpoints | None:

@@ -202,7 +202,7 @@ class Footprint:
         if not self.spec.window:
             return 0
         pages = pool_pages(
-            self.spec.window,
+            self.spec.window + self.spec.looks_further,
             self.block_size,
             max_batch=num_sequences,
             max_run=2,

@@ -31,15 +31,20 @@ SIZES = {
     "eos_token_id": None,
     "tie_word_embeddings": False,
 }
-AGAIN = [[*PROMPTS[0][:45], 3, 1], [*PROMPTS[3][:32], 8]]
+AGAIN = [[*PROMPTS[0][:45], 3, 1], [*PROMPTS[3][:32], 8], [*PROMPTS[0][:48], 9, 5, 6]]
+WINDOWED = {
+    "use_sliding_window": True,
+    "sliding_window": 17,
+    "layer_types": [*["sliding_attention", "full_attention"] * 3, "full_attention"],
+}
 
 
 class Checkpoint:
     """A tiny model and a head for it, random."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, **more: Any) -> None:
         torch.manual_seed(5)
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES)).float().eval()
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **more)).float().eval()
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
                 weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name else torch.randn_like(weight) * 0.15)
@@ -117,11 +122,14 @@ def run_body(model: str, head: str, kvp: int, graphs: bool) -> tuple[Any, list[t
     return [output.token_ids for output in outputs], made
 
 
-@pytest.mark.parametrize(("family", "kvp", "graphs"), [("llama", 2, True), ("qwen3", 1, False)])
+@pytest.mark.parametrize(
+    ("family", "kvp", "graphs", "more"), [("llama", 2, True, {}), ("qwen3", 1, False, {}), ("qwen3", 2, True, WINDOWED)]
+)
 def test_drafts_are_those_of_the_head_in_plain_pytorch(
-    tmp_path: Path, ranks: Callable[..., Any], family: str, kvp: int, graphs: bool
+    tmp_path: Path, ranks: Callable[..., Any], family: str, kvp: int, graphs: bool, more: dict[str, Any]
 ) -> None:
-    made_of = Checkpoint(family)
+    """Windows of 17 tokens begin where blocks do: that of a row computed again, at 47, begins a block before."""
+    made_of = Checkpoint(family, **more)
     model, head = made_of.write(tmp_path)
     llm = make_llm(model, cache={"reuse": False})
     outputs = [*llm.generate([list(ids) for ids in PROMPTS], greedy(9)), *llm.generate(AGAIN, greedy(5))]
