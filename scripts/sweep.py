@@ -289,7 +289,7 @@ def table(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "TTFT s": point.get("ttft_s"),
             "tok/s user": point.get("tokens_per_s_user"),
             "tok/s GPU": point.get("tokens_per_s_gpu"),
-            "": point["why"] if point["status"] != "ok" else point.get("source", "measured"),
+            "": point["why"] or ("predicted" if point["mode"] == "plan" else "measured"),
         }
         for point in points
     ]

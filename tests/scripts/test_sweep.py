@@ -9,7 +9,7 @@ import time
 import pytest
 
 from scripts.make_checkpoint import make_checkpoint
-from scripts.sweep import Case, Sweep, SweepConfig, cases_of, divided
+from scripts.sweep import Case, Sweep, SweepConfig, cases_of, divided, table
 
 ARGUMENTS = ["model=glm4_9b_1m", "parallel.kvp=1,2,8", "parallel.tpa=1,8"]
 
@@ -23,6 +23,7 @@ def test_a_predicted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch) -> No
     assert len(cases) == 3 * 2 * 2
     points = Sweep(config(tmp_path), cases).run()
     assert {(p["kvp"], p["tpa"]) for p in points if p["status"] == "ok"} == {(1, 1), (1, 8), (2, 1), (8, 1)}
+    assert [row[""] for row in table(points)] == [p["why"] or "predicted" for p in points]
     assert all("exceeds the model's 2 KV heads" in p["why"] for p in points if (p["kvp"], p["tpa"]) == (2, 8))
     file = tmp_path / "points.jsonl"
     lines = file.read_text().splitlines()
