@@ -40,6 +40,7 @@ MAX_ROWS = 64
 STAGE_BYTES = 147456  # one program a processor; memory needs some 10 MB in flight to be busy
 BN, BK = 64, 128
 SHARED_BYTES = 232448  # of a processor, that kernels may take; each program has some of the system's own
+FEWEST = 2  # programs that share a processor's memory: the next kernel's find room beside those of a small grid
 FEW_TURNS = 8  # a kernel whose programs take fewer is over before the next one has begun, unless that finds room
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _LAYOUTS = _ELEMENTS | {torch.uint8: gl.uint8}
@@ -148,7 +149,8 @@ def _stream(
     grid = (-(-columns // half), len(out))
     x_bytes = bm * BK * x.element_size()
     if isinstance(w, Quantized):
-        stages = (SHARED_BYTES // programs - 2048) // (bn * (BK + 4) + x_bytes)
+        neighbours = _neighbours(grid, programs, x.device) if each else programs
+        stages = (SHARED_BYTES // neighbours - 2048) // (bn * (BK + 4) + x_bytes)
         registers = 65536 // (programs * 32 * (bn // 16 + 4)) // 8 * 8  # a thread's; the warp that asks counts as four
         scales = _scale_tiles(w.scales, half), w.shift, w.shift - w.lead
         stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, STAGES=stages, maxnreg=registers, **how)
@@ -156,6 +158,11 @@ def _stream(
         stages = STAGE_BYTES // (bn * BK * x.element_size() + x_bytes)
         stream_weights_kernel[grid](*tiles, *rest, SPLITS=splits, STAGES=stages, KNOWN=known, LATE=late, **how)
     return out
+
+
+def _neighbours(grid: tuple[int, int], programs: int, device: torch.device) -> int:
+    """Return how many programs share a processor's memory: as many as can, or as few as a small grid has there."""
+    return min(programs, max(FEWEST, -(-grid[0] * grid[1] // _processors(device))))
 
 
 def _matrices(w: Matrix, rows: int) -> torch.Tensor:
