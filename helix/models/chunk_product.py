@@ -54,7 +54,7 @@ def _quantize_kernel(
     scale = tl.maximum(tl.max(tl.abs(value), 1), 1e-10) / LARGEST
     if POWERS:  # rounded up
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    value = tl.clamp(value / scale[:, None], -LARGEST, LARGEST).to(values.dtype.element_ty)
+    value = tl.clamp(value * (1.0 / scale)[:, None], -LARGEST, LARGEST).to(values.dtype.element_ty)
     halves = tl.reshape(value.to(tl.uint8, bitcast=True), [BM, BLOCK // GROUP, 2, GROUP // 2])
     value = tl.reshape(tl.permute(halves, (0, 1, 3, 2)), [BM, BLOCK])
     to = values + m.to(tl.int64)[:, None] * width + p[None, :]
