@@ -242,7 +242,8 @@ def _merge_into_kernel(out, lse, part, part_lse, num_cells, D: tl.constexpr, D_P
     whole = tl.where(total == 0.0, 1.0, total)
     value = tl.load(part + at, mask=inside, other=0.0).to(tl.float32)
     value = tl.where((new > 0.0)[:, None], value, 0.0)  # values of an empty partial may be NaN
-    merged = tl.load(out + at, mask=inside, other=0.0) * (old / whole)[:, None] + value * (new / whole)[:, None]
+    before = tl.where((old > 0.0)[:, None], tl.load(out + at, mask=inside, other=0.0), 0.0)
+    merged = before * (old / whole)[:, None] + value * (new / whole)[:, None]
     tl.store(out + at, merged, mask=inside)
     tl.store(lse + cell, tl.where(total == 0.0, float("-inf"), shift + tl.log(whole)), mask=here)
 
@@ -251,7 +252,7 @@ def merge_into(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_ls
     """Merge one more partial of each row into what was merged so far, in place.
 
     Args:
-        out: [R, Q, D] float32 (float64 where ``part`` is), packed; finite everywhere.
+        out: [R, Q, D] float32 (float64 where ``part`` is), packed; values under lse = -inf are ignored.
         lse: [R, Q], packed, -inf where nothing was merged yet.
         part: [R, Q, D], packed, over other keys than those merged so far; values under lse = -inf are ignored.
         part_lse: [R, Q], packed.

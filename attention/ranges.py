@@ -211,9 +211,12 @@ def attend_ranges(
         make(filling.tokens)
         part, part_lse = merge_parts(attend(q_RQD[filling.first : filling.stop], filling.rows), q_RQD.dtype)
         if out is None or lse is None:
-            shape = (q_RQD.shape[0], *part.shape[1:])
-            out = torch.zeros(shape, dtype=torch.promote_types(part.dtype, torch.float32), device=part.device)
-            lse = torch.full(shape[:2], -torch.inf, dtype=part_lse.dtype, device=part.device)
+            wide = torch.promote_types(part.dtype, torch.float32)
+            if len(part) == len(q_RQD):
+                out, lse = part.to(wide), part_lse
+                continue
+            out = torch.empty((len(q_RQD), *part.shape[1:]), dtype=wide, device=part.device)
+            lse = torch.full(out.shape[:2], -torch.inf, dtype=part_lse.dtype, device=part.device)
         merge_into(out[filling.first : filling.stop], lse[filling.first : filling.stop], part, part_lse)
     assert out is not None and lse is not None
     return Partials(out.to(q_RQD.dtype), lse)
