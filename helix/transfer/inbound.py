@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..engine import Engine
 from ..request import Sequence
+from ..scheduler import Scheduler
 from ..states.records import StateRecords
 from .protocol import First
 
@@ -49,45 +50,83 @@ class Arrivals:
     """The numbers of sequences whose states or windows are on their way, alike on all ranks; the lowest goes first.
 
     Args:
-        count: as many as batch slots, which the pool of windows has pages for.
+        count: as many as batch slots, which the pool of windows has pages for; None where the model has neither, and
+            no sequence needs a number.
         records: of states, this rank's, by these numbers; None where windows arrive.
     """
 
-    def __init__(self, count: int, records: StateRecords | None) -> None:
+    def __init__(self, count: int | None, records: StateRecords | None) -> None:
         self.count, self._records = count, records
-        self._free = list(range(count))
+        self._free = list(range(count or 0))
 
     @classmethod
-    def of(cls, engine: Engine) -> Arrivals | None:
-        """Return those of an engine; None where the model has neither states nor windows."""
+    def of(cls, engine: Engine) -> Arrivals:
+        """Return those of an engine."""
         states = engine.runner.decoder.states
-        if states is None and engine.scheduler.windows is None:
-            return None
-        return cls(engine.runner.max_batch, None if states is None else states.records)
+        has_none = states is None and engine.scheduler.windows is None
+        return cls(None if has_none else engine.runner.max_batch, None if states is None else states.records)
 
     @property
-    def num_free(self) -> int:
-        """Numbers that nobody has."""
-        return len(self._free)
+    def num_free(self) -> int | None:
+        """Numbers that nobody has; None where nobody needs one."""
+        return None if self.count is None else len(self._free)
 
     @property
     def what(self) -> str:
         """What arrives, in words."""
         return "windows" if self._records is None else "states"
 
-    def take(self) -> int:
-        """Return a number that is free; there must be one."""
-        return heapq.heappop(self._free)
+    def take(self) -> int | None:
+        """Return a number that is free; there must be one, where there are any."""
+        return None if self.count is None else heapq.heappop(self._free)
 
-    def land(self, number: int, seq: Sequence) -> None:
+    def land(self, number: int | None, seq: Sequence) -> None:
         """Let a sequence go on behind its prompt, of which all has arrived, and make the number free.
 
         Whoever has it next is asked for once the device has done this, as with pages.
         """
-        if self._records is not None:
+        if self._records is not None and number is not None:
             self._records.read(number, seq.batch_slot, seq.prompt_len)
         self.give(number)
 
-    def give(self, number: int) -> None:
+    def give(self, number: int | None) -> None:
         """Make a number free."""
-        heapq.heappush(self._free, number)
+        if number is not None:
+            heapq.heappush(self._free, number)
+
+
+class Quarantines(dict[int, Quarantine]):
+    """What is out of use because a late write might still reach it, by the number of its transfer.
+
+    Args:
+        scheduler: whose pages they are.
+        arrivals: whose numbers they have.
+    """
+
+    def __init__(self, scheduler: Scheduler, arrivals: Arrivals) -> None:
+        super().__init__()
+        self._scheduler, self._arrivals = scheduler, arrivals
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that are out of use."""
+        return sum(len(each.pages) for each in self.values())
+
+    def put(self, number: int, inbound: Inbound, writers: set[int]) -> int:
+        """Take what a request holds out of use until these writers have ended; returns its pages."""
+        pages, windows = self._scheduler.detach(inbound.seq)
+        self[number] = Quarantine(pages, windows, set(writers), inbound.arrival)
+        return len(pages)
+
+    def lift(self, number: int, writer: int) -> int | None:
+        """Note that a writer cannot write a transfer's pages any more; returns how many its last one has made free."""
+        quarantine = self.get(number)
+        if quarantine is None:
+            return None
+        quarantine.writers.discard(writer)
+        if quarantine.writers:
+            return None
+        del self[number]
+        self._scheduler.reattach(quarantine.pages, quarantine.windows)
+        self._arrivals.give(quarantine.arrival)
+        return len(quarantine.pages)

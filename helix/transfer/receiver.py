@@ -31,7 +31,7 @@ from ..metrics import RunMetrics
 from ..request import Sequence, StreamEvent, TokenLogprobs, order_of
 from .counters import TransferCounters
 from .hearing import Ended, Heard, Hearing, Joined, Lost, News, Said, Silence, Stuck, decode_news, encode_news
-from .inbound import Arrivals, Inbound, Quarantine
+from .inbound import Arrivals, Inbound, Quarantines
 from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message
 from .transport import Transport
 
@@ -71,7 +71,7 @@ class Receiver:
         self._waiting: list[Sequence] = []
         self._held: deque[tuple[Inbound, int]] = deque()  # not asked for yet, and the steps given to the device before
         self._inbound: dict[int, Inbound] = {}
-        self._quarantined: dict[int, Quarantine] = {}
+        self._quarantined = Quarantines(engine.scheduler, self._arrivals)
         self._next_id = 0
         self._aborting = False
         self.counters = TransferCounters()
@@ -97,7 +97,7 @@ class Receiver:
         """Why nothing can be asked for; empty where something can, at once or once what is asked for has come."""
         if self._link != OPEN:
             return f"the prefill group is {self._link}"
-        if self._arrivals is None or len(self._quarantined) < self._arrivals.count:
+        if self._arrivals.count is None or len(self._quarantined) < self._arrivals.count:
             return ""
         beside = f"scheduler.max_batch = {self._arrivals.count} sequences"
         return f"a lost prefill rank may still write the {self._arrivals.what} of {beside}"
@@ -210,12 +210,10 @@ class Receiver:
         scheduler = self._engine.scheduler
         if scheduler.waiting:
             return
-        arrivals = self._arrivals
-        most = len(self._waiting) if arrivals is None else arrivals.num_free
-        for seq, table in scheduler.admit(self._waiting, most):
+        most = self._arrivals.num_free
+        for seq, table in scheduler.admit(self._waiting, len(self._waiting) if most is None else most):
             scheduler.hold(seq, table, arrives=True)
-            number = None if arrivals is None else arrivals.take()
-            self._held.append((Inbound(seq, number), self._engine.num_departed))
+            self._held.append((Inbound(seq, self._arrivals.take()), self._engine.num_departed))
         self._engine.mover.execute(scheduler.cache.take_movements())
 
     def _ask_for(self, inbound: Inbound) -> None:
@@ -237,7 +235,7 @@ class Receiver:
     def _let_go(self, inbound: Inbound) -> None:
         """Take back all that a held sequence has that nobody writes."""
         self._engine.scheduler.let_go(inbound.seq, inbound.seq.blocks.num_reused)
-        self._give_back(inbound.arrival)
+        self._arrivals.give(inbound.arrival)
 
     # --- listening ----------------------------------------------------------------------------------------------------
 
@@ -279,7 +277,7 @@ class Receiver:
             seq = (self._engine.scheduler.waiting or self._waiting)[0]
             self._engine.scheduler.remove(seq)
             self._waiting = [each for each in self._waiting if each is not seq]
-            pages = sum(len(each.pages) for each in self._quarantined.values())
+            pages = self._quarantined.num_pages
             return [self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")]
         return []
 
@@ -339,17 +337,12 @@ class Receiver:
     def _end_early(self, number: int, inbound: Inbound, unknown: set[int], reason: str) -> list[StreamEvent]:
         """Free or quarantine the pages of a transfer that is not done, and give its request up."""
         del self._inbound[number]
-        seq, scheduler = inbound.seq, self._engine.scheduler
+        seq = inbound.seq
         if unknown:
-            pages, windows = scheduler.detach(seq)
-            self._quarantined[number] = Quarantine(pages, windows, set(unknown), inbound.arrival)
-            self.counters.pages_quarantined += len(pages)
-            self._warn(
-                "request %d: %d pages are quarantined until %d prefill ranks have ended",
-                number,
-                len(pages),
-                len(unknown),
-            )
+            count = self._quarantined.put(number, inbound, unknown)
+            self.counters.pages_quarantined += count
+            until = f"until {len(unknown)} prefill ranks have ended"
+            self._warn("request %d: %d pages are quarantined %s", number, count, until)
             if self._link == OPEN:
                 self._warn_of_trouble()
         else:
@@ -362,17 +355,11 @@ class Receiver:
         return [] if event is None else [event]
 
     def _lift(self, number: int, writer: int) -> None:
-        """Note that a writer cannot write a quarantined transfer's pages any more; free them after the last one."""
-        quarantine = self._quarantined.get(number)
-        if quarantine is None:
-            return
-        quarantine.writers.discard(writer)
-        if not quarantine.writers:
-            del self._quarantined[number]
-            self._engine.scheduler.reattach(quarantine.pages, quarantine.windows)
-            self._give_back(quarantine.arrival)
-            self.counters.pages_released += len(quarantine.pages)
-            self._warn("request %d: its %d quarantined pages are free again", number, len(quarantine.pages))
+        """Note that a writer cannot write a quarantined transfer's pages any more."""
+        freed = self._quarantined.lift(number, writer)
+        if freed is not None:
+            self.counters.pages_released += freed
+            self._warn("request %d: its %d quarantined pages are free again", number, freed)
 
     def _publish(self, inbound: Inbound) -> list[StreamEvent]:
         """Go on with a prompt that has arrived whole."""
@@ -386,14 +373,8 @@ class Receiver:
         if first.logprob is not None:
             top = dict(zip(first.top_ids.tolist(), first.top_logprobs.tolist(), strict=True))
             logprobs = TokenLogprobs(first.token, first.logprob, top)
-        if self._arrivals is not None and inbound.arrival is not None:
-            self._arrivals.land(inbound.arrival, seq)
+        self._arrivals.land(inbound.arrival, seq)
         return self._engine.go_on(seq, first.token, logprobs)
-
-    def _give_back(self, arrival: int | None) -> None:
-        """Make the number of an arrival free that nobody writes any more."""
-        if self._arrivals is not None and arrival is not None:
-            self._arrivals.give(arrival)
 
     def _give_up(self, seq: Sequence, reason: str) -> StreamEvent | None:
         """Compute a request here whose transfer failed, or end it."""
