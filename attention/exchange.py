@@ -24,7 +24,8 @@ from parallel.layout import split_evenly
 from parallel.symmetric import Faults, shares_memory
 
 from .fused_exchange import FusedExchange, supports
-from .merge import join_sinks, lse_words, merge_packed, merge_parts, merge_reference
+from .merge import join_sinks, merge_parts, merge_reference
+from .packed import merge_packed, pack, unpack
 from .partial import Partials
 
 EXCHANGES = ("auto", "collective", "fused")
@@ -89,17 +90,9 @@ class CollectiveExchange:
     """
 
     def __init__(self, group: dist.ProcessGroup, heads: Heads) -> None:
-        num_heads = heads.num_heads
         self._group, self._dtype = group, heads.dtype
-        self._kvp = group.size()
-        self._padded = -(-num_heads // self._kvp)
-        ranges = [split_evenly(num_heads, self._kvp, rank) for rank in range(self._kvp)]
-        start, stop = ranges[group.rank()]
+        start, stop = split_evenly(heads.num_heads, group.size(), group.rank())
         self._heads = stop - start
-        # padding repeats a head that exists; the receiver drops it
-        index = [min(first + i, num_heads - 1) for first, _ in ranges for i in range(self._padded)]
-        even = self._padded * self._kvp == num_heads
-        self._head_index = None if even else torch.tensor(index, device=heads.device)
 
     def begin_step(self) -> None:
         """Do nothing."""
@@ -107,22 +100,11 @@ class CollectiveExchange:
     def __call__(self, partials: Partials, *, layer: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Merge the parts, exchange and merge; see ``Exchange``."""
         out, lse = merge_parts(partials, self._dtype)
-        received = all_to_all(self._pack(out, lse), self._group)
+        received = all_to_all(pack(out, lse, self._group.size()), self._group)
         if received.is_cuda:
             return merge_packed(received, self._heads, out.shape[-1], sinks)
         merged, lse = merge_reference(*unpack(received[:, :, : self._heads], out.shape[-1]))
         return merged if sinks is None else join_sinks(merged, lse, sinks)
-
-    def _pack(self, out_RQD: torch.Tensor, lse_RQ: torch.Tensor) -> torch.Tensor:
-        if self._head_index is not None:
-            out_RQD, lse_RQ = out_RQD[:, self._head_index], lse_RQ[:, self._head_index]
-        rows, width = out_RQD.shape[0], out_RQD.shape[-1]
-        shape = (rows, self._kvp, self._padded)
-        words = lse_words(out_RQD.dtype)
-        packed = out_RQD.new_empty((self._kvp, rows, self._padded, width + words))
-        packed[..., :width] = out_RQD.view(*shape, width).transpose(0, 1)
-        packed[..., width:] = lse_RQ.reshape(*shape, 1).view(out_RQD.dtype).transpose(0, 1)
-        return packed
 
 
 class BySizeExchange:
@@ -139,12 +121,6 @@ class BySizeExchange:
         """Exchange and merge; see ``Exchange``."""
         fits = partials.num_rows <= self._fused.max_rows and partials.out.shape[-1] == self._fused.head_dim
         return (self._fused if fits else self._collective)(partials, layer=layer, sinks=sinks)
-
-
-def unpack(packed: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split a packed message [..., D + W] into its partials [..., D] and their float32 lse [...]."""
-    lse = packed[..., head_dim:].contiguous().view(torch.float32).squeeze(-1)
-    return packed[..., :head_dim], lse
 
 
 def make_exchange(

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from attention.exchange import CollectiveExchange, Exchange, Heads, make_exchange
-from attention.merge import lse_words, merge_packed, merge_parts
+from attention.merge import merge_parts
+from attention.packed import lse_words, merge_packed
 from attention.pages import PageLayout
 from attention.partial import PartialAttention, Partials, select_backend
 from helix.config import AttentionConfig, check_at_least, check_choice

@@ -59,7 +59,7 @@ PARTS = {
         "_latent_kernel",
         "_merge_parts_kernel",
     ),
-    "exchange": ("_exchange_kernel", "_merge_packed_kernel", "AllToAll"),
+    "exchange": ("_exchange_kernel", "_pack_kernel", "_merge_packed_kernel", "AllToAll"),
     "all-reduce": ("_fused_kernel", "_add_norm_kernel", "AllReduce"),
     "GEMMs": (
         "stream_weights_kernel",

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from attention.fused_exchange import FusedExchange
-from attention.merge import lse_words, merge_packed
+from attention.packed import lse_words, merge_packed
 from attention.partial import Partials
 from parallel.collectives import all_gather, all_to_all
 from parallel.launch import stop

@@ -3,16 +3,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.merge import join_sinks, lse_words, merge_packed, merge_parts, merge_reference
+from attention.merge import join_sinks, merge_parts, merge_reference
 from tests.attention.cases import stacked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])  # no bf16 in the interpreter
 EXTREMES = [-torch.inf, -1e4, 0.0, 1e4]
-
-
-def pack(out, lse):
-    return torch.cat([out, lse.unsqueeze(-1).view(out.dtype)], -1).contiguous()
 
 
 def adversarial(seed: int, n: int, rows: int, heads: int, head_dim: int):
@@ -76,23 +71,6 @@ def with_sinks(out, lse, sinks):
     return torch.cat((out, torch.zeros_like(out[:1]))), torch.cat((lse, sinks.expand(1, *shape)))
 
 
-@pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("n", "heads", "padded", "head_dim"), [(2, 4, 4, 64), (8, 3, 4, 128), (5, 1, 2, 16), (4, 2, 2, 80)]
-)
-def test_kernel_matches_the_oracle(dtype, n, heads, padded, head_dim, joined):
-    out, lse = adversarial(n, n, 7, padded, head_dim)
-    out, sinks = out.to(dtype), torch.linspace(-3, 5, padded)
-    merged = merge_packed(
-        pack(out, lse).to(DEVICE), heads, head_dim, sinks[:heads].to(DEVICE) if joined else None
-    ).cpu()
-    assert merged.shape == (7, heads, head_dim)
-    expected = oracle(*(with_sinks(out, lse, sinks) if joined else (out, lse)))[:, :heads]
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-    torch.testing.assert_close(merged.double(), expected, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("parts", [1, 5])
 def test_sinks_join_the_parts_of_rows(parts):
     out, lse = adversarial(3, parts, 6, 4, 16)
@@ -109,8 +87,3 @@ def test_sinks_join_the_parts_of_rows(parts):
     torch.testing.assert_close(
         merge_parts(held, torch.float32, sinks=sinks.to(DEVICE))[0].cpu(), expected, rtol=2e-4, atol=1e-5
     )
-
-
-def test_kernel_takes_no_rows():
-    packed = torch.empty(2, 0, 4, 16 + lse_words(torch.float32), device=DEVICE)
-    assert merge_packed(packed, 4, 16).shape == (0, 4, 16)
