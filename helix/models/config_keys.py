@@ -192,5 +192,9 @@ LIMITS = (
         _sliding_window,
     ),
     Limit("attention_chunk_size", "attention within chunks equals full attention up to one chunk only", _chunk),
-    Limit("dual_chunk_attention_config", "positions are counted through here, as there up to one chunk", _dual_chunks),
+    Limit(
+        "dual_chunk_attention_config",
+        "beyond one chunk it counts positions chunk by chunk, which Helix does not",
+        _dual_chunks,
+    ),
 )
