@@ -4,8 +4,10 @@ A decode step's projections are bound by the bytes of their weights, and those b
 computes. So the kernel asks for as many as its stages hold before it waits for the kernel that makes its rows
 (programmatic dependent launch): memory is busy while the step waits for other ranks.
 
-A program takes 64 rows of the weights (the tensor core's M) and a part of K, and multiplies them with all rows at once.
-Where K is split, the parts are summed by whoever reads them: the all-reduce, or the kernel that rotates.
+A program takes 64 rows of the weights (the tensor core's M), or 128, and a part of K, and multiplies them with all rows
+at once. Where K is split, the parts are summed by whoever reads them: the all-reduce, or the kernel that rotates. Each
+program reads all of x from the cache, so that 64 rows of x are as many bytes as its weights: where 64 rows of weights a
+program already fill the GPU without a cut of K, it takes 128.
 
 Quantised matrices stream as they are: a tile of 8 bits is widened in registers, exactly, and a turn's products are
 multiplied by the scales of its block, whatever the number of rows, so that a row is computed alike in all of them.
@@ -37,8 +39,8 @@ from .stream_quantized import stream_quantized_kernel
 from .stream_weights import stream_weights_kernel
 
 MAX_ROWS = 64
-STAGE_BYTES = 147456  # one program a processor; memory needs some 10 MB in flight to be busy
-BN, BK = 64, 128
+BN, WIDE_BN, BK = 64, 128, 128
+STAGE_BYTES = {BN: 147456, WIDE_BN: 196608}  # one program a processor; memory needs some 10 MB in flight to be busy
 SHARED_BYTES = 232448  # of a processor, that kernels may take; each program has some of the system's own
 FEWEST = 2  # programs that share a processor's memory: the next kernel's find room beside those of a small grid
 FEW_TURNS = 8  # a kernel whose programs take fewer is over before the next one has begun, unless that finds room
@@ -70,10 +72,15 @@ def choose_splits(columns: int, turns: int, programs: int, bn: int = BN) -> int:
     return max(1, min(programs // -(-columns // bn), turns // 2))
 
 
+def _width_of(tiles: int, device: torch.device) -> int:
+    """Return how many rows of a matrix that is not quantised a program takes, where by BN there are so many tiles."""
+    return WIDE_BN if 2 * tiles > _processors(device) else BN
+
+
 def _splits_of(w: Matrix, turns: int, device: torch.device) -> int:
     """Return how many parts K is cut into: as many for any number of rows, so that a row's bits depend on no other."""
     if isinstance(w, torch.Tensor):
-        return choose_splits(w.shape[-2], turns, _processors(device))
+        return choose_splits(w.shape[-2], turns, _processors(device), _width_of(-(-w.shape[-2] // BN), device))
     programs = 4 * _processors(device)
     splits = choose_splits(w.shape[-2], turns, programs)
     return splits if turns >= FEW_TURNS * splits else choose_splits(w.shape[-2], turns, programs * 3 // 4)
@@ -128,9 +135,12 @@ def _stream(
     """
     parts = 2 if gated else 1
     columns, turns = w.shape[-2] // parts, _turns_of(w)
-    bn, programs = _tile_of(rows) if isinstance(w, Quantized) else (BN, 1)
-    bm, half = max(8, triton.next_power_of_2(rows)), bn // parts
     each = gated and experts is not None
+    if isinstance(w, Quantized):
+        bn, programs = _tile_of(rows)
+    else:
+        bn, programs = _width_of(-(-columns * parts // BN) * (splits if each else 1), x.device), 1
+    bm, half = max(8, triton.next_power_of_2(rows)), bn // parts
     dtype = x.dtype if (splits == 1 or each) and not exact else torch.float32
     if out is None:
         out = torch.empty((splits, rows, columns), dtype=dtype, device=x.device)
@@ -155,7 +165,7 @@ def _stream(
         scales = _scale_tiles(w.scales, half), w.shift, w.shift - w.lead
         stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, STAGES=stages, maxnreg=registers, **how)
     else:
-        stages = STAGE_BYTES // (bn * BK * x.element_size() + x_bytes)
+        stages = STAGE_BYTES[bn] // (bn * BK * x.element_size() + x_bytes)
         stream_weights_kernel[grid](*tiles, *rest, SPLITS=splits, STAGES=stages, KNOWN=known, LATE=late, **how)
     return out
 

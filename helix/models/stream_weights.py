@@ -41,6 +41,7 @@ def stream_weights_kernel(
     PARTS: gl.constexpr = w.block_shape[0]
     HALF: gl.constexpr = w.block_shape[1]
     BN: gl.constexpr = PARTS * HALF
+    WARPS: gl.constexpr = BN // 16
     BK: gl.constexpr = w.block_shape[2]
     BYTES: gl.constexpr = (BN + BM) * BK * w.dtype.primitive_bitwidth // 8
     n0, split = gl.program_id(0) * HALF, gl.program_id(1)
@@ -76,8 +77,8 @@ def stream_weights_kernel(
     for s in gl.static_range(STAGES):
         _, row, at = place(first + s, 0, num_turns, num_rows, EXPERTS, BK)
         tma.async_copy_global_to_shared(x, [row, at], bars.index(s), x_tiles.index(s), pred=s < count)
-    weight = weights_of_rows(experts, row_weights, num_rows, split, used, BM, 4, EXPERTS)
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    weight = weights_of_rows(experts, row_weights, num_rows, split, used, BM, WARPS, EXPERTS)
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BM, 16])
     acc = gl.zeros([BN, BM], gl.float32, layout=layout)
     ahead = matrix_of(stop, stop, experts, num_turns, EXPERTS)
     for i in range(count):
@@ -98,7 +99,7 @@ def stream_weights_kernel(
 
     sums.store(acc)
     finish(
-        sums, bias, out, weight, num_rows, columns, n0, split, used, PARTS, HALF, BM, 4, HAS_BIAS, EXPERTS,
+        sums, bias, out, weight, num_rows, columns, n0, split, used, PARTS, HALF, BM, WARPS, HAS_BIAS, EXPERTS,
     )  # fmt: skip
 
 

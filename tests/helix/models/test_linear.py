@@ -31,3 +31,14 @@ def test_projections_equal_float64(dtype, rows, columns, depth):
     for ours, theirs, exact in triples:
         error, allowed = ((each.cpu().double() - exact).abs().max() for each in (ours, theirs))
         assert error <= 2 * allowed + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("columns", "depth"), [(4608, 4096), (27392, 1024), (4096, 4096), (128, 2048)])
+def test_no_bit_of_a_row_depends_on_how_many_rows_there_are(columns, depth):
+    x = torch.randn(64, depth, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(columns, depth, device="cuda", dtype=torch.bfloat16)
+    for product in (linear, gated_linear, lambda x, w: split_linear(x, w).transpose(0, 1)):
+        every = product(x, w)
+        for rows in (1, 8, 33):
+            assert torch.equal(product(x[:rows], w), every[:rows])
