@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .collectives import all_reduce_
+from .device import early
 from .norm import rms_norm
 from .symmetric import (
     Faults,
@@ -34,6 +35,7 @@ MAX_FUSED_BYTES = 4 << 20
 TWO_SHOT_BYTES = 1 << 17
 """From these on: with 4 H200, one shot is faster up to 64 KiB."""
 GRACE_NS = tl.constexpr(1 << 30)
+SUM_REGISTERS = 128  # a thread's at most; left to itself, the compiler saves registers and asks for summands in turn
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -266,7 +268,7 @@ class AllReduceNorm:
                 return rms_norm(residual.add_(x.view_as(residual)), weight, eps)
             _add_norm_kernel[(rows,)](
                 x, residual, weight, normed, rows, eps, H=h, H_PAD=triton.next_power_of_2(h), SUMMANDS=summands,
-                PDL=self._pdl, num_warps=8, **_launch(self._pdl),
+                num_warps=8, **_launch(self._pdl, summands),
             )  # fmt: skip
             return normed
         granules = max(32, triton.next_power_of_2(-(-self._row_bytes // 16)))  # one a thread: see push_granules
@@ -274,11 +276,11 @@ class AllReduceNorm:
             x, residual, weight, normed, self._buffer.peers, self._faults.word, rows, self._group.rank(),
             index % 2, index // 2 * 4 + OPERATION, self._timeout_ns, eps,
             CAPACITY=self._capacity, N=self._group.size(), H=h, GRANULES=granules, SUMMANDS=summands,
-            TWO_SHOT=self._is_two_shot(rows), PDL=self._pdl, num_warps=min(16, granules // 32), **_launch(self._pdl),
+            TWO_SHOT=self._is_two_shot(rows), num_warps=min(16, granules // 32), **_launch(self._pdl, summands),
         )  # fmt: skip
         return normed
 
 
-def _launch(pdl: bool) -> dict[str, bool]:
-    """Launch options; Triton's interpreter knows none of them."""
-    return {"launch_pdl": True} if pdl else {}
+def _launch(pdl: bool, summands: int) -> dict[str, int]:
+    """Return ``early``'s options, and room for summands; Triton's interpreter knows no bound of registers."""
+    return early(pdl) | ({"maxnreg": SUM_REGISTERS} if pdl and summands > 1 else {})
