@@ -59,16 +59,11 @@ class Door:
     Args:
         source: rank 0's; nobody reads another rank's.
         timeout_s: bound of a collective, in seconds.
-
-    Attributes:
-        shared_s: seconds that rank 0 has spent in broadcasts; a share of the steps' time that benchmarks print.
-        num_shared: broadcasts.
     """
 
     def __init__(self, source: Source, *, timeout_s: float) -> None:
         self._source = source
         self._heartbeat_s = min(HEARTBEAT_S, timeout_s / 4)
-        self.shared_s, self.num_shared = 0.0, 0
         self._alone = not dist.is_initialized() or dist.get_world_size() == 1
         self._buffer = torch.zeros(INLINE_BYTES, dtype=torch.uint8)
         self._bytes = self._buffer.numpy()
@@ -105,13 +100,10 @@ class Door:
         self._header[:] = len(payload), failed
         inline = payload[: INLINE_BYTES - _HEADER_BYTES]
         self._bytes[_HEADER_BYTES : _HEADER_BYTES + len(inline)] = np.frombuffer(inline, np.uint8)
-        began = time.perf_counter()
         dist.broadcast(self._buffer, 0, group=host_group())
         if len(payload) > len(inline):
             rest = np.frombuffer(payload, np.uint8, offset=len(inline)).copy()
             dist.broadcast(torch.from_numpy(rest), 0, group=host_group())
-        self.shared_s += time.perf_counter() - began
-        self.num_shared += 1
 
     def _receive(self) -> Turn:
         dist.broadcast(self._buffer, 0, group=host_group())

@@ -38,7 +38,6 @@ from scripts.outputs import check_writable
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN_WAIT_S = 30.0  # torchrun kills what lives so long after a signal, unless it is told otherwise
 END_S = 5.0
-BACKLOG = 1024
 _log = logging.getLogger(__name__)
 
 

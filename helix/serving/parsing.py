@@ -66,7 +66,6 @@ class AnswerParser:
 
         self._parser: Any = ResponseParser(template, prefix=prompt, tools=list(tools))
         self._open = ""  # text of a region that is told when it closes
-        self.has_calls = False
         for event in self._parser.initial_events:
             if event["type"] == "region_chunk" and event["dirty"]:
                 self._open += event["text"]
@@ -101,7 +100,6 @@ class AnswerParser:
         if field != "tool_calls":
             return []
         calls = event["value"] if isinstance(event["value"], list) else [event["value"]]
-        self.has_calls = True
         return [_call(call) for call in calls]
 
 
