@@ -20,12 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from parallel.device import early
+
 from .online_softmax import LOG2_E, natural_lse
 from .page_tiles import FETCH_REGISTERS, PIECE, exp2
 from .pages import QuantizedPages
 from .partial import Partials
 from .rows import Rows, Work
-from .stream_eight_bits import LOWEST, MOST, halves, inverse, log2, neighbours, power, sum_of_threads
+from .stream_eight_bits import LOWEST, MOST, halves, inverse, log2, neighbours, power, store_columns, sum_of_threads
 from .stream_latent import TURNED_DIM, VALUE_DIM
 from .stream_latent_eight_bits import boxes_of, fetch
 from .weigh_latents import cell_of, pages_of, scales_of
@@ -47,8 +49,6 @@ def _attend(
     HEADS: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps that attend, turn by turn, and store the partial of each piece."""
-    if PDL:
-        gdc_wait()
     STAGES: gl.constexpr = full.shape[0]
     TURN: gl.constexpr = bytes_s.shape[1]
     VALUE: gl.constexpr = bytes_s.shape[2]
@@ -67,7 +67,6 @@ def _attend(
     across_s = bytes_s._reinterpret(gl.uint16, [STAGES * 2, TURN, 2 * QUARTER], pairs_layout)
     q0_s = q_s._reinterpret(gl.float16, [2, M, VALUE // 2], q_s.layout)
     m = gl.arange(0, M, layout=columns)
-    o_d = 2 * gl.arange(0, 2 * QUARTER, layout=its_rows)
     token = gl.arange(0, TURN, layout=its_rows)
     seen_token = gl.arange(0, TURN, layout=gl.SliceLayout(0, operand))
     nothing = gl.zeros([TURN, M], gl.float32, layout=wgmma)
@@ -78,16 +77,22 @@ def _attend(
         first, stop, begin, end = gl.load(its), gl.load(its + 1), gl.load(its + 2), gl.load(its + 3)
         table = page_table + gl.load(its + 6).to(gl.int64) * table_stride
         page = pages_of(table, begin + token, end, BLOCK_SIZE)
+        row, head = first + m // HEADS, m % HEADS
+        real = (row < stop) & (head < num_heads)
+        limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
+        whole = gl.minimum(gl.load(visible_len + first), end)
+        if PDL:  # what is above was uploaded before the step's first layer
+            gdc_wait()
         c = gl.arange(0, M, layout=gl.SliceLayout(1, lines))
         d = gl.arange(0, TURNED, layout=gl.SliceLayout(0, lines))
-        row, head = first + c // HEADS, c % HEADS
-        from_q = q + (row.to(gl.int64) * q_row_stride + head * (VALUE + TURNED) + VALUE)[:, None] + d[None, :]
-        q_end = gl.load(from_q, mask=((row < stop) & (head < num_heads))[:, None], other=0.0)
+        q_row, q_head = first + c // HEADS, c % HEADS
+        from_q = q + (q_row.to(gl.int64) * q_row_stride + q_head * (VALUE + TURNED) + VALUE)[:, None] + d[None, :]
+        q_end = gl.load(from_q, mask=((q_row < stop) & (q_head < num_heads))[:, None], other=0.0)
         c = gl.arange(0, M, layout=gl.SliceLayout(1, long))
         d = gl.arange(0, VALUE, layout=gl.SliceLayout(0, long))
-        row, head = first + c // HEADS, c % HEADS
-        from_q = q + (row.to(gl.int64) * q_row_stride + head * (VALUE + TURNED))[:, None] + d[None, :]
-        value = gl.load(from_q, mask=((row < stop) & (head < num_heads))[:, None], other=0.0).to(gl.float32)
+        q_row, q_head = first + c // HEADS, c % HEADS
+        from_q = q + (q_row.to(gl.int64) * q_row_stride + q_head * (VALUE + TURNED))[:, None] + d[None, :]
+        value = gl.load(from_q, mask=((q_row < stop) & (q_head < num_heads))[:, None], other=0.0).to(gl.float32)
         q_turned.store(q_end)
         token_scale = scales_of(page, scales, begin + token, end, scale_stride, BLOCK_SIZE)
         page = pages_of(table, begin + TURN + token, end, BLOCK_SIZE)
@@ -98,10 +103,6 @@ def _attend(
         q0_s.index(0).store(gl.convert_layout(q0.reshape([M, VALUE // 2]), halves_layout))
         q0_s.index(1).store(gl.convert_layout(q1.reshape([M, VALUE // 2]), halves_layout))
         fence_async_shared()
-        row, head = first + m // HEADS, m % HEADS
-        real = (row < stop) & (head < num_heads)
-        limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
-        whole = gl.minimum(gl.load(visible_len + first), end)
         shift = gl.full([M], LOWEST, gl.float32, layout=columns)
         total = sum_of_threads(nothing)
         a0 = gl.zeros([2 * QUARTER, M], gl.float32, layout=wgmma)
@@ -115,20 +116,22 @@ def _attend(
             page = pages_of(table, at + 2 * TURN + token, end, BLOCK_SIZE)
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
             t = warpgroup_mma(turned_s.index(stage), q_turned.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            s = nothing
-            for quarter in gl.static_range(4):
+            k0, k1 = neighbours(rows_s.index(stage * 4).load(operand))
+            s = warpgroup_mma(k0, q_s.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            u = warpgroup_mma(k1, q_s.index(4).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            for quarter in gl.static_range(1, 4):  # two sums: products of one wait for each other
+                was0, was1 = k0, k1
                 k0, k1 = neighbours(rows_s.index(stage * 4 + quarter).load(operand))
-                s = warpgroup_mma(k0, q_s.index(quarter).permute((1, 0)), s, use_acc=quarter > 0, is_async=True)
-                s = warpgroup_mma(k1, q_s.index(4 + quarter).permute((1, 0)), s, is_async=True)
-                if quarter % 2 == 1:
-                    s, k0, k1 = warpgroup_mma_wait(num_outstanding=0, deps=[s, k0, k1])
-            t = warpgroup_mma_wait(num_outstanding=0, deps=[t])
+                s = warpgroup_mma(k0, q_s.index(quarter).permute((1, 0)), s, is_async=True)
+                u = warpgroup_mma(k1, q_s.index(4 + quarter).permute((1, 0)), u, is_async=True)
+                was0, was1 = warpgroup_mma_wait(num_outstanding=2, deps=[was0, was1])
+            s, u, t, k0, k1 = warpgroup_mma_wait(num_outstanding=0, deps=[s, u, t, k0, k1])
             token_scale = gl.where(at + token < end, gl.maximum(token_scale, 8.077935669463161e-28), 1.0)  # 2 ** -90
             v = across_s.index(stage * 2).permute((1, 0)).load(operand)
             if at + TURN > end:
                 v = gl.where((at + seen_token < end)[None, :], v, 0)
             v0, v1 = halves(v)
-            s = s * (token_scale * factor)[:, None] + t * scale_log2 + log2(token_scale)[:, None]
+            s = (s + u) * (token_scale * factor)[:, None] + t * scale_log2 + log2(token_scale)[:, None]
             if at + TURN > whole:
                 s = gl.where((at + token)[:, None] < limit[None, :], s, float("-inf"))
             x = s - shift[None, :]
@@ -163,11 +166,10 @@ def _attend(
         cell = (cell_of(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head).to(gl.int64)
         natural = natural_lse(shift, sums, empty)
         gl.store(lse + cell, natural, mask=real)
-        to = out + cell[None, :] * VALUE + o_d[:, None]
-        gl.store(to, (a0 / sums[None, :]).to(out.dtype.element_ty), mask=real[None, :])
-        gl.store(to + 1, (a1 / sums[None, :]).to(out.dtype.element_ty), mask=real[None, :])
-        gl.store(to + VALUE // 2, (b0 / sums[None, :]).to(out.dtype.element_ty), mask=real[None, :])
-        gl.store(to + VALUE // 2 + 1, (b1 / sums[None, :]).to(out.dtype.element_ty), mask=real[None, :])
+        where = out, q_s, part_start, first, stop, gl.load(its + 4), 0, num_heads
+        share = 1.0 / sums[None, :]
+        store_columns(where, a0 * share, a1 * share, 0, VALUE, HEADS, SPLIT)
+        store_columns(where, b0 * share, b1 * share, VALUE // 2, VALUE, HEADS, SPLIT)
 
 
 @gluon.jit
@@ -241,6 +243,6 @@ def attend(
         work.span_start if work.part_start is None else work.part_start, partials.out, partials.lse,
         q_RQD.stride(0), rows.page_table.stride(0), pages.scales.stride(0), scale * LOG2_E, heads,
         HEADS=heads, BLOCK_SIZE=pages.shape[3], M=columns, TURN=TURN, VALUE=VALUE_DIM, TURNED=TURNED_DIM,
-        SPLIT=work.part_start is not None, STAGES=STAGES, FETCH_REGISTERS=FETCH_REGISTERS, PDL=pdl, num_warps=4,
-        maxnreg=REGISTERS, **({"launch_pdl": True} if pdl else {}),
+        SPLIT=work.part_start is not None, STAGES=STAGES, FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4,
+        maxnreg=REGISTERS, **early(pdl),
     )  # fmt: skip
