@@ -8,7 +8,7 @@
 | many_rows                | Hopper | any                      | 64, 128, 256 | 16 to 256, 2 bytes | one a piece    |
 | split_kv                 | any    | any                      | any          | any                | persist if few |
 | stream_latent            | Hopper | any, all of one latent   | 512 + 64     | 16 to 256, 2 bytes | persist if few |
-| stream_latent_bytes      | Hopper | 16, of 8 runs or more    | 512 + 64     | 16 to 256, 1 byte  | persist        |
+| stream_latent_bytes      | Hopper | 16                       | 512 + 64     | 16 to 256, 1 byte  | persist        |
 | stream_latent_eight_bits | Hopper | any, all of one latent   | 512 + 64     | 16 to 256, 1 byte  | persist if few |
 | latent_kv                | any    | any, all of one latent   | any          | any                | persist if few |
 
@@ -83,9 +83,8 @@ class TritonAttention:
         *,
         value_dim: int | None = None,
         window: bool = False,
-        num_runs: int = 1,
     ) -> Cutting:
-        """Choose the kernel for steps of so many runs, the longest of so many rows, and say how it wants them cut."""
+        """Choose the kernel for steps whose longest run has so many rows, and say how it wants them cut."""
         num_kv_heads = pages.k.shape[1] if isinstance(pages, Workspace) else pages.shape[2]
         group = num_heads // num_kv_heads
         programs = max(1, self._processors // num_kv_heads)
@@ -95,7 +94,7 @@ class TritonAttention:
             return split_kv.cutting(pages, group, max_rows, programs)
         if value_dim is not None:
             if isinstance(pages, QuantizedPages) and stream_latent_eight_bits.supports(pages, value_dim):
-                if stream_latent_bytes.pays(max_rows * num_heads, num_runs):
+                if max_rows * num_heads <= stream_latent_bytes.MAX_COLUMNS:
                     return stream_latent_bytes.cutting(max_rows, self._processors)
                 return stream_latent_eight_bits.cutting(num_heads, max_rows, self._processors)
             if stream_latent.supports(pages, value_dim):

@@ -69,7 +69,6 @@ class PartialAttention(Protocol):
         *,
         value_dim: int | None = None,
         window: bool = False,
-        num_runs: int = 1,
     ) -> Cutting | None:
         """Return how steps whose longest run has so many rows are to be cut; None where no work list is read.
 
@@ -79,7 +78,6 @@ class PartialAttention(Protocol):
             max_rows: rows of the longest run.
             value_dim: as in a call.
             window: rows have a ``visible_from``.
-            num_runs: runs of a step; what is returned is right for any number, and chosen for this one.
         """
         ...
 

@@ -24,7 +24,6 @@ class ReferenceAttention:
         *,
         value_dim: int | None = None,
         window: bool = False,
-        num_runs: int = 1,
     ) -> None:
         """Return None: nothing is cut."""
 

@@ -35,7 +35,6 @@ from .work import Cutting
 
 KERNEL = "stream_latent_bytes"
 MAX_COLUMNS = 16  # rows x heads
-MIN_RUNS = 8  # from where on it pays: it begins and ends a step later, which shows where there is little to read
 TURN = 64  # tokens
 PROGRAMS = 2  # a processor
 STAGES = 2
@@ -218,11 +217,6 @@ def _stream_latent_bytes_kernel(
         )  # fmt: skip
     elif PDL:
         gdc_wait()  # a kernel that ends without waiting would let the next one pass the one before
-
-
-def pays(columns: int, num_runs: int) -> bool:
-    """Return whether steps of so many runs, of at most so many rows x heads, are for this kernel."""
-    return columns <= MAX_COLUMNS and num_runs >= MIN_RUNS
 
 
 def cutting(max_rows: int, processors: int) -> Cutting:

@@ -38,9 +38,9 @@ from .work import Cutting
 KERNEL = "stream_latent_eight_bits"
 PART = 32  # tokens of a copy
 STRIP = 128  # elements of values that are widened at once: as wide as the swizzle
-WIDE = {8: (64, 3), 16: (64, 3), 32: (64, 2), 64: (32, 4)}
-"""By columns: tokens of a tile, and parts on their way."""
-WARPS = {8: (1, 112, 112, 64), 16: (1, 112, 112, 64), 32: (1, 112, 168, 64), 64: (2, 96, 160, 56)}
+WIDE = {32: (64, 2), 64: (32, 4)}
+"""By columns, more than ``stream_latent_bytes`` takes: tokens of a tile, and parts on their way."""
+WARPS = {32: (1, 112, 168, 64), 64: (2, 96, 160, 56)}
 """By columns: groups of warps that sum, a thread's registers at the launch, of one that sums, and of one that widens;
 one that weighs gets most of what is left."""
 
@@ -287,7 +287,7 @@ def attend(
     assert pages.turned is not None
     num_heads, passes = q_RQD.shape[1], passes_of(q_RQD.shape[1])
     heads = -(-num_heads // passes)
-    columns = max(8, triton.next_power_of_2(work.cutting.tile_rows * heads))
+    columns = triton.next_power_of_2(work.cutting.tile_rows * heads)
     (tile, parts), (groups, registers, sum_registers, widen_registers) = WIDE[columns], WARPS[columns]
     _stream_latent_eight_bits_kernel[(work.programs, passes)](
         boxes_of(pages.bytes, gl.uint8), boxes_of(pages.turned, gl.bfloat16), q_RQD, pages.scales, rows.page_table,

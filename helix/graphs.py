@@ -212,7 +212,7 @@ class StepGraphs(ABC):
             StepGraph(
                 *size,
                 device,
-                self._cuttings(*size),
+                self._cuttings(size[1]),
                 stages=self._stages,
                 captured=self._captured,
             )
@@ -227,9 +227,9 @@ class StepGraphs(ABC):
                 self._fill_with_nothing(graph)
                 capture(graph.graph, self.pool, partial(self._step, graph))
 
-    def _cuttings(self, num_runs: int, max_rows: int) -> Cuttings:
+    def _cuttings(self, max_rows: int) -> Cuttings:
         layers = self._cache.layers
-        full = self._decoder.cutting(layers[0], max_rows=max_rows, num_runs=num_runs) if layers else None
+        full = self._decoder.cutting(layers[0], max_rows=max_rows) if layers else None
         if self._window_table is None:
             return Cuttings(full)
         return Cuttings(full, self._decoder.window_cutting(max_rows=max_rows), self._cache.layout.block_size)

@@ -70,9 +70,7 @@ class AnyGpu:
     def __init__(self, backend: PartialAttention, processors: int) -> None:
         self._backend, self._processors = backend, processors
 
-    def cutting(
-        self, pages: Pages, num_heads: int, max_rows: int, *, value_dim: int | None = None, num_runs: int = 1
-    ) -> Cutting:
+    def cutting(self, pages: Pages, num_heads: int, max_rows: int, *, value_dim: int | None = None) -> Cutting:
         """Cut as that kernel asks for."""
         return latent_kv.cutting(num_heads, max_rows, self._processors, wide=False)
 
@@ -120,7 +118,7 @@ def time_backends(
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     times, results = [], []
     for each in (backend, AnyGpu(backend, processors)):
-        cutting = each.cutting(pages[0], heads, config.rows, value_dim=RANK, num_runs=len(rows.query_start) - 1)
+        cutting = each.cutting(pages[0], heads, config.rows, value_dim=RANK)
         its_rows = rows.cut_for(cutting, config.block_size)
         calls = [partial(each, q, copy, its_rows, SCALE, value_dim=RANK) for copy in pages]
         results.append(merge_parts(calls[0](), q.dtype)[0])

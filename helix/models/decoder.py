@@ -138,11 +138,11 @@ class Decoder:
         layers = self.layers if self.next is None else [*self.layers, self.next]
         return sum(int(weight.nbytes) for layer in layers for weight in layer.values())
 
-    def cutting(self, pages: Pages | Workspace, *, max_rows: int, num_runs: int = 1) -> Cutting | None:
-        """Return how attention over pages like these wants steps of so many runs cut, the longest of so many rows."""
+    def cutting(self, pages: Pages | Workspace, *, max_rows: int) -> Cutting | None:
+        """Return how attention over pages like these wants steps cut whose longest run has so many rows."""
         latent = None if isinstance(pages, Workspace) else self.spec.latent
         value_dim = None if latent is None else latent.rank
-        return self._attention.cutting(pages, self.num_heads, max_rows, value_dim=value_dim, num_runs=num_runs)
+        return self._attention.cutting(pages, self.num_heads, max_rows, value_dim=value_dim)
 
     def window_cutting(self, *, max_rows: int) -> Cutting | None:
         """Return how layers with a window want steps cut whose longest run has so many rows; None without any."""

@@ -124,8 +124,7 @@ def partials_of(backend, q, pages, rows, scale, value_dim=None) -> Partials:
     """What a back end makes of rows, cut as it asks for."""
     max_rows = int(rows.query_start.diff().max())
     window = rows.visible_from is not None
-    num_runs = len(rows.query_start) - 1
-    cutting = backend.cutting(pages, q.shape[1], max_rows, value_dim=value_dim, window=window, num_runs=num_runs)
+    cutting = backend.cutting(pages, q.shape[1], max_rows, value_dim=value_dim, window=window)
     return backend(q, pages, rows.cut_for(cutting, pages.shape[3]), scale, value_dim=value_dim)
 
 

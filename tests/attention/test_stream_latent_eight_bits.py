@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attention import stream_latent_bytes, stream_latent_eight_bits
+from attention import stream_latent_eight_bits
 from attention.partial import select_backend
 from attention.reference import partial_attention
 from tests.attention.cases import attend, in_8_bits, make_case, partials_of, shard, widened
@@ -18,7 +18,6 @@ def hopper():
         pytest.skip("needs a Hopper GPU")
 
 
-@pytest.mark.parametrize("min_runs", [1, 100], ids=["bytes", "widened"])
 @pytest.mark.parametrize(
     ("heads", "num_rows", "block_size", "lengths"),
     [
@@ -32,10 +31,7 @@ def hopper():
         (96, 2, 256, [12_000, 3, 129]),
     ],
 )
-def test_it_equals_the_reference_over_what_8_bits_mean(monkeypatch, heads, num_rows, block_size, lengths, min_runs):
-    monkeypatch.setattr(stream_latent_bytes, "MIN_RUNS", min_runs)
-    if min_runs == 1 and heads * num_rows > stream_latent_bytes.MAX_COLUMNS:
-        pytest.skip("for the other kernel either way")
+def test_it_equals_the_reference_over_what_8_bits_mean(heads, num_rows, block_size, lengths):
     case = make_case(
         heads, lengths=lengths, num_rows=[num_rows] * len(lengths), heads=heads, kv_heads=1, head_dim=576,
         value_dim=512, block_size=block_size, kvp=2 if num_rows == 3 else 1, dtype=torch.bfloat16,
