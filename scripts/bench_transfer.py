@@ -5,8 +5,9 @@
         transfer.prefill_ranks=2 transfer.prefill.kvp=2 transfer.prefill.tpa=1 parallel.kvp=1 parallel.tpa=2     (GPUs)
 
 prepare: from the page tables of a request to arrays that NIXL takes, beside plain Python lists of the same regions.
-bandwidth: pages written from rank 0 to rank 1, beside a plain copy of as many bytes in one piece between the same two
-processes, taken in turn: the kernel's own (process_vm_writev) on CPUs, peer to peer on GPUs.
+bandwidth: pages written from rank 0 to rank 1, through NIXL and by a kernel where that can be, beside a plain copy of
+as many bytes in one piece between the same two processes, in turn: the kernel's own (process_vm_writev) on CPUs, peer
+to peer on GPUs.
 overlap: from the end of the prefill to the first decode step, beside the same with all blocks written after the
 prefill.
 """
@@ -35,9 +36,11 @@ from helix.config import HelixConfig
 from helix.engine import Engine
 from helix.llm import LLM, enter
 from helix.sampling import SamplingParams
+from helix.transfer.mapped_peer import MappedPeer
+from helix.transfer.protocol import DONE, RUNNING
 from helix.transfer.regions import CacheMap, Side, build_regions, shared_blocks
 from helix.transfer.sender import Sender, Sending
-from helix.transfer.transport import DONE, RUNNING, Transport
+from helix.transfer.transport import Transport
 from parallel.launch import start, stop
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
@@ -188,7 +191,9 @@ def _send_pages(
     pool, pid, shared = receiver
     token_bytes = cache.layout.planes[0].token_bytes
     maps = [CacheMap(each.layers, each.page_bytes, token_bytes, BLOCK, (0, HEADS)) for each in (transport.pool, pool)]
-    peer = transport.connect(pool, maps[0], maps[1], rank=1)
+    peers: dict[str, Any] = {"NIXL": transport.connect_by_nixl(pool, maps[0], maps[1], rank=1)}
+    if isinstance(peer := transport.connect(pool, maps[0], maps[1], rank=1), MappedPeer):
+        peers["a kernel"] = peer
     theirs = None if shared is None else shared[0](*shared[1])
     page = cache.pages[:, 0].numel() * cache.pages.element_size()
     random, rows = np.random.default_rng(0), []
@@ -205,23 +210,28 @@ def _send_pages(
         blocks, other = np.arange(count, dtype=np.int64), torch.empty_like(flat)
         scattered = [random.permutation(cache.pages.shape[1])[:count].astype(np.int64) for _ in range(2)]
 
-        def write(pages: list[Any], blocks: Any = blocks, count: int = count) -> None:
+        def write(peer: Any, pages: list[Any], blocks: Any = blocks, count: int = count) -> None:
             made = peer.write(blocks, pages[0], pages[1], (0, count * BLOCK))
             while (state := made.poll()) == RUNNING:
                 pass
             assert state == DONE, made.reason
 
-        in_order_s, scattered_s, plain_s, local_s = medians_s(
-            lambda blocks=blocks: write([blocks, blocks]),
-            lambda scattered=scattered: write(scattered),
+        ways = {
+            f"{name}, {order}": (lambda peer=peer, pages=pages, write=write: write(peer, pages))
+            for name, peer in peers.items()
+            for order, pages in (("in order", [blocks, blocks]), ("scattered", scattered))
+        }
+        *taken, plain_s, local_s = medians_s(
+            *ways.values(),
             plain,
             lambda flat=flat, other=other: copy(flat, other),
             repeats=config.repeats,
         )
-        for name, taken_s in (("in order", in_order_s), ("scattered", scattered_s)):
+        for way, taken_s in zip(ways, taken, strict=True):
             speeds = [count * page / 1e9 / each for each in (taken_s, plain_s, local_s)]
-            rows.append([mib, name, speeds[0], speeds[1], plain_s / taken_s, speeds[2]])
-    peer.close()
+            rows.append([mib, way, speeds[0], speeds[1], plain_s / taken_s, speeds[2]])
+    for peer in peers.values():
+        peer.close()
     return rows
 
 

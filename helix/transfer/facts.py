@@ -113,21 +113,21 @@ class Process:
         """Return this process."""
         pid = os.getpid()
         state = _state(pid)
-        return Process(_machine() if state else "", pid, state[1] if state else 0)
+        return Process(machine() if state else "", pid, state[1] if state else 0)
 
     def has_ended(self) -> bool:
         """Return True when the process is known to run no more; what it was writing has landed, or never will.
 
         Only processes of this machine can be known; for others it is False.
         """
-        if not self.machine or self.machine != _machine():
+        if not self.machine or self.machine != machine():
             return False
         state = _state(self.pid)
         return state is None or state[0] in "ZX" or state[1] != self.started
 
 
-def _machine() -> str:
-    """Return a name that processes share which see each other's numbers."""
+def machine() -> str:
+    """Return a name that processes share which see each other's numbers; empty where that cannot be known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -42,7 +42,7 @@ from .receiver import Receiver
 from .regions import CacheMap, Side
 from .requirements import naming_the_setting, place_to_listen, shared_secret
 from .sender import Prepare, Sender, Target
-from .transport import Peer, Transport
+from .transport import AnyPeer, Transport
 
 STORE_KEY = "helix/transfer"
 TURN_S = 0.05
@@ -204,8 +204,6 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     layout = Layout(kvp=welcome.kvp, tpa=welcome.tpa)
     peers = agree(lambda: _connect_pools(group, transports[0], layout, welcome.pools))
     bounded_peers = agree(lambda: _connect_bounded(group, transports[1:], layout, welcome.bounded))
-    for peer in (*peers, *bounded_peers):
-        peer.ping(b"hello")
     channel.send(Ready([process for process in welcome.lost if process.has_ended()]))
     _log.info("transfer: connected to %d decode ranks", len(welcome.pools))
     return Sender(
@@ -257,13 +255,13 @@ def _await_welcome(channel: Channel, timeout_s: float) -> Welcome:
     raise ChannelLost(f"the decode group at {channel.name} did not answer within {timeout_s:g} s")
 
 
-def _connect_pools(group: Group, transport: Transport, layout: Layout, pools: list[Pool]) -> list[Peer]:
+def _connect_pools(group: Group, transport: Transport, layout: Layout, pools: list[Pool]) -> list[AnyPeer]:
     """Return the pools that this rank writes: those with heads of its own, unless another rank sends them."""
     sends = group.side(group.layout).sends(group.launch.rank)
     return _connect(group, transport, layout, pools, group.cache_map) if sends else []
 
 
-def _connect_bounded(group: Group, transports: list[Transport], layout: Layout, pools: list[Pool]) -> list[Peer]:
+def _connect_bounded(group: Group, transports: list[Transport], layout: Layout, pools: list[Pool]) -> list[AnyPeer]:
     """Return the same of states or windows.
 
     Raises:
@@ -277,10 +275,10 @@ def _connect_bounded(group: Group, transports: list[Transport], layout: Layout, 
     return _connect(group, transports[0], layout, pools, bounded.map)
 
 
-def _connect(group: Group, transport: Transport, layout: Layout, pools: list[Pool], map_of: MapOf) -> list[Peer]:
+def _connect(group: Group, transport: Transport, layout: Layout, pools: list[Pool], map_of: MapOf) -> list[AnyPeer]:
     """Return the pools of a group of some layout that have heads of this rank's."""
     source = map_of(transport.pool, group.layout, group.launch.rank)
-    peers = []
+    peers: list[AnyPeer] = []
     for number, pool in enumerate(pools):
         target = map_of(pool, layout, number)
         if max(source.heads[0], target.heads[0]) < min(source.heads[1], target.heads[1]):

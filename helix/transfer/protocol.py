@@ -36,6 +36,8 @@ State = Literal["done", "failed", "unknown"]
 DONE: Final = "done"
 FAILED: Final = "failed"
 UNKNOWN: Final = "unknown"
+RUNNING: Final = "running"
+"""What a write is that has not ended; no end state."""
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -93,6 +95,8 @@ class Pool(Struct, frozen=True, forbid_unknown_fields=True):
         page_bytes: from one page to the next.
         num_pages: pages of each layer.
         memory, device: the kind of memory, in the transport's words, and the device's number.
+        machine: equal to a rank's own where that may map the pages; empty where none can.
+        handle: what it maps them by.
     """
 
     metadata: bytes
@@ -101,6 +105,8 @@ class Pool(Struct, frozen=True, forbid_unknown_fields=True):
     num_pages: Positive
     memory: str
     device: Count
+    machine: str = ""
+    handle: bytes = b""
 
     def __post_init__(self) -> None:
         require(len(self.layers) > 0 and bool((self.layers > 0).all()), "layers must be addresses")

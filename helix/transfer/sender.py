@@ -33,9 +33,10 @@ from ..request import Request, Sequence, StreamEvent
 from ..sampling import SamplingParams
 from .bounded import Bounded
 from .channel import Channel, ChannelLost, wait_for
-from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message, Progress, State
+from .mapped_peer import Copies
+from .protocol import DONE, FAILED, RUNNING, UNKNOWN, Ask, Bye, Cancel, End, First, Message, Progress, State
 from .regions import Side, shared_blocks
-from .transport import RUNNING, Peer, Transport, Write
+from .transport import AnyPeer, Transport, Write
 
 LOST = -1
 IDLE_S = 0.02
@@ -74,7 +75,7 @@ class Sending:
     target: Side
     pages: IntArray | None = None
     posted: int = 0
-    writes: list[Write] = field(default_factory=list)
+    writes: list[Write | Copies] = field(default_factory=list)
     stopping: str = ""
     broken: bool = False
     state: State | None = None
@@ -104,8 +105,8 @@ class Sender:
         target: Target,
         rank: int,
         channel: Channel,
-        peers: list[Peer],
-        bounded_peers: list[Peer],
+        peers: list[AnyPeer],
+        bounded_peers: list[AnyPeer],
         bounded: Bounded | None,
         transports: list[Transport],
         prepare: Prepare,

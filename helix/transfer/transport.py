@@ -1,7 +1,8 @@
 """How bytes move between the pools of two ranks: one-sided writes through NIXL and its UCX back end.
 
 The pool is registered once; a write names its regions. CPU and GPU memory take the same path (UCX picks shared memory,
-NVLink, RDMA or TCP).
+NVLink, RDMA or TCP), but for pages on GPUs of one machine, which a kernel writes where they can be mapped
+(``mapped_peer``).
 
 No thread of NIXL's runs: it would keep a core busy (97% of one, idle). So ``progress`` is called in every loop of a
 receiver, and ``Write.poll`` in every loop of a sender.
@@ -18,11 +19,14 @@ import torch
 from parallel.layout import Range
 from parallel.placement import IntArray
 
-from .protocol import DONE, UNKNOWN, Pool
+from .facts import machine
+from .mapped_peer import MappedPeer
+from .peer_memory import Mapped, export
+from .protocol import DONE, RUNNING, UNKNOWN, Pool
 from .regions import CacheMap, build_regions
 from .requirements import import_nixl
 
-RUNNING = "running"
+HELLO = b"hello"
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +103,7 @@ class Peer:
         self._agent, self._pools, self._maps = agent, (mine, pool), (source, target)
         self._name: str = agent.add_remote_agent(pool.metadata)
         agent.make_connection(self._name)
+        agent.send_notif(self._name, HELLO)  # which makes the connection
 
     def write(self, blocks: IntArray, source_pages: IntArray, target_pages: IntArray, tokens: Range) -> Write:
         """Start writing the tokens of some blocks; everything in them has been computed.
@@ -117,13 +122,12 @@ class Peer:
         write.start(self._agent.initialize_xfer("WRITE", ours, theirs, self._name))
         return write
 
-    def ping(self, message: bytes) -> None:
-        """Send a few bytes to the receiver, which makes the connection."""
-        self._agent.send_notif(self._name, message)
-
     def close(self) -> None:
         """Forget the receiver."""
         self._agent.remove_remote_agent(self._name)
+
+
+AnyPeer = Peer | MappedPeer
 
 
 class Transport:
@@ -156,23 +160,43 @@ class Transport:
             num_pages=pages.shape[1],
             memory="VRAM" if pages.is_cuda else "DRAM",
             device=pages.device.index or 0,
+            machine=machine(),
+            handle=export(pages) if pages.is_cuda else b"",
         )
 
-    def connect(self, pool: Pool, source: CacheMap, target: CacheMap, *, rank: int) -> Peer:
-        """Return a receiver's pool, ready to be written.
+    def connect(self, pool: Pool, source: CacheMap, target: CacheMap, *, rank: int) -> AnyPeer:
+        """Return a receiver's pool, ready to be written: by a kernel where it can be mapped, else through NIXL.
 
         Raises:
             ValueError: when NIXL cannot reach it.
         """
+        if (memory := self._map(pool, rank)) is not None:
+            return MappedPeer(memory, source, target, self._pages.device, rank=rank)
+        return self.connect_by_nixl(pool, source, target, rank=rank)
+
+    def connect_by_nixl(self, pool: Pool, source: CacheMap, target: CacheMap, *, rank: int) -> Peer:
+        """Return a receiver's pool, ready to be written through NIXL; ValueError when it cannot reach it."""
         try:
             return Peer(self._agent, pool, source, target, self.pool, rank=rank)
         except Exception as error:
             raise ValueError(f"NIXL cannot reach the pool of decode rank {rank}: {error}") from error
 
+    def _map(self, pool: Pool, rank: int) -> Mapped | None:
+        """Return the memory of a pool on a GPU of this machine; None, with the reason in the log, where it is not."""
+        if not (self._pages.is_cuda and pool.handle and pool.machine and pool.machine == machine()):
+            return None
+        try:
+            mapped = Mapped(pool.handle, self._pages.device)
+        except OSError as error:
+            _log.info("transfer: NIXL writes to decode rank %d, whose pages cannot be mapped: %s", rank, error)
+            return None
+        _log.info("transfer: a kernel writes to decode rank %d, whose pages are mapped", rank)
+        return mapped
+
     def progress(self) -> dict[str, list[bytes]]:
-        """Let connections and writes of others go on; returns the pings that have arrived, by sender."""
-        pings: dict[str, list[bytes]] = self._agent.get_new_notifs()
-        return pings
+        """Let connections and writes of others go on; returns the hellos that have arrived, by sender."""
+        hellos: dict[str, list[bytes]] = self._agent.get_new_notifs()
+        return hellos
 
     def close(self) -> None:
         """Unregister the pool: from here on nobody can write it."""

@@ -21,9 +21,8 @@ from helix.transfer import channel as channels
 from helix.transfer.channel import ChannelLost
 from helix.transfer.facts import Process
 from helix.transfer.hearing import Hearing
-from helix.transfer.protocol import Ask, End
+from helix.transfer.protocol import RUNNING, Ask, End
 from helix.transfer.receiver import Receiver
-from helix.transfer.transport import RUNNING, Peer
 from parallel.launch import from_rank0
 from tests.helix.transfer.relay import FORGED, OVERSIZED, TRUNCATED, Relay
 from tests.helix.transfer.worlds import assert_idle, leave, make_llm
@@ -136,7 +135,8 @@ def plain_decode_body(ports, path, _, layout, settings=None, *__):
 def dying_prefill_body(ports, path, layout, *_):
     """Rank 1 (or the only one) is killed when it has written the second chunk of the third request."""
     llm = make_llm(path, ports[0], "prefill", layout)
-    plain, state = Peer.write, {"writes": 0}
+    kind, state = type(llm._sender._peers[0]), {"writes": 0}
+    plain = kind.write
 
     def write(peer, blocks, source_pages, target_pages, tokens):
         made = plain(peer, blocks, source_pages, target_pages, tokens)
@@ -146,7 +146,7 @@ def dying_prefill_body(ports, path, layout, *_):
             os.kill(os.getpid(), signal.SIGKILL)
         return made
 
-    Peer.write = write
+    kind.write = write
     llm.serve()
 
 
@@ -288,7 +288,8 @@ class LateWrite:
 def late_prefill_body(ports, path, layout, _, begins):
     """Everything that the first request writes comes late."""
     llm = make_llm(path, ports[0], "prefill", layout)
-    plain = Peer.write
+    kind = type(llm._sender._peers[0])
+    plain = kind.write
 
     def write(peer, *args):
         first = next((s for s in llm._sender._sendings if s.ask.id == 0), None)
@@ -296,11 +297,11 @@ def late_prefill_body(ports, path, layout, _, begins):
             return LateWrite(lambda: plain(peer, *args), begins)
         return plain(peer, *args)
 
-    Peer.write = write
+    kind.write = write
     try:
         return serve(llm)
     finally:
-        Peer.write = plain
+        kind.write = plain
 
 
 def late_decode_body(ports, path, _, layout, begins):

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from attention.pages import PageLayout
 from helix.cache.pages import PagedCache
-from helix.transfer.protocol import DONE, UNKNOWN
+from helix.transfer.protocol import DONE, RUNNING, UNKNOWN
 from helix.transfer.regions import CacheMap
-from helix.transfer.transport import RUNNING, Transport
+from helix.transfer.transport import HELLO, Transport
 
 BLOCK, PAGES, LAYERS, HEADS, DIM = 8, 6, 3, 4, 2
 RECEIVER, SENDER = 0, 1
@@ -63,18 +63,17 @@ def write_body(source_heads, target_heads, tokens, name):
     blocks = np.array([0, 1, 2], np.int64)
     if rank == SENDER:
         maps = map_of(transport.pool, source_heads), map_of(pools[RECEIVER], target_heads)
-        peer = transport.connect(pools[RECEIVER], *maps, rank=RECEIVER)
-        peer.ping(b"hello")
+        peer = transport.connect_by_nixl(pools[RECEIVER], *maps, rank=RECEIVER)
         write = peer.write(blocks, np.array([5, 0, 1]), np.array([2, 3, 4]), tokens)
         state, ended = finish(write, transport), torch.ones(1)
         dist.broadcast(ended, SENDER)
         peer.close()
     else:
         work = dist.broadcast(torch.zeros(1), SENDER, async_op=True)
-        pings = {}
-        while not work.is_completed() or not pings:
-            pings |= transport.progress()
-        state = pings
+        hellos = {}
+        while not work.is_completed() or not hellos:
+            hellos |= transport.progress()
+        state = hellos
     after = cache.planes[0].cpu().clone()
     dist.barrier()
     transport.close()
@@ -94,11 +93,11 @@ def write_body(source_heads, target_heads, tokens, name):
 )
 def test_what_is_written_arrives_where_it_belongs_and_nowhere_else(ranks, source_heads, target_heads, tokens):
     name = f"t{source_heads}{target_heads}{tokens}"
-    (before, after, pings), (sent, unchanged, state) = ranks(2).run(
+    (before, after, hellos), (sent, unchanged, state) = ranks(2).run(
         write_body, source_heads, target_heads, tokens, name
     )
     assert state == DONE
-    assert pings == {f"{name}-{SENDER}": [b"hello"]}
+    assert hellos == {f"{name}-{SENDER}": [HELLO]}
     assert torch.equal(sent, unchanged)
     expected = before.clone()
     for position in range(*tokens):
