@@ -166,7 +166,7 @@ def _stream(
         stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, STAGES=stages, maxnreg=registers, **how)
     else:
         stages = STAGE_BYTES[bn] // (bn * BK * x.element_size() + x_bytes)
-        stream_weights_kernel[grid](*tiles, *rest, SPLITS=splits, STAGES=stages, KNOWN=known, LATE=late, **how)
+        stream_weights_kernel[grid](*tiles, *rest, splits, STAGES=stages, KNOWN=known, LATE=late, **how)
     return out
 
 

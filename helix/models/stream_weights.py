@@ -16,11 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "num_turns", "splits"])
 def stream_weights_kernel(
-    w, x, bias, out, experts, num_experts, row_weights, num_rows, columns, num_turns,
-    BM: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr,
-    KNOWN: gl.constexpr, LATE: gl.constexpr, PDL: gl.constexpr,
+    w, x, bias, out, experts, num_experts, row_weights, num_rows, columns, num_turns, splits,
+    BM: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr, KNOWN: gl.constexpr,
+    LATE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = x[m, :] . w[0, n, :] over the split's part of K; or silu of that times x[m, :] . w[1, n, :].
 
@@ -52,8 +52,8 @@ def stream_weights_kernel(
         total, used = num_turns, True
         if EXPERTS == "all":
             total *= gl.load(num_experts, cache_modifier=".cg")
-        first = split * total // SPLITS
-        count = (split + 1) * total // SPLITS - first
+        first = split * total // splits
+        count = (split + 1) * total // splits - first
     stop = first + count
     w_parts = gl.allocate_shared_memory(w.dtype, [STAGES, PARTS, HALF, BK], w.layout)
     w_tiles = w_parts._reinterpret(w.dtype, [STAGES, BN, BK], x.layout)
