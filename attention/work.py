@@ -25,7 +25,9 @@ PIECE_FIELDS = ("first", "stop", "begin", "end", "part", "settled", "seq")
 """Of a piece: its rows [first, stop) and tokens [begin, end), which of its rows' partials it makes, how many tokens of
 the sequence are older than the step, and the sequence's row of the page table."""
 Ints = npt.NDArray[np.int32]
-WORKSPACE_TOKENS = 16384  # of a workspace of keys and values (``ranges``), unless a setting says otherwise
+WORKSPACE_TOKENS, WORKSPACE_BYTES = 16384, 1 << 25
+"""A workspace of keys and values (``ranges``) holds so many tokens, or as many as take so many bytes where those are
+more, unless a setting says otherwise."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from attention.exchange import EXCHANGES
 from attention.partial import BACKENDS
-from attention.work import WORKSPACE_TOKENS
 
 from .checks import check_at_least, check_choice
 
@@ -21,7 +20,8 @@ class AttentionConfig:
         share_qkv_rows: steps of at least so many rows share the QKV projection over the KVP group; 0 is never.
         expand_rows: steps with at least so many rows of one sequence make keys and values of latents, and widen those
             of 8 bits, before they attend; 0 is never.
-        workspace_tokens: how many tokens' keys and values are made at a time.
+        workspace_tokens: how many tokens' keys and values are made at a time; null is 16384, or as many as take 32 MiB
+            where those are more.
         split_query_rows: with latents, steps of at most so many rows make each query on one rank of the KVP group, by
             heads, and gather them; 0 is never, null is as long as that is cheaper than to make all of them on each.
     """
@@ -30,7 +30,7 @@ class AttentionConfig:
     exchange: str = "auto"
     share_qkv_rows: int = 512
     expand_rows: int = 256
-    workspace_tokens: int = WORKSPACE_TOKENS
+    workspace_tokens: int | None = None
     split_query_rows: int | None = None
 
     def __post_init__(self) -> None:
@@ -38,6 +38,7 @@ class AttentionConfig:
         check_choice("attention.exchange", self.exchange, EXCHANGES)
         check_at_least("attention.share_qkv_rows", self.share_qkv_rows, 0)
         check_at_least("attention.expand_rows", self.expand_rows, 0)
-        check_at_least("attention.workspace_tokens", self.workspace_tokens, 1)
+        if self.workspace_tokens is not None:
+            check_at_least("attention.workspace_tokens", self.workspace_tokens, 1)
         if self.split_query_rows is not None:
             check_at_least("attention.split_query_rows", self.split_query_rows, 0)

@@ -159,7 +159,8 @@ class Builder:
         part = part_of(self._spec, prepared.layout, prepared.launch.rank)
         workspace = None
         if attention.expand_rows:
-            workspace = attention.workspace_tokens, self._page_layout(part.kv_heads[1] - part.kv_heads[0])
+            tokens = prepared.footprint.workspace_tokens(attention.workspace_tokens)
+            workspace = tokens, self._page_layout(part.kv_heads[1] - part.kv_heads[0])
         make: Callable[..., Decoder] = NextDecoder if self._spec.predicts_next else Decoder
         if self._drafting.head is not None:
             make = partial(EagleDecoder, head=self._drafting.head)

@@ -38,6 +38,7 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
     table = batch * -(-footprint.placement.num_blocks(max_position) // footprint.layout.kvp) * _TABLE_ENTRY_BYTES
     rows = f"scheduler.max_batch = {batch} sequences of up to {max_position} tokens"
     lower = "lower it, or model.max_position"
+    made_at_once = footprint.workspace_tokens(attention.workspace_tokens)
     run = 1 + config.speculative.most_drafts
     checkpoint_bytes = CheckpointPlan.of(cache, footprint, run).page_bytes
     on_device = [
@@ -53,8 +54,8 @@ def require_room(config: HelixConfig, footprint: Footprint, launch: Launch) -> N
             f"scheduler.max_batch = {batch} windows of {footprint.spec.window} tokens",
         ),
         Need(
-            footprint.workspace_bytes(attention.workspace_tokens if attention.expand_rows else 0),
-            f"attention.workspace_tokens = {attention.workspace_tokens}",
+            footprint.workspace_bytes(made_at_once if attention.expand_rows else 0),
+            f"attention.workspace_tokens = {made_at_once}",
         ),
     ]
     on_host = [

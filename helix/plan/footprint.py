@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
-from attention.work import WORKSPACE_TOKENS
+from attention.work import WORKSPACE_BYTES, WORKSPACE_TOKENS
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
@@ -254,6 +254,13 @@ class Footprint:
         """Return how many tokens so many pages a rank hold in all."""
         return num_pages * self.layout.kvp * self.block_size
 
+    def workspace_tokens(self, wanted: int | None = None) -> int:
+        """Return how many tokens a workspace holds: as many as are ``wanted``, or what ``attention.work`` says."""
+        if wanted is not None:
+            return wanted
+        most = WORKSPACE_BYTES // max(1, self.workspace_bytes(1))
+        return max(WORKSPACE_TOKENS, min(most, self.spec.max_position))
+
     def workspace_bytes(self, num_tokens: int) -> int:
         """Return what a workspace for the keys and values of so many tokens takes: of latents, or of 8 bits."""
         latent = self.spec.latent
@@ -263,7 +270,7 @@ class Footprint:
         made = self.num_heads * (latent.plain_dim + latent.value_dim)
         return num_tokens * (made + self.spec.head_dim) * _ELEMENT_BYTES[self.storage.weights]
 
-    def activation_bytes(self, num_rows: int, *, workspace_tokens: int = WORKSPACE_TOKENS) -> int:
+    def activation_bytes(self, num_rows: int, *, workspace_tokens: int | None = None) -> int:
         """Return about what a step of so many rows takes beside weights and cache.
 
         Its widest moments: the gated units of the rows, some copies of the stream, and the partials of attention; and
@@ -276,7 +283,7 @@ class Footprint:
             units = max(units, spec.experts.num_chosen * (held + spec.hidden_size) // 3)
         width = 3 * units + 6 * spec.hidden_size + 2 * self.num_heads * spec.value_dim
         rows_bytes = num_rows * width * _ELEMENT_BYTES[self.storage.weights]
-        return rows_bytes + self.workspace_bytes(workspace_tokens)
+        return rows_bytes + self.workspace_bytes(self.workspace_tokens(workspace_tokens))
 
     def _is_narrow(self, role: str, weight: Weight) -> bool:
         """Whether a parameter is kept in few bits: as its checkpoint says, else wherever it could be."""

@@ -61,6 +61,14 @@ def test_latents_are_cached_once_whatever_the_heads() -> None:
     assert narrow.token_bytes == 27 * (512 + 4 + 2 * 64)
 
 
+def test_a_workspace_holds_as_many_tokens_as_bytes_allow() -> None:
+    few_heads, many = preset("glm4_9b_1m"), preset("llama3_405b")
+    for spec, tokens in ((few_heads, 32768), (many, 16384)):  # 2 and 8 KV heads of 128, keys and values of 2 bytes
+        foot = Footprint(spec, Layout(), Storage("fp8", "fp8"), 64)
+        assert foot.workspace_tokens() == tokens and foot.workspace_tokens(128) == 128
+    assert Footprint(preset("deepseek_v2_lite"), Layout(), Storage("bf16", "bf16"), 64).workspace_tokens() == 16384
+
+
 def test_sequences_bring_their_states_along() -> None:
     """Qwen3.5-35B-A3B on one GPU: each sequence takes its pages, a quarter more for checkpoints, and a state."""
     setup = Setup(preset("qwen3_5_35b_a3b"), named_hardware("h200"))
