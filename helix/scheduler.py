@@ -190,7 +190,7 @@ class Scheduler:
     def _copies_behind(self, chunk: Chunk) -> bool:
         """Return whether the states behind a chunk that is launched are copied once it is committed."""
         checkpoints, length = self.cache.checkpoints, len(chunk.seq.token_ids)
-        if checkpoints is None or chunk.stop - chunk.start == 1:
+        if checkpoints is None or chunk.is_decode:  # of one row alone it may be a prompt's chunk as well
             return False
         return checkpoints.copies_behind(chunk.start, chunk.stop, length, chunk.seq.batch_slot)
 
