@@ -1,6 +1,6 @@
 """State layers for runs of many rows, prompts': the rule by chunks of 64 tokens (section 3.3 of arXiv 2412.06464).
 
- 1. ``_convolve_kernel``: the short convolution of all rows.
+ 1. ``_convolve_kernel``: the short convolution of all rows, and the lengths of queries and keys.
  2. ``_solve_kernel``: what 16 tokens do to each other, row by row; one warp each, so that no warp waits for another.
  3. ``_within_kernel``: what the tokens of a chunk do to each other, for all chunks and heads at once.
  4. ``_across_kernel``: from chunk to chunk, in order: a program has some columns of one head's state, which it keeps in
@@ -26,7 +26,7 @@ from .heads import CHUNK
 from .inputs import Inputs
 from .reference import NORM_EPS
 
-ROWS, COLUMNS = 16, 128  # of the convolution, a program
+ROWS = 32  # of the convolution, a program
 PART = tl.constexpr(16)  # rows that are solved one by one: a block of a chunk's triangular system
 STATE_COLUMNS = 32  # of a head's state, a program
 STAGES = 3  # chunks whose inputs a program that goes from chunk to chunk has at once, where shared memory holds them
@@ -36,33 +36,48 @@ BESIDE_BYTES = 16 << 10  # of shared memory, what it needs beside these
 @triton.jit(do_not_specialize=["num_rows"])
 def _convolve_kernel(
     flat, positions, row_seq, inputs, conv, mixed, num_rows,
-    SUMMANDS: tl.constexpr, CHANNELS: tl.constexpr, INPUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
-    RING: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
+    SUMMANDS: tl.constexpr, V: tl.constexpr, K: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr,
+    TAPS: tl.constexpr, RING: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, NORM_EPS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of BR rows."""
-    row, column = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there, real = row < num_rows, (column < CHANNELS)[None, :]
+    """One head's columns of BR rows; of queries, then keys, then values. Queries and keys come out of length one."""
+    row, head, d = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1), tl.arange(0, BLOCK)
+    CHANNELS: tl.constexpr = 2 * K * D + V * W
+    INPUT: tl.constexpr = CHANNELS + 2 * V
     dtype: tl.constexpr = mixed.dtype.element_ty
+    is_value = head >= 2 * K
+    column = tl.where(is_value, 2 * K * D + (head - 2 * K) * W, head * D) + d
+    real = (d < tl.where(is_value, W, D))[None, :]
+    there = row < num_rows
     slot = tl.load(row_seq + row, mask=there, other=-1)
-    position = tl.load(positions + row, mask=there, other=0).to(tl.int32)
     split_stride = tl.zeros([], tl.int64) + num_rows * WIDTH
-    ring = inputs + slot.to(tl.int64) * (RING * INPUT)
+    # a sequence has one run of rows, so its rows before this one are this run's
+    inside = there & (row >= TAPS - 1)
+    inside &= tl.load(row_seq + row - (TAPS - 1), mask=inside, other=-1) == slot
     total = tl.zeros([BR, BLOCK], tl.float32)
-    for tap in tl.static_range(TAPS):
-        back = TAPS - 1 - tap
-        # a sequence has one run of rows, so its rows before this one are this run's
-        same = there & (row >= back)
-        same &= tl.load(row_seq + row - back, mask=same, other=-1) == slot
-        source = (row - back).to(tl.int64)[:, None] * WIDTH + column[None, :]
-        x = load_sum(flat, split_stride, source, real & same[:, None], SUMMANDS, dtype).to(tl.float32)
-        at = position - back
-        kept = there & (at >= 0) & (same == 0)
-        old = (ring + (at & (RING - 1)) * INPUT)[:, None] + column[None, :]
-        x += tl.load(old, mask=real & kept[:, None], other=0.0).to(tl.float32)
-        weight = tl.load(conv + column * TAPS + tap, mask=column < CHANNELS, other=0.0).to(tl.float32)
-        total += x * weight[None, :]
+    if tl.sum((there & (inside == 0)).to(tl.int32), 0) == 0:
+        for tap in tl.static_range(TAPS):
+            source = (row - (TAPS - 1 - tap)).to(tl.int64)[:, None] * WIDTH + column[None, :]
+            x = load_sum(flat, split_stride, source, real & there[:, None], SUMMANDS, dtype).to(tl.float32)
+            total += x * tl.load(conv + column * TAPS + tap, mask=real, other=0.0).to(tl.float32)
+    else:  # some begin a run, or are behind its first rows
+        position = tl.load(positions + row, mask=there, other=0).to(tl.int32)
+        ring = inputs + slot.to(tl.int64) * (RING * INPUT)
+        for tap in tl.static_range(TAPS):
+            back = TAPS - 1 - tap
+            same = there & (row >= back)
+            same &= tl.load(row_seq + row - back, mask=same, other=-1) == slot
+            source = (row - back).to(tl.int64)[:, None] * WIDTH + column[None, :]
+            x = load_sum(flat, split_stride, source, real & same[:, None], SUMMANDS, dtype).to(tl.float32)
+            at = position - back
+            kept = there & (at >= 0) & (same == 0)
+            old = (ring + (at & (RING - 1)) * INPUT)[:, None] + column[None, :]
+            x += tl.load(old, mask=real & kept[:, None], other=0.0).to(tl.float32)
+            total += x * tl.load(conv + column * TAPS + tap, mask=real, other=0.0).to(tl.float32)
+    made = silu_rounded(total, dtype).to(tl.float32)
+    length = tl.rsqrt(tl.sum(made * made, 1) + NORM_EPS) * tl.where(head < K, D**-0.5, 1.0)
+    made = tl.where(is_value, made, made * length[:, None])
     to = mixed + row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    tl.store(to, silu_rounded(total, dtype), mask=real & there[:, None])
+    tl.store(to, made.to(dtype), mask=real & there[:, None])
 
 
 @triton.jit
@@ -77,11 +92,6 @@ def _chunk_at(query_start, num_runs, n, MAX_RUN: tl.constexpr, CHUNK: tl.constex
         start, end = tl.where(here, first + left * CHUNK, start), tl.where(here, stop, end)
         left -= chunks
     return start, end
-
-
-@triton.jit
-def _unit(x, NORM_EPS: tl.constexpr):
-    return x * tl.rsqrt(tl.sum(x * x, 1) + NORM_EPS)[:, None]
 
 
 @triton.jit
@@ -108,7 +118,7 @@ def _solve_kernel(
     given, mixed, query_start, rates, inverses, num_rows, num_runs,
     SCORE_SUMMANDS: tl.constexpr, SCORES_WIDTH: tl.constexpr, SCORES_AT: tl.constexpr, V: tl.constexpr,
     K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr,
-    MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.constexpr, PRECISION: tl.constexpr,
+    MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse of one block on the diagonal of a chunk's triangular system."""
     n, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -119,12 +129,12 @@ def _solve_kernel(
     i, d = tl.arange(0, PART), tl.arange(0, D_PAD)
     row, there = start.to(tl.int64) + i, start + i < end
     k_at = mixed + row[:, None] * CHANNELS + (K + (OFFSET + head) // GROUP) * D + d[None, :]
-    k = tl.load(k_at, mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    k = tl.load(k_at, mask=there[:, None] & (d < D)[None, :], other=0.0)
     beta, g = _beta_and_decay(
         given, rates, row, there, head, num_rows, SCORE_SUMMANDS, SCORES_WIDTH, SCORES_AT, V, dtype
     )
     earlier = i[:, None] > i[None, :]
-    below = _decayed_products(_unit(k, NORM_EPS).to(dtype), earlier, tl.cumsum(g, 0), beta, PRECISION)
+    below = _decayed_products(k, earlier, tl.cumsum(g, 0), beta, PRECISION)
     inverse = tl.zeros([PART, PART], tl.float32)  # less the ones on the diagonal
     for turn in range(1, PART):
         mine = (i == turn)[:, None]
@@ -138,14 +148,16 @@ def _solve_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_runs"])
 def _within_kernel(
-    given, mixed, query_start, rates, inverses, values, erased, asks, puts, scores, decays, num_rows, num_runs,
+    given, mixed, query_start, rates, inverses, values, erased, scores, decays, num_rows, num_runs,
     SCORE_SUMMANDS: tl.constexpr, SCORES_WIDTH: tl.constexpr, SCORES_AT: tl.constexpr, V: tl.constexpr,
     K: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr,
-    W_PAD: tl.constexpr, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.constexpr, PRECISION: tl.constexpr,
+    W_PAD: tl.constexpr, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1)
     CHANNELS: tl.constexpr = 2 * K * D + V * W
     dtype: tl.constexpr = mixed.dtype.element_ty
+    # entries of the inverse are at most one, so those of m at most PART: 16 bits hold them as exactly as tf32 does
+    SOLVED: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
     start, end = _chunk_at(query_start, num_runs, n, MAX_RUN, CHUNK)
     if end > start:
         i, d, w = tl.arange(0, CHUNK), tl.arange(0, D_PAD), tl.arange(0, W_PAD)
@@ -153,38 +165,34 @@ def _within_kernel(
         key_head = (OFFSET + head) // GROUP
         of_key, of_value = there[:, None] & (d < D)[None, :], there[:, None] & (w < W)[None, :]
         source = mixed + row[:, None] * CHANNELS
-        k = tl.load(source + (K + key_head) * D + d[None, :], mask=of_key, other=0.0).to(tl.float32)
         cell = (n.to(tl.int64) * V + head) * CHUNK + i[:, None]
         beta, g = _beta_and_decay(
             given, rates, row, there, head, num_rows, SCORE_SUMMANDS, SCORES_WIDTH, SCORES_AT, V, dtype
         )
-        decay, last = tl.cumsum(g, 0), tl.sum(g, 0)
-        k = _unit(k, NORM_EPS)
-        q = tl.load(source + key_head * D + d[None, :], mask=of_key, other=0.0).to(tl.float32)
-        q = _unit(q, NORM_EPS) * (D**-0.5)
-        between = tl.exp(tl.where(i[:, None] >= i[None, :], decay[:, None] - decay[None, :], float("-inf")))
-        made = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision=PRECISION) * between
-        tl.store(scores + cell * CHUNK + i[None, :], made.to(dtype))
-        tl.store(asks + cell * D + d[None, :], (q * tl.exp(decay)[:, None]).to(dtype), mask=(d < D)[None, :])
-        made = k * tl.exp(last - decay)[:, None]
-        tl.store(puts + cell * D + d[None, :], made.to(dtype), mask=(d < D)[None, :])
+        decay = tl.cumsum(g, 0)
+        tl.store(decays + (n.to(tl.int64) * V + head) * CHUNK + i, decay)
+        k = tl.load(source + (K + key_head) * D + d[None, :], mask=of_key, other=0.0)
         # With the diagonal's blocks solved the system is 1 - m, whose m is zero on and above the diagonal of blocks, so
         # that no more than the third power of it is another matrix than zero.
         block = i // PART
         near = block[:, None] == block[None, :]
         inverse = tl.load(inverses + cell * PART + (i % PART)[None, :], mask=near, other=0.0)
-        rest = _decayed_products(k.to(dtype), block[:, None] > block[None, :], decay, beta, PRECISION)
-        m = tl.dot(inverse, rest, input_precision=PRECISION)
-        square = tl.dot(m, m, input_precision=PRECISION)
-        inverse += tl.dot(square, inverse, input_precision=PRECISION)
-        inverse += tl.dot(m, inverse, input_precision=PRECISION)
+        rest = _decayed_products(k, block[:, None] > block[None, :], decay, beta, PRECISION)
+        m = tl.dot(inverse.to(SOLVED), rest.to(SOLVED), input_precision=PRECISION).to(SOLVED)
+        square = tl.dot(m, m, input_precision=PRECISION).to(SOLVED)
+        inverse += tl.dot(square, inverse.to(SOLVED), input_precision=PRECISION)
+        inverse += tl.dot(m, inverse.to(SOLVED), input_precision=PRECISION)
         solved = inverse.to(dtype)
+        made = (k.to(tl.float32) * (beta * tl.exp(decay))[:, None]).to(dtype)
+        made = tl.dot(solved, made, input_precision=PRECISION)
+        tl.store(erased + cell * D + d[None, :], made.to(dtype), mask=(d < D)[None, :])
         v = tl.load(source + 2 * K * D + head * W + w[None, :], mask=of_value, other=0.0).to(tl.float32)
         made = tl.dot(solved, (v * beta[:, None]).to(dtype), input_precision=PRECISION)
         tl.store(values + cell * W + w[None, :], made.to(dtype), mask=(w < W)[None, :])
-        made = tl.dot(solved, (k * (beta * tl.exp(decay))[:, None]).to(dtype), input_precision=PRECISION)
-        tl.store(erased + cell * D + d[None, :], made.to(dtype), mask=(d < D)[None, :])
-        tl.store(decays + n * V + head, last)
+        q = tl.load(source + key_head * D + d[None, :], mask=of_key, other=0.0)
+        between = tl.exp(tl.where(i[:, None] >= i[None, :], decay[:, None] - decay[None, :], float("-inf")))
+        made = tl.dot(q, tl.trans(k), input_precision=PRECISION) * between
+        tl.store(scores + cell * CHUNK + i[None, :], made.to(dtype))
 
 
 @triton.jit
@@ -223,14 +231,16 @@ def _keep(
 @triton.jit(do_not_specialize=["num_rows", "layer", "num_layers"])
 def _across_kernel(
     flat, positions, row_seq, query_start, matrix, known, inputs, kept_matrix, kept_known, kept_inputs, first_cut,
-    cut_rows, cut_slots, values, erased, asks, puts, scores, decays, out, num_rows, layer, num_layers,
+    cut_rows, cut_slots, mixed, values, erased, scores, decays, out, num_rows, layer, num_layers,
     SUMMANDS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
     TAPS: tl.constexpr, RING: tl.constexpr, MAX_RUN: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     run, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    CHANNELS: tl.constexpr = 2 * K * D + V * W
     dtype: tl.constexpr = out.dtype.element_ty
+    key_head = (OFFSET + head) // GROUP
     start, stop = tl.load(query_start + run), tl.load(query_start + run + 1)
     if stop - start > MAX_RUN:
         n = tl.zeros([], tl.int64)
@@ -247,19 +257,25 @@ def _across_kernel(
             for at in range(begin, until, CHUNK):
                 cell = (n * V + head) * CHUNK + i[:, None]
                 of_key, of_value = (d < D)[None, :], (w < W)[None, :]
-                forget = tl.exp(tl.load(decays + n * V + head))
+                row = tl.zeros([CHUNK], tl.int64) + at + i
+                of_row = (row < stop)[:, None]
+                source = mixed + row[:, None] * CHANNELS + key_head * D + d[None, :]
+                decay, last = (
+                    tl.load(decays + (n * V + head) * CHUNK + i),
+                    tl.load(decays + (n * V + head + 1) * CHUNK - 1),
+                )
                 rounded = state.to(dtype)
                 e = tl.load(erased + cell * D + d[None, :], mask=of_key, other=0.0)
                 new = tl.load(values + cell * W + w[None, :], mask=of_value, other=0.0).to(tl.float32)
                 new -= tl.dot(e, rounded, input_precision=PRECISION)
-                q = tl.load(asks + cell * D + d[None, :], mask=of_key, other=0.0)
-                made = tl.dot(q, rounded, input_precision=PRECISION)
+                q = tl.load(source, mask=of_row & of_key, other=0.0)
+                made = tl.dot(q, rounded, input_precision=PRECISION) * tl.exp(decay)[:, None]
                 made += tl.dot(tl.load(scores + cell * CHUNK + i[None, :]), new.to(dtype), input_precision=PRECISION)
-                k = tl.load(puts + cell * D + d[None, :], mask=of_key, other=0.0)
-                state = state * forget + tl.dot(tl.trans(k), new.to(dtype), input_precision=PRECISION)
-                row = tl.zeros([CHUNK], tl.int64) + at + i
+                k = tl.load(source + K * D, mask=of_row & of_key, other=0.0)
+                put = (new * tl.exp(last - decay)[:, None]).to(dtype)
+                state = state * tl.exp(last) + tl.dot(tl.trans(k), put, input_precision=PRECISION)
                 to = out + (row[:, None] * V + head) * W + w[None, :]
-                tl.store(to, made.to(dtype), mask=(row < stop)[:, None] & of_value)
+                tl.store(to, made.to(dtype), mask=of_row & of_value)
                 n += 1
             begin = until
             kept = tl.load(cut_slots + cut).to(tl.int64)
@@ -326,29 +342,24 @@ def advance_many(
     V, W, D, channels = heads.num_value, heads.value_dim, heads.key_dim, heads.conv_size
     chunks = rows // CHUNK + runs
     mixed = out.new_empty((rows, channels))
-    _convolve_kernel[(-(-rows // ROWS), -(-channels // COLUMNS))](
-        flat, positions, row_seq, states.inputs, weights["state_conv"], mixed, rows,
-        **from_flat, CHANNELS=channels, INPUT=heads.input_size, TAPS=heads.taps,
-        RING=states.inputs.shape[1], BR=ROWS, BLOCK=COLUMNS, num_warps=4,
-    )  # fmt: skip
-    values = out.new_empty((chunks, V, CHUNK, W))
-    erased, asks, puts = out.new_empty((3, chunks, V, CHUNK, D)).unbind(0)
-    scores, decays = out.new_empty((chunks, V, CHUNK, CHUNK)), states.matrix.new_empty((chunks, V))
-    inverses = states.matrix.new_empty((chunks, V, CHUNK, PART.value))
-    made = values, erased, asks, puts, scores, decays
     padded_key, padded = triton.next_power_of_2(D), triton.next_power_of_2(W)
+    _convolve_kernel[(-(-rows // ROWS), 2 * heads.num_key + V)](
+        flat, positions, row_seq, states.inputs, weights["state_conv"], mixed, rows, **from_flat,
+        V=V, K=heads.num_key, D=D, W=W, TAPS=heads.taps, RING=states.inputs.shape[1], BR=ROWS,
+        BLOCK=max(padded_key, padded), NORM_EPS=NORM_EPS, num_warps=4,
+    )  # fmt: skip
+    values, erased = out.new_empty((chunks, V, CHUNK, W)), out.new_empty((chunks, V, CHUNK, D))
+    scores, decays = out.new_empty((chunks, V, CHUNK, CHUNK)), states.matrix.new_empty((chunks, V, CHUNK))
+    inverses = states.matrix.new_empty((chunks, V, CHUNK, PART.value))
+    made = values, erased, scores, decays
     sizes = {
         "V": V, "K": heads.num_key, "OFFSET": heads.offset, "GROUP": heads.group, "D": D,
         "D_PAD": padded_key, "W": W, "MAX_RUN": max_run, "CHUNK": CHUNK,
         "PRECISION": "ieee" if out.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     given = inputs.scores, mixed, query_start, weights["state_rates"], inverses
-    _solve_kernel[(chunks, CHUNK // PART.value, V)](
-        *given, rows, runs, **from_scores, NORM_EPS=NORM_EPS, **sizes, num_warps=1
-    )
-    _within_kernel[(chunks, V)](
-        *given, *made, rows, runs, **from_scores, W_PAD=padded, NORM_EPS=NORM_EPS, **sizes, num_warps=4
-    )
+    _solve_kernel[(chunks, CHUNK // PART.value, V)](*given, rows, runs, **from_scores, **sizes, num_warps=1)
+    _within_kernel[(chunks, V)](*given, *made, rows, runs, **from_scores, W_PAD=padded, **sizes, num_warps=4)
     columns = min(STATE_COLUMNS, padded)
     turn_bytes = CHUNK * (3 * padded_key + CHUNK + columns) * out.element_size()
     stages = max(1, min(STAGES, (shared_bytes(out.device) - BESIDE_BYTES) // turn_bytes))
@@ -357,7 +368,7 @@ def advance_many(
     kept = own if cuts.kept is None else cuts.kept
     where = *own, *kept, cuts.first, cuts.rows, cuts.slots
     _across_kernel[(runs, V, -(-W // columns))](
-        flat, positions, row_seq, query_start, *where, *made, out, rows, place, kept[0].shape[1],
+        flat, positions, row_seq, query_start, *where, mixed, *made, out, rows, place, kept[0].shape[1],
         **from_flat, BW=columns, TAPS=heads.taps, RING=states.inputs.shape[1], **sizes,
         num_warps=4, num_stages=stages,
     )  # fmt: skip

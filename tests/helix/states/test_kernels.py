@@ -144,7 +144,9 @@ def test_few_rows_equal_the_reference(dtype, summands):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "summands"), [(torch.float32, 1), pytest.param(torch.bfloat16, 2, marks=GPU)], ids=str
+    ("dtype", "summands"),
+    [(torch.float32, 1), (torch.float16, 1), pytest.param(torch.bfloat16, 2, marks=GPU)],
+    ids=str,
 )
 def test_many_rows_equal_the_reference(dtype, summands):
     compare(LONG_STEPS, dtype, summands)
