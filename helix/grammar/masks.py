@@ -9,6 +9,7 @@ It is a message of its own, behind the door's: which rows there are, and which d
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Masks:
                 self._too_slow.add(chunk.seq)
                 rows[row] = 0
             kept = max(count, 0)
-            made[number] = Chunk(chunk.seq, chunk.start, chunk.stop, chunk.drafts[:kept], rows[row : row + 1 + kept])
+            made[number] = replace(chunk, drafts=chunk.drafts[:kept], masks=rows[row : row + 1 + kept])
             row += chunk.num_choices
         return made
 

@@ -7,6 +7,7 @@ all ranks by the drafter's contract, and pages are the control plane's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..cache.movements import Movement
 from ..request import Chunk, Sequence
@@ -62,7 +63,7 @@ class Speculator:
             room = scheduler.extend_for_drafts(seq, len(drafts)) if drafts else 0
             if room:
                 chunk = step.chunks[number]
-                step.chunks[number] = Chunk(seq, chunk.start, chunk.stop, tuple(drafts[:room]))
+                step.chunks[number] = replace(chunk, drafts=tuple(drafts[:room]))
         step.movements += scheduler.cache.take_movements()
 
     def is_due(self, step: Step) -> bool:

@@ -93,6 +93,16 @@ def test_samples_of_one_prompt_wait_for_its_checkpoint_and_for_nothing_else(mode
     assert [step for step in steps if step] == [[(0, 220)], [(192, 220)] * 2], "kept while the prompt went on"
 
 
+def test_a_structured_request_leaves_its_prompts_states(model):
+    pytest.importorskip("xgrammar")
+    prompt = [Random(3).randrange(256) for _ in range(200)]
+    llm, alone = make_llm(model, prefill_chunk=256), make_llm(model, cache={"reuse": False})
+    run(llm, [prompt], SamplingParams(max_tokens=4, structured_outputs={"regex": "[ab]{9}"}))
+    again = run(llm, [prompt], SAMPLING)
+    assert again[0].cached_tokens == 192 and told(again) == told(run(alone, [prompt], SAMPLING))
+    llm.preparer.grammars.close()
+
+
 def test_checkpoints_give_way_to_later_ones(model):
     prompts = [[Random(seed).randrange(256) for _ in range(80)] for seed in range(4)]
     llm = make_llm(model, num_pages=16, cache={"checkpoint_every": 128}, max_batch=1, look_ahead=True)
