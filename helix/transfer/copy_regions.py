@@ -58,7 +58,7 @@ def _launch(pieces: IntArray, device: torch.device, wide: bool) -> torch.Tensor:
     return table
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pieces"])
 def _copy_kernel(table, num_pieces, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Copy the pieces [num_pieces, 3] of a table, each program every num_programs-th of them.
 

@@ -29,7 +29,10 @@ def test_the_benchmark_ends_with_its_figures_as_json(tmp_path):
     assert ended.returncode == 0, ended.stderr
     figures = json.loads(ended.stdout.splitlines()[-1])
     assert [row["regions"] for row in figures["prepare"]] == [4 * 8 * 2, 4 * 16 * 2]
-    assert [(row["MiB"], row["pages"]) for row in figures["bandwidth"]] == [(8, "in order"), (8, "scattered")]
+    assert [(row["MiB"], row["pages"]) for row in figures["bandwidth"]] == [
+        (8, "NIXL, in order"),
+        (8, "NIXL, scattered"),
+    ]
     (overlap,) = figures["rows"]
     assert overlap["tokens"] == 300 and overlap["after prefill ms"] > 0
     assert min(row["of plain"] for row in figures["bandwidth"]) > 0

@@ -3,6 +3,7 @@
 On a CPU the interpreter copies within one process; on a GPU two processes share one, or have one each.
 """
 
+import itertools
 import time
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import triton
 
 from attention.pages import PageLayout
 from helix.cache.pages import PagedCache
@@ -42,6 +44,18 @@ def test_regions_of_any_size_and_place_are_copied_whole_and_nothing_else(monkeyp
     regions[:, 1] += target.data_ptr()
     kept = copy_regions(regions, DEVICE)
     assert torch.equal(target.cpu(), expected) and kept
+
+
+@pytest.mark.gpu
+def test_no_number_of_pieces_compiles_anything_once_copies_are_compiled(monkeypatch):
+    copying.compile_copies(DEVICE)
+    names, memory = [], torch.zeros(2, 1 << 16, dtype=torch.uint8, device=DEVICE)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **about: names.append(about["fn"].name))
+    for count, size in itertools.product((1, 2, 16, 17), (32, 33)):
+        places = memory.data_ptr() + np.arange(count, dtype=np.int64) * 64
+        copy_regions(np.stack((places, places + (1 << 16), np.full(count, size)), 1), DEVICE)
+    torch.cuda.synchronize()
+    assert not names
 
 
 def make_cache(device, heads, seed):
