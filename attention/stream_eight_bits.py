@@ -132,29 +132,6 @@ def sum_of_threads(x):
 
 
 @gluon.jit
-def store_columns(where, even, odd, FIRST: gl.constexpr, WIDTH: gl.constexpr, HEADS: gl.constexpr, SPLIT: gl.constexpr):
-    """Store elements of each column's values from FIRST on, of which two products [pairs, M] made every second one.
-
-    A thread has some of many columns: they go through shared memory, so that what is stored is whole lines.
-    """
-    out, room, part_start, first, stop, part, first_head, num_heads = where
-    M: gl.constexpr = even.shape[1]
-    NUMBER: gl.constexpr = 2 * even.shape[0]
-    lines: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    lines_s = room._reinterpret(gl.float32, [M, NUMBER], gl.SwizzledSharedLayout(16, 2, 4, order=[1, 0]))
-    lines_s.store(gl.join(even, odd).permute((1, 0, 2)).reshape([M, NUMBER]))
-    column = gl.arange(0, M, layout=gl.SliceLayout(1, lines))
-    row, head = first + column // HEADS, first_head + column % HEADS
-    real = (row < stop) & (head < num_heads)
-    cell = row
-    if SPLIT:
-        cell = gl.load(part_start + row, mask=real, other=0) + part
-    to = out + ((cell * num_heads + head).to(gl.int64) * WIDTH + FIRST)[:, None]
-    d = gl.arange(0, NUMBER, layout=gl.SliceLayout(0, lines))
-    gl.store(to + d[None, :], lines_s.load(lines).to(out.dtype.element_ty), mask=real[:, None])
-
-
-@gluon.jit
 def _fetch(
     kv, scales, tiles, scales_s, full, free, page_table, pieces, first_piece, last_piece, table_stride, kv_head,
     num_kv_heads, page_rows, BLOCK_SIZE: gl.constexpr, PDL: gl.constexpr,
@@ -296,9 +273,14 @@ def _attend(
         cell = cell * num_heads + kv_head * GROUP + m % GROUP
         natural = natural_lse(shift, sums, empty)
         gl.store(lse + cell, natural, mask=real)
-        where = out, q_s, part_start, first, stop, gl.load(its + 4), kv_head * GROUP, num_heads
-        share = 1.0 / sums[None, :]
-        store_columns(where, acc0 * share, acc1 * share, 0, D, GROUP, SPLIT)
+        value = gl.join(acc0 / sums[None, :], acc1 / sums[None, :])
+        OUT: gl.constexpr = value.type.layout
+        pair = gl.arange(0, HALF, layout=gl.SliceLayout(1, gl.SliceLayout(2, OUT)))
+        odd = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, OUT)))
+        cell = gl.convert_layout(cell, gl.SliceLayout(0, gl.SliceLayout(2, OUT)))
+        here = gl.convert_layout(real.to(gl.int32), gl.SliceLayout(0, gl.SliceLayout(2, OUT))) > 0
+        to = out + cell[None, :, None] * D + 2 * pair[:, None, None] + odd[None, None, :]
+        gl.store(to, value.to(out.dtype.element_ty), mask=here[None, :, None])
 
 
 @gluon.jit
@@ -321,7 +303,7 @@ def _stream_eight_bits_kernel(
     BOX: gl.constexpr = kv.block_shape[0]
     APART: gl.constexpr = max(BOX, 32)  # floats from one box to the next: a copy ends at a multiple of 128 bytes
     scales_s = gl.allocate_shared_memory(gl.float32, [STAGES * 2 * (TURN // BOX), 1, APART], scales.layout)
-    q_s = gl.allocate_shared_memory(gl.float16, [4, M, D // 2], q_layout)  # queries are in two; results take all four
+    q_s = gl.allocate_shared_memory(gl.float16, [2, M, D // 2], q_layout)
     p_s = gl.allocate_shared_memory(gl.float16, [M, TURN], p_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -27,7 +27,7 @@ from .page_tiles import FETCH_REGISTERS, PIECE, exp2
 from .pages import QuantizedPages
 from .partial import Partials
 from .rows import Rows, Work
-from .stream_eight_bits import LOWEST, MOST, halves, inverse, log2, neighbours, power, store_columns, sum_of_threads
+from .stream_eight_bits import LOWEST, MOST, halves, inverse, log2, neighbours, power, sum_of_threads
 from .stream_latent import TURNED_DIM, VALUE_DIM
 from .stream_latent_eight_bits import boxes_of, fetch
 from .weigh_latents import cell_of, pages_of, scales_of
@@ -39,6 +39,27 @@ TURN = 64  # tokens
 PROGRAMS = 2  # a processor
 STAGES = 2
 REGISTERS = 128  # a thread's at the launch
+
+
+@gluon.jit
+def _store(where, even, odd, FIRST: gl.constexpr, WIDTH: gl.constexpr, HEADS: gl.constexpr, SPLIT: gl.constexpr):
+    """Store elements of each column's values from FIRST on, of which two products [pairs, M] made every second one.
+
+    A thread has some of many columns: they go through shared memory, so that what is stored is whole lines.
+    """
+    out, room, part_start, first, stop, part, num_heads = where
+    M: gl.constexpr = even.shape[1]
+    NUMBER: gl.constexpr = 2 * even.shape[0]
+    lines: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    lines_s = room._reinterpret(gl.float32, [M, NUMBER], gl.SwizzledSharedLayout(16, 2, 4, order=[1, 0]))
+    lines_s.store(gl.join(even, odd).permute((1, 0, 2)).reshape([M, NUMBER]))
+    column = gl.arange(0, M, layout=gl.SliceLayout(1, lines))
+    row, head = first + column // HEADS, column % HEADS
+    real = (row < stop) & (head < num_heads)
+    cell = cell_of(part_start, row, part, real, SPLIT)
+    to = out + ((cell * num_heads + head).to(gl.int64) * WIDTH + FIRST)[:, None]
+    d = gl.arange(0, NUMBER, layout=gl.SliceLayout(0, lines))
+    gl.store(to + d[None, :], lines_s.load(lines).to(out.dtype.element_ty), mask=real[:, None])
 
 
 @gluon.jit
@@ -165,10 +186,10 @@ def _attend(
         cell = (cell_of(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head).to(gl.int64)
         natural = natural_lse(shift, sums, empty)
         gl.store(lse + cell, natural, mask=real)
-        where = out, q_s, part_start, first, stop, gl.load(its + 4), 0, num_heads
+        where = out, q_s, part_start, first, stop, gl.load(its + 4), num_heads
         share = 1.0 / sums[None, :]
-        store_columns(where, a0 * share, a1 * share, 0, VALUE, HEADS, SPLIT)
-        store_columns(where, b0 * share, b1 * share, VALUE // 2, VALUE, HEADS, SPLIT)
+        _store(where, a0 * share, a1 * share, 0, VALUE, HEADS, SPLIT)
+        _store(where, b0 * share, b1 * share, VALUE // 2, VALUE, HEADS, SPLIT)
 
 
 @gluon.jit
