@@ -201,8 +201,8 @@ class Scheduler:
             seq.num_computed = chunk.stop
             self.cache.commit(seq.blocks, seq.num_computed)
             if self.cache.checkpoints is not None:
-                keep = self.cache.checkpoints.keep(seq.blocks, chunk.stop, len(seq.token_ids), seq.batch_slot)
-                self.cache.blocks.movements += keep
+                places = chunk.start, chunk.stop, len(seq.token_ids), seq.batch_slot
+                self.cache.blocks.movements += self.cache.checkpoints.keep(seq.blocks, *places)
             self._trim(seq)
 
     def extend_for_drafts(self, seq: Sequence, num_drafts: int) -> int:

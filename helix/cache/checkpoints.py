@@ -133,8 +133,11 @@ class Checkpoints:
         """Return whether ``keep`` will copy the states behind a chunk, so that no later one may be launched before."""
         return stop in self._due(start, stop, length) and stop not in self._on_the_way.get(batch_slot, {})
 
-    def keep(self, table: BlockTable, position: int, length: int, batch_slot: int) -> list[Movement]:
-        """Return the copy that keeps the state of a sequence of which ``position`` tokens are computed, if due."""
+    def keep(self, table: BlockTable, start: int, position: int, length: int, batch_slot: int) -> list[Movement]:
+        """Return the copy that keeps the state of a sequence of which ``position`` tokens are computed, if due.
+
+        The last step computed those from ``start`` on.
+        """
         self._bind(table, position, batch_slot)
         block = table.tail
         if block is None or not self.is_due(block, position, length):

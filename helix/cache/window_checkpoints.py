@@ -52,14 +52,13 @@ class WindowCheckpoints(Checkpoints):
         self._windows.begin(table.window, (table.tail.depth + 1) * self._block_size, pages)
         return []
 
-    def keep(self, table: BlockTable, position: int, length: int, batch_slot: int) -> list[Movement]:
-        """Hold on to a sequence's pages before each checkpoint that is due up to ``position``; nothing moves.
+    def keep(self, table: BlockTable, start: int, position: int, length: int, batch_slot: int) -> list[Movement]:
+        """Hold on to a sequence's pages before each checkpoint that a chunk passed; nothing moves.
 
-        The last chunk's pages are there until it is trimmed, which comes after.
+        The chunk's pages are there until it is trimmed, which comes after. A decode row passes none.
         """
-        lowest = table.window.first * self._block_size
-        for due in {self._last(length), *range(position // self.every * self.every, lowest, -self.every)}:
-            if not 0 < due <= position or due >= length or not self._windows.has_before(table.window, due):
+        for due in self._due(start, position, length):
+            if not self._windows.has_before(table.window, due):
                 continue
             block = table.tail
             while block is not None and (block.depth + 1) * self._block_size > due:

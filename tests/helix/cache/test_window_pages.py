@@ -84,16 +84,19 @@ def test_checkpoints_give_up_their_pages_to_sequences_and_lose_none():
 def test_a_prompt_leaves_checkpoints_in_passing():
     windows = WindowPages(24, 16, 20)
     checkpoints, blocks = WindowCheckpoints(windows, 64, 16), [Block(b"", None, NOWHERE, NOWHERE, 0)]
-    for depth in range(12):
+    for depth in range(16):
         blocks.append(Block(bytes([depth]), blocks[-1], 0, 0, depth))
-    table = BlockTable(0, tail=blocks[-1])
+    table = BlockTable(0, tail=blocks[12])
     windows.extend(table.window, 200)
     assert checkpoints.end(0, 200, 200) == 200  # one chunk
-    checkpoints.keep(table, 200, 200, 0)
+    checkpoints.keep(table, 0, 200, 200, 0)
     assert [number for number, block in enumerate(blocks) if checkpoints.has(block)] == [4, 8, 12]
     seen = table.window.pages[6:8]
     windows.trim(table.window, 200)
-    checkpoints.keep(table, 200, 201, 0)  # what left the window is not asked for again
+    windows.extend(table.window, 257)
+    table.tail = blocks[16]
+    checkpoints.keep(table, 256, 257, 257, 0)
+    assert not checkpoints.has(table.tail), "a row that decodes leaves none, though its window is there"
     windows.release(table.window)
     late = BlockTable(0, tail=blocks[8])
     checkpoints.restore(late, 0)
