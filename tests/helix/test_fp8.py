@@ -17,6 +17,20 @@ from tests.helix.test_parity import check, generate_body
 SIZES = {"hidden": 192, "ffn": 424, "expert_ffn": 200, "heads": 12}
 
 
+def widen_checkpoint(folder):
+    """Of the checkpoint folder/plain, write folder/fp8 in block FP8, and folder/wide that means the same in float32."""
+    quantize_checkpoint(folder / "plain", folder / "fp8")
+    shutil.copytree(folder / "plain", folder / "wide")
+    tensors = load_file(folder / "fp8" / "model.safetensors")
+    wide = {
+        name: widen_blocks(tensor, tensors[f"{name}_scale_inv"]) if f"{name}_scale_inv" in tensors else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("_scale_inv")
+    }
+    save_file(wide, folder / "wide" / "model.safetensors", metadata={"format": "pt"})
+    assert "quantization_config" not in json.loads((folder / "wide" / "config.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """``checkpoint(family)``: folders of a block-FP8 checkpoint, and of the float32 one that means the same."""
@@ -25,16 +39,7 @@ def checkpoint(tmp_path_factory):
     def make(family):
         folder = tmp_path_factory.mktemp(family)
         make_checkpoint(folder / "plain", family=family, kv_heads=2 if family == "glm" else 4, **SIZES)
-        quantize_checkpoint(folder / "plain", folder / "fp8")
-        shutil.copytree(folder / "plain", folder / "wide")
-        tensors = load_file(folder / "fp8" / "model.safetensors")
-        wide = {
-            name: widen_blocks(tensor, tensors[f"{name}_scale_inv"]) if f"{name}_scale_inv" in tensors else tensor
-            for name, tensor in tensors.items()
-            if not name.endswith("_scale_inv")
-        }
-        save_file(wide, folder / "wide" / "model.safetensors", metadata={"format": "pt"})
-        assert "quantization_config" not in json.loads((folder / "wide" / "config.json").read_text())
+        widen_checkpoint(folder)
         return str(folder / "fp8"), str(folder / "wide")
 
     return make
