@@ -187,6 +187,7 @@ def make_llm(config: BenchSpeculativeConfig) -> LLM:
     top, (begin, end) = llm.runner.decoder.top, llm.runner.decoder.part.vocab
     before = (torch.arange(begin, end, device=llm.launch.device) - 1) % llm.spec.vocab_size
     top["lm_head"].copy_(top["embedding"][before])
+    top["embedding"] *= 64  # so that what layers add never outweighs the token itself
     if llm.runner.faults is not None:
         buckets = buckets_up_to(batch)
         used = {next(bucket for bucket in buckets if bucket >= size) for size in config.batches}

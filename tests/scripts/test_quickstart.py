@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helix.cache.events import CacheEvent, block_hash, root_hash
 from helix.cache.keys import token_bytes
-from helix.config import CacheConfig, ModelConfig, RuntimeConfig, SpeculativeConfig
-from helix.sampling import SamplingParams
+from helix.config import CacheConfig, ModelConfig, RuntimeConfig, SamplingConfig, SpeculativeConfig
 from parallel.placement import BlockCyclic
 from scripts.make_checkpoint import make_checkpoint
 from scripts.pass_key import FirstOwners, hide
@@ -54,7 +53,7 @@ def test_the_run_says_of_every_key_who_held_it_and_that_all_tokens_are_equal(
         QuickstartConfig(
             model=ModelConfig(path=str(path), dtype="float32"),
             cache=CacheConfig(block_size=64, num_pages=64),
-            sampling=SamplingParams(max_tokens=8),
+            sampling=SamplingConfig(max_tokens=8),
             runtime=RuntimeConfig(device="cpu"),
             speculative=SpeculativeConfig(method="ngram"),
             text=str(tmp_path / "text"),
