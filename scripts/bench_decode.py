@@ -55,6 +55,8 @@ PARTS = {
         "_stream_kv_kernel",
         "_stream_eight_bits_kernel",
         "_stream_latent_kernel",
+        "_stream_latent_bytes_kernel",
+        "_stream_latent_eight_bits_kernel",
         "_split_kernel",
         "_latent_kernel",
         "_merge_parts_kernel",
