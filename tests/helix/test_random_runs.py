@@ -5,6 +5,7 @@ The suite takes a few draws; ``pytest -m slow`` takes as many as HELIX_RANDOM_RU
 
 import os
 from collections.abc import Callable
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -19,23 +20,37 @@ from scripts.make_checkpoint import make_checkpoint
 from tests.helix.speculative.world import VOCAB, make_llm
 
 SLOW_RUNS = int(os.environ.get("HELIX_RANDOM_RUNS", "40"))
+BOUNDED = ("gemma3", "qwen3_next", "gpt_oss", "qwen3_5", "mistral")  # windows and states, which begin at checkpoints
+Plain = Callable[[Request], RequestOutput]
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A model, and another to draft for it."""
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A small model of a family; "draft" is one to draft for others."""
     folder = tmp_path_factory.mktemp("random_runs")
-    return tuple(str(make_checkpoint(folder / f"{seed}", layers=1, seed=seed)) for seed in (0, 1))  # type: ignore[return-value]
+
+    @cache
+    def make(name: str) -> str:
+        sizes: dict[str, Any] = {"layers": 2, "family": name} if name in BOUNDED else {"layers": 1}
+        sizes |= {"window": 40} if name in ("gemma3", "gpt_oss", "mistral") else {}
+        return str(make_checkpoint(folder / name, seed=int(name == "draft"), **sizes))
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def plain(models: tuple[str, str]) -> Callable[[Request], RequestOutput]:
-    """Answers one request at a time, without anything that a run may add."""
-    llm = make_llm(models[0], look_ahead=False, max_batch=1, cache={"reuse": False})
-    return lambda request: llm.generate([request])[0]
+def plain_of(model_of: Callable[[str], str]) -> Callable[[str], Plain]:
+    """Answer one request at a time by a model, without anything that a run may add."""
+
+    @cache
+    def plain(name: str) -> Plain:
+        llm = make_llm(model_of(name), look_ahead=False, max_batch=1, prefill_chunk=256, cache={"reuse": False})
+        return lambda request: llm.generate([request])[0]
+
+    return plain
 
 
-def draw_settings(rng: Random, draft_model: str) -> dict[str, Any]:
+def draw_settings(rng: Random, draft_model: str, longest: int) -> dict[str, Any]:
     block_size = rng.choice([1, 2, 4, 8, 16, 32])
     speculative: dict[str, Any] = {}
     if rng.random() < 0.6:
@@ -48,7 +63,7 @@ def draw_settings(rng: Random, draft_model: str) -> dict[str, Any]:
             speculative["draft_len_schedule"] = {1: most, 2: rng.randint(1, most), 4: 1}
     return {
         "block_size": block_size,
-        "num_pages": -(-120 // block_size) + rng.randint(0, 200 // block_size),  # the longest request needs 120 tokens
+        "num_pages": -(-longest // block_size) + rng.randint(0, 2 * longest // block_size),
         "max_batch": rng.randint(1, 6),
         "prefill_chunk": rng.randint(1, 64),
         "graphs": rng.random() < 0.5,
@@ -58,6 +73,7 @@ def draw_settings(rng: Random, draft_model: str) -> dict[str, Any]:
             "reuse": (reuse := rng.random() < 0.8),
             "partial_reuse": rng.random() < 0.7,
             "host_pages": rng.choice([0, 8, 64]) if reuse else 0,
+            "checkpoint_every": rng.choice([None, 64, 128]),
         },
     }
 
@@ -72,8 +88,8 @@ def draw_retention(rng: Random) -> tuple[Retention, ...]:
     )
 
 
-def draw_requests(rng: Random) -> list[Request]:
-    beginnings = [[rng.randrange(256) for _ in range(rng.randint(1, 50))] for _ in range(3)]
+def draw_requests(rng: Random, longest: int) -> list[Request]:
+    beginnings = [[rng.randrange(256) for _ in range(rng.randint(1, longest - 70))] for _ in range(3)]
     requests = []
     for index in range(rng.randint(4, 14)):
         own = [rng.randrange(256) for _ in range(rng.randint(1, 30))]
@@ -107,28 +123,34 @@ def told(output: RequestOutput) -> tuple[Any, ...]:
     return output.token_ids, output.text, output.finish_reason, output.error, tops
 
 
-def compare(seed: int, models: tuple[str, str], plain: Callable[[Request], RequestOutput]) -> None:
-    rng = Random(seed)
-    settings, requests = draw_settings(rng, models[1]), draw_requests(rng)
-    llm: LLM = make_llm(models[0], **settings)
-    if rng.random() < 0.4:  # one that is left early, at any moment
-        stream = llm.stream(requests)
-        for _ in range(rng.randint(1, 12)):
-            next(stream, None)
-        stream.close()
-    outputs = llm.generate(requests)
-    for request, output in zip(requests, outputs, strict=True):
-        assert told(output) == told(plain(request)), (seed, settings, request)
-    cache = llm.engine.scheduler.cache
-    assert cache.num_available(0) == llm.num_pages and all(block.pins == 0 for block in cache.blocks.tree.walk())
+def compare(seed: int, name: str, model_of: Callable[[str], str], plain: Plain) -> None:
+    rng, bounded = Random(seed), name in BOUNDED
+    longest = 240 if bounded else 120  # tokens of a request
+    settings, requests = draw_settings(rng, model_of("draft"), longest), draw_requests(rng, longest)
+    if name == "mistral":  # no page of full layers that the host could hold
+        settings["cache"]["host_pages"] = 0
+    llm: LLM = make_llm(model_of(name), **settings)
+    for _ in range(1 + bounded):  # the second finds what the first left
+        if rng.random() < 0.4:  # one that is left early, at any moment
+            stream = llm.stream(requests)
+            for _ in range(rng.randint(1, 12)):
+                next(stream, None)
+            stream.close()
+        outputs = llm.generate(requests)
+        for request, output in zip(requests, outputs, strict=True):
+            assert told(output) == told(plain(request)), (seed, settings, request)
+    control = llm.engine.scheduler.cache
+    assert control.num_available(0) == llm.num_pages
+    assert all(block.pins == 0 for block in control.blocks.tree.walk())
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_settings_change_no_token(seed: int, models: Any, plain: Any) -> None:
-    compare(seed, models, plain)
+def test_settings_change_no_token(seed: int, model_of: Any, plain_of: Any) -> None:
+    compare(seed, "llama", model_of, plain_of("llama"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4, 4 + SLOW_RUNS))
-def test_many_settings_change_no_token(seed: int, models: Any, plain: Any) -> None:
-    compare(seed, models, plain)
+def test_many_settings_change_no_token(seed: int, model_of: Any, plain_of: Any) -> None:
+    name = ("llama", *BOUNDED)[seed % (1 + len(BOUNDED))]
+    compare(seed, name, model_of, plain_of(name))
