@@ -25,7 +25,7 @@ from parallel.symmetric import Faults, shares_memory
 
 from .fused_exchange import FusedExchange, supports
 from .merge import join_sinks, merge_parts, merge_reference
-from .packed import merge_packed, pack, unpack
+from .packed import merge_packed, pack, pack_reference, unpack
 from .partial import Partials
 
 EXCHANGES = ("auto", "collective", "fused")
@@ -100,7 +100,8 @@ class CollectiveExchange:
     def __call__(self, partials: Partials, *, layer: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Merge the parts, exchange and merge; see ``Exchange``."""
         out, lse = merge_parts(partials, self._dtype)
-        received = all_to_all(pack(out, lse, self._group.size()), self._group)
+        packing = pack if out.is_cuda else pack_reference
+        received = all_to_all(packing(out, lse, self._group.size()), self._group)
         if received.is_cuda:
             return merge_packed(received, self._heads, out.shape[-1], sinks)
         merged, lse = merge_reference(*unpack(received[:, :, : self._heads], out.shape[-1]))

@@ -50,21 +50,24 @@ def pack(out_RQD: torch.Tensor, lse_RQ: torch.Tensor, num_ranks: int) -> torch.T
     rows, num_heads, width = out_RQD.shape
     padded, words = -(-num_heads // num_ranks), lse_words(out_RQD.dtype)
     packed = out_RQD.new_empty((num_ranks, rows, padded, width + words))
-    if out_RQD.is_cuda or triton.knobs.runtime.interpret:
-        bits = torch.int16 if words == 2 else torch.int32
-        tile = _heads_of_a_program(padded, width)
-        if rows:
-            _pack_kernel[(rows, num_ranks, -(-padded // tile))](
-                out_RQD.contiguous().view(bits), lse_RQ.contiguous().view(torch.int32), packed.view(bits),
-                Q=num_heads, H=padded, H_TILE=tile, D=width, D_PAD=triton.next_power_of_2(width), W=words, num_warps=4,
-            )  # fmt: skip
-        return packed
-    for rank in range(num_ranks):
-        first, _ = split_evenly(num_heads, num_ranks, rank)
-        heads = (first + torch.arange(padded)).clamp(max=num_heads - 1)
-        packed[rank, ..., :width] = out_RQD[:, heads]
-        packed[rank, ..., width:] = lse_RQ[:, heads].unsqueeze(-1).view(out_RQD.dtype)
+    bits = torch.int16 if words == 2 else torch.int32
+    tile = _heads_of_a_program(padded, width)
+    if rows:
+        _pack_kernel[(rows, num_ranks, -(-padded // tile))](
+            out_RQD.contiguous().view(bits), lse_RQ.contiguous().view(torch.int32), packed.view(bits),
+            Q=num_heads, H=padded, H_TILE=tile, D=width, D_PAD=triton.next_power_of_2(width), W=words, num_warps=4,
+        )  # fmt: skip
     return packed
+
+
+def pack_reference(out_RQD: torch.Tensor, lse_RQ: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """Return what ``pack`` does, in PyTorch."""
+    num_heads = out_RQD.shape[1]
+    padded = -(-num_heads // num_ranks)
+    first = torch.tensor([split_evenly(num_heads, num_ranks, rank)[0] for rank in range(num_ranks)])
+    heads = (first[:, None] + torch.arange(padded)).clamp(max=num_heads - 1).to(out_RQD.device)  # [N, H]
+    words = lse_RQ.contiguous().view(out_RQD.dtype).view(*lse_RQ.shape, lse_words(out_RQD.dtype))
+    return torch.cat((out_RQD[:, heads], words[:, heads]), -1).transpose(0, 1).contiguous()
 
 
 @triton.jit

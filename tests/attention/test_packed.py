@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attention.packed import lse_words, merge_packed, pack, unpack
+from attention.packed import lse_words, merge_packed, pack, pack_reference, unpack
 from parallel.layout import split_evenly
 from tests.attention.test_merge import DEVICE, adversarial, oracle, with_sinks
 
@@ -36,6 +36,7 @@ def test_every_rank_is_sent_its_heads_to_the_bit(dtype, n, heads, head_dim):
     out = out.to(dtype)
     message = pack(out.to(DEVICE), lse.to(DEVICE), n).cpu()
     assert message.shape == (n, 5, -(-heads // n), head_dim + lse_words(dtype))
+    assert torch.equal(message.view(torch.uint8), pack_reference(out, lse, n).view(torch.uint8))
     for rank in range(n):
         first, stop = split_evenly(heads, n, rank)
         sent, sent_lse = unpack(message[rank, :, : stop - first], head_dim)
