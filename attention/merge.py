@@ -56,8 +56,8 @@ def join_sinks(out_RQD: torch.Tensor, lse_RQ: torch.Tensor, sinks_Q: torch.Tenso
         lse_RQ: float32 or float64, natural log.
         sinks_Q: float32, scores as they are.
     """
-    if lse_RQ.dtype == torch.float32 and (out_RQD.is_cuda or triton.knobs.runtime.interpret):
-        return _join_sinks(out_RQD.contiguous(), lse_RQ.contiguous(), sinks_Q)
+    if out_RQD.is_cuda and lse_RQ.dtype == torch.float32:
+        return join_sinks_kernel(out_RQD, lse_RQ, sinks_Q)
     kept = torch.sigmoid(lse_RQ - sinks_Q).unsqueeze(-1)
     joined = out_RQD.to(lse_RQ.dtype) * kept
     return joined.masked_fill(kept == 0, 0.0).to(out_RQD.dtype)
@@ -80,12 +80,14 @@ def _join_sinks_kernel(
     tl.store(joined + at, value.to(joined.dtype.element_ty), mask=inside)
 
 
-def _join_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+def join_sinks_kernel(out_RQD: torch.Tensor, lse_RQ: torch.Tensor, sinks_Q: torch.Tensor) -> torch.Tensor:
+    """Do what ``join_sinks`` does in one launch; lse in float32."""
+    out, lse = out_RQD.contiguous(), lse_RQ.contiguous()
     (_, heads, head_dim), num_cells = out.shape, lse.numel()
     joined = torch.empty_like(out)
     if num_cells:
         _join_sinks_kernel[(-(-num_cells // CELLS),)](
-            out, lse, sinks, joined, num_cells, HEADS=heads, D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
+            out, lse, sinks_Q, joined, num_cells, HEADS=heads, D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
             CELLS=CELLS, num_warps=4,
         )  # fmt: skip
     return joined

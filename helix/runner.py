@@ -394,14 +394,9 @@ class Runner:
         )  # fmt: skip
         if self.next_states is not None:
             self.next_states.follow(
-                token_ids,
-                hidden,
-                rows,
-                given.beside["before"],
-                given.beside["keep"],
-                cache=self.cache,
+                token_ids, hidden, rows, given.beside["before"], given.beside["keep"], cache=self.cache,
                 chunk=longest > MAX_ROWS,
-            )
+            )  # fmt: skip
         return hidden
 
 

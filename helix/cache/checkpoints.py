@@ -188,14 +188,19 @@ class Checkpoints:
 
     def _bind_at(self, table: BlockTable, position: int, slot: int) -> Block | None:
         """Give a checkpoint to the block that ends at a position and return it; None where that is not to be had."""
-        block = table.tail
-        while block is not None and (block.depth + 1) * self._block_size > position:
-            block = block.parent
-        if block is None or (block.depth + 1) * self._block_size != position or self.has(block):
+        block = self._block_to(table, position)
+        if block is None or self.has(block):
             self._free.append(slot)
             return None
         self._slots[block] = slot
         return block
+
+    def _block_to(self, table: BlockTable, position: int) -> Block | None:
+        """Return the block of a sequence that ends at a position; None where none does."""
+        block = table.tail
+        while block is not None and (block.depth + 1) * self._block_size > position:
+            block = block.parent
+        return block if block is not None and (block.depth + 1) * self._block_size == position else None
 
     def is_due(self, block: Block | None, position: int, length: int) -> bool:
         """Return whether a sequence of which ``position`` tokens are computed leaves a checkpoint behind a block.

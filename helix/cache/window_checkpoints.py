@@ -58,12 +58,8 @@ class WindowCheckpoints(Checkpoints):
         The chunk's pages are there until it is trimmed, which comes after. A decode row passes none.
         """
         for due in self._due(start, position, length):
-            if not self._windows.has_before(table.window, due):
-                continue
-            block = table.tail
-            while block is not None and (block.depth + 1) * self._block_size > due:
-                block = block.parent
-            if block is not None and self.is_due(block, due, length):
+            block = self._block_to(table, due) if self._windows.has_before(table.window, due) else None
+            if block is not None and not self.has(block):
                 self._hold(table, block, due)
         return []
 
