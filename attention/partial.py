@@ -1,8 +1,7 @@
-"""Partial attention over the local shard: the interface, and the choice of a back end."""
+"""Partial attention over the local shard: what goes in and what comes out, whatever computes it."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,9 +10,6 @@ import torch
 from .pages import Pages
 from .rows import Rows
 from .work import Cutting
-
-BACKENDS = ("auto", "reference", "triton")
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,30 +101,3 @@ class PartialAttention(Protocol):
             value_dim: W, elements of a latent that are V; None where V has a plane of its own, as wide as K.
         """
         ...
-
-
-def select_backend(name: str, device: torch.device, *, pdl: bool = False) -> PartialAttention:
-    """Return the back end of that name; ``auto`` is triton on CUDA and reference elsewhere, and is logged.
-
-    ``pdl`` lets kernels launch programmatically dependent, where the back end has kernels.
-
-    Raises:
-        ValueError: when the name is none of BACKENDS, or triton is asked for where it cannot run.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"attention.backend = {name!r} must be one of {', '.join(BACKENDS)}")
-    if name == "auto":
-        name = "triton" if device.type == "cuda" else "reference"
-        _log.info("attention.backend=auto: %s, for device %s", name, device.type)
-    if name == "reference":
-        from .reference import ReferenceAttention
-
-        return ReferenceAttention()
-    from .kernels import TritonAttention, can_run
-
-    if not can_run(device):
-        raise ValueError(
-            f"attention.backend = triton needs a CUDA device (or TRITON_INTERPRET=1), not {device.type}; "
-            "use attention.backend=reference"
-        )
-    return TritonAttention(device, pdl=pdl)

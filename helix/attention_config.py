@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attention.backends import BACKENDS
 from attention.exchange import EXCHANGES
-from attention.partial import BACKENDS
 
 from .checks import check_at_least, check_choice
 

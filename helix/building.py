@@ -25,6 +25,7 @@ from .models.next_decoder import NextDecoder
 from .models.query_share import QueryGather, make_query_gather
 from .models.weights import part_of
 from .prepare import Prepared
+from .rehearsal import compile_steps, warm_up
 from .runner import Runner
 from .sampler import Sampler
 from .speculative.speculator import Speculator
@@ -133,9 +134,9 @@ class Builder:
             max_draft_len=self._most_drafts,
         )
         num_choices = scheduler.max_batch * (1 + self._most_drafts)
-        runner.compile_steps(scheduler.prefill_chunk + num_choices)
+        compile_steps(runner, scheduler.prefill_chunk + num_choices)
         if self._config.cache.num_pages is None and self._device.type == "cuda":
-            runner.warm_up(scheduler.prefill_chunk + num_choices, num_choices)
+            warm_up(runner, scheduler.prefill_chunk + num_choices, num_choices)
         self.num_pages = self._config.cache.num_pages or self._fitting_pages()
         runner.cache = agree(lambda: self._paged_cache(decoder, self.num_pages))
         return runner

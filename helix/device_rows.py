@@ -51,7 +51,7 @@ class RowSender:
         placement: the rule of ownership.
         share_rows: steps of at least so many rows share the QKV projection; 0 is never.
         expand_rows: steps with at least so many rows of one sequence attend to what is made in the decoder's
-            workspace; 0 is never.
+            workspace; 0 is never, as where it has none.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RowSender:
         self._decoder, self._tables, self._placement = decoder, tables, placement
         self._kvp_rank = decoder.grid.kvp_rank
         self._share_rows = share_rows if decoder.grid.layout.kvp > 1 else 0
-        self._expand_rows = expand_rows if decoder.made is not None else 0
+        self._expand_rows = expand_rows
 
     def send(
         self,

@@ -26,41 +26,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from .cache.mover import PageMover
 from .check import compare_ranks
+from .flight import Flight
 from .grammar.masks import Masks
-from .graphs import PendingTokens
-from .logprobs import SampledTokens, on_host
+from .logprobs import SampledTokens
 from .metrics import RunMetrics
-from .outcome import take_token
+from .outcome import dealt, take_choices, take_token
 from .request import ABORT, ERROR, Chunk, Sequence, StreamEvent, TokenLogprobs
 from .runner import Runner
 from .scheduler import Scheduler, Step
 from .speculative.counters import SpeculativeCounters
 from .speculative.speculator import Speculator
-from .speculative.verify import num_accepted
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A step that was given to the device.
-
-    Attributes:
-        choice: the tokens that the device chose, on their way here, or still there; None where no row chooses.
-    """
-
-    step: Step
-    choice: PendingTokens | SampledTokens | None
-
-    def holds(self, seq: Sequence) -> bool:
-        """Return whether the step computes rows of a sequence."""
-        return any(chunk.seq is seq for chunk in self.step.chunks)
 
 
 class Engine:
@@ -206,7 +188,7 @@ class Engine:
         flight, self._flight = self._flight, None
         try:
             if flight is not None:
-                self._read(flight)
+                flight.read(self.runner)
         finally:
             self.num_landed = self.num_departed
             self._drop_all()
@@ -306,15 +288,14 @@ class Engine:
             self.runner.sampler.forget(seq)
 
     def _launched(self, step: Step) -> Flight:
-        run = self.runner.sample if self._has_logprobs(step) else self.runner.launch
-        flight = Flight(step, run(step.chunks))
+        flight = Flight.launch(self.runner, step, waits=self._has_logprobs(step))
         self.num_departed += 1
         self.metrics.padding_rows += self.runner.num_padding
         return flight
 
     def _depart_ahead(self, flight: Flight) -> Flight | None:
         """Give the device the step after one that is not read yet, where that is known already."""
-        if not (self._looks_ahead and isinstance(flight.choice, PendingTokens)):
+        if not (self._looks_ahead and flight.is_pending):
             return None
         if self.speculator is not None and self.speculator.is_due(flight.step):
             return None  # drafts follow known tokens
@@ -330,7 +311,7 @@ class Engine:
 
     def _land(self, flight: Flight) -> list[StreamEvent]:
         """Wait for a step and return what is new; what it computed for sequences that ended before is dropped."""
-        tokens = self._read(flight)
+        tokens = flight.read(self.runner)
         if self.speculator is not None:
             self.speculator.settle(flight.step)
         chunks = flight.step.chunks
@@ -347,18 +328,8 @@ class Engine:
         self.scheduler.commit(going_on)
         if self._check_ranks:
             compare_ranks(self.metrics.num_steps, flight.step, tokens)
-        metrics = self.metrics
-        metrics.note_step(going_on)
+        self.metrics.note_step(going_on)
         return [] if tokens is None else self._commit([chunk for chunk in chunks if chunk.samples], tokens)
-
-    def _read(self, flight: Flight) -> SampledTokens | None:
-        """Wait for a step and return the tokens of its rows that choose; None where none does."""
-        if isinstance(flight.choice, PendingTokens):
-            ids, fault = flight.choice.wait()
-            self.runner.check_faults(fault)
-            return SampledTokens.plain(ids)
-        self.runner.check_faults()
-        return flight.choice
 
     def _note_scores(self) -> None:
         """Give prompts the log-probabilities that the step has made of their tokens."""
@@ -375,39 +346,23 @@ class Engine:
                 self.metrics.note_admission(seq, self._clock())
 
     def _commit(self, chunks: list[Chunk], tokens: SampledTokens) -> list[StreamEvent]:
-        """Add to each sequence the drafts that its rows confirm and the token that follows them, up to its end."""
-        now = self._clock()
-        events: list[StreamEvent] = []
-        logprobs = None
-        if tokens.logprobs is not None:
-            logprobs = on_host(
-                tokens, [each.seq.sampling.logprobs or 0 for each in chunks for _ in range(each.num_choices)]
-            )
-        ids, row = tokens.token_ids.tolist(), 0
-        for chunk in chunks:
-            seq, drafts, first_row = chunk.seq, chunk.drafts, row
-            row += 1 + len(drafts)
+        """Add to each sequence what its rows chose, up to its end; return what is new."""
+        now, events = self._clock(), list[StreamEvent]()
+        for chunk, ids, logprobs in dealt(tokens, chunks):
+            seq, is_decode = chunk.seq, chunk.is_decode
             if seq.has_ended:
                 continue
-            is_decode, first = chunk.is_decode, len(events)
-            accepted = num_accepted(drafts, ids[first_row : first_row + len(drafts)])
-            for at in range(first_row, first_row + 1 + accepted):
-                if chunk.masks is not None and not chunk.masks[at - first_row].any():
-                    events.append(self.fail(seq, self._masks.problem(seq)))
-                    break
-                if seq.output.logprobs is not None and logprobs is not None:
-                    seq.output.logprobs.append(logprobs[at])
-                events.append(take_token(seq, ids[at], self._eos))
-                if events[-1].output is not None:
-                    break
-            made = sum(len(event.token_ids) for event in events[first:])
-            if seq.output.error is not None:
-                continue
-            if drafts:
-                self.scheduler.commit_accepted(seq)
-            if is_decode and self.metrics.speculative is not None:
-                self.metrics.speculative.note(len(drafts), accepted, made)
-            self.metrics.note_tokens(seq, now, made)
-            if events[-1].output is not None:
+            taken = take_choices(chunk, ids, logprobs, self._eos)
+            events += taken.events
+            made = len(taken.events)
+            if made:
+                if chunk.drafts:
+                    self.scheduler.commit_accepted(seq)
+                if is_decode and self.metrics.speculative is not None:
+                    self.metrics.speculative.note(len(chunk.drafts), taken.accepted, made)
+                self.metrics.note_tokens(seq, now, made)
+            if taken.is_stuck:
+                events.append(self.fail(seq, self._masks.problem(seq)))
+            elif seq.has_ended:
                 self.end(seq, seq.output.finish_reason)
         return events

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from attention.partial import select_backend
+from attention.backends import select_backend
 from parallel.launch import Launch, agree, from_rank0
 from parallel.layout import Layout
 from parallel.symmetric import can_launch_dependently

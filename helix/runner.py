@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from attention.exchange import Exchange
-from attention.ranges import PAGE
 from parallel.grid import HelixGrid
 from parallel.placement import BlockCyclic, IntArray
 from parallel.symmetric import Faults
@@ -18,11 +16,10 @@ from parallel.symmetric import Faults
 from .batch import LocalRows, StepRows
 from .cache.pages import PagedCache
 from .choice_graphs import ChoiceGraphs
-from .compile_ahead import compile_ahead
 from .decode_rows import DecodeRows
 from .device_rows import RowSender
 from .draft_graphs import DraftGraphs
-from .graphs import DecodeGraphs, PendingTokens, StepGraph, buckets_up_to
+from .graphs import DecodeGraphs, PendingTokens, StepGraph
 from .logprobs import SampledTokens
 from .lost import raise_lost
 from .models.decoder import Decoder
@@ -34,8 +31,6 @@ from .request import Chunk
 from .sampler import FixedChoices, Sampler
 from .states.cuts import arrays_of_cuts
 from .upload import upload
-
-_LONG = 1 << 16  # tokens; attention over so many is cut into parts wherever it can be
 
 
 class Runner:
@@ -56,6 +51,7 @@ class Runner:
         max_draft_len: the most drafts of a sequence.
 
     Attributes:
+        expand_rows: as given; 0 where the decoder has no workspace.
         num_padding: rows that the last step computed for nobody, to fill its graph.
         next_states: what the model's layer that predicts one token further needs of every step; None without one.
         drafts: the steps of that layer; None before ``prepare_drafts``.
@@ -82,8 +78,10 @@ class Runner:
             placement, self.grid.kvp_rank, max_batch=max_batch, max_len=max_len, device=decoder.device,
             window=decoder.spec.window,
         )  # fmt: skip
-        self._expand_rows = expand_rows if decoder.made is not None else 0
-        self._sender = RowSender(decoder, self.tables, placement, share_rows=share_qkv_rows, expand_rows=expand_rows)
+        self.expand_rows = expand_rows if decoder.made is not None else 0
+        self._sender = RowSender(
+            decoder, self.tables, placement, share_rows=share_qkv_rows, expand_rows=self.expand_rows
+        )
         self._graphs: DecodeGraphs | None = None
         self._choices: ChoiceGraphs | None = None
         self._last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=decoder.device)
@@ -206,13 +204,13 @@ class Runner:
         choosing = _choosing_rows(chunks, stops)
         scores = self.sampler is not None and any(chunk.seq.scores_prompt for chunk in chunks)
         if scores or self.next_states is not None or len(choosing) == step.num_rows:
-            hidden = self._forward(step, local, chunks)
+            hidden = self.forward(step, local, chunks)
             if scores and self.sampler is not None:
                 self.sampler.scorer.score(chunks, hidden, stops)
             if 0 < len(choosing) < len(hidden):
                 hidden = hidden[upload({"rows": np.array(choosing, np.int64)}, hidden.device)["rows"]]
         else:
-            hidden = self._forward(step, local, chunks, wanted=np.array(choosing, np.int64))
+            hidden = self.forward(step, local, chunks, wanted=np.array(choosing, np.int64))
         if choosing:
             return self.decoder.local_logits(hidden)
         first, stop = self.decoder.part.vocab
@@ -314,50 +312,7 @@ class Runner:
         if self.faults is not None:
             raise_lost(int(self.faults.word) if word is None else word, self.grid)
 
-    def warm_up(self, num_rows: int, num_choices: int) -> None:
-        """Run a step of rows that see nothing and store nothing, and choose, so that its peak memory is known.
-
-        Collective over the world.
-        """
-        hidden = self._forward(StepRows.for_nobody(num_rows), self._for_nobody(num_rows), repeat=2)
-        self.decoder.gather_logits(self.decoder.local_logits(hidden[:1].expand(num_choices, -1)))
-        if self.sampler is not None:
-            self.sampler.scorer.warm_up(hidden[:1])
-
-    def compile_steps(self, most_rows: int) -> None:
-        """Compile what steps without a graph launch, up to so many rows: nothing is left to compile while requests run.
-
-        Collective over the world; does nothing without a GPU.
-        """
-        powers = [1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows]
-        sizes = sorted({*powers, *(size + 1 for size in powers), most_rows})  # Triton tells multiples of 16 from others
-        most_seen = min(_LONG, self.tables.max_local_len)
-        with compile_ahead(self.decoder.device) as ahead:
-            for num_rows in sizes if ahead else ():
-                for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
-                    hidden = self._forward(StepRows.for_nobody(num_rows), self._for_nobody(num_rows, visible))
-                self.decoder.local_logits(hidden[: self.max_batch])
-            if ahead and self.next_states is None and 0 < self._expand_rows <= most_rows:
-                self._compile_wanted()
-
-    def _compile_wanted(self) -> None:
-        """Compile what steps launch that attend to a workspace once, and their last layers, for rows that choose alone:
-        one of each sequence, in parts, all in one filling or in two.
-        """
-        assert self.decoder.made is not None
-        num_rows, capacity = self._expand_rows, self.decoder.made.capacity
-        each_its_own = np.minimum(np.arange(num_rows), self.max_batch - 1)
-        step = replace(StepRows.for_nobody(num_rows), row_seq=each_its_own)
-        for num_wanted in buckets_up_to(min(self.max_batch, num_rows)):
-            share = capacity // num_wanted // PAGE * PAGE
-            for visible in (1, share, share + PAGE):
-                seen = min(visible, self.tables.max_local_len)
-                self._forward(step, self._for_nobody(num_rows, seen), wanted=np.arange(num_wanted))
-
-    def _for_nobody(self, num_rows: int, visible: int = 0) -> LocalRows:
-        return LocalRows.for_nobody(num_rows, visible=visible, window=self.decoder.spec.window)
-
-    def _forward(
+    def forward(
         self,
         step: StepRows,
         local: LocalRows,
@@ -367,6 +322,8 @@ class Runner:
         wanted: IntArray | None = None,
     ) -> torch.Tensor:
         """Run the layers over a step's rows as they are, without a graph, and return their hidden states.
+
+        Collective over the world.
 
         ``chunks``: whose they are; None where they are nobody's.
         ``repeat``: attend so often to each filling of a workspace, to take the memory of more than there are.

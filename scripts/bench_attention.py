@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from attention.backends import select_backend
 from attention.exchange import CollectiveExchange, Exchange, Heads, make_exchange
 from attention.merge import merge_parts
 from attention.packed import lse_words, merge_packed
 from attention.pages import PageLayout
-from attention.partial import PartialAttention, Partials, select_backend
+from attention.partial import PartialAttention, Partials
 from helix.config import AttentionConfig, check_at_least, check_choice
 from parallel.collectives import all_to_all
 from parallel.launch import set_up_logging, stop

@@ -167,7 +167,7 @@ def floor_bytes(llm: LLM, context: int, batch: int) -> tuple[int, int]:
     weights = decoder.layer_bytes + decoder.top["lm_head"].nbytes
     first, stop = decoder.part.out_heads
     others = 1 - (stop - first) / decoder.num_heads
-    unread = ("v_up", "q_b", "k_up") if decoder.splits_queries(batch) else ("v_up",)  # of heads that others make
+    unread = ("v_up", "q_b", "k_up") if decoder.query_shares.splits(batch) else ("v_up",)  # of heads that others make
     weights -= int(others * sum(layer[role].nbytes for layer in decoder.layers for role in unread if role in layer))
     if spec.experts is not None:  # of those only what the batch chooses, each expert equally likely
         held = sum(layer[role].nbytes for layer in decoder.layers for role in EXPERT_ROLES if role in layer)

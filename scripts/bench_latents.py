@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from attention import latent_kv
+from attention.backends import select_backend
 from attention.merge import merge_parts
 from attention.pages import PageLayout, Pages, QuantizedPages
-from attention.partial import PartialAttention, Partials, select_backend
+from attention.partial import PartialAttention, Partials
 from attention.rows import Rows
 from attention.work import Cutting
 from helix.config import check_at_least

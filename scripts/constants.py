@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from attention.backends import select_backend
 from attention.exchange import Heads, make_exchange
 from attention.merge import merge_parts
-from attention.partial import select_backend
 from helix import LLM
 from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig
 from helix.models.experts import mixture

@@ -13,14 +13,11 @@ by heads (``query_share``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from attention.exchange import Exchange
-from attention.latent_products import MAX_ROWS
 from attention.merge import merge_parts
 from attention.pages import PageLayout, Pages
 from attention.partial import PartialAttention, Partials, Workspace
@@ -46,15 +43,13 @@ from .heads import append_and_query
 from .kinds import STATE, WINDOW
 from .latent import MadeOfLatents, project, values_of
 from .linear import feed_forward, linear, split_linear
+from .parameters import Parameters, allocate, num_bytes
 from .parts import Weight
-from .quantized import Matrix, Quantized
-from .query_share import QueryGather, QueryShare
+from .query_share import QueryGather, QueryShare, QueryShares
 from .row_share import RowShare
 from .spec import Experts, ModelSpec
 from .wanted import Wanted
 from .weights import EXPERT_ROLES, layer_weights, model_weights, next_weights, part_of
-
-Parameters = dict[str, Any]  # tensors, and matrices that may be quantised
 
 
 class Decoder:
@@ -70,6 +65,7 @@ class Decoder:
         made: where keys and values are made of latents, or widened from 8 bits; None without ``workspace``.
         states: what state layers keep of the sequences; None where the model has no such layer.
         window_cache: the pages of layers with a window, and windows: those of each; None where the model has none.
+        query_shares: which queries this rank makes, and how it gets the rest.
         taps: layers before which a step's residual stream is kept, for a head that drafts; none without one.
         tapped: of the last step, these streams [R, h], in the order of ``taps``; whoever reads them takes them out.
     """
@@ -94,7 +90,8 @@ class Decoder:
         self.part = part_of(spec, grid.layout, grid.rank)
         self.num_heads = self.part.q_heads[1] - self.part.q_heads[0]
         self.num_kv_heads = self.part.kv_heads[1] - self.part.kv_heads[0]
-        self._attention, self._query_gather, self._pdl = attention, query_gather, pdl
+        self._attention, self._pdl = attention, pdl
+        self.query_shares = QueryShares(query_gather, self.num_heads, grid.kvp_group)
         self._reduce_norm = reduce_norm or AllReduceNorm(
             grid.world_group, hidden_size=spec.hidden_size, dtype=dtype, device=device, pdl=pdl
         )
@@ -123,20 +120,12 @@ class Decoder:
         return WidenedTokens(pages, num_tokens, self.device) if pages.in_8_bits else None
 
     def _allocate(self, weights: dict[str, Weight]) -> Parameters:
-        return {role: self._room(weight) for role, weight in weights.items()}
-
-    def _room(self, weight: Weight) -> Matrix:
-        if weight.quantized:
-            how = self.spec.quantization
-            rounds = how is not None and how.powers_of_two
-            return Quantized.empty(weight.shape[0], weight.columns, self.device, powers_of_two=rounds)
-        return torch.empty(weight.shape, dtype=torch.float32 if weight.exact else self.dtype, device=self.device)
+        return allocate(weights, self.spec, dtype=self.dtype, device=self.device)
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of the weights that this rank's layers hold."""
-        layers = self.layers if self.next is None else [*self.layers, self.next]
-        return sum(int(weight.nbytes) for layer in layers for weight in layer.values())
+        return sum(map(num_bytes, self.layers if self.next is None else [*self.layers, self.next]))
 
     def cutting(self, pages: Pages | Workspace, *, max_rows: int) -> Cutting | None:
         """Return how attention over pages like these wants steps cut whose longest run has so many rows."""
@@ -218,7 +207,7 @@ class Decoder:
             elif kind == WINDOW:
                 merged = self._look_back(place, weights, normed, *near, rows.window, chunk=chunk)
             else:
-                queries = self._query_share(share, cos, sin, layer)
+                queries = self.query_shares.of(share, cos, sin, layer=layer)
                 q = self._project_qkv(
                     weights, normed, *own, slot, pages[place], share, queries, plain=bool(fillings), chunk=chunk
                 )
@@ -389,28 +378,4 @@ class Decoder:
             flat, cos, sin, pages, slot, weights, self.spec, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
             pdl=self._pdl,
         )  # fmt: skip
-        return q if share is None else self._gather_rows(q, share)
-
-    def _gather_rows(self, q: torch.Tensor, share: RowShare) -> torch.Tensor:
-        """Return the queries of all rows [R, Q, D] of those that the KVP ranks projected, in their order."""
-        return all_gather(q, self.grid.kvp_group).flatten(0, 1)[share.order]
-
-    def _query_share(
-        self, share: RowShare | None, cos: torch.Tensor, sin: torch.Tensor, layer: int
-    ) -> QueryShare | None:
-        """Return which queries of latents this rank makes in a step of the rows of cos and sin; None for all of them.
-
-        It depends on their number alone, so it is alike on every rank.
-        """
-        num_rows = cos.shape[0]
-        if share is not None:
-            gather_rows = partial(self._gather_rows, share=share)
-            return QueryShare((0, self.num_heads), gather_rows, cos, sin, absorbs=False)
-        if self._query_gather is None or not self.splits_queries(num_rows):
-            return None
-        gather = partial(self._query_gather, layer=layer)
-        return QueryShare(self._query_gather.heads, gather, cos, sin, absorbs=num_rows <= MAX_ROWS)
-
-    def splits_queries(self, num_rows: int) -> bool:
-        """Return whether a step of so many rows makes this rank's share of the heads' queries, and no others."""
-        return self._query_gather is not None and num_rows <= self._query_gather.max_rows
+        return q if share is None else share.gather(q, self.grid.kvp_group)

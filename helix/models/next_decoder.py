@@ -48,7 +48,7 @@ class NextDecoder(Decoder):
         layer, weights = self.spec.num_layers, self.next
         stream, normed, cos, sin = self._next_input(token_ids, before, rows, chosen)
         exchange.begin_step()
-        queries = self._query_share(None, cos, sin, 0)
+        queries = self.query_shares.of(None, cos, sin, layer=0)
         q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, queries, plain=False, chunk=False)
         merged = exchange(self._attend(q, pages, rows, (), weights), layer=0)
         normed = self._finish(layer, weights, merged, stream, weights["next_norm"], plain=False, chunk=False, index=0)

@@ -12,16 +12,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
+from attention.latent_products import MAX_ROWS
 from parallel.grid import HelixGrid
 from parallel.head_gather import HeadGather
 from parallel.symmetric import Faults
 
 from .quantized import Matrix
 from .query_rows import rows_that_share
+from .row_share import RowShare
 from .spec import ModelSpec
 
 _log = logging.getLogger(__name__)
@@ -62,6 +66,40 @@ class QueryGather(Protocol):
     def __call__(self, mine: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
         """Return all heads [R, Q, D] of rows of which this rank has its own."""
         ...
+
+
+class QueryShares:
+    """Says which queries of latents this rank makes in a step.
+
+    What it says depends on the step's rows alone, so it is alike on every rank of the KVP group.
+
+    Args:
+        gather: of the heads that ranks made, in steps of few rows; None where every rank makes all of them.
+        num_heads: Q, of this rank's attention.
+        group: the KVP group.
+    """
+
+    def __init__(self, gather: QueryGather | None, num_heads: int, group: dist.ProcessGroup | None) -> None:
+        self._gather, self._num_heads, self._group = gather, num_heads, group
+
+    def of(self, rows: RowShare | None, cos: torch.Tensor, sin: torch.Tensor, *, layer: int) -> QueryShare | None:
+        """Return this rank's part of a step whose rows have these angles; None for the queries of all heads and rows.
+
+        ``rows``: how the ranks share its rows, where they do.
+        """
+        num_rows = cos.shape[0]
+        if rows is not None:
+            gather_rows = partial(rows.gather, group=self._group)
+            return QueryShare((0, self._num_heads), gather_rows, cos, sin, absorbs=False)
+        if self._gather is None or not self.splits(num_rows):
+            return None
+        return QueryShare(
+            self._gather.heads, partial(self._gather, layer=layer), cos, sin, absorbs=num_rows <= MAX_ROWS
+        )
+
+    def splits(self, num_rows: int) -> bool:
+        """Return whether a step of so many rows makes this rank's share of the heads' queries, and no others."""
+        return self._gather is not None and num_rows <= self._gather.max_rows
 
 
 def rows_of(w: Matrix, heads: tuple[int, int], size: int) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+
+from parallel.collectives import all_gather
 
 
 @dataclass(frozen=True)
@@ -26,3 +29,7 @@ class RowShare:
         own = slot[self.mine]
         own[self.num_mine :] = -1
         return own
+
+    def gather(self, mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        """Return what the KVP ranks made of their rows, [M, ...] each, for all rows: [R, ...]; collective over them."""
+        return all_gather(mine, group).flatten(0, 1)[self.order]

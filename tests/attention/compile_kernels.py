@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attention import append, latent_append, latent_kv, split_kv
-from attention.partial import select_backend
+from attention.backends import select_backend
 from helix.models import experts, routing
 from helix.models.spec import Experts
 from tests.attention.cases import in_8_bits, make_case, partials_of, shard

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from attention.append import append_kernel, rope_append
+from attention.backends import select_backend
 from attention.eight_bits import as_byte, as_float
 from attention.latent_append import latent_append
 from attention.pages import FP8, PageLayout, QuantizedPages, quantize
-from attention.partial import select_backend
 from attention.ranges import PAGE
 from attention.reference import partial_attention
 from attention.widened import WidenedTokens

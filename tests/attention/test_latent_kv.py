@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.append import append, rotate
+from attention.backends import select_backend
 from attention.latent_append import latent_append, latent_queries, turn_queries
 from attention.latent_products import latent_append_and_queries, latent_queries_of, latent_values
 from attention.merge import merge_reference
-from attention.partial import select_backend
 from attention.reference import partial_attention
 from tests.attention.cases import attend as attend_with
 from tests.attention.cases import full_attention, make_case, shard

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from attention import many_rows, stream_kv
+from attention.backends import select_backend
 from attention.merge import merge_parts
-from attention.partial import Workspace, select_backend
+from attention.partial import Workspace
 from attention.ranges import PAGE, PlannedFillings, attend_ranges
 from attention.reference import partial_attention
 from attention.rows import Rows

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import reference
+from attention.backends import select_backend
 from attention.merge import merge_parts, merge_reference
-from attention.partial import select_backend
 from attention.reference import ReferenceAttention
 from tests.attention.cases import attend, full_attention, make_case, shard
 

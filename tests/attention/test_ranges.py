@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention.backends import select_backend
 from attention.merge import merge_parts, merge_reference
-from attention.partial import Workspace, select_backend
+from attention.partial import Workspace
 from attention.ranges import PAGE, Filling, PlannedFillings, attend_ranges
 from attention.rows import Rows
 from tests.attention.cases import full_attention, make_case, shard

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attention import stream_eight_bits
-from attention.partial import select_backend
+from attention.backends import select_backend
 from attention.reference import partial_attention
 from tests.attention.cases import attend, in_8_bits, make_case, partials_of, shard, widened
 

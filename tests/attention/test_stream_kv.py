@@ -5,7 +5,7 @@ import torch
 
 from attention import stream_kv
 from attention.append import rope_append
-from attention.partial import select_backend
+from attention.backends import select_backend
 from attention.reference import partial_attention
 from attention.rows import Rows
 from tests.attention.cases import attend, make_case, partials_of, shard

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from attention import stream_latent
+from attention.backends import select_backend
 from attention.latent_append import latent_append, latent_queries
-from attention.partial import select_backend
 from attention.reference import partial_attention
 from attention.rows import Rows
 from tests.attention.cases import attend, make_case, partials_of, shard

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attention.partial import select_backend
+from attention.backends import select_backend
 from scripts import attention_peers, bench_attention, cli
 from scripts.attention_peers import Shape, agree_on, load_flashinfer, make_case, sdpa
 from scripts.bench_attention import Bench, BenchAttentionConfig, make_exchanges, measure, measure_ranks

@@ -1,0 +1,66 @@
+"""Steps of rows that are nobody's, before the first request: what they take is measured, what they launch is compiled.
+
+Such rows store nothing; they see nothing, or tokens that nobody wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from attention.ranges import PAGE
+
+from .batch import LocalRows, StepRows
+from .compile_ahead import compile_ahead
+from .graphs import buckets_up_to
+from .runner import Runner
+
+_LONG = 1 << 16  # tokens; attention over so many is cut into parts wherever it can be
+
+
+def warm_up(runner: Runner, num_rows: int, num_choices: int) -> None:
+    """Run a step of so many rows, of which so many choose, so that its peak memory is known.
+
+    Collective over the world.
+    """
+    hidden = runner.forward(StepRows.for_nobody(num_rows), _for_nobody(runner, num_rows), repeat=2)
+    runner.decoder.gather_logits(runner.decoder.local_logits(hidden[:1].expand(num_choices, -1)))
+    if runner.sampler is not None:
+        runner.sampler.scorer.warm_up(hidden[:1])
+
+
+def compile_steps(runner: Runner, most_rows: int) -> None:
+    """Compile what steps without a graph launch, up to so many rows: nothing is left to compile while requests run.
+
+    Collective over the world; does nothing without a GPU.
+    """
+    powers = [1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows]
+    sizes = sorted({*powers, *(size + 1 for size in powers), most_rows})  # Triton tells multiples of 16 from others
+    most_seen = min(_LONG, runner.tables.max_local_len)
+    with compile_ahead(runner.decoder.device) as ahead:
+        for num_rows in sizes if ahead else ():
+            for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
+                hidden = runner.forward(StepRows.for_nobody(num_rows), _for_nobody(runner, num_rows, visible))
+            runner.decoder.local_logits(hidden[: runner.max_batch])
+        if ahead and runner.next_states is None and 0 < runner.expand_rows <= most_rows:
+            _compile_wanted(runner)
+
+
+def _compile_wanted(runner: Runner) -> None:
+    """Compile what steps launch that attend to a workspace once, and their last layers, for rows that choose alone:
+    one of each sequence, in parts, all in one filling or in two.
+    """
+    assert runner.decoder.made is not None
+    num_rows, capacity = runner.expand_rows, runner.decoder.made.capacity
+    each_its_own = np.minimum(np.arange(num_rows), runner.max_batch - 1)
+    step = replace(StepRows.for_nobody(num_rows), row_seq=each_its_own)
+    for num_wanted in buckets_up_to(min(runner.max_batch, num_rows)):
+        share = capacity // num_wanted // PAGE * PAGE
+        for visible in (1, share, share + PAGE):
+            seen = min(visible, runner.tables.max_local_len)
+            runner.forward(step, _for_nobody(runner, num_rows, seen), wanted=np.arange(num_wanted))
+
+
+def _for_nobody(runner: Runner, num_rows: int, visible: int = 0) -> LocalRows:
+    return LocalRows.for_nobody(num_rows, visible=visible, window=runner.decoder.spec.window)
