@@ -4,8 +4,10 @@
 
 The model is made by hand (scripts/passkey_model.py), so what it answers is known at any length; it is tiny, and one
 that answers right has read the key's block, wherever that is. Keys stand at the text's ends, across the border of two
-blocks, and between, on each KVP rank in turn. Then a key's block is emptied in the last layer of the rank that holds
-it, and the key must be lost. Ends with exit code 1 where an answer is wrong, or right without its block.
+blocks, and between, on each KVP rank in turn. All stand in one text, which is computed once: the prompts that ask for
+them, one after the other, find it in the cache. Then the block of each key between is emptied in the last layer of the
+rank that holds it, and the key must be lost; and, that block being whole again, the one behind it, which must not
+matter. Ends with exit code 1 where an answer is wrong, or right without its block.
 """
 
 from __future__ import annotations
@@ -31,19 +33,18 @@ from helix.config import (
 )
 from helix.graphs import PendingTokens
 from helix.llm import LLM
-from helix.request import Chunk
+from helix.request import Chunk, RequestOutput
 from helix.sampling import SamplingParams
 from parallel.launch import Launch, from_rank0, set_up_logging, start, stop
 from scripts import cli
 from scripts.dummy_weights import BenchCache
 from scripts.ending import RunFailed
 from scripts.make_checkpoint import make_checkpoint
-from scripts.passkey_model import prompt_with_key
+from scripts.passkey_model import KEY_LEN, MOST_KEYS, text_with_keys
 from scripts.timing import report
 
 LONGEST = 1 << 21  # tokens, up to which the model tells positions apart
-KEY_LEN, NUM_DIGITS = 6, 5  # the mark and its digits
-NUM_EMPTIED = 2
+NUM_OTHERS = 3  # keys at the ends and across a border
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class FindKeysConfig:
 
     Attributes:
         lengths: of the texts, in tokens.
-        keys: how many a length has between its ends, beside three at the ends and across a border.
+        keys: how many a text has between its ends, beside three at the ends and across a border.
         path: the model, a folder that scripts.make_checkpoint --family passkey has made; null makes one, on one node.
         block_size: tokens a page.
         prefill_chunk: prompt tokens a step.
@@ -69,7 +70,8 @@ class FindKeysConfig:
     cache: BenchCache = field(default_factory=BenchCache)
 
     def __post_init__(self) -> None:
-        check_at_least("keys", self.keys, NUM_EMPTIED)
+        if not 2 <= self.keys <= MOST_KEYS - NUM_OTHERS:
+            raise ValueError(f"keys = {self.keys} must lie from 2 to {MOST_KEYS - NUM_OTHERS}")
         check_at_least("block_size", self.block_size, 2 * KEY_LEN)
         least = 2 * self.block_size * (self.keys + 2)
         for length in self.lengths or [0]:
@@ -77,18 +79,18 @@ class FindKeysConfig:
                 raise ValueError(f"lengths: {length} must lie from {least}, for {self.keys} keys, to {LONGEST}")
 
     def open(self, path: str, length: int) -> LLM:
-        """Return the model with room for one text."""
-        room = length + 2 * self.block_size
+        """Return the model with room for one text and the ends of prompts."""
+        prompts = self.keys + NUM_OTHERS
+        room = length + 2 * self.block_size * prompts
         ranks = self.parallel.kvp or 1
         return LLM(
             HelixConfig(
-                model=ModelConfig(path=path, max_position=room),
+                model=ModelConfig(path=path, max_position=length + 2 * self.block_size),
                 parallel=self.parallel,
                 cache=CacheConfig(
                     block_size=self.block_size,
                     num_pages=-(-room // (self.block_size * ranks)) + 1,
                     dtype=self.cache.dtype,
-                    reuse=False,
                 ),
                 scheduler=SchedulerConfig(max_batch=1, prefill_chunk=self.prefill_chunk),
                 runtime=self.runtime,
@@ -107,16 +109,19 @@ def places(length: int, keys: int, block_size: int, kvp: int) -> tuple[list[int]
 
 
 @contextmanager
-def block_emptied(llm: LLM, position: int) -> Iterator[None]:
-    """Inside, the block of a position is empty in the last layer, on the ranks that hold it; one sequence runs."""
-    runner, block = llm.runner, position // llm.placement.block_size
-    launch = runner.launch
+def block_emptied(llm: LLM, block: int) -> Iterator[None]:
+    """Inside, a block is empty in the last layer, on the ranks that hold it; one sequence runs."""
+    runner, launch = llm.runner, llm.runner.launch
+    whole = list[tuple[torch.Tensor, torch.Tensor]]()
 
     def emptied(chunks: list[Chunk]) -> PendingTokens:
         table, pages = chunks[0].seq.blocks, runner.cache.layers[-1]
         assert table is not None
-        if llm.placement.owner(position, table.first_owner) == llm.grid.kvp_rank and block < len(table.pages):
-            (pages if isinstance(pages, torch.Tensor) else pages.scales)[table.pages[block]] = 0.0
+        if llm.placement.owner(block * llm.placement.block_size, table.first_owner) == llm.grid.kvp_rank:
+            page = (pages if isinstance(pages, torch.Tensor) else pages.scales)[table.pages[block]]
+            if not whole:
+                whole.append((page, page.clone()))
+            page.zero_()
         return launch(chunks)
 
     runner.launch = emptied  # type: ignore[method-assign]
@@ -124,45 +129,80 @@ def block_emptied(llm: LLM, position: int) -> Iterator[None]:
         yield
     finally:
         runner.launch = launch  # type: ignore[method-assign]
+        for page, before in whole:
+            page.copy_(before)
 
 
-def right_tokens(llm: LLM, length: int, position: int) -> int:
-    """Return how many digits of a key the model finds. Collective over the world, and alike on all ranks."""
-    prompt, answer = prompt_with_key(length, position, seed=position)
-    [output] = llm.generate([prompt], SamplingParams(max_tokens=NUM_DIGITS))
-    if output.error is not None:
-        raise ValueError(output.error)
-    return sum(found == digit for found, digit in zip(output.token_ids, answer, strict=False))
+@dataclass
+class Tally:
+    """What answers came to: prompts, tokens of them that are right, and answers that are right altogether."""
+
+    prompts: int = 0
+    right: int = 0
+    whole: int = 0
+
+    @property
+    def of(self) -> int:
+        """Tokens of all answers."""
+        return self.prompts * (KEY_LEN - 1)
+
+    def add(self, llm: LLM, text: list[int], key: list[int]) -> RequestOutput:
+        """Ask for a key of a text. Collective over the world, and alike on all ranks."""
+        mark, *answer = key
+        [output] = llm.generate([[*text, mark]], SamplingParams(max_tokens=len(answer)))
+        if output.error is not None:
+            raise ValueError(output.error)
+        self.prompts += 1
+        self.right += sum(found == said for found, said in zip(output.token_ids, answer, strict=False))
+        self.whole += output.token_ids == answer
+        return output
 
 
 def search(llm: LLM, length: int, keys: int) -> dict[str, Any]:
-    """Look for all keys of a length; return what was found, and what was found without its block."""
-    inside, others = places(length, keys, llm.placement.block_size, llm.layout.kvp)
-    began, found, lost = time.perf_counter(), list[int](), list[int]()
+    """Look for all keys of a text; return what was found, and what was found without the keys' blocks."""
+    block_size = llm.placement.block_size
+    inside, others = places(length, keys, block_size, llm.layout.kvp)
+    text, hidden = text_with_keys(length - 1, [*inside, *others], seed=length)
+    found, lost, kept = Tally(), Tally(), Tally()
+    began, took, cached = time.perf_counter(), 0.0, length
 
-    def look(position: int, into: list[int], of: int, which: str) -> None:
-        into.append(right_tokens(llm, length, position))
-        said = f"{into[-1]} of {NUM_DIGITS} tokens right, {time.perf_counter() - began:.0f} s"
-        cli.say(f"{length} tokens, {which} {len(into)} of {of}, at {position}: {said}")
+    def say(tally: Tally, which: str, position: int) -> None:
+        right = f"{tally.right} of {tally.of} tokens right, {time.perf_counter() - began:.1f} s"
+        cli.say(f"{length} tokens, {which}, {tally.prompts}, at {position}: {right}")
 
-    for position in (*inside, *others):
-        look(position, found, len(inside) + len(others), "key")
-    took = time.perf_counter() - began
-    for position in inside[:NUM_EMPTIED]:
-        with block_emptied(llm, position):
-            look(position, lost, NUM_EMPTIED, "key without its block")
+    for position, key in zip((*inside, *others), hidden, strict=True):
+        output = found.add(llm, text, key)
+        if took:
+            cached = min(cached, output.cached_tokens)
+        took = took or time.perf_counter() - began
+        say(found, "key", position)
+    for position, key in zip(inside, hidden, strict=False):
+        for tally, which, block in ((lost, "its", 0), (kept, "the next", 1)):
+            with block_emptied(llm, position // block_size + block):
+                tally.add(llm, text, key)
+            say(tally, f"key without {which} block", position)
     return {
         "tokens": length,
         "kvp": llm.layout.kvp,
         "tpa": llm.layout.tpa,
-        "keys": len(found),
-        "right": sum(found),
-        "of": NUM_DIGITS * len(found),
-        "right without the block": sum(lost),
-        "keys without it": NUM_EMPTIED,
-        "whole without it": sum(each == NUM_DIGITS for each in lost),
-        "s a key": took / len(found),
+        "keys": found.prompts,
+        "right": found.right,
+        "of": found.of,
+        "keys without their block": lost.prompts,
+        "whole without it": lost.whole,
+        "right without the next": kept.right,
+        "of these": kept.of,
+        "cached at least": cached,
+        "first s": took,
+        "all s": time.perf_counter() - began,
     }
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """Return whether a text's keys were found, lost without their blocks, and found without the ones behind these."""
+    return (
+        row["right"] == row["of"] and not row["whole without it"] and row["right without the next"] == row["of these"]
+    )
 
 
 def model_path(config: FindKeysConfig, launch: Launch, folder: str) -> str:
@@ -194,9 +234,12 @@ def run(config: FindKeysConfig) -> None:
             gc.collect()
     report("keys", list(rows[0]), [list(row.values()) for row in rows], cache=config.cache.dtype)
     stop()
-    if wrong := [row for row in rows if row["right"] != row["of"] or row["whole without it"]]:
-        raise RunFailed(f"keys of {wrong[0]['tokens']} tokens: {wrong[0]['right']} of {wrong[0]['of']} tokens right, "
-                        f"{wrong[0]['whole without it']} keys found without their block")  # fmt: skip
+    if wrong := next((row for row in rows if not is_right(row)), None):
+        raise RunFailed(
+            f"keys of {wrong['tokens']} tokens: {wrong['right']} of {wrong['of']} tokens right, "
+            f"{wrong['whole without it']} keys found without their block, and without the one behind it "
+            f"{wrong['right without the next']} of {wrong['of these']} tokens"
+        )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m scripts.make_checkpoint DIR --family passkey
 
-A text holds "#" and then characters that stand nowhere else in it; after a last "#" the model repeats them. With random
-weights nobody knows which answer is right; here a missing block, or a head whose partial is lost, gives a wrong one, at
-any length up to two million tokens and in 16 bits.
+A text of small letters holds keys: a mark, and five characters behind it. No character of a key stands anywhere else in
+the text; after the mark of one, at its end, the model repeats what stands behind it. With random weights nobody knows
+which answer is right; here a missing block, or a head whose partial is lost, gives a wrong one, at any length up to two
+million tokens and in 16 bits.
 
     row of a token:   A: which it is      B: which stood before it     C: what to say      1
 
@@ -17,6 +18,7 @@ Each KV head carries a part of the 256 bytes, and each query head a part of its 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from random import Random
@@ -32,7 +34,9 @@ ROPE_THETA = 1e16  # RoPE's pair i turns by 10 ** (-i / 4) a token
 TURNING = 20  # pairs of layer 0, which tell positions apart
 STILL = 36  # pairs from here on turn by less than a thousandth in a million tokens, and tell bytes apart
 SHARPNESS = 60.0  # how far the score of the right token stands above the others': e ** -60 of a million is nothing
-MARK, ALPHABET = ord("#"), bytes(range(ord("0"), ord("9") + 1))
+LETTERS = b"abcdefghijklmnopqrstuvwxyz "
+KEY_LEN, MOST_KEYS = 6, 9  # a mark and five characters; keys of a text
+CHARACTERS = bytes(range(ord("!"), ord("!") + KEY_LEN * MOST_KEYS))
 SIZES = {
     "num_hidden_layers": 2,
     "hidden_size": HIDDEN,
@@ -45,25 +49,32 @@ SIZES = {
 }
 
 
-def prompt_with_key(length: int, position: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Return a prompt of random letters that asks for a key in it, and the tokens of the right answer.
+def text_with_keys(length: int, positions: Sequence[int], *, seed: int = 0) -> tuple[list[int], list[list[int]]]:
+    """Return a text of random letters and the keys in it; a prompt is the text and a key's mark, its answer the rest.
 
     Args:
-        length: tokens of the prompt.
-        position: where its "#" stands, from 1 (the first token has none before it) to length - 8.
-        seed: of letters and key.
+        length: tokens of the text.
+        positions: where the keys' marks stand, from 1 (the first token has none before it) to length - 7; at most
+            MOST_KEYS.
+        seed: of letters and keys.
 
     Raises:
-        ValueError: when the key, "#" and five digits, does not end before the last token.
+        ValueError: for keys outside the text, too many or over one another.
     """
-    if not 1 <= position <= length - 8:
-        raise ValueError(f"position = {position} must lie from 1 to {length - 8}, for a prompt of {length} tokens")
+    places = sorted(positions)
+    if len(places) > MOST_KEYS or any(after - before < KEY_LEN for before, after in itertools.pairwise(places)):
+        raise ValueError(f"positions = {places} must be at most {MOST_KEYS}, {KEY_LEN} tokens from one to the next")
+    if places and not 1 <= places[0] <= places[-1] < length - KEY_LEN:
+        raise ValueError(
+            f"positions = {places} must lie from 1 to {length - KEY_LEN - 1}, in a text of {length} tokens"
+        )
     draw = Random(seed)
-    text = bytearray(draw.choices(b"abcdefghijklmnopqrstuvwxyz ", k=length))
-    answer = draw.sample(ALPHABET, 5)  # each once: a character is found by the one before it
-    text[position : position + 6] = bytes([MARK, *answer])
-    text[-1] = MARK
-    return list(text), answer
+    text = bytearray(draw.choices(LETTERS, k=length))
+    drawn = draw.sample(CHARACTERS, KEY_LEN * len(places))  # each once: a character is found by the one before it
+    keys = [drawn[start : start + KEY_LEN] for start in range(0, len(drawn), KEY_LEN)]
+    for position, key in zip(positions, keys, strict=True):
+        text[position : position + KEY_LEN] = bytes(key)
+    return list(text), keys
 
 
 def construct(model: Any) -> None:
@@ -117,11 +128,11 @@ def _look_for_byte(q: torch.Tensor | None, k: torch.Tensor | None) -> None:
 
 def _codes(size: int) -> torch.Tensor:
     """A unit vector a byte [256, size]: those of keys are orthogonal to all others."""
-    alone = [MARK, *ALPHABET]
+    alone = len(CHARACTERS)
     codes = torch.zeros(NUM_BYTES, size)
-    others = torch.randn(NUM_BYTES, size - len(alone), generator=torch.Generator().manual_seed(0))
-    codes[:, len(alone) :] = others / others.norm(dim=1, keepdim=True)
-    for number, byte in enumerate(alone):
+    others = torch.randn(NUM_BYTES, size - alone, generator=torch.Generator().manual_seed(0))
+    codes[:, alone:] = others / others.norm(dim=1, keepdim=True)
+    for number, byte in enumerate(CHARACTERS):
         codes[byte] = torch.eye(size)[number]
     return codes
 

@@ -8,9 +8,9 @@ import torch
 from helix import LLM, HelixConfig, SamplingParams
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from scripts.dummy_weights import BenchCache
-from scripts.find_keys import FindKeysConfig, places, search
+from scripts.find_keys import FindKeysConfig, is_right, places, search
 from scripts.make_checkpoint import make_checkpoint
-from scripts.passkey_model import TURNING, prompt_with_key
+from scripts.passkey_model import CHARACTERS, HEAD_DIM, LETTERS, MOST_KEYS, STILL, TURNING, text_with_keys
 
 BLOCK, LENGTH = 16, 240
 FIVE = SamplingParams(max_tokens=5)
@@ -40,7 +40,9 @@ def found_body(path: str, dtype: str, layout: dict[str, int]) -> None:
     )  # fmt: skip
     found = search(config.open(path, LENGTH), LENGTH, config.keys)
     assert (found["right"], found["keys"]) == (25, 5)
-    assert found["whole without it"] == 0 and found["right without the block"] < 5
+    assert (found["keys without their block"], found["whole without it"]) == (2, 0)
+    assert found["right without the next"] == found["of these"] == 10
+    assert is_right(found) and found["cached at least"] >= LENGTH - BLOCK
 
 
 @pytest.mark.parametrize(
@@ -60,12 +62,22 @@ def test_keys_stand_on_each_rank_in_turn_and_across_a_border() -> None:
     assert others == [1, 32765, 65528]
     with pytest.raises(ValueError, match="lengths: 100 must lie from 768, for 4 keys, to 2097152"):
         FindKeysConfig(lengths=[100])
+    with pytest.raises(ValueError, match="keys = 7 must lie from 2 to 6"):
+        FindKeysConfig(keys=7)
+
+
+def test_a_text_of_which_one_answer_is_wrong_is_not_right() -> None:
+    good = {"right": 25, "of": 25, "whole without it": 0, "right without the next": 10, "of these": 10}
+    assert is_right(good)
+    for wrong in ({"right": 24}, {"whole without it": 1}, {"right without the next": 9}):
+        assert not is_right(good | wrong)
 
 
 @pytest.mark.parametrize(("layer", "head"), [(1, 0), (1, 1)], ids=("KV head 0", "KV head 1"))
 def test_what_is_missing_from_the_cache_is_seen(path, monkeypatch, layer, head) -> None:
     llm = open_model(path, "float32")
-    prompt, answer = prompt_with_key(300, 150, seed=1)
+    text, [[mark, *answer]] = text_with_keys(299, [150], seed=1)
+    prompt = [*text, mark]
     [whole] = llm.generate([prompt], FIVE)
     assert whole.token_ids == answer
     pages = llm.runner.cache.layers[layer]
@@ -89,12 +101,23 @@ def test_distances_up_to_two_million_tokens_are_told_apart() -> None:
     assert others.max() < score[1] - 0.6  # times 2 * SHARPNESS
 
 
-def test_a_key_must_have_a_token_before_it_and_end_before_the_question() -> None:
-    for position in (0, 593):
-        with pytest.raises(ValueError, match="must lie from 1 to 592"):
-            prompt_with_key(600, position)
-    prompt, answer = prompt_with_key(600, 592)
-    assert prompt[593:598] == answer and prompt[-1] == prompt[592]
+def test_keys_stand_in_the_text_apart_from_each_other() -> None:
+    for positions, why in (
+        ([0], "must lie from 1 to 592"),
+        ([593], "must lie from 1 to 592"),
+        ([7, 12], "6 tokens from"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            text_with_keys(599, positions)
+    with pytest.raises(ValueError, match="at most 9"):
+        text_with_keys(599, range(1, 101, 10))
+    text, [last, first] = text_with_keys(599, [592, 1])
+    assert text[592:598] == last and text[1:7] == first
+    assert len({*last, *first}) == 12 and not {*last, *first} & {*text[7:592]}
+
+
+def test_every_character_of_keys_is_told_from_all_others() -> None:
+    assert len(CHARACTERS) == 6 * MOST_KEYS <= HEAD_DIM - 2 * STILL and not {*CHARACTERS} & {*LETTERS}
 
 
 def test_other_sizes_are_refused(tmp_path: Path) -> None:
