@@ -31,12 +31,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import capability, early
 
-from .online_softmax import LOG2_E, natural_lse
+from .online_softmax import LOG2_E, divisor, natural_lse
 from .page_tiles import (
     ELEMENTS,
     FETCH_REGISTERS,
     PIECE,
     boxes_of,
+    cell_of,
     early_turns,
     exp2,
     fetch_tile,
@@ -238,26 +239,15 @@ def _attend(
         acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
 
-    empty = total == 0.0
-    sums = gl.where(empty, 1.0, total)
-    natural = natural_lse(top * scale_log2, sums, empty)
-    gl.store(lse + _cell(part_start, row, part, stop, SPLIT) * num_heads + kv_head * GROUP + m % GROUP, natural,
-             mask=real)  # fmt: skip
+    cell = cell_of(part_start, row, part, real, SPLIT).to(gl.int64)
+    gl.store(lse + cell * num_heads + kv_head * GROUP + m % GROUP, natural_lse(top * scale_log2, total), mask=real)
     o_m = PART * HALF + gl.arange(0, HALF, layout=of_pv)
     o_row = first + o_m // GROUP
-    o_cell = _cell(part_start, o_row, part, stop, SPLIT) * num_heads + kv_head * GROUP + o_m % GROUP
+    o_cell = cell_of(part_start, o_row, part, o_row < stop, SPLIT).to(gl.int64) * num_heads + kv_head * GROUP
+    o_cell += o_m % GROUP
     o_d = gl.arange(0, W, layout=gl.SliceLayout(0, pv))
-    value = acc / gl.convert_layout(sums, of_pv)[:, None]
+    value = acc / gl.convert_layout(divisor(total), of_pv)[:, None]
     gl.store(out + o_cell[:, None] * W + o_d[None, :], value.to(out.dtype.element_ty), mask=(o_row < stop)[:, None])
-
-
-@gluon.jit
-def _cell(part_start, row, part, stop, SPLIT: gl.constexpr):
-    """Return which partials rows write; rows that are not there write none."""
-    if SPLIT:
-        return (gl.load(part_start + row, mask=row < stop, other=0) + part).to(gl.int64)
-    else:
-        return row.to(gl.int64)
 
 
 @gluon.jit

@@ -15,9 +15,15 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 @gluon.jit
-def natural_lse(top, total, empty):
-    """Return the natural log of total * 2 ** top, -inf where nothing was seen; ``total`` is not 0 there either."""
-    return gl.where(empty, float("-inf"), (top + gl.log2(total)) / _LOG2_E)
+def divisor(total):
+    """Return what sums are divided by: ``total``, 1 where nothing was seen."""
+    return gl.where(total == 0.0, 1.0, total)
+
+
+@gluon.jit
+def natural_lse(top, total):
+    """Return the natural log of total * 2 ** top, -inf where nothing was seen."""
+    return gl.where(total == 0.0, float("-inf"), (top + gl.log2(divisor(total))) / _LOG2_E)
 
 
 @triton.jit

@@ -24,6 +24,15 @@ PIECE = gl.constexpr(len(PIECE_FIELDS))
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
+@gluon.jit
+def cell_of(part_start, row, part, real, SPLIT: gl.constexpr):
+    """Return which partials rows write; rows that are not ``real`` write none."""
+    if SPLIT:
+        return gl.load(part_start + row, mask=real, other=0) + part
+    else:
+        return row
+
+
 def is_readable(pages: torch.Tensor) -> bool:
     """Return whether these pages [P, 2, K, block_size, D] can be read in boxes on their device."""
     return (

@@ -39,8 +39,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import capability, early
 
-from .online_softmax import LOG2_E, natural_lse
-from .page_tiles import BLOCK_SIZES, FETCH_REGISTERS, PIECE, early_turns, exp2
+from .online_softmax import LOG2_E, divisor, natural_lse
+from .page_tiles import BLOCK_SIZES, FETCH_REGISTERS, PIECE, cell_of, early_turns, exp2
 from .pages import SIXTEEN_BITS, QuantizedPages
 from .partial import Partials
 from .rows import Rows, Work
@@ -222,9 +222,7 @@ def _attend(
         real = row < stop
         limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
         whole = gl.minimum(gl.load(visible_len + first), end)
-        cell = row
-        if SPLIT:
-            cell = (gl.load(part_start + row, mask=real, other=0) + gl.load(its + 4)).to(gl.int64)
+        cell = cell_of(part_start, row, gl.load(its + 4), real, SPLIT).to(gl.int64)
         shift = gl.full([M], LOWEST, gl.float32, layout=columns)
         total = sum_of_threads(nothing)
         acc0 = gl.zeros([HALF, M], gl.float32, layout=wgmma)
@@ -268,12 +266,9 @@ def _attend(
             turn += 1
 
         sums = gl.convert_layout(gl.sum(total, 0), columns, assert_trivial=True)
-        empty = sums == 0.0
-        sums = gl.where(empty, 1.0, sums)
         cell = cell * num_heads + kv_head * GROUP + m % GROUP
-        natural = natural_lse(shift, sums, empty)
-        gl.store(lse + cell, natural, mask=real)
-        value = gl.join(acc0 / sums[None, :], acc1 / sums[None, :])
+        gl.store(lse + cell, natural_lse(shift, sums), mask=real)
+        value = gl.join(acc0 / divisor(sums)[None, :], acc1 / divisor(sums)[None, :])
         OUT: gl.constexpr = value.type.layout
         pair = gl.arange(0, HALF, layout=gl.SliceLayout(1, gl.SliceLayout(2, OUT)))
         odd = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, OUT)))

@@ -33,8 +33,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import early
 
-from .online_softmax import LOG2_E, natural_lse
-from .page_tiles import FETCH_REGISTERS, PIECE, boxes_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
+from .online_softmax import LOG2_E, divisor, natural_lse
+from .page_tiles import FETCH_REGISTERS, PIECE, boxes_of, cell_of, early_turns, exp2, fetch_tile, is_readable, keep_seen
 from .partial import Partials
 from .rows import Rows, Work
 
@@ -121,9 +121,8 @@ def _attend(
         limit = gl.minimum(gl.load(visible_len + row, mask=real, other=0), end)
         if WINDOW:
             least = gl.load(visible_from + row, mask=real, other=0)
-        cell = row
-        if SPLIT:  # asked for here, so that what is stored in the end does not wait for it
-            cell = (gl.load(part_start + row, mask=real, other=0) + gl.load(its + 4)).to(gl.int64)
+        # asked for here, so that what is stored in the end does not wait for it
+        cell = cell_of(part_start, row, gl.load(its + 4), real, SPLIT).to(gl.int64)
         top = gl.full([M], float("-inf"), gl.float32, layout=columns)
         total = gl.zeros([TILE, M], gl.float32, layout=wgmma)
         acc = gl.zeros([D, M], gl.float32, layout=wgmma)
@@ -172,12 +171,9 @@ def _attend(
             turn += 1
 
         sums = gl.sum(total, 0)
-        empty = sums == 0.0
-        sums = gl.where(empty, 1.0, sums)
         cell = cell * num_heads + kv_head * GROUP + m % GROUP
-        natural = natural_lse(top, sums, empty)
-        gl.store(lse + cell, natural, mask=real)
-        value = acc / sums[None, :]
+        gl.store(lse + cell, natural_lse(top, sums), mask=real)
+        value = acc / divisor(sums)[None, :]
         gl.store(out + cell[None, :] * D + o_d[:, None], value.to(out.dtype.element_ty), mask=real[None, :])
 
 

@@ -22,15 +22,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import early
 
-from .online_softmax import LOG2_E, natural_lse
-from .page_tiles import FETCH_REGISTERS, PIECE, exp2
+from .online_softmax import LOG2_E, divisor, natural_lse
+from .page_tiles import FETCH_REGISTERS, PIECE, cell_of, exp2
 from .pages import QuantizedPages
 from .partial import Partials
 from .rows import Rows, Work
 from .stream_eight_bits import LOWEST, MOST, halves, inverse, log2, neighbours, power, sum_of_threads
 from .stream_latent import TURNED_DIM, VALUE_DIM
 from .stream_latent_eight_bits import boxes_of, fetch
-from .weigh_latents import cell_of, pages_of, scales_of
+from .weigh_latents import pages_of, scales_of
 from .work import Cutting
 
 KERNEL = "stream_latent_bytes"
@@ -181,13 +181,10 @@ def _attend(
             turn += 1
 
         sums = gl.convert_layout(gl.sum(total, 0), columns, assert_trivial=True)
-        empty = sums == 0.0
-        sums = gl.where(empty, 1.0, sums)
         cell = (cell_of(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head).to(gl.int64)
-        natural = natural_lse(shift, sums, empty)
-        gl.store(lse + cell, natural, mask=real)
+        gl.store(lse + cell, natural_lse(shift, sums), mask=real)
         where = out, q_s, part_start, first, stop, gl.load(its + 4), num_heads
-        share = 1.0 / sums[None, :]
+        share = 1.0 / divisor(sums)[None, :]
         _store(where, a0 * share, a1 * share, 0, VALUE, HEADS, SPLIT)
         _store(where, b0 * share, b1 * share, VALUE // 2, VALUE, HEADS, SPLIT)
 

@@ -7,8 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from .page_tiles import PIECE
-from .weigh_latents import NOTES, as_widened, cell_of
+from .page_tiles import PIECE, cell_of
+from .weigh_latents import NOTES, as_widened
 
 
 @gluon.jit

@@ -15,8 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .online_softmax import natural_lse
-from .page_tiles import PIECE, exp2, keep_seen
+from .online_softmax import divisor, natural_lse
+from .page_tiles import PIECE, cell_of, exp2, keep_seen
 
 NOTES = gl.constexpr(2)
 
@@ -37,15 +37,6 @@ def pages_of(table, token, end, BLOCK_SIZE: gl.constexpr):
 def scales_of(page, scales, token, end, scale_stride, BLOCK_SIZE: gl.constexpr):
     """Return the scales of tokens, 0 past the end."""
     return gl.load(scales + page.to(gl.int64) * scale_stride + token % BLOCK_SIZE, mask=token < end, other=0.0)
-
-
-@gluon.jit
-def cell_of(part_start, row, part, real, SPLIT: gl.constexpr):
-    """Return which partials rows write."""
-    if SPLIT:
-        return gl.load(part_start + row, mask=real, other=0) + part
-    else:
-        return row
 
 
 @gluon.jit
@@ -168,15 +159,12 @@ def weigh(
             note += 1
 
         sums = gl.sum(total, 0)
-        empty = sums == 0.0
-        sums = gl.where(empty, 1.0, sums)
         mbarrier.wait(heard.index(note % NOTES), ((note // NOTES) & 1) ^ 1)
-        notes.index(note % NOTES).store((1048576.0 if IN_8_BITS else 1.0) / sums)
+        notes.index(note % NOTES).store((1048576.0 if IN_8_BITS else 1.0) / divisor(sums))
         mbarrier.arrive(said.index(note % NOTES), count=1)
         note += 1
-        natural = natural_lse(top, sums, empty)
         cell = cell_of(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head
-        gl.store(lse + cell, natural, mask=real)
+        gl.store(lse + cell, natural_lse(top, sums), mask=real)
 
 
 @gluon.jit
@@ -261,12 +249,9 @@ def weigh_heads(
             turn += 1
             note += 1
 
-        empty = total == 0.0
-        sums = gl.where(empty, 1.0, total)
         mbarrier.wait(heard.index(note % NOTES), ((note // NOTES) & 1) ^ 1)
-        notes.index(note % NOTES).store((1048576.0 if IN_8_BITS else 1.0) / sums)
+        notes.index(note % NOTES).store((1048576.0 if IN_8_BITS else 1.0) / divisor(total))
         mbarrier.arrive(said.index(note % NOTES), count=1)
         note += 1
-        natural = natural_lse(top, sums, empty)
         cell = cell_of(part_start, row, gl.load(its + 4), real, SPLIT) * num_heads + head
-        gl.store(lse + cell, natural, mask=real)
+        gl.store(lse + cell, natural_lse(top, total), mask=real)
