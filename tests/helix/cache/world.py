@@ -263,3 +263,12 @@ def path_of(block: Block) -> tuple[bytes, list[int]]:
         tokens = [int.from_bytes(block.key[at : at + 4], "little") for at in range(0, len(block.key), 4)] + tokens
         block = block.parent
     return block.key, tokens
+
+
+def world(kvp: int = 1, block_size: int = 4, num_pages: int = 32, **settings: object) -> World:
+    return World(kvp, block_size, num_pages, settings)
+
+
+def counted(each: World) -> tuple[int, int, int]:
+    counters = each.cache.counters
+    return counters.blocks_reused, counters.blocks_copied, counters.blocks_onboarded

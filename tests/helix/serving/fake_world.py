@@ -130,3 +130,16 @@ def _is_healthy(world: FakeWorld) -> bool:
         return world.ask("/health")[0] == 200
     except OSError:
         return False
+
+
+def request_of(body: dict[str, Any]) -> bytes:
+    data = json.dumps(body).encode()
+    return f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def read_until(client: socket.socket, text: bytes) -> bytes:
+    received = b""
+    while text not in received:
+        received += (piece := client.recv(4096))
+        assert piece, received
+    return received

@@ -16,8 +16,8 @@ from helix.scheduler import Scheduler
 from parallel.placement import BlockCyclic
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.cache.world import path_of
+from tests.helix.scheduling import make_sequence
 from tests.helix.speculative.world import Recorded, make_llm, run, told, use
-from tests.helix.test_scheduler import make_sequence
 
 DOCUMENT = Random(7).choices(range(256), k=40)
 PROMPTS = [DOCUMENT, [5, 6], [9, 8, 7] * 4, [*DOCUMENT[:30], 1, 2, 3, 4], [31] * 17]
