@@ -50,5 +50,5 @@ def with_weights(model: ModelConfig, weights: str) -> ModelConfig:
     """Return the model with its random weights kept so: as the dtype says (bf16), or in blocks of 8 bits (fp8)."""
     if weights == "bf16" or model.config is None:
         return model
-    settings = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    settings = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
     return replace(model, config=model.config | {"quantization_config": settings})

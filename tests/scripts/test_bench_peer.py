@@ -17,7 +17,20 @@ def test_first_tokens_a_tokens_time_and_throughput_are_measured(capfd: pytest.Ca
     line = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
     case, throughput = line["rows"]
     assert (line["system"], case["case"], throughput["case"]) == ("helix", "70 x 2", "3 x 20 x 4")
-    assert 0 < case["TTL ms"] < 1e3 * case["again s"] and throughput["tokens/s"] > 0
+    assert min(case["first s"], case["again s"], throughput["tokens/s"]) > 0 and isinstance(case["TTL ms"], float)
+
+
+class Latents(torch.nn.Module):
+    """Keeps what it makes of a weight, once as a view and once as a copy, in memory that graphs read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv_b = torch.nn.Parameter(torch.zeros(256, 64))
+        self.W_UK_T = torch.nn.Parameter(self.kv_b.data.T)
+        self.W_UV = torch.nn.Parameter(torch.zeros(64, 256))
+
+    def process_weights_after_loading(self, dtype: torch.dtype) -> None:
+        self.W_UV.data.copy_(self.kv_b.data.T.to(dtype))
 
 
 def test_the_other_systems_weights_follow_the_law_of_our_own() -> None:
@@ -31,6 +44,7 @@ def test_the_other_systems_weights_follow_the_law_of_our_own() -> None:
     }
     for name, shape in shapes.items():
         made.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+    made.register_module("attention", Latents())
     eight = torch.zeros(128, 256).to(torch.float8_e4m3fn)
     made.register_parameter("qkv_weight", torch.nn.Parameter(eight, requires_grad=False))
     made.register_parameter("qkv_weight_scale_inv", torch.nn.Parameter(torch.zeros(1, 2)))
@@ -41,6 +55,8 @@ def test_the_other_systems_weights_follow_the_law_of_our_own() -> None:
     expected = {"embed_tokens_weight": 1, "bias": 0.02, "w13_weight": 1 / 16}
     assert {name: spread[name] for name in expected} == pytest.approx(expected, rel=0.1)
     assert float(means.detach().std()) == pytest.approx(1 / 16, rel=0.1)
+    assert float(made.attention.kv_b.detach().std()) == pytest.approx(1 / 8, rel=0.1)
+    assert torch.equal(made.attention.W_UK_T, made.attention.W_UV)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +67,7 @@ def test_the_other_systems_weights_follow_the_law_of_our_own() -> None:
         ({"cases": [[4096]]}, r"cases: \[4096\] must be 2 numbers"),
         ({"cases": [], "throughput": []}, "must not both be empty"),
         ({"repeats": 0}, "repeats = 0"),
+        ({"weights": "int4"}, "weights = "),
         ({"peer": {"block_size": 16}}, "is for system = vllm"),
     ],
 )
