@@ -91,7 +91,7 @@ class BenchDecodeConfig:
         rank: the rank of each layout that is measured alone, in one process; None starts all ranks.
         of: how many ranks there would be; it comes with ``rank``.
         ep: ways the experts are split, in every layout.
-        weights: bf16, or fp8: blocks of 128 x 128 in 8 bits.
+        weights: bf16, or fp8: blocks of 128 x 128 in 8 bits; or fp8_head: the output head as well.
         cache: its dtype, as ``cache.dtype`` of a run.
         split_query_rows: as ``attention.split_query_rows`` of a run.
         block_size: tokens a page.

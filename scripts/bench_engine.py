@@ -60,7 +60,7 @@ class BenchEngineConfig:
         prompts: the shortest and the longest prompt, in tokens.
         outputs: tokens a request makes.
         rate: requests that arrive a second, at random times; null: one arrives when another ends.
-        weights: bf16, or fp8: blocks of 128 x 128 in 8 bits.
+        weights: bf16, or fp8: blocks of 128 x 128 in 8 bits; or fp8_head: the output head as well.
         seed: of lengths, tokens and arrivals.
         plot: a picture of TTL over time, with the prompts that arrive, of the last case.
     """

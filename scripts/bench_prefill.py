@@ -46,7 +46,7 @@ class BenchPrefillConfig:
         chunks: prompt tokens a step.
         block_size: tokens a page.
         repeats: runs to take the median of.
-        weights: bf16, or fp8: blocks of 128 x 128 in 8 bits.
+        weights: bf16, or fp8: blocks of 128 x 128 in 8 bits; or fp8_head: the output head as well.
         cache: its dtype, as ``cache.dtype`` of a run.
     """
 

@@ -10,7 +10,8 @@ from attention.pages import LARGEST, Pages
 from helix.config import CACHE_DTYPES, ModelConfig, check_choice
 from helix.models.quantization import BLOCK
 
-WEIGHTS = ("bf16", "fp8")
+WEIGHTS = ("bf16", "fp8")  # of matrices
+OF_MODELS = (*WEIGHTS, "fp8_head")
 LARGEST_BYTE = 0x7E  # 448
 
 
@@ -41,14 +42,18 @@ def fill_pages(pages: Pages) -> None:
 
 def check_weights(weights: str, model: ModelConfig) -> None:
     """Raise ValueError unless the model can have such weights."""
-    check_choice("weights", weights, WEIGHTS)
+    check_choice("weights", weights, OF_MODELS)
     if weights != "bf16" and model.config is None:
         raise ValueError(f"weights = {weights} is for a model of random weights (model=glm4_9b_1m); a file has its own")
 
 
 def with_weights(model: ModelConfig, weights: str) -> ModelConfig:
-    """Return the model with its random weights kept so: as the dtype says (bf16), or in blocks of 8 bits (fp8)."""
+    """Return the model with its random weights kept so: as the dtype says (bf16), or in blocks of 8 bits (fp8), the
+    output head with them (fp8_head).
+    """
     if weights == "bf16" or model.config is None:
         return model
     settings = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    if weights == "fp8_head":
+        settings["modules_to_not_convert"] = []
     return replace(model, config=model.config | {"quantization_config": settings})

@@ -3,8 +3,9 @@
     python -m scripts.quantize model.path=DIR output=NEW_DIR
 
 The matrices of the layers' linear modules become e4m3 with one float32 scale for each block of 128 x 128; embeddings,
-norms, biases, routers and the output head stay as they are. One file of the checkpoint is in memory at a time. It ends
-with the error of each role: how far values are from the original, as a root mean square of the original's.
+norms, biases and routers stay as they are, and so does the output head, but for ``head=true``. One file of the
+checkpoint is in memory at a time. It ends with the error of each role: how far values are from the original, as a root
+mean square of the original's.
 """
 
 from __future__ import annotations
@@ -53,10 +54,12 @@ class QuantizeConfig:
 
     Attributes:
         output: the folder to write, which must be empty or not there yet.
+        head: quantise the output head as well, where it is a matrix of its own.
     """
 
     model: SourceConfig = field(default_factory=SourceConfig)
     output: str = ""
+    head: bool = False
 
     def __post_init__(self) -> None:
         if not self.output:
@@ -93,9 +96,10 @@ class Errors:
         }
 
 
-def quantize_checkpoint(path: str | Path, output: str | Path) -> dict[str, Errors]:
+def quantize_checkpoint(path: str | Path, output: str | Path, *, head: bool = False) -> dict[str, Errors]:
     """Write the block-FP8 form of the checkpoint at `path` to the folder `output`; return the error of each role.
 
+    ``head``: of the output head as well.
     Raises ValueError, in one line, for a checkpoint that is not read or quantised already, and for a folder in use.
     """
     source, target = Path(path).expanduser(), Path(output).expanduser()
@@ -103,12 +107,14 @@ def quantize_checkpoint(path: str | Path, output: str | Path) -> dict[str, Error
     spec = named_as_stored(spec, tensor_names(source))
     if spec.quantization is not None:
         raise ValueError(f"model.path = {path} is quantised already")
+    if head and spec.tied_embeddings:
+        raise ValueError(f"head = true, but the output head of model.path = {path} is its embeddings; leave it out")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"output = {output} is not empty; give a new folder")
     Checkpoint(source, spec).close()
     config = json.loads(find_config(source).read_text("utf-8"))
-    kept = tuple(_kept(spec))
-    spec = replace(spec, quantization=Quantization(kept=kept))
+    kept = tuple(_kept(spec, head=head))
+    spec = replace(spec, quantization=Quantization(kept=kept, head=head))
     target.mkdir(parents=True, exist_ok=True)
     errors: dict[str, Errors] = defaultdict(Errors)
     file_of: dict[str, str] = {}
@@ -141,9 +147,10 @@ def quantize_checkpoint(path: str | Path, output: str | Path) -> dict[str, Error
     return dict(errors)
 
 
-def _kept(spec: ModelSpec) -> Iterator[str]:
-    """Yield the modules that are no norms and embeddings and stay as they are."""
-    yield spec.names.lm_head.removesuffix(".weight")
+def _kept(spec: ModelSpec, *, head: bool) -> Iterator[str]:
+    """Yield the modules that are no norms and embeddings and stay as they are; all but the ``head`` perhaps."""
+    if not head:
+        yield spec.names.lm_head.removesuffix(".weight")
     for layer in range(spec.num_layers):
         if spec.experts_of(layer) is not None:
             yield spec.names.router.format(layer=layer).removesuffix(".weight")
@@ -189,7 +196,7 @@ def _progress(total_bytes: int) -> Iterator[Any]:
 
 def run(config: QuantizeConfig) -> None:
     """Quantise a checkpoint, and say what that cost."""
-    errors = quantize_checkpoint(config.model.path, config.output)
+    errors = quantize_checkpoint(config.model.path, config.output, head=config.head)
     show(f"{config.output}: block FP8", [errors[role].row(role) for role in sorted(errors)])
 
 

@@ -4,13 +4,13 @@ Three formats of 8-bit floats (e4m3) are read. "fp8" is that of DeepSeek-V3 and 
 block of 128 x 128 elements, in `X.weight_scale_inv` (arXiv 2412.19437, section 3.3); or one for a matrix, there or, in
 AutoFP8's files, in `X.weight_scale`. "compressed-tensors" has one scale in `X.weight_scale` for a matrix, for each of
 its rows, or for such blocks; "modelopt" one for a matrix or for each of its rows. Any of them is what values are
-multiplied by, and leaves embeddings, norms, routers and the output head as they are. Scales of activations are not
-used: rows that meet 8 bits are quantised as they come.
+multiplied by, and leaves embeddings, norms and routers as they are, and most often the output head. Scales of
+activations are not used: rows that meet 8 bits are quantised as they come.
 """
 
 import fnmatch
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -42,6 +42,8 @@ class Quantization:
         a dot, or its end to the letter. exact: only whole names count, and expressions begin with "re:".
     caches_in_8_bits: whether keys and values are meant to be cached in 8 bits.
     powers_of_two: whether scales that the runtime makes are powers of two, as the file's are (ue8m0).
+    head: whether the output head is quantised too: where a config of "fp8" lists what is not, without it, until the
+        files' tensors say so themselves (``named_as_stored``).
     """
 
     grain: str = "block"
@@ -50,6 +52,7 @@ class Quantization:
     exact: bool = False
     caches_in_8_bits: bool = False
     powers_of_two: bool = False
+    head: bool = False
 
     def covers(self, name: str) -> bool:
         """Return whether the tensor `name`, a linear layer's weight, is quantised."""
@@ -131,7 +134,9 @@ def _fp8(settings: dict[str, Any]) -> Quantization:
     if by_matrix:
         suffix = "weight_scale" if autofp8 else "weight_scale_inv"
         return Quantization("tensor", suffix, tuple(kept), powers_of_two=powers_of_two)
-    return Quantization(kept=tuple(kept), powers_of_two=powers_of_two)
+    how = Quantization(kept=tuple(kept), powers_of_two=powers_of_two)
+    lists = settings.get("modules_to_not_convert") is not None
+    return replace(how, head=lists and how.covers("lm_head.weight"))
 
 
 def _modelopt(settings: dict[str, Any]) -> Quantization:

@@ -293,6 +293,8 @@ class ModelSpec:
         """Return whether the checkpoint tensor `name` is a matrix of 8 bits, whose scale is another tensor."""
         if self.quantization is None or not name.endswith(".weight"):
             return False
+        if name == self.names.lm_head:
+            return self.quantization.head
         return module_of(name) in self.names.linear_modules and self.quantization.covers(name)
 
     def experts_of(self, layer: int) -> Experts | None:

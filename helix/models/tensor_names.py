@@ -26,7 +26,8 @@ def is_unread(name: str) -> bool:
 
 
 def named_as_stored(spec: ModelSpec, stored: Set[str]) -> ModelSpec:
-    """Return `spec` with the names that the files have, and with a head of its own where they have one.
+    """Return `spec` with the names that the files have, with a head of its own where they have one, and in 8 bits where
+    they have its scale.
 
     As in transformers, an output head in the file is used even where the config ties it to the embeddings, and of the
     two one that is there stands in for one that is not.
@@ -43,6 +44,8 @@ def named_as_stored(spec: ModelSpec, stored: Set[str]) -> ModelSpec:
             spec = replace(spec, tied_embeddings=False)
         else:
             spec = replace(spec, names=replace(names, embedding=names.lm_head))
+    if (how := spec.quantization) is not None:
+        spec = replace(spec, quantization=replace(how, head=how.scale_of(spec.names.lm_head) in stored))
     biases = [name.removesuffix("weight") + "bias" for name in (names.lm_head, names.final_norm)]
     if used := sorted(name for name in biases if name in stored):
         raise CheckpointError(f"the checkpoint has {few(used)}, which a {spec.family} model here does not add")

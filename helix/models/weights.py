@@ -103,7 +103,7 @@ def model_weights(spec: ModelSpec, part: Part) -> dict[str, Weight]:
     return {
         "embedding": Weight((spec.vocab_size, h), (Piece(names.embedding),)),
         "final_norm": _norm(spec, names.final_norm, h),
-        "lm_head": Weight((_len(part.vocab), h), (Piece(head, rows=part.vocab),)),
+        "lm_head": Weight((_len(part.vocab), h), (Piece(head, rows=part.vocab),), quantized=spec.is_quantized(head)),
     }
 
 

@@ -17,9 +17,9 @@ from tests.helix.test_parity import check, generate_body
 SIZES = {"hidden": 192, "ffn": 424, "expert_ffn": 200, "heads": 12}
 
 
-def widen_checkpoint(folder):
+def widen_checkpoint(folder, *, head=False):
     """Of the checkpoint folder/plain, write folder/fp8 in block FP8, and folder/wide that means the same in float32."""
-    quantize_checkpoint(folder / "plain", folder / "fp8")
+    quantize_checkpoint(folder / "plain", folder / "fp8", head=head)
     shutil.copytree(folder / "plain", folder / "wide")
     tensors = load_file(folder / "fp8" / "model.safetensors")
     wide = {
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
     def make(family):
         folder = tmp_path_factory.mktemp(family)
         make_checkpoint(folder / "plain", family=family, kv_heads=2 if family == "glm" else 4, **SIZES)
-        widen_checkpoint(folder)
+        widen_checkpoint(folder, head=family in ("llama", "deepseek_v3"))
         return str(folder / "fp8"), str(folder / "wide")
 
     return make

@@ -15,9 +15,10 @@ def test_transformers_opens_it_to_the_same_values(tmp_path, family):
     """Of sizes that are multiples of 128, which is all that transformers widens rightly."""
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-    sizes = {"hidden": 256, "head_dim": 32, "ffn": 384, "expert_ffn": 128, "max_shard_size": "900KB"}
+    sizes = {"hidden": 256, "head_dim": 32, "ffn": 384, "expert_ffn": 128, "vocab": 384, "max_shard_size": "900KB"}
     make_checkpoint(tmp_path / "plain", family=family, **sizes)
-    errors = quantize_checkpoint(tmp_path / "plain", tmp_path / "fp8")
+    errors = quantize_checkpoint(tmp_path / "plain", tmp_path / "fp8", head=family == "llama")
+    assert ("lm_head" in errors) == (family == "llama")
     assert all(0.01 < (each.lost / each.squares) ** 0.5 < 0.04 for each in errors.values())
     assert len(list((tmp_path / "fp8").glob("*.safetensors"))) > 1
     tensors = {}
@@ -49,5 +50,8 @@ def test_what_cannot_be_written_is_refused_and_the_table_names_every_role(tmp_pa
         quantize_checkpoint(plain, out)
     with pytest.raises(ValueError, match="is quantised already"):
         quantize_checkpoint(out, tmp_path / "again")
+    make_checkpoint(tmp_path / "tied", tied=True)
+    with pytest.raises(ValueError, match="head = true, but the output head of model.path = .* is its embeddings"):
+        quantize_checkpoint(tmp_path / "tied", tmp_path / "none", head=True)
     with pytest.raises(ValueError, match="output is empty"):
         QuantizeConfig()

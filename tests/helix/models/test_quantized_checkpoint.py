@@ -12,7 +12,9 @@ from helix.models.checkpoint import Checkpoint, CheckpointError
 from helix.models.parts import Part
 from helix.models.quantized import Quantized, widen_blocks
 from helix.models.spec import load_spec
-from helix.models.weights import layer_weights, whole
+from helix.models.tensor_names import named_as_stored
+from helix.models.weight_files import tensor_names
+from helix.models.weights import layer_weights, model_weights, whole
 from scripts.make_checkpoint import FAMILIES, make_checkpoint
 from scripts.quantize import quantize_checkpoint
 
@@ -160,6 +162,32 @@ def test_matrices_of_16_bits_beside_quantised_ones_widen_what_they_are_stacked_w
     spec = load_spec(path)
     assert [layer_weights(spec, layer, whole(spec))["qkv"].quantized for layer in (0, 1)] == [True, False]
     check_parts(path, tensors)
+
+
+def test_whether_the_head_has_8_bits_is_what_its_files_say(tmp_path):
+    make_checkpoint(tmp_path / "plain", **SIZES)
+    quantize_checkpoint(tmp_path / "plain", path := tmp_path / "fp8", head=True)
+    settings = json.loads((path / "config.json").read_text())["quantization_config"]
+    assert settings["modules_to_not_convert"] == [] and load_spec(path).is_quantized("lm_head.weight")
+    tensors = widened(path)
+
+    def head():
+        spec = named_as_stored(load_spec(path), tensor_names(path))
+        weight = model_weights(spec, whole(spec))["lm_head"]
+        out = room(weight)
+        with Checkpoint(path, spec) as checkpoint:
+            checkpoint.read(weight, out)
+        wide = out.widen(0, out.shape[0], torch.float32) if weight.quantized else out
+        assert torch.equal(wide, tensors["lm_head.weight"])
+        return weight.quantized
+
+    assert head()
+    configure(path, {name: each for name, each in settings.items() if name != "modules_to_not_convert"})
+    assert head() and not load_spec(path).is_quantized("lm_head.weight")
+    rewrite(path, lambda old: (old.update({"lm_head.weight": tensors["lm_head.weight"]}),
+                               old.pop("lm_head.weight_scale_inv")))  # fmt: skip
+    configure(path, settings)
+    assert not head()
 
 
 UP = "model.layers.0.mlp.up_proj.weight"
