@@ -41,7 +41,9 @@ from .stream_weights import stream_weights_kernel
 MAX_ROWS = 64
 BN, WIDE_BN, BK = 64, 128, 128
 STAGE_BYTES = {BN: 147456, WIDE_BN: 196608}  # one program a processor; memory needs some 10 MB in flight to be busy
-SHARED_BYTES = 232448  # of a processor, that kernels may take; each program has some of the system's own
+SHARED_BYTES = 233472  # of a processor
+OWN_BYTES = 1536  # of these each program has some of the system's, and some for barriers
+X_STAGES = 2  # of tiles of x where they are as large as those of quantised weights, which get the room
 FEWEST = 2  # programs that share a processor's memory: the next kernel's find room beside those of a small grid
 FEW_TURNS = 8  # a kernel whose programs take fewer is over before the next one has begun, unless that finds room
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -160,10 +162,12 @@ def _stream(
     x_bytes = bm * BK * x.element_size()
     if isinstance(w, Quantized):
         neighbours = _neighbours(grid, programs, x.device) if each else programs
-        stages = (SHARED_BYTES // neighbours - 2048) // (bn * (BK + 4) + x_bytes)
+        of_all = turns if experts is None or each else turns * ids.shape[0]
+        stages, x_stages = _stages_of(bn, x_bytes, neighbours, of_all // splits)
         registers = 65536 // (programs * 32 * (bn // 16 + 4)) // 8 * 8  # a thread's; the warp that asks counts as four
         scales = _scale_tiles(w.scales, half), w.shift, w.shift - w.lead
-        stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, STAGES=stages, maxnreg=registers, **how)
+        how |= {"STAGES": stages, "X_STAGES": x_stages, "maxnreg": registers}
+        stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, **how)
     else:
         stages = STAGE_BYTES[bn] // (bn * BK * x.element_size() + x_bytes)
         stream_weights_kernel[grid](*tiles, *rest, splits, STAGES=stages, KNOWN=known, LATE=late, **how)
@@ -173,6 +177,16 @@ def _stream(
 def _neighbours(grid: tuple[int, int], programs: int, device: torch.device) -> int:
     """Return how many programs share a processor's memory: as many as can, or as few as a small grid has there."""
     return min(programs, max(FEWEST, -(-grid[0] * grid[1] // _processors(device))))
+
+
+def _stages_of(bn: int, x_bytes: int, neighbours: int, turns: int) -> tuple[int, int]:
+    """Return how many stages a program has for tiles of bn rows of a quantised matrix, and for those of x.
+
+    It takes so many turns, and is one of so many on its processor.
+    """
+    room, w_bytes = SHARED_BYTES // neighbours - OWN_BYTES, bn * (BK + 4)
+    x_stages = X_STAGES if bn > BN and turns >= FEW_TURNS else room // (w_bytes + x_bytes)
+    return (room - x_stages * x_bytes) // w_bytes, x_stages
 
 
 def _matrices(w: Matrix, rows: int) -> torch.Tensor:

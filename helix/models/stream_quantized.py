@@ -5,9 +5,9 @@ each row has one scale in it: the turn's products are multiplied by it, whatever
 computed alike in all of them. The first turn begins where the slice's block does, and both operands are read as zero
 before the slice.
 
-One warp of a program asks for tiles of weights, scales and x, as many as the stages hold before it waits for the kernel
-that makes x; the others widen and multiply. A thread reads four bytes of a row as one word, which become two operands
-of two neighbours each (``quantized`` says in which order columns are stored).
+One warp of a program asks for tiles of weights and scales, as many as the stages hold before it waits for the kernel
+that makes x; the others widen and multiply. Tiles of x may have fewer stages. A thread reads four bytes of a row as one
+word, which become two operands of two neighbours each (``quantized`` says in which order columns are stored).
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ def _ask_weights(w, scales, bar, w_parts, scale_parts, stage, matrix, n0, at, be
 @gluon.jit
 def _fetch(
     w, x, scales, w_parts, x_tiles, scale_parts, full, free, shift, begin, experts, num_experts, num_rows, columns,
-    num_turns, splits, n0, split, EXPERTS: gl.constexpr, PDL: gl.constexpr,
+    num_turns, splits, EXPERTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The warp that asks for the tiles of each turn, once their stage is free."""
+    n0, split = gl.program_id(0) * w.block_shape[1], gl.program_id(1)
     STAGES: gl.constexpr = full.shape[0]
+    X_STAGES: gl.constexpr = x_tiles.shape[0]
     BK: gl.constexpr = w.block_shape[2]
     X_BYTES: gl.constexpr = x.block_shape[0] * BK * x.dtype.primitive_bitwidth // 8
     BYTES: gl.constexpr = w.block_shape[0] * w.block_shape[1] * (BK + 4) + X_BYTES
@@ -68,30 +70,32 @@ def _fetch(
         _ask_weights(w, scales, full.index(i), w_parts, scale_parts, i, matrix, n0, at, begin, columns)
     if PDL and EXPERTS != "each":
         gdc_wait()
-    for i in range(early):
+    for i in range(gl.minimum(count, X_STAGES)):
         matrix, x_row, at = place(first + i, 0, num_turns, num_rows, EXPERTS, BK)
         tma.async_copy_global_to_shared(x, [x_row, at - shift], full.index(i), x_tiles.index(i))
-    for i in range(STAGES, count):
-        stage = i % STAGES
-        bar = full.index(stage)
+    for done in range(count - X_STAGES):
+        stage, i = done % STAGES, done + STAGES
         matrix = own if EXPERTS == "each" else matrix_of(first + i, stop, experts, num_turns, EXPERTS)
         matrix, x_row, at = place(first + i, matrix, num_turns, num_rows, EXPERTS, BK)
-        mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, BYTES)
-        _ask_weights(w, scales, bar, w_parts, scale_parts, stage, matrix, n0, at, begin, columns)
-        tma.async_copy_global_to_shared(x, [x_row, at - shift], bar, x_tiles.index(stage))
+        mbarrier.wait(free.index(stage), (done // STAGES) & 1)
+        if i < count:
+            mbarrier.expect(full.index(stage), BYTES)
+            _ask_weights(w, scales, full.index(stage), w_parts, scale_parts, stage, matrix, n0, at, begin, columns)
+        i = done + X_STAGES
+        matrix, x_row, at = place(first + i, 0, num_turns, num_rows, EXPERTS, BK)
+        tma.async_copy_global_to_shared(x, [x_row, at - shift], full.index(i % STAGES), x_tiles.index(i % X_STAGES))
 
 
 @gluon.jit
 def _multiply(
     w_parts, w_tiles, x_tiles, scale_tiles, full, free, bias, out, experts, num_experts, row_weights, num_rows, columns,
-    num_turns, splits, n0, split,
-    PARTS: gl.constexpr, HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr, PDL: gl.constexpr,
+    num_turns, splits, PARTS: gl.constexpr, HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The warps that widen and multiply, turn by turn, and store the sums."""
     STAGES: gl.constexpr = full.shape[0]
     BN: gl.constexpr = w_tiles.shape[1]
     BM: gl.constexpr = x_tiles.shape[1]
+    n0, split = gl.program_id(0) * (BN // PARTS), gl.program_id(1)
     WARPS: gl.constexpr = BN // 16
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BM, 16])
     _first, count, used = _turns_of(num_turns, num_experts, split, splits, EXPERTS)
@@ -102,7 +106,7 @@ def _multiply(
         stage = i % STAGES
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
         wide = _widen(w_tiles.index(stage), gl.DotOperandLayout(0, layout, 2), x_tiles.dtype)
-        x_tile = x_tiles.index(stage).permute((1, 0))
+        x_tile = x_tiles.index(i % x_tiles.shape[0]).permute((1, 0))
         part = warpgroup_mma(wide, x_tile, nothing, use_acc=False, is_async=True)
         scale = scale_tiles.index(stage).load(gl.SliceLayout(1, layout))
         # the operand in registers is kept as well: it is read until then
@@ -121,7 +125,8 @@ def _multiply(
 @gluon.jit(do_not_specialize=["shift", "begin", "num_rows", "num_turns", "splits"])
 def stream_quantized_kernel(
     w, x, scales, shift, begin, bias, out, experts, num_experts, row_weights, num_rows, columns, num_turns, splits,
-    BM: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr, PDL: gl.constexpr,
+    BM: gl.constexpr, STAGES: gl.constexpr, X_STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, EXPERTS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """Do what ``stream_weights_kernel`` does for matrices of 8 bits.
 
@@ -138,12 +143,11 @@ def stream_quantized_kernel(
     HALF: gl.constexpr = w.block_shape[1]
     BN: gl.constexpr = PARTS * HALF
     BK: gl.constexpr = w.block_shape[2]
-    n0, split = gl.program_id(0) * HALF, gl.program_id(1)
     plain: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_parts = gl.allocate_shared_memory(w.dtype, [STAGES, PARTS, HALF, BK], w.layout)
     w_tiles = w_parts._reinterpret(w.dtype, [STAGES, BN, BK], plain)
-    x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, BM, BK], x.layout)
+    x_tiles = gl.allocate_shared_memory(x.dtype, [X_STAGES, BM, BK], x.layout)
     scale_parts = gl.allocate_shared_memory(gl.float32, [STAGES * PARTS, 1, HALF], scales.layout)
     scale_tiles = scale_parts._reinterpret(gl.float32, [STAGES, BN], line)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -155,11 +159,11 @@ def stream_quantized_kernel(
         [
             (_multiply, (
                 w_parts, w_tiles, x_tiles, scale_tiles, full, free, bias, out, experts, num_experts, row_weights,
-                num_rows, columns, num_turns, splits, n0, split, PARTS, HAS_BIAS, EXPERTS, PDL,
+                num_rows, columns, num_turns, splits, PARTS, HAS_BIAS, EXPERTS, PDL,
             )),
             (_fetch, (
                 w, x, scales, w_parts, x_tiles, scale_parts, full, free, shift, begin, experts, num_experts, num_rows,
-                columns, num_turns, splits, n0, split, EXPERTS, PDL,
+                columns, num_turns, splits, EXPERTS, PDL,
             )),
         ],
         [1],
