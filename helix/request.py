@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .cache.checkpoints import Kept
 from .cache.keys import BlockKeys
 from .cache.pool import BlockTable
 from .cache.retention import Retention
@@ -254,7 +255,7 @@ class Chunk:
             that the device alone knows yet are -2 and below.
         masks: of a structured sequence's rows that choose, which tokens each may choose: int32 [num_choices, W], bit t
             of a row is token t.
-        keeps: behind how many of its rows states are kept on the way, and the checkpoints that take them.
+        kept: what is kept of it for later prompts, and where; None where these may begin anywhere.
     """
 
     seq: Sequence
@@ -262,7 +263,7 @@ class Chunk:
     stop: int
     drafts: tuple[int, ...] = ()
     masks: npt.NDArray[np.int32] | None = field(default=None, compare=False)
-    keeps: tuple[tuple[int, int], ...] = ()
+    kept: Kept | None = None
 
     @property
     def samples(self) -> bool:

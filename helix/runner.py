@@ -335,7 +335,8 @@ class Runner:
             before, keep = (nothing, nothing) if chunks is None else self.next_states.take(chunks)
             beside = {"before": before, "keep": keep}
         if self.decoder.states is not None:
-            beside |= arrays_of_cuts(step.query_start, None if chunks is None else [each.keeps for each in chunks])
+            kept = [() if each.kept is None else each.kept.on_the_way for each in chunks or ()]
+            beside |= arrays_of_cuts(step.query_start, None if chunks is None else kept)
         given = self._sender.send(step, local, self.cache, repeat=repeat, beside=beside)
         token_ids, rows = given.token_ids, given.rows
         if (step.token_ids < 0).any():

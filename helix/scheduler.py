@@ -125,7 +125,7 @@ class Scheduler:
         Structured sequences whose tokens are not known sit this step out: what may follow is found on rank 0. Beside
         others, which lose nothing by it, they have a row in every other step.
         """
-        if any(map(self._copies_behind, launched.chunks)):
+        if any(chunk.kept is not None and chunk.kept.behind is not None for chunk in launched.chunks):
             return None
         ahead = Ahead(launched.chunks)
         if ahead.something_ends and self.waiting and (self._line.has_blocked or not self._free_slots):
@@ -175,24 +175,13 @@ class Scheduler:
         return step
 
     def _keeping(self, chunk: Chunk) -> Chunk:
-        """Return a chunk with the checkpoints that its step keeps on the way; behind a single row none is."""
+        """Return a chunk with the checkpoints that take what is kept of it."""
         checkpoints = self.cache.checkpoints
         if checkpoints is None:
             return chunk
-        if chunk.stop - chunk.start == 1:
-            self.cache.blocks.movements += checkpoints.pass_by(chunk.start, chunk.seq.batch_slot)
-            return chunk
-        places = chunk.start, chunk.stop, len(chunk.seq.token_ids), chunk.seq.batch_slot
-        keeps, moved = checkpoints.keep_on_the_way(*places)
+        kept, moved = checkpoints.plan(chunk.start, chunk.stop, len(chunk.seq.token_ids), chunk.seq.batch_slot)
         self.cache.blocks.movements += moved
-        return replace(chunk, keeps=keeps)
-
-    def _copies_behind(self, chunk: Chunk) -> bool:
-        """Return whether the states behind a chunk that is launched are copied once it is committed."""
-        checkpoints, length = self.cache.checkpoints, len(chunk.seq.token_ids)
-        if checkpoints is None or chunk.is_decode:  # of one row alone it may be a prompt's chunk as well
-            return False
-        return checkpoints.copies_behind(chunk.start, chunk.stop, length, chunk.seq.batch_slot)
+        return replace(chunk, kept=kept)
 
     def commit(self, chunks: list[Chunk]) -> None:
         """Note that chunks are computed, and cache the blocks that they filled."""
@@ -200,9 +189,8 @@ class Scheduler:
             seq = chunk.seq
             seq.num_computed = chunk.stop
             self.cache.commit(seq.blocks, seq.num_computed)
-            if self.cache.checkpoints is not None:
-                places = chunk.start, chunk.stop, len(seq.token_ids), seq.batch_slot
-                self.cache.blocks.movements += self.cache.checkpoints.keep(seq.blocks, *places)
+            if self.cache.checkpoints is not None and chunk.kept is not None:
+                self.cache.blocks.movements += self.cache.checkpoints.commit(seq.blocks, chunk.kept)
             self._trim(seq)
 
     def extend_for_drafts(self, seq: Sequence, num_drafts: int) -> int:

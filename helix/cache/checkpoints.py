@@ -6,7 +6,8 @@ on all ranks: the last multiple of ``unit`` below the prompt's end, where the sa
 goes on, and every ``every`` tokens; a match ends at the last one. A chunk that begins at a multiple of ``unit`` passes
 them, and its step keeps the states on the way; another chunk ends there, and they are copied behind it. A sequence that
 decodes keeps one at the last multiple of ``unit`` that it passed, where its next turn goes on: it is copied by the step
-whose row begins there. What a step keeps is the block's once that step is committed.
+whose row begins there. All that is kept of one chunk is a ``Kept``, whose checkpoints are the blocks' once its step is
+committed.
 
 A block that leaves the tree has no parent any more; its slot is found free when one is needed. Else the checkpoint that
 was used least recently gives its slot up, whoever needs the block: a sequence that begins with it has copied it. It
@@ -15,6 +16,8 @@ goes to a slot of the host, if there are any and the block's priority allows it,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .movements import EVERY_RANK, CopyState, Movement, MoveState
 from .pool import BlockTable
 from .tree import Block, match
@@ -22,6 +25,24 @@ from .tree import Block, match
 UNIT = 64
 MOST_ON_THE_WAY = 16
 """Checkpoints that a step keeps of one chunk, at most."""
+
+
+class Kept(NamedTuple):
+    """What is kept of positions [start, stop) of the sequence in a batch slot: a step's chunk, and its checkpoints.
+
+    They are its own from when the step is made until it is committed, or the sequence leaves its slot.
+
+    length: tokens of the sequence. before: takes the states as they are before the chunk's step. on_the_way: behind how
+    many rows that step itself keeps them, and in which checkpoints, in order. behind: takes them once it is committed.
+    """
+
+    batch_slot: int
+    start: int
+    stop: int
+    length: int
+    before: int | None = None
+    on_the_way: tuple[tuple[int, int], ...] = ()
+    behind: int | None = None
 
 
 def unit_of(block_size: int) -> int:
@@ -54,8 +75,7 @@ class Checkpoints:
         self.num_slots, self.every, self.unit = num_slots, every, unit_of(block_size)
         self.host_slots, self._offload_min_priority = host_slots, offload_min_priority
         self._block_size, self._may_pass = block_size, passes
-        self._on_the_way: dict[int, dict[int, int]] = {}  # by batch slot: positions, and the checkpoints for them
-        self._passing: dict[int, tuple[int, int]] = {}  # by batch slot: a position, and the checkpoint copied for it
+        self._kept: dict[int, dict[int, Kept]] = {}  # by batch slot and start: of chunks that are not committed
         self._passed: dict[int, Block] = {}  # by batch slot: the last block that decoding left a checkpoint behind
         self.clear()
 
@@ -65,8 +85,7 @@ class Checkpoints:
         self._slots: dict[Block, int] = {}  # the least recently used first, here and on the host
         self._host_free = list(range(self.num_slots + self.host_slots - 1, self.num_slots - 1, -1))
         self._host_slots: dict[Block, int] = {}
-        self._on_the_way.clear()
-        self._passing.clear()
+        self._kept.clear()
         self._passed.clear()
 
     def end(self, start: int, stop: int, length: int) -> int:
@@ -110,83 +129,63 @@ class Checkpoints:
         slot = slots[table.tail] = slots.pop(table.tail)  # used last
         return [CopyState(EVERY_RANK, batch_slot, slot, keeps=False)]
 
-    def keep_on_the_way(
-        self, start: int, stop: int, length: int, batch_slot: int
-    ) -> tuple[tuple[tuple[int, int], ...], list[Movement]]:
-        """Return behind how many of a chunk's rows its step keeps states in which checkpoints, and what moves before.
+    def plan(self, start: int, stop: int, length: int, batch_slot: int) -> tuple[Kept, list[Movement]]:
+        """Return what is kept of a chunk that ends where ``end`` says, or before, and what moves before its step.
 
-        The chunk ends where ``end`` says, or before.
+        Where checkpoints are short the last places have them.
         """
-        if not self._passes(start):
-            return (), []
-        mine, moved = self._on_the_way.setdefault(batch_slot, {}), list[Movement]()
-        for position in self._due(start, stop, length):
-            if position not in mine:
-                slot, moves = self._take()
-                if slot is None:
-                    break
-                mine[position] = slot
-                moved += moves
-        return tuple((place - start, slot) for place, slot in sorted(mine.items()) if start < place <= stop), moved
+        kept, slots, moved = Kept(batch_slot, start, stop, length), dict[int, int](), list[Movement]()
+        self._free_all(self._kept.setdefault(batch_slot, {}).pop(start, kept))  # of a step that was made and not taken
+        one_row = stop - start == 1 and start % self.unit == 0  # it decodes, or ends a prompt
+        for position in [start] * (start > 0) if one_row else reversed(self._due(start, stop, length)):
+            slot, moves = self._take()
+            moved += moves
+            if slot is not None:
+                slots[position] = slot
+        if one_row and slots:
+            kept = kept._replace(before=slots[start])
+            moved.append(CopyState(EVERY_RANK, batch_slot, slots[start], keeps=True))
+        elif self._passes(start):
+            kept = kept._replace(on_the_way=tuple((position - start, slots[position]) for position in sorted(slots)))
+        else:
+            kept = kept._replace(behind=slots.get(stop))
+        self._kept[batch_slot][start] = kept
+        return kept, moved
 
-    def copies_behind(self, start: int, stop: int, length: int, batch_slot: int) -> bool:
-        """Return whether ``keep`` will copy the states behind a chunk, so that no later one may be launched before."""
-        return stop in self._due(start, stop, length) and stop not in self._on_the_way.get(batch_slot, {})
+    def commit(self, table: BlockTable, kept: Kept) -> list[Movement]:
+        """Give the checkpoints of a chunk that is computed to its blocks; return the copy of what is behind it, if any.
 
-    def keep(self, table: BlockTable, start: int, position: int, length: int, batch_slot: int) -> list[Movement]:
-        """Return the copy that keeps the state of a sequence of which ``position`` tokens are computed, if due.
-
-        The last step computed those from ``start`` on.
+        Of those before rows that decode a sequence leaves one, the last.
         """
-        self._bind(table, position, batch_slot)
-        block = table.tail
-        if block is None or not self.is_due(block, position, length):
+        if self._kept.get(kept.batch_slot, {}).pop(kept.start, None) is None:
             return []
-        slot, moved = self._take()
-        if slot is None:
+        for rows, slot in kept.on_the_way:
+            self._bind(table, kept.start + rows, slot)
+        if kept.before is not None:
+            block = self._bind(table, kept.start, kept.before)
+            if block is not None:
+                if kept.batch_slot in self._passed:
+                    self._drop(self._passed[kept.batch_slot])
+                self._passed[kept.batch_slot] = block
+        if kept.behind is None or self._bind(table, kept.stop, kept.behind) is None:
             return []
-        self._slots[block] = slot
-        return [*moved, CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
+        return [CopyState(EVERY_RANK, kept.batch_slot, kept.behind, keeps=True)]
 
     def keep_end(self, table: BlockTable, num_computed: int) -> None:
         """Leave one where a sequence ends, if that is free; a state's is copied in passing, or not at all."""
 
-    def pass_by(self, start: int, batch_slot: int) -> list[Movement]:
-        """Return the copy that a step makes before it decodes the row at ``start``, where that passes a checkpoint."""
-        if not start or start % self.unit:
-            return []
-        slot, moved = self._take()
-        if slot is None:
-            return []
-        self.leave(batch_slot, ends=False)
-        self._passing[batch_slot] = start, slot
-        return [*moved, CopyState(EVERY_RANK, batch_slot, slot, keeps=True)]
+    def leave(self, batch_slot: int) -> None:
+        """Forget what is kept of chunks that are not committed, and which checkpoint the next one would replace."""
+        for kept in self._kept.pop(batch_slot, {}).values():
+            self._free_all(kept)
+        self._passed.pop(batch_slot, None)
 
-    def leave(self, batch_slot: int, *, ends: bool = True) -> None:
-        """Forget what a batch slot's sequence was passing by, and at its end which checkpoint it would replace."""
-        if batch_slot in self._passing:
-            self._free.append(self._passing.pop(batch_slot)[1])
-        if ends:
-            for slot in self._on_the_way.pop(batch_slot, {}).values():
-                self._free.append(slot)
-            self._passed.pop(batch_slot, None)
+    def _free_all(self, kept: Kept) -> None:
+        """Free the checkpoints of a chunk that is not committed."""
+        self._free += [slot for _, slot in kept.on_the_way]
+        self._free += [slot for slot in (kept.before, kept.behind) if slot is not None]
 
-    def _bind(self, table: BlockTable, position: int, batch_slot: int) -> None:
-        """Give checkpoints that steps kept to their blocks; of those that were copied in passing the last one stays."""
-        mine = self._on_the_way.get(batch_slot, {})
-        for place in sorted(place for place in mine if place <= position):
-            self._bind_at(table, place, mine.pop(place))
-        start, slot = self._passing.get(batch_slot, (position, 0))
-        if start >= position:
-            return
-        del self._passing[batch_slot]
-        block = self._bind_at(table, start, slot)
-        if block is not None:
-            if batch_slot in self._passed:
-                self._drop(self._passed[batch_slot])
-            self._passed[batch_slot] = block
-
-    def _bind_at(self, table: BlockTable, position: int, slot: int) -> Block | None:
+    def _bind(self, table: BlockTable, position: int, slot: int) -> Block | None:
         """Give a checkpoint to the block that ends at a position and return it; None where that is not to be had."""
         block = self._block_to(table, position)
         if block is None or self.has(block):
@@ -201,15 +200,6 @@ class Checkpoints:
         while block is not None and (block.depth + 1) * self._block_size > position:
             block = block.parent
         return block if block is not None and (block.depth + 1) * self._block_size == position else None
-
-    def is_due(self, block: Block | None, position: int, length: int) -> bool:
-        """Return whether a sequence of which ``position`` tokens are computed leaves a checkpoint behind a block.
-
-        It does not where none is due, one is there already, or ``block`` is not the one that ends at the position.
-        """
-        if block is None or (block.depth + 1) * self._block_size != position or position >= length:
-            return False
-        return (position % self.every == 0 or position == self._last(length)) and not self.has(block)
 
     def _last(self, length: int) -> int:
         return (length - 1) // self.unit * self.unit

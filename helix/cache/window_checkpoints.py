@@ -7,7 +7,7 @@ them. Every sequence leaves one behind the last block that it filled, where its 
 
 from __future__ import annotations
 
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, Kept
 from .movements import Movement
 from .pool import BlockTable
 from .tree import Block
@@ -52,23 +52,19 @@ class WindowCheckpoints(Checkpoints):
         self._windows.begin(table.window, (table.tail.depth + 1) * self._block_size, pages)
         return []
 
-    def keep(self, table: BlockTable, start: int, position: int, length: int, batch_slot: int) -> list[Movement]:
+    def plan(self, start: int, stop: int, length: int, batch_slot: int) -> tuple[Kept, list[Movement]]:
+        """Return which chunk it is: its pages are there when it is committed."""
+        return Kept(batch_slot, start, stop, length), []
+
+    def commit(self, table: BlockTable, kept: Kept) -> list[Movement]:
         """Hold on to a sequence's pages before each checkpoint that a chunk passed; nothing moves.
 
         The chunk's pages are there until it is trimmed, which comes after. A decode row passes none.
         """
-        for due in self._due(start, position, length):
+        for due in self._due(kept.start, kept.stop, kept.length):
             block = self._block_to(table, due) if self._windows.has_before(table.window, due) else None
             if block is not None and not self.has(block):
                 self._hold(table, block, due)
-        return []
-
-    def copies_behind(self, start: int, stop: int, length: int, batch_slot: int) -> bool:
-        """Return False: pages stay as they are."""
-        return False
-
-    def pass_by(self, start: int, batch_slot: int) -> list[Movement]:
-        """Return nothing: the pages are there for ``keep_end``."""
         return []
 
     def keep_end(self, table: BlockTable, num_computed: int) -> None:

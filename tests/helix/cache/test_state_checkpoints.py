@@ -2,9 +2,11 @@
 
 import pytest
 
-from helix.cache.checkpoints import MOST_ON_THE_WAY, Checkpoints
+from helix.cache.checkpoints import MOST_ON_THE_WAY, Checkpoints, Kept
 from helix.cache.control import CacheControl
-from helix.cache.movements import CopyState, MoveState
+from helix.cache.movements import EVERY_RANK, CopyState, MoveState
+from helix.cache.pool import BlockTable
+from helix.cache.tree import NOWHERE, Block
 from helix.config import SchedulerConfig
 from helix.scheduler import Scheduler
 from parallel.placement import BlockCyclic
@@ -37,7 +39,7 @@ class World(Walk):
         for chunk in step.chunks:
             tokens, slot = self.tokens_of(chunk), chunk.seq.batch_slot
             assert not chunk.start or self.states[slot] == tokens[: chunk.start]
-            for rows, checkpoint in chunk.keeps:
+            for rows, checkpoint in chunk.kept.on_the_way:
                 assert 0 < rows <= chunk.stop - chunk.start and rows % 64 == 0
                 self.kept[checkpoint] = tokens[: chunk.start + rows]
                 self.num_passed += rows < chunk.stop - chunk.start
@@ -57,7 +59,7 @@ def test_random_runs_go_on_from_the_states_of_their_own_tokens(chunk, passes, kv
         used = [*checkpoints._free, *checkpoints._slots.values()]
         on_host = [*checkpoints._host_free, *checkpoints._host_slots.values()]
         assert sorted(used + on_host) == list(range(checkpoints.num_slots + checkpoints.host_slots)), "none is lost"
-        assert not any(checkpoints._on_the_way.values()) and not checkpoints._passing
+        assert not any(checkpoints._kept.values())
     assert reused and preemptions and onboarded and bool(passed) == (passes and chunk > 64)
 
 
@@ -66,8 +68,40 @@ def test_chunks_pass_places_from_whole_units_on_and_end_at_them_elsewhere():
     assert [plain.end(start, 700, 1000) for start in (0, 128, 130)] == [128, 256, 256]
     assert passing.end(0, 700, 1000) == 640, "a whole unit, so that the next one passes as well"
     assert (passing.end(0, 1000, 1000), passing.end(130, 1000, 1000)) == (1000, 256)
-    keeps, _ = passing.keep_on_the_way(128, 1000, 1000, 0)
-    assert [rows for rows, _ in keeps] == [128, 256, 384, 512, 640, 768, 832], "the last whole unit among them"
+    assert [rows for rows, _ in passing.plan(128, 1000, 1000, 0)[0].on_the_way] == [
+        128,
+        256,
+        384,
+        512,
+        640,
+        768,
+        832,
+    ], "the last whole unit among them"
     assert passing.end(0, 100_000, 200_000) == 128 * MOST_ON_THE_WAY
-    assert passing.end(0, 30, 1000) == 30 and not passing.keep_on_the_way(30, 60, 1000, 1)[0]
-    assert not passing.copies_behind(128, 896, 1000, 0) and passing.copies_behind(130, 256, 1000, 1)
+    assert passing.end(0, 30, 1000) == 30 and passing.plan(30, 60, 1000, 1) == (Kept(1, 30, 60, 1000), [])
+    assert passing.plan(128, 896, 1000, 0)[0].behind is None and passing.plan(130, 256, 1000, 1)[0].behind is not None
+
+
+def test_what_is_kept_of_a_chunk_is_free_again_unless_it_is_committed():
+    checkpoints = Checkpoints(3, 64, 16, passes=True)
+    for _ in range(2):  # a step is made, not taken, and made again
+        assert [rows for rows, _ in checkpoints.plan(0, 256, 1000, 0)[0].on_the_way] == [128, 192, 256], (
+            "the last three"
+        )
+    assert not checkpoints._free
+    checkpoints.leave(0)
+    assert sorted(checkpoints._free) == [0, 1, 2]
+    for _ in range(2):
+        kept, moved = checkpoints.plan(64, 65, 65, 1)
+        assert moved == [CopyState(EVERY_RANK, 1, kept.before, keeps=True)] and len(checkpoints._free) == 2
+    root = Block(b"", None, NOWHERE, NOWHERE, 0)
+    blocks = [root]
+    for depth in range(4):
+        blocks.append(Block(bytes([depth]), blocks[-1], 0, 0, depth))
+    table = BlockTable(0, tail=blocks[4])
+    assert checkpoints.commit(table, kept) == [] and checkpoints.has(blocks[4]) and len(checkpoints._free) == 2
+    assert checkpoints.commit(table, kept) == [], "once"
+    kept, moved = checkpoints.plan(3, 64, 200, 2)
+    assert not moved and kept.behind is not None
+    assert checkpoints.commit(table, kept) == [], "that block has one"
+    assert len(checkpoints._free) == 2

@@ -2,6 +2,7 @@
 
 import pytest
 
+from helix.cache.checkpoints import Kept
 from helix.cache.control import CacheControl
 from helix.cache.pool import BlockTable
 from helix.cache.tree import NOWHERE, Block
@@ -89,13 +90,13 @@ def test_a_prompt_leaves_checkpoints_in_passing():
     table = BlockTable(0, tail=blocks[12])
     windows.extend(table.window, 200)
     assert checkpoints.end(0, 200, 200) == 200  # one chunk
-    checkpoints.keep(table, 0, 200, 200, 0)
+    checkpoints.commit(table, Kept(0, 0, 200, 200))
     assert [number for number, block in enumerate(blocks) if checkpoints.has(block)] == [4, 8, 12]
     seen = table.window.pages[6:8]
     windows.trim(table.window, 200)
     windows.extend(table.window, 257)
     table.tail = blocks[16]
-    checkpoints.keep(table, 256, 257, 257, 0)
+    checkpoints.commit(table, Kept(0, 256, 257, 257))
     assert not checkpoints.has(table.tail), "a row that decodes leaves none, though its window is there"
     windows.release(table.window)
     late = BlockTable(0, tail=blocks[8])
