@@ -77,3 +77,11 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} = {value} must be at most {most}")
     if not value >= least:
         raise ValueError(f"{name} = {value} must be at least {least}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on a single line, with its type when the message alone would not tell."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    message = " ".join(str(error).split())
+    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"

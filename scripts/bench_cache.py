@@ -17,7 +17,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -31,6 +31,7 @@ from helix.cache.keys import BlockKeys
 from helix.cache.movements import Movement, Offload, Onboard
 from helix.cache.mover import PageMover
 from helix.cache.pages import PagedCache
+from helix.checks import check_at_least
 from helix.config import HelixConfig
 from helix.llm import LLM
 from helix.metrics import RunMetrics
@@ -72,6 +73,12 @@ class BenchCacheConfig(HelixConfig):
     decode_steps: int = 200
     offload_pages: int = 4
     context: int = 16384
+
+    def __post_init__(self) -> None:
+        HelixConfig.__post_init__(self)
+        for each in fields(BenchCacheConfig):
+            if each.type == "int":
+                check_at_least(each.name, getattr(self, each.name), 1)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

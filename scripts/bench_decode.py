@@ -29,6 +29,7 @@ import triton.language as tl
 
 from helix.cache.pool import BlockTable
 from helix.cache.windows import WindowTable
+from helix.checks import check_at_least
 from helix.config import (
     AttentionConfig,
     CacheConfig,
@@ -47,7 +48,7 @@ from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, stop
 from scripts import cli
-from scripts.dummy_weights import BenchCache, check_weights, fill_pages, with_weights
+from scripts.dummy_weights import BenchCache, check_pairs, check_weights, fill_pages, with_weights
 from scripts.timing import read_bytes_per_us, report, start_on_gpu
 
 PARTS = {
@@ -119,6 +120,9 @@ class BenchDecodeConfig:
             raise ValueError(f"rank = {self.rank} and of = {self.of} come together: rank=0 of=8 is the first of eight")
         if not self.layouts:
             self.layouts = [[2, 2], [4, 1], [1, 4]] if self.of is None else [[self.of, 1]]
+        check_pairs("layouts", self.layouts, "[kvp, tpa]")
+        check_pairs("cases", self.cases, "[context, batch]")
+        check_at_least("steps", self.steps, 1)
         for kvp, tpa in self.layouts:
             if self.of is not None and kvp * tpa != self.of:
                 raise ValueError(f"layouts: [{kvp}, {tpa}] has {kvp * tpa} ranks, but of = {self.of}; they must agree")

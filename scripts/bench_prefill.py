@@ -32,7 +32,7 @@ from helix.prediction import cost_of, find_hardware
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, start, stop
 from scripts import cli
-from scripts.dummy_weights import BenchCache, check_weights, with_weights
+from scripts.dummy_weights import BenchCache, check_pairs, check_weights, with_weights
 from scripts.timing import report
 
 
@@ -65,9 +65,7 @@ class BenchPrefillConfig:
         for name in ("layouts", "prompts", "chunks"):
             if not getattr(self, name):
                 raise ValueError(f"{name} = [] must name at least one")
-        for layout in self.layouts:
-            if len(layout) != 2:
-                raise ValueError(f"layouts: {layout} must be [kvp, tpa]")
+        check_pairs("layouts", self.layouts, "[kvp, tpa]")
         for name, value in [("prompts", min(self.prompts)), ("chunks", min(self.chunks)), ("repeats", self.repeats)]:
             check_at_least(name, value, 1)
 

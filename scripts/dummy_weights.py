@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +46,13 @@ def check_weights(weights: str, model: ModelConfig) -> None:
     check_choice("weights", weights, OF_MODELS)
     if weights != "bf16" and model.config is None:
         raise ValueError(f"weights = {weights} is for a model of random weights (model=glm4_9b_1m); a file has its own")
+
+
+def check_pairs(name: str, pairs: Sequence[Sequence[int]], of: str) -> None:
+    """Raise ValueError unless a setting holds pairs of counts, which ``of`` names, such as [kvp, tpa]."""
+    for pair in pairs:
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(f"{name}: {list(pair)} must be {of}, each at least 1")
 
 
 def with_weights(model: ModelConfig, weights: str) -> ModelConfig:

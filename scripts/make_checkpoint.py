@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from helix.models.spec import TEXT_PARTS, one_line
+from helix.checks import one_line
+from helix.models.spec import TEXT_PARTS
 from scripts.key_help import meanings
 
 if TYPE_CHECKING:
@@ -363,9 +364,14 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in printable else chr(0x100 + others.index(byte)) for byte in range(NUM_BYTES)]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = _Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("dir", metavar="DIR", type=Path)
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there already")
     said = dict(meanings(Recipe))
@@ -386,8 +392,7 @@ def main() -> None:
         make_checkpoint(path, **options)
     except ValueError as error:
         parser.error(str(error))
-    num_bytes = sum(file.stat().st_size for file in path.iterdir())
-    print(f"{path}: {options['family']}, {num_bytes / 1e6:.1f} MB")
+    print(f"{path}: {options['family']}, {sum(file.stat().st_size for file in path.iterdir()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ while the run goes on. What was computed is then printed, and the run says so in
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -31,8 +32,10 @@ def check_writable(*paths: str | None, read: Iterable[str | None] = ()) -> None:
         folder = Path(path).resolve().parent
         if not folder.is_dir():
             raise ValueError(f"{path} cannot be written: {folder} is not a folder")
-        if Path(path).is_dir() or (Path(path).exists() and not os.access(path, os.W_OK)):
-            raise ValueError(f"{path} cannot be written")
+        if Path(path).is_dir():
+            raise ValueError(f"{path} cannot be written: it is a folder; name a file")
+        if Path(path).exists() and not os.access(path, os.W_OK):
+            raise ValueError(f"{path} cannot be written: {os.strerror(errno.EACCES)}")
         if not _is_special(path):
             _require_room(path)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helix.checks import one_line
 from scripts import cli
 from scripts.pareto import require_matplotlib
 
@@ -56,7 +57,7 @@ def read_results(path: str) -> dict[str, dict[str, Any]]:
             result = json.loads(line)
             results[result["bench"]] = result
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no result of a benchmark ({error})") from error
+            raise ValueError(f"{path}, line {number}: no result of a benchmark ({one_line(error)})") from error
     return results
 
 

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from helix.checks import check_at_least, one_line
 from helix.config import HelixConfig
 from helix.llm import LLM, enter
 from helix.request import Request
@@ -46,6 +47,22 @@ class QuickstartConfig(HelixConfig):
     words: int = 500
     depths: list[float] = field(default_factory=lambda: [0.95, 0.65, 0.35, 0.05])
     question: str = "What is the capital of France?"
+
+    def __post_init__(self) -> None:
+        HelixConfig.__post_init__(self)
+        check_at_least("words", self.words, 1)
+        if not (self.depths and all(0 <= depth <= 1 for depth in self.depths)):
+            raise ValueError(f"depths = {self.depths} must hold numbers from 0 to 1, at least one")
+
+    def words_of_text(self) -> str:
+        """Return the text's first words; ValueError where it cannot be read or has none."""
+        try:
+            words = Path(self.text).read_text("utf-8").split()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"text = {self.text} cannot be read: {one_line(error)}") from error
+        if not words:
+            raise ValueError(f"text = {self.text} has no words to hide pass keys in")
+        return " ".join(words[: self.words])
 
 
 @dataclass
@@ -161,7 +178,7 @@ def table_of(totals: Totals, llm: LLM, num_keys: int, equal: int) -> Table:
 def run(config: QuickstartConfig) -> None:
     """Run the prompts on all ranks, then the reference on rank 0."""
     enter(config)
-    text = " ".join(agree(lambda: Path(config.text).read_text("utf-8")).split()[: config.words])
+    text = agree(config.words_of_text)
     began = time.perf_counter()
     llm = LLM(config)
     if llm.tokenizer is None or not llm.tokenizer.chat_template:

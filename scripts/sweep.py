@@ -139,7 +139,10 @@ class Sweep:
     def __init__(self, config: SweepConfig, cases: Sequence[Case]) -> None:
         self.config, self.cases = config, cases
         self.folder = Path(config.output)
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output = {self.folder} cannot be a folder: {error.strerror}") from error
         self._file = self.folder / "points.jsonl"
         hardware = config.hardware
         self._hardware = named_hardware(hardware.name) if hardware.file is None else read_hardware(hardware.file)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..checks import one_line
 from .weight_files import OTHER_KINDS, is_lfs_pointer, what_else
 
 MODELOPT_FILE = "hf_quant_config.json"
@@ -13,7 +14,10 @@ def find_config(path: str | Path) -> Path:
     """Return the config.json that `path`, a folder or the file itself, stands for; ValueError if there is none."""
     path = Path(path).expanduser()
     if not path.exists():
-        raise ValueError(f"model.path = {path} does not exist; give a checkpoint folder or a config.json file")
+        problem = f"model.path = {path} does not exist; give a checkpoint folder or a config.json file"
+        if len(path.parts) == 2 and not path.is_absolute():
+            problem += f"; names of a hub are not fetched: hf download {path} --local-dir DIR"
+        raise ValueError(problem)
     if path.is_dir():
         if (path / "config.json").is_file():
             return path / "config.json"
@@ -52,9 +56,3 @@ def read_json(file: Path, path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"model.path = {path}: {file.name} holds {type(content).__name__}, must be a JSON object")
     return content
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's message on a single line, with its type when the message alone would not tell."""
-    message = " ".join(str(error).split())
-    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"

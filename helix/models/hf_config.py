@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .config_files import one_line
+from ..checks import one_line
 from .kinds import FULL, STATE, WINDOW, Kind
 from .rope import RopeSpec
 from .spec import Experts, Latent, ModelSpec, as_token_ids

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .config_files import find_config, one_line, read_config_file, read_json
+from ..checks import one_line
+from .config_files import find_config, read_config_file, read_json
 from .kinds import FULL, FULL_KIND, STATE, WINDOW, Kind
 from .quantization import Quantization, read_quantization
 from .rope import RopeSpec

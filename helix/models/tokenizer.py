@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .config_files import one_line
+from ..checks import one_line
 from .weight_files import is_lfs_pointer
 
 _log = logging.getLogger(__name__)

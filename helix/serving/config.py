@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checks import check_at_least
+from ..checks import check_at_least, one_line
 from ..request import MAX_URGENCY
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -109,7 +109,7 @@ class ServingConfig:
         try:
             text = Path(self.api_key_file).expanduser().read_text("utf-8")
         except (OSError, UnicodeError) as error:
-            raise ValueError(f"{name} cannot be read: {error}") from error
+            raise ValueError(f"{name} cannot be read: {one_line(error)}") from error
         return _checked(text.partition("\n")[0].strip(), name)
 
     def require_key(self, host: str, key: str | None) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import one_line
+
 CONTENT, REASONING, TOOL_CALL = "content", "reasoning", "tool_call"
 _KINDS = {"content": CONTENT, "reasoning": REASONING, "reasoning_content": REASONING, "thinking": REASONING}
 _log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def response_template(path: str | None, tokenizer: Any = None) -> Any:
     try:
         return load_response_template(json.loads(Path(path).expanduser().read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is no response template: {error}") from error
+        raise ValueError(f"{name} is no response template: {one_line(error)}") from error
 
 
 class AnswerParser:

@@ -78,7 +78,7 @@ async def _serve(server: Server, listener: socket.socket) -> None:
     starting = asyncio.create_task(server.serve(sockets=[listener]))
     while not (server.started or starting.done()):
         await asyncio.sleep(0.01)
-    if server.started and not starting.done():
+    if server.started and not server.should_exit:  # which closes the listener
         listener.listen(_QUEUE)
     await starting
 

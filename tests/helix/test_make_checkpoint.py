@@ -123,4 +123,5 @@ def test_command_line_makes_a_checkpoint_and_refuses_to_overwrite_it(
     with pytest.raises(SystemExit) as ended:
         make_checkpoint_command()
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("is not empty; --force replaces the checkpoint in it")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: DIR = ") and line.endswith("is not empty; --force replaces the checkpoint in it")

@@ -16,3 +16,8 @@ def test_the_control_plane_is_measured_without_a_gpu(
     assert (figures["device"], figures["match"]["blocks"], len(figures["admission"])) == ("cpu", 128, 4)
     assert 0 < figures["match"]["ratio"] < 20
     assert all(row["admit_us_per_request"] > 0 for row in figures["admission"])
+
+
+def test_counts_that_measure_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="requests = 0 must be at least 1"):
+        BenchCacheConfig(requests=0)

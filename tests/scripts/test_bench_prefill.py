@@ -38,7 +38,7 @@ def test_every_layout_chunk_and_prompt_is_measured(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"layouts": [[2]]}, "layouts: [2] must be [kvp, tpa]"),
+        ({"layouts": [[2]]}, "layouts: [2] must be [kvp, tpa], each at least 1"),
         ({"chunks": []}, "chunks = [] must name at least one"),
         ({"prompts": [0, 8]}, "prompts = 0 must be at least 1"),
     ],

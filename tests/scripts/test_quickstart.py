@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +79,18 @@ def test_tokens_are_counted_against_transformers_own(path: Path) -> None:
     prompt, made = answers[1]
     answers[1] = (prompt, [*made[:-1], (made[-1] + 1) % 256])
     assert count_equal(str(path), answers) == 23
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"words": 0}, "words = 0 must be at least 1"),
+        ({"depths": [0.5, 2.0]}, "depths = [0.5, 2.0] must hold numbers from 0 to 1, at least one"),
+        ({"text": "/nowhere"}, "text = /nowhere cannot be read: No such file or directory"),
+        ({"text": "/dev/null"}, "text = /dev/null has no words to hide pass keys in"),
+    ],
+)
+def test_a_text_that_can_hide_no_key_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        QuickstartConfig(**settings).words_of_text()
+    assert str(refused.value) == message

@@ -36,6 +36,12 @@ def test_a_predicted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch) -> No
     assert [json.loads(line) for line in file.read_text().splitlines()] == points
 
 
+def test_an_output_that_is_a_file_is_refused_by_name(tmp_path) -> None:
+    (file := tmp_path / "points").write_text("")
+    with pytest.raises(ValueError, match=f"output = {file} cannot be a folder: Not a directory"):
+        Sweep(config(file), [])
+
+
 def test_the_sweeps_own_keys_are_told_from_those_of_its_runs() -> None:
     own, swept = divided(["batch=1", "parallel.kvp=1,2", "hardware=h200", "cache.num_pages=8", "--help"])
     assert own == ["batch=1", "hardware=h200", "--help"]

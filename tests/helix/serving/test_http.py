@@ -1,5 +1,6 @@
 """The HTTP side before a scripted world: parts of answers, limits, and how it ends."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -15,8 +16,12 @@ from helix.commands import Add, Close
 from helix.grammar.compiling import GrammarCompiler
 from helix.prompts import PromptReader
 from helix.request import Request
+from helix.sampling import SamplingParams
 from helix.serving import preparing, wire
+from helix.serving.config import ServingConfig
 from helix.serving.forced_calls import forced_call
+from helix.serving.framing import pack
+from helix.serving.process import run
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.serving.fake_world import FakeWorld, at_once, never, read_until, request_of, serving
 
@@ -265,6 +270,15 @@ def test_a_lost_group_is_named_and_the_rest_goes_on(model: Path) -> None:
         assert world.ask(COMPLETE, {"prompt": "a"})[0] == 200
         world.send(wire.News(stats=msgspec.structs.replace(stats, can_run=False)))
         world.wait_for(lambda: world.ask("/health")[0] == 503)
+
+
+def test_a_world_that_ends_as_it_begins_ends_the_process_without_a_fault(model: Path) -> None:
+    ours, theirs = socket.socketpair()
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    ours.sendall(pack(wire.encode(wire.Setup(str(model), "fake", None, "1.2", ServingConfig(), SamplingParams()))))
+    ours.close()
+    asyncio.run(run(theirs, listener, starts_compiler=False))
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -108,10 +108,15 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(
         (("parallel.tpa=4",), "parallel.kvp (1) x parallel.tpa (4) = 4 ranks but 1 started; lower one or start 4"),
         (("parallel.tpf=2",), "parallel.tpf (2) x parallel.ep (1) must equal parallel.tpa (1) x parallel.kvp (1) = 1"),
         (("model.path=",), "model.path is empty: give a Hugging Face checkpoint folder"),
+        (
+            ("model.path=zai-org/glm-4",),
+            "model.path = zai-org/glm-4 does not exist; give a checkpoint folder or a "
+            "config.json file; names of a hub are not fetched: hf download zai-org/glm-4 --local-dir DIR",
+        ),
         (("prompts=none.jsonl", "prompt=null"), "prompts = none.jsonl cannot be read: No such file or directory"),
         (("output=nowhere/out.jsonl",), "nowhere/out.jsonl cannot be written: {0}/nowhere is not a folder"),
         (("metrics=nowhere/m.json",), "nowhere/m.json cannot be written: {0}/nowhere is not a folder"),
-        (("output=.",), ". cannot be written"),
+        (("output=.",), ". cannot be written: it is a folder; name a file"),
         (("output=/proc/out.jsonl",), "/proc/out.jsonl cannot be written: No such file or directory"),
         (("cache.events=/proc/events.jsonl",), "/proc/events.jsonl cannot be written: No such file or directory"),
         (("output=a.json", "metrics=./a.json"), "{0}/a.json is named twice among prompts, output, metrics and"),
