@@ -64,7 +64,7 @@ class BenchPeerConfig:
         throughput: [requests, prompt tokens, output tokens] of each case of throughput.
         chunk: prompt tokens a step.
         max_batch: most sequences of a step.
-        outputs: tokens that a token's time is the mean of.
+        outputs: tokens that a token's time is the mean of; 0 takes none.
         repeats: runs of a case, each with fresh prompts; the first may pay for what is done once.
         weights: bf16, or fp8: blocks of 128 x 128 in 8 bits.
         cache: its dtype, as ``cache.dtype`` of a run.
@@ -97,8 +97,9 @@ class BenchPeerConfig:
             raise ValueError("cases = [] and throughput = [] must not both be empty")
         if self.peer and self.system != "vllm":
             raise ValueError(f"peer = {self.peer} is for system = vllm")
-        for name in ("chunk", "max_batch", "outputs", "repeats"):
+        for name in ("chunk", "max_batch", "repeats"):
             check_at_least(name, getattr(self, name), 1)
+        check_at_least("outputs", self.outputs, 0)
 
     def longest(self) -> int:
         """Return the most tokens of a sequence, rounded up to whole pages and a few more."""
@@ -213,11 +214,15 @@ def run(config: BenchPeerConfig) -> None:
             prompts = fresh(batch, context)
             took, first = timed(prompts, 1)
             times.append(took)
-        spans = [timed(prompts, 1 + config.outputs)[0] - timed(prompts, 1)[0] for _ in range(2)]
-        ttl_ms = min(spans) / config.outputs * 1e3
+        said = f"{context} x {batch}: first tokens {[round(each, 2) for each in times]} s"
+        said += f" ({len(set(first))} of {batch} different)"
+        ttl_ms = None
+        if config.outputs:
+            spans = [timed(prompts, 1 + config.outputs)[0] - timed(prompts, 1)[0] for _ in range(2)]
+            ttl_ms = min(spans) / config.outputs * 1e3
+            said += f", TTL {ttl_ms:.3f} ms"
         add(f"{context} x {batch}", times, ttl_ms, None)
-        said = f"first tokens {[round(each, 2) for each in times]} s ({len(set(first))} of {batch} different)"
-        cli.say(f"{context} x {batch}: {said}, TTL {ttl_ms:.3f} ms")
+        cli.say(said)
     for requests, inputs, outputs in config.throughput:
         times = [timed(fresh(requests, inputs), outputs)[0] for _ in range(config.repeats)]
         rate = round(requests * outputs / min(times))

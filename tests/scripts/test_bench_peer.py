@@ -67,6 +67,7 @@ def test_the_other_systems_weights_follow_the_law_of_our_own() -> None:
         ({"cases": [[4096]]}, r"cases: \[4096\] must be 2 numbers"),
         ({"cases": [], "throughput": []}, "must not both be empty"),
         ({"repeats": 0}, "repeats = 0"),
+        ({"outputs": -1}, "outputs = -1"),
         ({"weights": "int4"}, "weights = "),
         ({"peer": {"block_size": 16}}, "is for system = vllm"),
     ],
