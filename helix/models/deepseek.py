@@ -12,9 +12,6 @@ def make_spec(config: Any) -> ModelSpec:
 
     Raises ValueError for a setting that Helix does not compute.
     """
-    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
-
     third = config.model_type == "deepseek_v3"
     require(not config.attention_bias, "attention_bias", True, "Helix has no biases of latents; valid: false")
     require(not getattr(config, "mlp_bias", False), "mlp_bias", True, "Helix has no biases there; valid: false")
@@ -41,9 +38,8 @@ def make_spec(config: Any) -> ModelSpec:
         q_rank=config.q_lora_rank,
         scale=(config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * _temperature(config),
     )
-    rotary = DeepseekV3RotaryEmbedding if third else DeepseekV2RotaryEmbedding
     interleaved = config.rope_interleave if third else True
-    return spec_from(config, config.model_type, rotary, interleaved=interleaved, experts=experts, latent=latent)
+    return spec_from(config, config.model_type, interleaved=interleaved, experts=experts, latent=latent)
 
 
 def _temperature(config: Any) -> float:

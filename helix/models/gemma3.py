@@ -9,7 +9,6 @@ from typing import Any
 from .hf_config import (
     SLIDING_ATTENTION,
     layer_kinds,
-    of_both_kinds,
     require,
     require_full_rotation,
     rope_of,
@@ -24,14 +23,12 @@ NAMES = WeightNames(post_norm="model.layers.{layer}.pre_feedforward_layernorm.we
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers Gemma3TextConfig; ValueError for a setting that Helix does not compute."""
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-
-    rotary, name = of_both_kinds(Gemma3RotaryEmbedding), "hidden_activation"
+    name = "hidden_activation"
     require(config.hidden_activation == GELU, name, config.hidden_activation, f"Helix computes {GELU!r} only")
     require(not config.attention_bias, "attention_bias", True, "Helix adds no bias before a norm; valid: false")
     spec = spec_from(
-        config, "gemma3", rotary, activation=GELU, qk_norm=True, names=NAMES, kinds=layer_kinds(config),
+        config, "gemma3", activation=GELU, qk_norm=True, names=NAMES, kinds=layer_kinds(config),
         norms_exceed_one=True, gelu=True, normalises_added=True, embedding_scale=config.hidden_size**0.5,
-        score_scale=config.query_pre_attn_scalar**-0.5, window_rope=rope_of(config, rotary, kind=SLIDING_ATTENTION),
+        score_scale=config.query_pre_attn_scalar**-0.5, window_rope=rope_of(config, kind=SLIDING_ATTENTION),
     )  # fmt: skip
     return require_full_rotation(spec)

@@ -21,9 +21,7 @@ NAMES = WeightNames(
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers GlmConfig or Glm4Config; ValueError for what Helix does not compute."""
-    from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
-
     return spec_from(
-        config, config.model_type, GlmRotaryEmbedding, qkv_bias=bool(config.attention_bias), interleaved=True,
+        config, config.model_type, turned_share=1.0, qkv_bias=bool(config.attention_bias), interleaved=True,
         names=NAMES, normalises_added=config.model_type == "glm4",
     )  # fmt: skip

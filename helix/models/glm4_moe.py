@@ -12,8 +12,6 @@ from .spec import Experts, ModelSpec
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers Glm4MoeConfig; ValueError for a setting that Helix does not compute."""
-    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
-
     experts = Experts(
         num_experts=config.n_routed_experts,
         num_chosen=config.num_experts_per_tok,
@@ -27,6 +25,6 @@ def make_spec(config: Any) -> ModelSpec:
         shared_size=config.moe_intermediate_size * (config.n_shared_experts or 0),
     )
     return spec_from(
-        config, "glm4_moe", Glm4MoeRotaryEmbedding, qkv_bias=bool(config.attention_bias),
+        config, "glm4_moe", turned_share=1.0, qkv_bias=bool(config.attention_bias),
         qk_norm=bool(config.use_qk_norm), experts=experts,
     )  # fmt: skip

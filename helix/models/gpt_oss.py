@@ -12,8 +12,6 @@ NAMES = WeightNames(router="model.layers.{layer}.mlp.router.weight")
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers GptOssConfig; ValueError for a setting that Helix does not compute."""
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
-
     require(bool(config.attention_bias), "attention_bias", False, "the family's projections have biases; valid: true")
     how = getattr(config, "quantization_config", None)
     experts = Experts(
@@ -28,7 +26,7 @@ def make_spec(config: Any) -> ModelSpec:
         ),
     )
     spec = spec_from(
-        config, "gpt_oss", GptOssRotaryEmbedding, qkv_bias=True, names=NAMES, experts=experts,
+        config, "gpt_oss", qkv_bias=True, names=NAMES, experts=experts,
         kinds=layer_kinds(config), o_bias=True, sinks=(FULL, WINDOW),
     )  # fmt: skip
     return require_full_rotation(spec)

@@ -1,12 +1,11 @@
 """Reading a Hugging Face config: what all families share, and the refusals.
 
 The config object is transformers' own, so that old and new spellings of a setting (`rope_scaling`, `rope_parameters`)
-come out alike, and the RoPE frequencies come from the family's own rotary embedding. Whatever a config may ask for that
+come out alike. Its models' files are not imported, which would take seconds. Whatever a config may ask for that
 the runtime would compute wrongly without a word is refused here, with the setting's name.
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,8 +40,8 @@ def read_config(raw: dict[str, Any]) -> Any:
 def spec_from(
     config: Any,
     family: str,
-    rotary: Callable[[Any], torch.nn.Module],
     *,
+    turned_share: float | None = None,
     activation: str = "silu",
     qkv_bias: bool = False,
     qk_norm: bool = False,
@@ -52,9 +51,10 @@ def spec_from(
     latent: Latent | None = None,
     **more: Any,
 ) -> ModelSpec:
-    """Return the spec of `config`, given what distinguishes its family; `rotary` makes the family's rotary embedding.
+    """Return the spec of `config`, given what distinguishes its family.
 
-    ``activation`` is what the family calls its gate's. ``more`` are other fields of the spec.
+    ``turned_share``: see ``rope_of``. ``activation`` is what the family calls its gate's. ``more`` are other fields of
+    the spec.
 
     Raises ValueError for a setting that Helix does not compute.
     """
@@ -78,7 +78,9 @@ def spec_from(
         qk_norm=qk_norm,
         tied_embeddings=bool(config.tie_word_embeddings),
         max_position=config.max_position_embeddings,
-        rope=rope_of(config, rotary, interleaved=interleaved),
+        rope=rope_of(
+            config, turned_share, interleaved=interleaved, kind=FULL_ATTENTION if "window_rope" in more else None
+        ),
         eos_token_ids=as_token_ids(config.eos_token_id),
         names=names or WeightNames(),
         experts=experts,
@@ -101,33 +103,37 @@ def require_full_rotation(spec: ModelSpec) -> ModelSpec:
 
 
 def rope_of(
-    config: Any, rotary: Callable[[Any], torch.nn.Module], *, interleaved: bool = False, kind: str = FULL_ATTENTION
+    config: Any, turned_share: float | None = None, *, interleaved: bool = False, kind: str | None = None
 ) -> RopeSpec:
-    """Return how positions rotate by a family's rotary embedding; in layers of a kind, where config has several."""
+    """Return how positions rotate.
+
+    turned_share: the part of a head that turns where the config does not say; None for a family that turns all of it.
+    kind: of layers, in a family whose config may say it of each kind.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    prefix = f"{kind}_" if kind in settings else ""
-    for each in settings.values() if prefix else (settings,):
+    several = kind is not None and kind in settings
+    rule = f"family {config.model_type} turns all layers alike: give rope_type and rope_theta"
+    require(kind is not None or FULL_ATTENTION not in settings, "rope_parameters", settings, rule)
+    for each in settings.values() if several else (settings,):
         rope_type = each.get("rope_type", each.get("type", "default"))
         require(rope_type in ROPE_TYPES, "rope_type", rope_type, f"supported: {', '.join(ROPE_TYPES)}")
-    embedding = rotary(config)
-    inv_freq = getattr(embedding, f"{prefix}inv_freq").detach().to("cpu", torch.float32).clone()
+    own = settings[kind] if several else settings
+    rope_type = own.get("rope_type", own.get("type", "default"))
+    if rope_type == "default":
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if turned_share is not None:
+            size = int(size * own.get("partial_rotary_factor", turned_share))
+        inv_freq, scaling = 1.0 / (own["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size)), 1.0
+    else:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, None, layer_type=kind if several else None)
     return RopeSpec(
-        inv_freq=inv_freq,
-        attention_scaling=float(getattr(embedding, f"{prefix}attention_scaling")),
+        inv_freq=inv_freq.to("cpu", torch.float32),
+        attention_scaling=float(scaling),
         interleaved=interleaved,
         rotary_dim=2 * inv_freq.numel(),
     )
-
-
-def of_both_kinds(rotary: Callable[[Any], torch.nn.Module]) -> Callable[[Any], torch.nn.Module]:
-    """Return what makes a rotary embedding for full layers and those with a window, though a model may lack either."""
-
-    def make(config: Any) -> torch.nn.Module:
-        both = copy.deepcopy(config)
-        both.layer_types = [SLIDING_ATTENTION, FULL_ATTENTION]
-        return rotary(both)
-
-    return make
 
 
 KINDS = {FULL_ATTENTION: FULL, SLIDING_ATTENTION: WINDOW, "linear_attention": STATE}

@@ -14,10 +14,8 @@ def make_spec(config: Any) -> ModelSpec:
 
     `mlp_bias` would put biases on the feed-forward: refused.
     """
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     require(not config.mlp_bias, "mlp_bias", True, "Helix has no bias in the feed-forward; valid: false")
     biased = bool(config.attention_bias)
     o_bias = bool(getattr(config, "attention_out_bias", biased))
-    spec = spec_from(config, config.model_type, LlamaRotaryEmbedding, qkv_bias=biased, o_bias=o_bias)
+    spec = spec_from(config, config.model_type, qkv_bias=biased, o_bias=o_bias)
     return require_full_rotation(spec)

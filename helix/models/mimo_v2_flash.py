@@ -6,19 +6,17 @@ shared ones. Keys of the authors' config that transformers does not read must ag
 
 from typing import Any
 
-from .hf_config import FULL_ATTENTION, SLIDING_ATTENTION, layer_kinds, of_both_kinds, require, rope_of, spec_from
+from .hf_config import FULL_ATTENTION, SLIDING_ATTENTION, layer_kinds, require, rope_of, spec_from
 from .kinds import WINDOW
 from .spec import Experts, ModelSpec
 from .weight_names import WeightNames
 
+SHARE = 0.334  # of a head's elements that turn, where the config does not say
 NAMES = WeightNames(sinks="model.layers.{layer}.self_attn.attention_sink_bias")
 
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers MiMoV2FlashConfig; ValueError for a setting that Helix does not compute."""
-    from transformers.models.mimo_v2_flash.modeling_mimo_v2_flash import MiMoV2FlashRotaryEmbedding
-
-    rotary = of_both_kinds(MiMoV2FlashRotaryEmbedding)
     _check_what_is_taken_for_granted(config)
     size, values = config.head_dim, config.v_head_dim
     require(values <= size, "v_head_dim", values, f"values have as many elements as keys at most, head_dim = {size}")
@@ -35,8 +33,8 @@ def make_spec(config: Any) -> ModelSpec:
     )
     scale = config.attention_value_scale
     return spec_from(
-        config, "mimo_v2_flash", rotary, qkv_bias=bool(config.attention_bias), names=NAMES, experts=experts,
-        kinds=layer_kinds(config), sinks=(WINDOW,), window_rope=rope_of(config, rotary, kind=SLIDING_ATTENTION),
+        config, "mimo_v2_flash", turned_share=SHARE, qkv_bias=bool(config.attention_bias), names=NAMES, experts=experts,
+        kinds=layer_kinds(config), sinks=(WINDOW,), window_rope=rope_of(config, SHARE, kind=SLIDING_ATTENTION),
         window_kv_heads=2 * config.num_key_value_heads, narrow_values=values,
         value_scale=1.0 if scale is None else float(scale),
     )  # fmt: skip

@@ -9,7 +9,5 @@ from .spec import ModelSpec
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers MistralConfig; ValueError for a setting that Helix does not compute."""
-    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
-
-    spec = require_full_rotation(spec_from(config, "mistral", MistralRotaryEmbedding))
+    spec = require_full_rotation(spec_from(config, "mistral"))
     return replace(spec, kinds=layer_kinds(config))

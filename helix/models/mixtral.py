@@ -18,13 +18,11 @@ NAMES = WeightNames(
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers MixtralConfig; ValueError for a setting that Helix does not compute."""
-    from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
-
     experts = Experts(
         num_experts=config.num_local_experts,
         num_chosen=config.num_experts_per_tok,
         ffn_size=config.intermediate_size,
         normalised=True,
     )
-    spec = spec_from(config, "mixtral", MixtralRotaryEmbedding, names=NAMES, experts=experts)
+    spec = spec_from(config, "mixtral", names=NAMES, experts=experts)
     return replace(require_full_rotation(spec), kinds=layer_kinds(config))

@@ -9,7 +9,5 @@ from .spec import ModelSpec
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers Qwen2Config; ValueError for a setting that Helix does not compute."""
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    spec = require_full_rotation(spec_from(config, "qwen2", Qwen2RotaryEmbedding, qkv_bias=True))
+    spec = require_full_rotation(spec_from(config, "qwen2", qkv_bias=True))
     return replace(spec, kinds=layer_kinds(config))

@@ -9,8 +9,6 @@ from .spec import ModelSpec
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers Qwen3Config; ValueError for a setting that Helix does not compute."""
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-
     biased = bool(config.attention_bias)
-    spec = spec_from(config, "qwen3", Qwen3RotaryEmbedding, qkv_bias=biased, qk_norm=True, o_bias=biased)
+    spec = spec_from(config, "qwen3", qkv_bias=biased, qk_norm=True, o_bias=biased)
     return replace(require_full_rotation(spec), kinds=layer_kinds(config))

@@ -16,13 +16,10 @@ def make_spec(config: Any) -> ModelSpec:
 
     Raises ValueError for a setting that Helix does not compute.
     """
-    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
-
     has_experts = config.model_type == "qwen3_5_moe_text"
     return hybrid_spec(
         config,
         "qwen3_5_moe" if has_experts else "qwen3_5",
-        Qwen3_5TextRotaryEmbedding,
         experts=experts_of(config, normalised=True) if has_experts else None,
         by_key_head=False,
     )

@@ -8,8 +8,6 @@ from .spec import Experts, ModelSpec
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers Qwen3MoeConfig; ValueError for a setting that Helix does not compute."""
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
-
     step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
     experts = Experts(
         num_experts=config.num_experts,
@@ -21,7 +19,5 @@ def make_spec(config: Any) -> ModelSpec:
         ),
     )
     biased = bool(config.attention_bias)
-    spec = spec_from(
-        config, "qwen3_moe", Qwen3MoeRotaryEmbedding, qkv_bias=biased, qk_norm=True, experts=experts, o_bias=biased
-    )
+    spec = spec_from(config, "qwen3_moe", qkv_bias=biased, qk_norm=True, experts=experts, o_bias=biased)
     return require_full_rotation(spec)

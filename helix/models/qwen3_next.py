@@ -21,8 +21,6 @@ NAMES = WeightNames(
 
 def make_spec(config: Any) -> ModelSpec:
     """Return the spec of a transformers Qwen3NextConfig; ValueError for a setting that Helix does not compute."""
-    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEmbedding
-
     step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
     layers = range(config.num_hidden_layers)
     experts = experts_of(
@@ -30,8 +28,7 @@ def make_spec(config: Any) -> ModelSpec:
         normalised=bool(config.norm_topk_prob),
         dense_layers=frozenset(layer for layer in layers if layer in dense or (layer + 1) % step),
     )
-    rotary = Qwen3NextRotaryEmbedding
-    return hybrid_spec(config, "qwen3_next", rotary, experts=experts if config.num_experts else None, by_key_head=True)
+    return hybrid_spec(config, "qwen3_next", experts=experts if config.num_experts else None, by_key_head=True)
 
 
 def experts_of(config: Any, *, normalised: bool, dense_layers: frozenset[int] = frozenset()) -> Experts:
@@ -47,7 +44,7 @@ def experts_of(config: Any, *, normalised: bool, dense_layers: frozenset[int] = 
     )
 
 
-def hybrid_spec(config: Any, family: str, rotary: Any, *, experts: Experts | None, by_key_head: bool) -> ModelSpec:
+def hybrid_spec(config: Any, family: str, *, experts: Experts | None, by_key_head: bool) -> ModelSpec:
     """Return the spec of a config of state layers and gated attention; ValueError for what Helix does not compute."""
     require(not config.attention_bias, "attention_bias", True, "Helix has no biases of gated queries; valid: false")
     states = States(
@@ -61,6 +58,6 @@ def hybrid_spec(config: Any, family: str, rotary: Any, *, experts: Experts | Non
     )
     kinds = layer_kinds(config)
     return spec_from(
-        config, family, rotary, qk_norm=True, names=NAMES, experts=experts, kinds=kinds,
+        config, family, turned_share=1.0, qk_norm=True, names=NAMES, experts=experts, kinds=kinds,
         states=states if kinds else None, output_gate=True, norms_exceed_one=True,
     )  # fmt: skip

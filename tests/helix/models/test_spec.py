@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ SCALINGS = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
 }
+
+
+def rotary_of(module: str) -> Any:
+    """The class that computes a family's angles in its model."""
+    model = import_module(f"transformers.models.{module}.modeling_{module}")
+    name = {"qwen3_5": "Qwen3_5TextRotaryEmbedding"}.get(module)
+    names = [each for each in vars(model) if each.endswith("RotaryEmbedding")]
+    return getattr(model, name or names[0])
 
 
 def write_config(folder: Path, family: str, **settings: Any) -> Path:
@@ -108,6 +117,60 @@ def test_rope_equals_the_reference_model(tmp_path: Path, family: str, scaling: s
     assert torch.equal(rope.inv_freq, reference.inv_freq)
     assert rope.attention_scaling == reference.attention_scaling
     assert (rope.attention_scaling != 1.0) == (scaling == "yarn")
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("mistral", "mistral"),
+        ("mixtral", "mixtral"),
+        ("seed_oss", "seed_oss"),
+        ("gpt_oss", "gpt_oss"),
+        ("glm4", "glm4"),
+        ("glm4_moe", "glm4_moe"),
+        ("qwen3_next", "qwen3_next"),
+        ("qwen3_5_text", "qwen3_5"),
+    ],
+)
+@pytest.mark.parametrize("scaling", ["default", "yarn"])
+def test_rope_of_other_families_equals_their_models(tmp_path: Path, family: str, module: str, scaling: str) -> None:
+    shared = {"rope_theta": 5e5, **(SCALINGS[scaling] or {"rope_type": "default"})}
+    folder = write_config(tmp_path, family, rope_parameters=shared, rope_theta=None, layer_types=None)
+    rope = load_spec(folder).rope
+    reference = rotary_of(module)(AutoConfig.from_pretrained(folder))
+    assert torch.equal(rope.inv_freq, reference.inv_freq)
+    assert rope.attention_scaling == reference.attention_scaling
+
+
+@pytest.mark.parametrize(("family", "module"), [("gemma3_text", "gemma3"), ("mimo_v2_flash", "mimo_v2_flash")])
+def test_rope_of_each_kind_of_layers_equals_the_model(tmp_path: Path, family: str, module: str) -> None:
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    own = {"full_attention": {"rope_theta": 5e5, **SCALINGS["linear"]}, "sliding_attention": {"rope_theta": 1e4}}
+    more = {"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh"} if module == "gemma3" else {"v_head_dim": 16}
+    folder = write_config(
+        tmp_path, family, rope_parameters=own, rope_theta=None, layer_types=kinds, sliding_window=32, **more
+    )
+    spec = load_spec(folder)
+    reference = rotary_of(module)(AutoConfig.from_pretrained(folder))
+    assert spec.window_rope is not None
+    for kind, rope in (("full_attention", spec.rope), ("sliding_attention", spec.window_rope)):
+        assert torch.equal(rope.inv_freq, getattr(reference, f"{kind}_inv_freq"))
+    assert not torch.equal(spec.rope.inv_freq, spec.window_rope.inv_freq)
+
+
+def test_one_rope_for_layers_that_turn_alike(tmp_path: Path) -> None:
+    own = {kind: {"rope_theta": 5e5, "rope_type": "default"} for kind in ("full_attention", "sliding_attention")}
+    with pytest.raises(ValueError, match=r"family gpt_oss turns all layers alike: give rope_type and rope_theta"):
+        load_spec(write_config(tmp_path, "gpt_oss", rope_parameters=own, rope_theta=None))
+
+
+def test_specs_are_read_without_the_models_files(tmp_path: Path) -> None:
+    """What they import takes seconds."""
+    folder = write_config(tmp_path, "glm")
+    heavy = "[name for name in ('transformers.models.glm.modeling_glm', 'torch._dynamo') if name in sys.modules]"
+    code = f"import sys; from helix.models.spec import load_spec; load_spec({str(folder)!r}); print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_scalings_differ_from_each_other(tmp_path: Path) -> None:
