@@ -135,7 +135,7 @@ class Builder:
         )
         num_choices = scheduler.max_batch * (1 + self._most_drafts)
         compile_steps(runner, scheduler.prefill_chunk + num_choices)
-        if self._config.cache.num_pages is None and self._device.type == "cuda":
+        if self._device.type == "cuda":  # also where pages are given: the first prompt finds libraries loaded
             warm_up(runner, scheduler.prefill_chunk + num_choices, num_choices)
         self.num_pages = self._config.cache.num_pages or self._fitting_pages()
         runner.cache = agree(lambda: self._paged_cache(decoder, self.num_pages))

@@ -34,6 +34,7 @@ from .cache.pages import PagedCache
 from .compile_ahead import compile_ahead
 from .decode_rows import ROW_INPUTS, WINDOW_INPUTS, DecodeRows
 from .models.decoder import Decoder
+from .models.unlike import one_of_each_layer
 from .next_states import NextStates
 from .upload import WINDOW_PREFIX, Packing, Shapes, fill_work, upload, window_rows, work_shapes
 
@@ -218,7 +219,7 @@ class StepGraphs(ABC):
             )
             for size in sorted(sizes)
         ]
-        with compile_ahead(device) as ahead:
+        with compile_ahead(device) as ahead, one_of_each_layer(self._decoder):
             for graph in self.graphs if ahead else ():
                 self._fill_with_nothing(graph)
                 self._step(graph)

@@ -1,6 +1,7 @@
 """Steps of rows that are nobody's, before the first request: what they take is measured, what they launch is compiled.
 
-Such rows store nothing; they see nothing, or tokens that nobody wrote.
+Such rows store nothing; they see nothing, or tokens that nobody wrote. What is only compiled runs through one layer of
+each sort.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from attention.ranges import PAGE
 from .batch import LocalRows, StepRows
 from .compile_ahead import compile_ahead
 from .graphs import buckets_up_to
+from .models.unlike import one_of_each_layer
 from .runner import Runner
 
 _LONG = 1 << 16  # tokens; attention over so many is cut into parts wherever it can be
 
 
 def warm_up(runner: Runner, num_rows: int, num_choices: int) -> None:
-    """Run a step of so many rows, of which so many choose, so that its peak memory is known.
+    """Run a step of so many rows, of which so many choose: its peak memory is known then, and libraries are loaded.
 
     Collective over the world.
     """
@@ -36,15 +38,17 @@ def compile_steps(runner: Runner, most_rows: int) -> None:
     Collective over the world; does nothing without a GPU.
     """
     powers = [1 << power for power in range(most_rows.bit_length()) if 1 << power < most_rows]
-    sizes = sorted({*powers, *(size + 1 for size in powers), most_rows})  # Triton tells multiples of 16 from others
-    most_seen = min(_LONG, runner.tables.max_local_len)
-    with compile_ahead(runner.decoder.device) as ahead:
-        for num_rows in sizes if ahead else ():
+    sizes = {*powers, *(size + 1 for size in powers), most_rows}  # Triton tells multiples of 16 from others
+    most_seen, decoder = min(_LONG, runner.tables.max_local_len), runner.decoder
+    with compile_ahead(decoder.device) as ahead, one_of_each_layer(decoder):
+        for num_rows in sorted(sizes, reverse=True) if ahead else ():  # what takes longest is compiled first
             for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
                 hidden = runner.forward(StepRows.for_nobody(num_rows), _for_nobody(runner, num_rows, visible))
-            runner.decoder.local_logits(hidden[: runner.max_batch])
+            decoder.greedy(decoder.local_logits(hidden[: runner.max_batch]))
         if ahead and runner.next_states is None and 0 < runner.expand_rows <= most_rows:
             _compile_wanted(runner)
+        if ahead and runner.sampler is not None:
+            runner.sampler.warm_up()
 
 
 def _compile_wanted(runner: Runner) -> None:

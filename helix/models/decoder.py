@@ -12,7 +12,7 @@ by heads (``query_share``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,7 @@ class Decoder:
         states: what state layers keep of the sequences; None where the model has no such layer.
         window_cache: the pages of layers with a window, and windows: those of each; None where the model has none.
         query_shares: which queries this rank makes, and how it gets the rest.
+        computed: the layers that ``forward`` runs: all, but where steps are run for their kernels' sake alone.
         taps: layers before which a step's residual stream is kept, for a head that drafts; none without one.
         tapped: of the last step, these streams [R, h], in the order of ``taps``; whoever reads them takes them out.
     """
@@ -100,6 +101,7 @@ class Decoder:
         )
         self.states, self.window_cache = states, windows
         self.windows = None if windows is None else windows.layers
+        self.computed: Collection[int] = range(spec.num_layers)
         self.taps: tuple[int, ...] = ()
         self.tapped: list[torch.Tensor] = []
         self._inv_freq = spec.rope.inv_freq.to(device=device, dtype=torch.float32)
@@ -195,6 +197,8 @@ class Decoder:
         for layer, (weights, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             if layer in self.taps:
                 self.tapped.append(stream.clone())
+            if layer not in self.computed:
+                continue
             place = self.spec.places[layer]
             kind = self.spec.kind_of(layer).name
             last = wanted if layer == self.spec.num_layers - 1 else None

@@ -39,6 +39,24 @@ def test_without_a_gpu_nothing_is_held_back() -> None:
         assert not ahead
 
 
+@pytest.mark.gpu
+def test_what_is_compiled_ahead_is_ready_to_be_launched(compiled: list[str]) -> None:
+    loaded: list[str] = []
+    knobs, before = triton.knobs.runtime, triton.knobs.runtime.kernel_load_end_hook
+    knobs.kernel_load_end_hook = lambda module, function, name, *rest: loaded.append(name)
+    try:
+        x, bound = torch.zeros(1, device="cuda"), Random().randrange(1 << 30)
+        with compile_ahead(torch.device("cuda", 0)):
+            _count_to[(1,)](x, BOUND=bound)
+        torch.cuda.synchronize()
+        assert (compiled, loaded, x.item()) == (["_count_to"], ["_count_to"], 0)
+        _count_to[(1,)](x, BOUND=bound)
+        assert (len(compiled), len(loaded)) == (1, 1)
+        assert x.item() == float(torch.tensor(bound, dtype=torch.float32))
+    finally:
+        knobs.kernel_load_end_hook = before
+
+
 def draw(rng: Random, vocab: int) -> Request:
     sampling = SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=True)
     if rng.random() < 0.5:
