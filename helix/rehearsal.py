@@ -53,17 +53,20 @@ def compile_steps(runner: Runner, most_rows: int) -> None:
 
 def _compile_wanted(runner: Runner) -> None:
     """Compile what steps launch that attend to a workspace once, and their last layers, for rows that choose alone:
-    one of each sequence, in parts, all in one filling or in two.
+    one of each sequence, whole and in parts, all in one filling or in several.
     """
     assert runner.decoder.made is not None
     num_rows, capacity = runner.expand_rows, runner.decoder.made.capacity
-    each_its_own = np.minimum(np.arange(num_rows), runner.max_batch - 1)
-    step = replace(StepRows.for_nobody(num_rows), row_seq=each_its_own)
+    each = np.arange(num_rows)
+    step = replace(StepRows.for_nobody(num_rows), row_seq=np.minimum(each, runner.max_batch - 1))
     for num_wanted in buckets_up_to(min(runner.max_batch, num_rows)):
-        share = capacity // num_wanted // PAGE * PAGE
-        for visible in (1, share, share + PAGE):
-            seen = min(visible, runner.tables.max_local_len)
-            runner.forward(step, _for_nobody(runner, num_rows, seen), wanted=np.arange(num_wanted))
+        share, longest = capacity // num_wanted // PAGE * PAGE, capacity - num_wanted * PAGE
+        # of equal rows as many as there are programs are whole; beside short ones long ones never are
+        uneven = np.where(each == 0, longest, 1), np.where(each % 2 == 0, longest, 1)
+        for visible in (1, share, share + PAGE, *uneven):
+            seen = np.minimum(np.broadcast_to(visible, num_rows), runner.tables.max_local_len)
+            local = replace(_for_nobody(runner, num_rows, int(seen[0])), visible=seen)
+            runner.forward(step, local, wanted=np.arange(num_wanted))
 
 
 def _for_nobody(runner: Runner, num_rows: int, visible: int = 0) -> LocalRows:
