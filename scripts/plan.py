@@ -269,7 +269,7 @@ def run(config: PlanConfig, model: Sequence[str]) -> None:
             [table_row(row, plan.gpus, setup.hardware) for row in rows],
         )
     else:
-        cli.say(f"no layout of {plan.gpus} GPUs can be" + (" within ttl_ms" if config.ttl_ms else ""))
+        cli.say(f"no layout of {plan.gpus} GPUs fits" + (" within ttl_ms" if config.ttl_ms else ""))
     for line in notes(plan, rows, model):
         cli.say(line)
     for each in plan.refused:
