@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..commands import Add
-from ..request import MASK_BITS, Chunk, Sequence
-from .vocabulary import Vocabulary
+from ..request import Chunk, Sequence
+from .vocabulary import Vocabulary, allows
 
 ROW_S, SPARE_S = 0.005, 0.2
 """Of one core: what a row may take on average, and a request beyond that. Most take 0.1 ms, a grammar's first may take
@@ -31,12 +31,13 @@ NUM_KEPT = 32
 
 @dataclass
 class _Matched:
-    """One request's grammar, its matcher once there is one, the tokens that accepted, and what is left of SPARE_S."""
+    """One request's grammar, its matcher once there is one, what that accepted, and what is left of SPARE_S."""
 
     compiled: Any
     kind: str
     matcher: Any = None
     num_accepted: int = 0
+    blanks: bytes = b""  # at the end of it
     spare_s: float = SPARE_S
 
 
@@ -108,18 +109,20 @@ class Matchers:
     def _match(self, chunk: Chunk, masks: npt.NDArray[np.int32]) -> int:
         seq, vocabulary = chunk.seq, self._vocabulary
         matcher, num_tried = self._caught_up(seq), 0
-        in_json = self._matched[seq.index].kind in ("json", "call")
+        matched = self._matched[seq.index]
+        in_json, blanks = matched.kind in ("json", "call"), matched.blanks
         last = seq.token_ids[-1] if len(seq.token_ids) > seq.prompt_len else None
         for mask, draft in zip(masks, (*chunk.drafts, None), strict=True):
             matcher.fill_next_token_bitmask(mask[None])
             if in_json:
-                mask &= vocabulary.json_mask
+                vocabulary.keep_json(mask, blanks)
             if last is not None and (after := vocabulary.mask_after(last)) is not None:
                 mask &= after
-            if draft is None or not (mask[draft // MASK_BITS] >> draft % MASK_BITS & 1):
+            if draft is None or not allows(mask, draft):
                 break
             matcher.accept_token(draft)
             last, num_tried = draft, num_tried + 1
+            blanks = vocabulary.blanks_behind(draft, blanks)
             if matcher.is_terminated():  # a draft that ends the answer: nothing comes behind it
                 break
         if num_tried:
@@ -138,4 +141,5 @@ class Matchers:
             if not matched.matcher.accept_token(token):
                 raise RuntimeError(f"request {seq.index}: token {token} was chosen, which its grammar does not allow")
             matched.num_accepted += 1
+            matched.blanks = self._vocabulary.blanks_behind(token, matched.blanks)
         return matched.matcher

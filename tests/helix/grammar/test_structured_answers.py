@@ -171,6 +171,30 @@ def test_no_token_breaks_json_or_a_character(
     assert allowed[:256].any() and not allowed[list(forbidden)].any()
 
 
+@pytest.mark.parametrize(
+    ("structure", "num_bounded"),
+    [
+        ({"json_object": True}, 1),
+        ({"call": '{"begin": "  ", "schema": {"type": "array", "items": {"const": 1}, "minItems": 2}, "end": "x"}'}, 3),
+    ],
+)
+def test_blanks_between_the_parts_of_json_come_to_an_end(llm: LLM, structure: dict[str, Any], num_bounded: int) -> None:
+    """However much the model wants them, drafted ones too; a string, as an object's first name, may have more."""
+    asked = [asking(structure, seed, 80, logit_bias=dict.fromkeys(b" \n", 50.0)) for seed in range(4)]
+    outputs = run(llm, asked)
+    drafting = sharing(llm, make_llm(llm.config.model.path, speculative=NGRAM))
+    assert told(run(drafting, asked)) == told(outputs)
+    counters = drafting.metrics.speculative
+    assert counters is not None and counters.accepted > 0
+    runs = list[str]()
+    for output in outputs:
+        parts = output.text.strip().split('"')
+        assert len(parts) == 1 or parts[1].count(" ") > 20
+        runs += [run for part in parts[::2] for run in re.findall(r"\s+", part)]
+    assert all(re.fullmatch(" |\n {0,20}", run) for run in runs)
+    assert runs.count("\n" + " " * 20) >= num_bounded
+
+
 def test_a_row_with_a_mask_waits_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside another a structured sequence has a row in every other step, and the other one in each."""
     launched: list[tuple[int, ...]] = []
