@@ -188,7 +188,7 @@ def test_blanks_between_the_parts_of_json_come_to_an_end(llm: LLM, structure: di
     assert counters is not None and counters.accepted > 0
     runs = list[str]()
     for output in outputs:
-        parts = output.text.strip().split('"')
+        parts = output.text.lstrip().split('"')
         assert len(parts) == 1 or parts[1].count(" ") > 20
         runs += [run for part in parts[::2] for run in re.findall(r"\s+", part)]
     assert all(re.fullmatch(" |\n {0,20}", run) for run in runs)
