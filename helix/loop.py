@@ -76,7 +76,7 @@ class StepLoop:
     def _cut(self, cut: Cut, events: list[StreamEvent]) -> list[StreamEvent]:
         """End a request after some of its tokens; those of the last step that come after them are taken back.
 
-        Only drafts that were accepted together with the stopping token can come after it.
+        Only drafts that were accepted together with the stopping token can come after it, and what these ended in.
         """
         mine = [event for event in events if event.index == cut.index]
         output = next((event.output for event in mine if event.output is not None), None)
@@ -85,12 +85,12 @@ class StepLoop:
             output = end.output
         assert output is not None
         num_late = len(output.token_ids) - cut.num_tokens
-        kept = len(mine) - num_late
+        kept = sum(len(event.token_ids) for event in mine) - num_late  # a token an event; one that failed has none
         late = {id(event) for event in mine[kept:]}
         mine[kept - 1].output = output
         del output.token_ids[cut.num_tokens :]
         if output.logprobs is not None:
             del output.logprobs[cut.num_tokens :]
         self._front.metrics.note_cut(output.finish_reason, num_late)
-        output.finish_reason, output.stop_reason = STOP, cut.stop
+        output.finish_reason, output.stop_reason, output.error = STOP, cut.stop, None
         return [event for event in events if id(event) not in late]

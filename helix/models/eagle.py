@@ -19,7 +19,6 @@ from parallel.sharded_argmax import ShardedArgmax
 
 from .checkpoint import Checkpoint
 from .config_files import find_config, read_json
-from .embed import embed
 from .linear import linear
 from .next_decoder import NextDecoder
 from .parts import Part, Piece, Weight
@@ -182,18 +181,9 @@ class EagleDecoder(NextDecoder):
         chosen: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         assert self.next is not None
-        _, normed, cos, sin = embed(
-            token_ids,
-            rows.positions,
-            embedding=self.top["embedding"],
-            weight=self.next["input_norm"],
-            eps=self.spec.rms_eps,
-            rope=self.head.spec.rope,
-            inv_freq=self._inv_freq_of_head,
-            chosen=chosen,
+        both, cos, sin = self._embedded_beside(
+            before, token_ids, rows, chosen, self.next["input_norm"], self.head.spec.rope, self._inv_freq_of_head
         )
-        both = torch.cat((normed, self._norm(before, self.next["hidden_norm"])), -1)
-        both.masked_fill_((rows.positions == 0).unsqueeze(1), 0)
         return before, both, cos, sin
 
     def _drafted(self, normed: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from .decoder import Decoder
 from .embed import embed
 from .latent import append_latents
 from .linear import linear, split_linear
+from .rope import RopeSpec
 
 
 class NextDecoder(Decoder):
@@ -86,21 +87,33 @@ class NextDecoder(Decoder):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the stream that enters that layer, its norm, and cos and sin of the rows' angles."""
         assert self.next is not None
-        weights = self.next
-        _, normed, cos, sin = embed(
-            token_ids,
-            rows.positions,
-            embedding=self.top["embedding"],
-            weight=weights["embedding_norm"],
-            eps=self.spec.rms_eps,
-            rope=self.spec.rope,
-            inv_freq=self._inv_freq,
-            chosen=chosen,
+        both, cos, sin = self._embedded_beside(
+            before, token_ids, rows, chosen, self.next["embedding_norm"], self.spec.rope, self._inv_freq
         )
-        both = torch.cat((normed, self._norm(before, weights["hidden_norm"])), -1)
-        both.masked_fill_((rows.positions == 0).unsqueeze(1), 0)
-        stream = linear(both, weights["input"], pdl=self._pdl)
-        return stream, self._norm(stream, weights["input_norm"]), cos, sin
+        stream = linear(both, self.next["input"], pdl=self._pdl)
+        return stream, self._norm(stream, self.next["input_norm"]), cos, sin
+
+    def _embedded_beside(
+        self,
+        before: torch.Tensor,
+        token_ids: torch.Tensor,
+        rows: Rows,
+        chosen: tuple[torch.Tensor, torch.Tensor] | None,
+        norm: torch.Tensor,
+        rope: RopeSpec,
+        inv_freq: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the rows' embeddings and the states before them, each normalised, [R, 2 h]; and cos and sin.
+
+        At position 0 they are zero: no state is before it.
+        """
+        assert self.next is not None
+        _, normed, cos, sin = embed(
+            token_ids, rows.positions, embedding=self.top["embedding"], weight=norm, eps=self.spec.rms_eps, rope=rope,
+            inv_freq=inv_freq, chosen=chosen,
+        )  # fmt: skip
+        both = torch.cat((normed, self._norm(before, self.next["hidden_norm"])), -1)
+        return both.masked_fill_((rows.positions == 0).unsqueeze(1), 0), cos, sin
 
     def _drafted(self, normed: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return states and tokens of what the layer leaves: its stream [R, h], and the norm of that."""
