@@ -1,4 +1,4 @@
-"""The model of cost beside a run: the layout that it would choose, and the TTL that it predicts for what was run.
+"""The model of cost before a run: the layout that it would choose, for the constants of the machine.
 
 Constants are looked up by the GPU's name, or named by ``runtime.hardware``. Only rank 0 looks: what it finds is logged
 or broadcast, so no rank decides by a file of its own.
@@ -6,10 +6,8 @@ or broadcast, so no rank decides by a file of its own.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,18 +15,13 @@ from parallel.layout import Layout
 
 from .config import HelixConfig
 from .models.spec import ModelSpec
-from .plan.cost import CostModel
 from .plan.footprint import Storage
 from .plan.hardware import Hardware, hardware_of, named_hardware
 from .plan.planner import Plan, Setup
 from .prompts import Prompt, PromptReader, as_request
 
-if TYPE_CHECKING:
-    from .llm import LLM
-
 WORTH_SAYING = 1.1  # a layout that is faster by this factor is named
 PROBED = 64
-_log = logging.getLogger(__name__)
 
 
 def storage_of(spec: ModelSpec, dtype: torch.dtype, *, in_8_bits: bool) -> Storage:
@@ -108,38 +101,6 @@ def advise(config: HelixConfig, hardware: Hardware, spec: ModelSpec, storage: St
         f"{best.ttl.us / 1e3:.2f} ms a token instead of {ours.ttl.us / 1e3:.2f} for {case.batch} sequences of "
         f"{case.context} tokens ({hardware.name}, {hardware.source})"
     )
-
-
-def cost_of(llm: LLM, hardware: Hardware) -> CostModel:
-    """Return the model of what the steps of a running model cost on a machine."""
-    return CostModel(llm.footprint, hardware, llm.config.scheduler.prefill_chunk)
-
-
-def predicted(llm: LLM) -> dict[str, Any] | None:
-    """Return the TTL that the model of cost predicts for the sequences that the last call ran; on rank 0.
-
-    None where the machine has no constants, nothing was decoded, or drafts make steps of several tokens.
-    """
-    config, metrics = llm.config, llm.metrics
-    hardware = find_hardware(config, llm.launch.device)
-    done = metrics.num_requests - metrics.num_errors
-    if hardware is None or not done or not len(metrics.ttl_s) or config.speculative.method != "none":
-        return None
-    context = sum(metrics.tokens_per_rank) / done - metrics.decode_tokens / done / 2
-    batch = min(done, config.scheduler.max_batch)
-    time = cost_of(llm, hardware).decode(max(context, 1.0), batch)
-    _log.info(
-        "TTL %.2f ms measured (median), %.2f predicted for %d sequences of %d tokens (%s, %s)",
-        metrics.ttl_s.percentile_s(50) * 1e3, time.us / 1e3, batch, context, hardware.name, hardware.source,
-    )  # fmt: skip
-    return {
-        "ttl_ms": time.us / 1e3,
-        "context": context,
-        "batch": batch,
-        "bound_by": time.bound_by,
-        "hardware": hardware.name,
-        "source": hardware.source,
-    }
 
 
 def _setup(config: HelixConfig, hardware: Hardware, spec: ModelSpec, storage: Storage) -> Setup:

@@ -43,7 +43,8 @@ from helix.graphs import DecodeGraphs
 from helix.llm import LLM
 from helix.lone_rank import LEFT_OUT, LoneRank
 from helix.models.weights import EXPERT_ROLES
-from helix.prediction import cost_of, find_hardware
+from helix.predicted import cost_of
+from helix.prediction import find_hardware
 from helix.request import Chunk, RequestOutput, Sequence
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, stop

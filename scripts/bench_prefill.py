@@ -28,7 +28,8 @@ from helix.config import (
     check_at_least,
 )
 from helix.llm import LLM
-from helix.prediction import cost_of, find_hardware
+from helix.predicted import cost_of
+from helix.prediction import find_hardware
 from helix.sampling import SamplingParams
 from parallel.launch import gather_values, set_up_logging, start, stop
 from scripts import cli

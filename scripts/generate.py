@@ -30,7 +30,7 @@ from typing import Any
 from helix.config import HelixConfig
 from helix.llm import LLM, enter
 from helix.models.generation_config import with_models_sampling
-from helix.prediction import predicted
+from helix.predicted import predicted
 from helix.prepare import Prepared
 from helix.request import Request, RequestOutput
 from parallel.launch import Launch, from_rank0, gather_values, set_up_logging, stop

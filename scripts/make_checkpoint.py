@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from helix.checks import one_line
-from helix.models.spec import TEXT_PARTS
+from helix.models.families import TEXT_PARTS
 from scripts.key_help import meanings
 
 if TYPE_CHECKING:

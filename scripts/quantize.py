@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 
 from helix.models.checkpoint import Checkpoint
 from helix.models.config_files import find_config
+from helix.models.families import load_spec
 from helix.models.quantization import BLOCK, Quantization
 from helix.models.quantized import quantize_blocks, widen_blocks
-from helix.models.spec import ModelSpec, load_spec
+from helix.models.spec import ModelSpec
 from helix.models.tensor_names import named_as_stored
 from helix.models.weight_files import INDEX_FILE, open_files, tensor_names
 from scripts import cli

@@ -19,10 +19,11 @@ from parallel.sharded_argmax import ShardedArgmax
 
 from .checkpoint import Checkpoint
 from .config_files import find_config, read_json
+from .families import spec_of
 from .linear import linear
 from .next_decoder import NextDecoder
 from .parts import Part, Piece, Weight
-from .spec import ModelSpec, spec_of
+from .spec import ModelSpec
 from .weight_names import WeightNames
 from .weights import layer_weights, part_of
 

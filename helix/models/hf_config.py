@@ -13,7 +13,7 @@ import torch
 from ..checks import one_line
 from .kinds import FULL, STATE, WINDOW, Kind
 from .rope import RopeSpec
-from .spec import Experts, Latent, ModelSpec, as_token_ids
+from .spec import Experts, Latent, ModelSpec
 from .weight_names import WeightNames
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
@@ -151,3 +151,19 @@ def layer_kinds(config: Any) -> tuple[Kind, ...]:
         require(each in KINDS, "layer_types", each, f"Helix computes {', '.join(KINDS)}")
     kinds = tuple(Kind(KINDS[each], window or 0 if KINDS[each] == WINDOW else 0) for each in types)
     return kinds if any(kind.is_bounded for kind in kinds) else ()
+
+
+def as_token_ids(value: Any) -> tuple[int, ...]:
+    """Return a config's eos_token_id, which may be one id, several or none, as a tuple.
+
+    Tools write ids as floats, as text and in lists of lists; -1 stands for none. Raises ValueError for anything else.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(token for each in value for token in as_token_ids(each)))
+    try:
+        token = -1 if value is None else int(value)
+        if isinstance(value, bool) or token < -1 or (isinstance(value, float) and token != value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"eos_token_id = {value!r}; must be a token id or a list of them") from None
+    return () if token == -1 else (token,)

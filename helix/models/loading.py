@@ -10,7 +10,8 @@ import torch
 from ..config import ModelConfig
 from .checkpoint import Checkpoint, fill_dummy
 from .decoder import Decoder
-from .spec import ModelSpec, load_spec, spec_of
+from .families import load_spec, spec_of
+from .spec import ModelSpec
 from .tensor_names import named_as_stored
 from .weight_files import CheckpointError, tensor_names
 from .weights import layer_weights, model_weights, next_weights, tensor_shapes

@@ -21,7 +21,7 @@ from helix.config import (
 )
 from helix.llm import LLM
 from helix.models.checkpoint import Checkpoint
-from helix.models.spec import load_spec
+from helix.models.families import load_spec
 from helix.sampling import SamplingParams
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.greedy import greedy_of

@@ -8,7 +8,8 @@ from helix import LLM, HelixConfig, SamplingParams
 from helix.config import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from helix.plan.footprint import Storage
 from helix.plan.hardware import named_hardware
-from helix.prediction import Case, advise, planned_layout, predicted
+from helix.predicted import predicted
+from helix.prediction import Case, advise, planned_layout
 from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.plan.presets import preset

@@ -19,7 +19,7 @@ from helix.config import (
     SpeculativeConfig,
     TransferConfig,
 )
-from helix.models.spec import spec_of
+from helix.models.families import spec_of
 from helix.plan.footprint import Footprint, Storage
 from helix.room import require_room
 from parallel.launch import Launch

@@ -18,7 +18,7 @@ from helix.config import (
     TransferConfig,
 )
 from helix.llm import LLM
-from helix.models.spec import load_spec
+from helix.models.families import load_spec
 from helix.models.weights import part_of
 from helix.plan.cost import CostModel
 from helix.plan.footprint import Footprint, Storage

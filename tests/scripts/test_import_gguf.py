@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from helix.models.spec import load_spec
+from helix.models.families import load_spec
 from scripts.import_gguf import ImportConfig, import_gguf
 from scripts.make_checkpoint import make_checkpoint
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 import helix.models.checkpoint as checkpoint_module
 from helix.models.checkpoint import Checkpoint, fill_dummy
 from helix.models.decoder import Decoder
+from helix.models.families import load_spec
 from helix.models.loading import fill
 from helix.models.parts import Part, Piece, Weight
-from helix.models.spec import ModelSpec, load_spec
+from helix.models.spec import ModelSpec
 from helix.models.weights import layer_weights, model_weights, tensor_shapes, whole
 from scripts.make_checkpoint import FAMILIES, make_checkpoint
 
@@ -157,7 +158,7 @@ def test_only_the_bytes_of_the_slices_are_copied(shared: Callable[..., Path], mo
 PEAK_PROGRAM = """
 import sys, threading, torch
 from helix.models.checkpoint import Checkpoint
-from helix.models.spec import load_spec
+from helix.models.families import load_spec
 from helix.models.parts import Part
 from helix.models.weights import layer_weights, model_weights, tensor_shapes
 

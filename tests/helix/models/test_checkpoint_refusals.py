@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helix.models.checkpoint import Checkpoint, CheckpointError
-from helix.models.spec import ModelSpec, load_spec
+from helix.models.families import load_spec
+from helix.models.spec import ModelSpec
 from scripts.make_checkpoint import make_checkpoint
 
 

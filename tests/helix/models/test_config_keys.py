@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from helix.models.config_keys import KEYS, Key
+from helix.models.families import FAMILIES, spec_of
 from helix.models.hf_config import layer_kinds
 from helix.models.kinds import Kind
-from helix.models.spec import FAMILIES, spec_of
 
 SIZES = {
     "hidden_size": 64,

@@ -12,9 +12,10 @@ from attention.append import append
 from attention.pages import PageLayout, pages_to_wide
 from attention.ranges import PAGE
 from helix.models.experts import mix_queued, mix_reference
+from helix.models.families import load_spec
 from helix.models.latent import MadeOfLatents
 from helix.models.routing import experts_in_use, route
-from helix.models.spec import Experts, Latent, load_spec
+from helix.models.spec import Experts, Latent
 from helix.models.tokenizer import load_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helix.models.checkpoint import Checkpoint, CheckpointError
-from helix.models.spec import load_spec, spec_of
+from helix.models.families import load_spec, spec_of
 from helix.models.weights import layer_weights, part_of
 from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from helix.models.config_keys import KEYS, LIMITS, Key, valid_values
+from helix.models.families import FAMILIES, spec_of
 from helix.models.quantization import REFUSED
-from helix.models.spec import FAMILIES, spec_of
 from helix.models.weight_files import OTHER_KINDS
 
 PAGE = (Path(__file__).parents[3] / "docs" / "models.md").read_text("utf-8")

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from helix.models.families import load_spec
 from helix.models.kinds import FULL_KIND, Kind
-from helix.models.spec import load_spec
 from helix.models.weights import layer_weights, part_of
 from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from helix.models.checkpoint import Checkpoint, CheckpointError
+from helix.models.families import load_spec
 from helix.models.parts import Part
 from helix.models.quantized import Quantized, widen_blocks
-from helix.models.spec import load_spec
 from helix.models.tensor_names import named_as_stored
 from helix.models.weight_files import tensor_names
 from helix.models.weights import layer_weights, model_weights, whole

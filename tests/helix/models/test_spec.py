@@ -16,7 +16,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-from helix.models.spec import Experts, load_spec
+from helix.models.families import load_spec
+from helix.models.spec import Experts
 
 ROOT = Path(__file__).parents[3]
 ROTARY = {
@@ -168,7 +169,7 @@ def test_specs_are_read_without_the_models_files(tmp_path: Path) -> None:
     """What they import takes seconds."""
     folder = write_config(tmp_path, "glm")
     heavy = "[name for name in ('transformers.models.glm.modeling_glm', 'torch._dynamo') if name in sys.modules]"
-    code = f"import sys; from helix.models.spec import load_spec; load_spec({str(folder)!r}); print({heavy})"
+    code = f"import sys; from helix.models.families import load_spec; load_spec({str(folder)!r}); print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -10,7 +10,7 @@ from helix.batch import LocalRows, StepRows
 from helix.config import CacheConfig, HelixConfig, ModelConfig
 from helix.llm import LLM
 from helix.models.decoder import Decoder
-from helix.models.spec import spec_of
+from helix.models.families import spec_of
 from helix.models.unlike import one_of_each_layer
 from helix.sampling import SamplingParams
 from parallel.grid import HelixGrid

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from helix.models.families import load_spec
 from helix.models.parts import Part, Piece, Weight
-from helix.models.spec import ModelSpec, load_spec
+from helix.models.spec import ModelSpec
 from helix.models.weights import layer_weights, model_weights, tensor_shapes, whole
 from parallel.layout import split_evenly
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helix.config import HelixConfig, ModelConfig, SpeculativeConfig, TransferConfig
 from helix.llm import LLM
-from helix.models.spec import load_spec
+from helix.models.families import load_spec
 from helix.next_states import NextStates
 from helix.request import Request
 from helix.sampling import SamplingParams

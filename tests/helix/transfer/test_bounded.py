@@ -7,7 +7,7 @@ import torch
 
 from helix.cache.pages import PagedCache, page_layout
 from helix.cache.windows import WindowPages
-from helix.models.spec import spec_of
+from helix.models.families import spec_of
 from helix.models.weights import part_of
 from helix.transfer.bounded import Windows
 from helix.transfer.protocol import Pool

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention.pages import FP8
-from helix.models.spec import load_spec
+from helix.models.families import load_spec
 from helix.transfer.facts import Process, find_mismatch, fingerprint, make_facts
 from scripts.make_checkpoint import make_checkpoint
 
