@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 from .decoder import Decoder
-from .quantized import Quantized
+from .quantized import Matrix, Quantized
 
 
 @contextmanager
@@ -29,13 +29,10 @@ def one_of_each_layer(decoder: Decoder) -> Iterator[None]:
 def _sort_of(decoder: Decoder, layer: int) -> Hashable:
     """Return what layers have in common that launch the same kernels: their kind, and weights alike."""
     weights = decoder.layers[layer]
-    like = tuple(
-        (
-            role,
-            tuple(weight.shape),
-            weight.dtype,
-            (weight.shift, weight.lead) if isinstance(weight, Quantized) else None,
-        )
-        for role, weight in weights.items()
-    )
+    like = tuple((role, tuple(weight.shape), _storage_of(weight)) for role, weight in weights.items())
     return decoder.spec.kind_of(layer), decoder.spec.experts_of(layer) is None, like
+
+
+def _storage_of(weight: Matrix) -> Hashable:
+    """Return how a matrix is stored, as far as kernels are compiled for that."""
+    return (weight.shift, weight.lead) if isinstance(weight, Quantized) else weight.dtype

@@ -21,6 +21,7 @@ SIZES = {
     "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 WINDOWS = ["sliding_attention", "full_attention"] * 3
 
 
@@ -38,6 +39,8 @@ def decoder_of(family: str, **settings: object) -> Decoder:
         ("qwen3_moe", EXPERTS | {"mlp_only_layers": [1, 2]}, {0, 1, 5}),
         ("qwen3", {"layer_types": WINDOWS, "sliding_window": 16, "use_sliding_window": True}, {0, 1, 5}),
         ("llama", {"num_hidden_layers": 1}, {0}),
+        ("llama", {"quantization_config": FP8}, {0, 5}),
+        ("llama", {"quantization_config": FP8 | {"modules_to_not_convert": ["model.layers.2"]}}, {0, 2, 5}),
     ],
 )
 def test_each_sort_of_layer_is_there_once_and_the_last_one(
