@@ -5,6 +5,7 @@ imported only when a model asks for it.
 """
 
 import importlib
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from .hf_config import as_token_ids, read_config
 from .kinds import FULL_KIND
 from .quantization import read_quantization
 from .spec import ModelSpec
+
+_log = logging.getLogger(__name__)
 
 FAMILIES = {
     "deepseek_v2": ".deepseek",
@@ -74,6 +77,11 @@ def spec_of(raw: dict[str, Any], source: str, *, max_position: int | None = None
         config = read_config(raw | {"model_type": TEXT_PARTS.get(model_type, model_type)})
         check_keys(raw, config, model_type, max_position or config.max_position_embeddings)
         spec: ModelSpec = replace(family.make_spec(config), quantization=read_quantization(raw))
+        if max_position is not None and max_position > spec.max_position:
+            _log.info(
+                "model.max_position = %d exceeds the %d tokens that %s names, and RoPE stays as it says: what comes "
+                "beyond may make no sense", max_position, spec.max_position, source,
+            )  # fmt: skip
         spec = spec if max_position is None else replace(spec, max_position=max_position)
         kinds = tuple(FULL_KIND if kind.window >= spec.max_position else kind for kind in spec.kinds)
         return replace(spec, kinds=kinds if any(kind.is_bounded for kind in kinds) else ())

@@ -232,9 +232,16 @@ def test_eos_ids_that_could_mean_anything_are_refused(tmp_path: Path, value: Any
         load_spec(tmp_path)
 
 
-def test_max_position_can_be_overridden(tmp_path: Path) -> None:
-    spec = load_spec(write_config(tmp_path, "llama"), max_position=1 << 22)
+def test_max_position_can_be_overridden_and_what_exceeds_the_models_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_config(tmp_path, "llama")
+    with caplog.at_level("INFO"):
+        assert load_spec(folder, max_position=4096).max_position == 4096 and not caplog.messages
+        spec = load_spec(folder, max_position=1 << 22)
     assert spec.max_position == 1 << 22
+    [said] = caplog.messages
+    assert "model.max_position = 4194304 exceeds the 4096 tokens that model.path = " in said
     assert torch.equal(spec.rope.inv_freq, load_spec(tmp_path).rope.inv_freq)
 
 
