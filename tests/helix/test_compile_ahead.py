@@ -1,7 +1,12 @@
 """Kernels are compiled before the first request, several at once, and none afterwards."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -16,6 +21,8 @@ from helix.llm import LLM
 from helix.request import Request
 from helix.sampling import SamplingParams
 from scripts.cli import CONF
+
+ROOT = Path(__file__).parents[2]
 
 
 @triton.jit
@@ -69,6 +76,28 @@ def draw(rng: Random, vocab: int) -> Request:
     beginning = [1 + i % 50 for i in range(rng.choice([0, 200, 1000]))]
     own = [rng.randrange(vocab) for _ in range(int(2 ** rng.uniform(0, 11)))]
     return Request(prompt_token_ids=beginning + own, sampling=sampling)
+
+
+@pytest.mark.parametrize(
+    ("preset", "method", "requests"),
+    [
+        ("deepseek_v2_lite", "none", 200),
+        *(
+            pytest.param(preset, method, 500, marks=pytest.mark.slow)
+            for preset in ("glm4_9b_1m", "qwen3_30b_a3b", "deepseek_v2_lite", "gpt_oss_20b")
+            for method in ("none", "ngram")
+        ),
+    ],
+)
+def test_requests_launch_what_the_start_compiled(preset: str, method: str, requests: int) -> None:
+    """On a GPU that is not there: kernels are noted instead of launched, and nothing is computed."""
+    command = [sys.executable, "-m", "tests.helix.late_kernels", preset, method, str(requests)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["start"] > 40 and found["all made"]
+    assert found["late"] == []
 
 
 @pytest.mark.gpu
