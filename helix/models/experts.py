@@ -325,7 +325,7 @@ def _feed_forward(
     num_rows, hidden_size = x.shape
     num_held, _, units = down.shape
     rows = max(MIN_DOT, min(128, triton.next_power_of_2(-(-num_pairs // num_held))))  # what an expert gets on average
-    many, depth = rows >= 64, 128 // x.element_size()
+    many, depth = rows >= 64, (256 if rows == MIN_DOT else 128) // x.element_size()
     columns, limit = 128 if many else 64, shared_bytes(x.device)
     tile = {
         "HELD": num_held,
