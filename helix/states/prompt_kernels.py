@@ -27,6 +27,8 @@ from .inputs import Inputs
 from .reference import NORM_EPS
 
 ROWS = 32  # of the convolution, a program
+# Elements that heads are padded to in 16 bits: with 16 and 32, products came out wrong on an H200 (Triton 3.6).
+LEAST = 128
 PART = tl.constexpr(16)  # rows that are solved one by one: a block of a chunk's triangular system
 STATE_COLUMNS = 32  # of a head's state, a program
 STAGES = 3  # chunks whose inputs a program that goes from chunk to chunk has at once, where shared memory holds them
@@ -342,7 +344,8 @@ def advance_many(
     V, W, D, channels = heads.num_value, heads.value_dim, heads.key_dim, heads.conv_size
     chunks = rows // CHUNK + runs
     mixed = out.new_empty((rows, channels))
-    padded_key, padded = triton.next_power_of_2(D), triton.next_power_of_2(W)
+    least = LEAST if out.element_size() == 2 else 1
+    padded_key, padded = (max(least, triton.next_power_of_2(each)) for each in (D, W))
     _convolve_kernel[(-(-rows // ROWS), 2 * heads.num_key + V)](
         flat, positions, row_seq, states.inputs, weights["state_conv"], mixed, rows, **from_flat,
         V=V, K=heads.num_key, D=D, W=W, TAPS=heads.taps, RING=states.inputs.shape[1], BR=ROWS,

@@ -22,6 +22,10 @@ def random(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
+# As models have them, of keys that are much alike.
+LARGE = States(num_key_heads=2, num_value_heads=6, key_dim=128, value_dim=128, taps=4, eps=1e-6, by_key_head=False)
+
+
 def make_cache(heads, dtype):
     """A cache of 3 sequences that have seen 2, 40 and no tokens; the last slot holds what a sequence left."""
     cache = StateCache(heads, num_layers=1, num_slots=3, max_run=MAX_RUN, dtype=dtype, device=DEVICE)
@@ -61,15 +65,19 @@ def check(out, expected, dtype):
     assert (out - expected).float().norm() < 0.02 * expected.float().norm()
 
 
-def compare(steps, dtype, summands):
-    """Run steps through the kernels and the reference, and compare all that comes out and is kept."""
-    heads = StateHeads.of(STATES, (2, 5))
+def compare(steps, dtype, summands, states=STATES, alike=0.0):
+    """Run steps through the kernels and the reference, and compare all that comes out and is kept.
+
+    ``alike``: how much of their inputs all rows share.
+    """
+    heads = StateHeads.of(states, (2, 5))
     mine, theirs, weights = make_cache(heads, dtype), make_cache(heads, dtype), weights_of(heads, dtype)
     for turn, step in enumerate(steps):
         positions = [p for _, first, rows, padding in step for p in (*[-1] * padding, *range(first, first + rows))]
         row_seq = [slot for slot, _, rows, padding in step for _ in range(rows + padding)]
         starts = torch.tensor([0, *(rows + padding for _, _, rows, padding in step)]).cumsum(0)
-        flat = random(summands, len(positions), heads.width, seed=turn + 9).to(dtype)
+        flat = random(summands, len(positions), heads.width, seed=turn + 9)
+        flat = (flat + alike * random(heads.width, seed=8)).to(dtype)
         given = (
             torch.tensor(positions, device=DEVICE),
             torch.tensor(row_seq, dtype=torch.int32, device=DEVICE),
@@ -150,3 +158,9 @@ def test_few_rows_equal_the_reference(dtype, summands):
 )
 def test_many_rows_equal_the_reference(dtype, summands):
     compare(LONG_STEPS, dtype, summands)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "alike"), [(torch.bfloat16, 0.0), (torch.float16, 2.0)], ids=str)
+def test_heads_of_128_elements_equal_the_reference_whether_keys_are_alike_or_not(dtype, alike):
+    compare(LONG_STEPS, dtype, 1, LARGE, alike)
