@@ -58,21 +58,20 @@ class CompletionReply:
     def chunk(self, choice: int, piece: Piece) -> dict[str, Any] | None:
         """Return what is new of a choice."""
         shows = piece.text or piece.logprobs or piece.end or (self._asked.return_token_ids and piece.token_ids)
-        return self._choice(choice, piece, piece.text) if shows else None
+        return self._choice(choice, piece, piece.text, piece.logprobs) if shows else None
 
     def whole(self, choice: int, piece: Piece) -> dict[str, Any]:
         """Return a choice."""
         prefix = self._prompts[choice][0] if self._asked.echo else ""
-        made = self._choice(choice, piece, prefix + piece.text)
-        if self._echoes_chances:
-            made["logprobs"] = self._chances(choice, [*piece.prompt, *piece.logprobs])
+        chances = [*piece.prompt, *piece.logprobs] if self._echoes_chances else piece.logprobs
+        made = self._choice(choice, piece, prefix + piece.text, chances)
         return made | ({"prompt_logprobs": chances_by_id(self._texts, piece)} if self._asked.prompt_logprobs else {})
 
-    def _choice(self, choice: int, piece: Piece, text: str) -> dict[str, Any]:
+    def _choice(self, choice: int, piece: Piece, text: str, chances: Sequence[TokenChance | None]) -> dict[str, Any]:
         made: dict[str, Any] = {"index": choice, "text": text, "logprobs": None, "finish_reason": _reason(piece)}
         made["stop_reason"] = _stop_reason(piece)
-        if piece.logprobs:
-            made["logprobs"] = self._chances(choice, piece.logprobs)
+        if chances:
+            made["logprobs"] = self._chances(choice, chances)
         return made | _ids(self._asked, piece, self._prompts[choice][1])
 
     def _chances(self, choice: int, chances: Sequence[TokenChance | None]) -> dict[str, Any]:
