@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from parallel.device import early
 
 from .linear import ExpertsInUse
 from .spec import Experts
 
-ROUTE_WARP = 128  # scores that a warp looks through
+MOST_WARPS = 16
 
 
 def logits_of(x: torch.Tensor, router: torch.Tensor, score_bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,7 +74,7 @@ def _in_best_groups(choice, e, SIZE: tl.constexpr, GROUPS: tl.constexpr, KEPT: t
     A group counts as its best expert, or with PAIRS as the sum of its best two.
     """
     group = e // SIZE
-    best = tl.full(choice.shape, float("-inf"), tl.float32)
+    best = tl.where(choice == choice, float("-inf"), float("-inf"))
     for g in tl.static_range(GROUPS):
         its = (group == g)[None, :]
         mine = tl.where(its, choice, float("-inf"))
@@ -93,9 +96,12 @@ def _choose(
     SUMMANDS: tl.constexpr, ALL: tl.constexpr, CHOSEN: tl.constexpr, NORMALISED: tl.constexpr, SIGMOID: tl.constexpr,
     GROUPS: tl.constexpr, GROUPS_CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """Return which experts ``e`` the rows ``r`` choose, and their weights: [rows, experts], zero where not chosen."""
+    """Return which experts ``e`` the rows ``r`` choose, and their weights: [rows, experts], zero where not chosen.
+
+    It is compiled as Triton and as Gluon, where layouts follow from those of ``r`` and ``e``.
+    """
     here = (r < num_rows)[:, None] & (e < ALL)[None, :]
-    score = tl.zeros([r.shape[0], e.shape[0]], tl.float32)
+    score = tl.where(here, 0.0, 0.0)
     for s in tl.static_range(SUMMANDS):
         score += tl.load(logits + (s * num_rows + r)[:, None] * ALL + e[None, :], mask=here, other=0.0).to(tl.float32)
     score = tl.where((e < ALL)[None, :], score, float("-inf"))
@@ -121,26 +127,51 @@ def _choose(
 
 
 @triton.jit
-def _in_use_kernel(
-    logits, bias, scale, ids, count, row_weights, num_rows, first,
-    SUMMANDS: tl.constexpr, ALL: tl.constexpr, ALL_PAD: tl.constexpr, HELD: tl.constexpr, CHOSEN: tl.constexpr,
-    NORMALISED: tl.constexpr, SIGMOID: tl.constexpr, GROUPS: tl.constexpr, GROUPS_CHOSEN: tl.constexpr,
-    BR: tl.constexpr, PDL: tl.constexpr,
+def weigh_rows(
+    logits, bias, scale, row_weights, r, e, num_rows, first,
+    SUMMANDS: tl.constexpr, ALL: tl.constexpr, HELD: tl.constexpr, CHOSEN: tl.constexpr, NORMALISED: tl.constexpr,
+    SIGMOID: tl.constexpr, GROUPS: tl.constexpr, GROUPS_CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """One program for all rows: what they choose, and which of this rank's experts that leaves in use."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    r, e = tl.arange(0, BR), tl.arange(0, ALL_PAD)
+    """Write what all rows ``r`` choose of all experts ``e``; return which of these are this rank's and in use, as 1."""
     _, weight = _choose(
         logits, bias, scale, r, e, num_rows, SUMMANDS, ALL, CHOSEN, NORMALISED, SIGMOID, GROUPS, GROUPS_CHOSEN
     )
     held = (e >= first) & (e < first + HELD)
     to = row_weights + (e - first)[None, :] * num_rows + r[:, None]
     tl.store(to, weight, mask=(r < num_rows)[:, None] & held[None, :])
-    used = ((tl.max(weight, 0) > 0.0) & held).to(tl.int32)
+    return ((tl.max(weight, 0) > 0.0) & held).to(tl.int32)
+
+
+@triton.jit
+def list_used(ids, count, used, e, first):
+    """Write the experts in use, of what ``weigh_rows`` returned."""
     tl.store(ids + tl.cumsum(used, 0) - used, e - first, mask=used > 0)
     tl.store(count, tl.sum(used, 0))
+
+
+@gluon.jit
+def _in_use_kernel(
+    logits, bias, scale, ids, count, row_weights, num_rows, first,
+    SUMMANDS: gl.constexpr, ALL: gl.constexpr, ALL_PAD: gl.constexpr, HELD: gl.constexpr, CHOSEN: gl.constexpr,
+    NORMALISED: gl.constexpr, SIGMOID: gl.constexpr, GROUPS: gl.constexpr, GROUPS_CHOSEN: gl.constexpr,
+    BR: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """One program for all rows: what they choose, and which of this rank's experts that leaves in use.
+
+    A row stays within a warp, so that the best of its scores are found without a word to another.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    SIDE_BY_SIDE: gl.constexpr = max(1, min(4, ALL_PAD // 32))
+    rows: gl.constexpr = gl.BlockedLayout([1, SIDE_BY_SIDE], [1, 32], [WARPS, 1], [1, 0])
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    r, e = gl.arange(0, BR, layout=gl.SliceLayout(1, rows)), gl.arange(0, ALL_PAD, layout=gl.SliceLayout(0, rows))
+    used = weigh_rows(
+        logits, bias, scale, row_weights, r, e, num_rows, first,
+        SUMMANDS, ALL, HELD, CHOSEN, NORMALISED, SIGMOID, GROUPS, GROUPS_CHOSEN,
+    )  # fmt: skip
+    list_used(ids, count, gl.convert_layout(used, line), gl.arange(0, ALL_PAD, layout=line), first)
 
 
 @triton.jit
@@ -187,11 +218,12 @@ def experts_in_use(
     summands, rows, _ = logits.shape
     ids = torch.empty(min(num_held, rows * experts.num_chosen), dtype=torch.int32, device=logits.device)
     count, row_weights = ids.new_empty(1), ids.new_empty((num_held, rows), dtype=torch.float32)
-    rows_padded, rule = triton.next_power_of_2(rows), rule_of(experts)
+    rows_padded = triton.next_power_of_2(rows)
+    warps = min(MOST_WARPS, rows_padded)
     _in_use_kernel[(1,)](
         logits, logits if bias is None else bias, experts.scale, ids, count, row_weights, rows, first,
-        SUMMANDS=summands, HELD=num_held, BR=rows_padded, **rule,
-        num_warps=max(1, min(16, rule["ALL_PAD"] * rows_padded // ROUTE_WARP)), **early(pdl),
+        SUMMANDS=summands, HELD=num_held, BR=rows_padded, WARPS=warps, **rule_of(experts), num_warps=warps,
+        **early(pdl),
     )  # fmt: skip
     return ExpertsInUse(ids, count, row_weights)
 

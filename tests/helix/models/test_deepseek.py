@@ -14,9 +14,10 @@ from attention.ranges import PAGE
 from helix.models.experts import mix_queued, mix_reference
 from helix.models.families import load_spec
 from helix.models.latent import MadeOfLatents
-from helix.models.routing import experts_in_use, route
+from helix.models.routing import route
 from helix.models.spec import Experts, Latent
 from helix.models.tokenizer import load_tokenizer
+from tests.helix.models.chosen import experts_in_use
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {

@@ -8,8 +8,9 @@ import torch
 from helix.models import grouped
 from helix.models.experts import ExpertBiases, mix_queued, mix_reference, mixture
 from helix.models.linear import can_stream
-from helix.models.routing import experts_in_use, route
+from helix.models.routing import route
 from helix.models.spec import ClampedGate, Experts
+from tests.helix.models.chosen import experts_in_use
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
