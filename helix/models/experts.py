@@ -98,12 +98,10 @@ def mixture(
     if _few(x, router, (gate_up, down), shared):
         scores = split_linear(x, router, pdl=pdl, exact=True)
         used = experts_in_use(scores, down.shape[0], experts, first=first, bias=bias, pdl=pdl)
-        if shared is None:
-            return experts_split_linear(experts_gated_linear(x, gate_up, used, pdl=pdl), down, used, pdl=pdl)
-        # weights of shared experts stream while it is found out which others are in use
-        early = isinstance(gate_up, torch.Tensor) and isinstance(shared[0], torch.Tensor)
-        hidden = gate_rows(gated_linear(x, shared[0], pdl=pdl, late=early), x, shared_router, pdl=pdl)
-        units = experts_gated_linear(x, gate_up, used, pdl=pdl, known=early)
+        units, hidden = experts_gated_linear(x, gate_up, used, shared=None if shared is None else shared[0], pdl=pdl)
+        if shared is None or hidden is None:
+            return experts_split_linear(units, down, used, pdl=pdl)
+        hidden = gate_rows(hidden, x, shared_router, pdl=pdl)
         return experts_split_linear(units, down, used, shared=(hidden, shared[1]), pdl=pdl)
     if x.is_cuda:
         scores = logits_of(x, router)

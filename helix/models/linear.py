@@ -14,7 +14,9 @@ multiplied by the scales of its block, whatever the number of rows, so that a ro
 
 Experts go through the same kernels. With few rows it is the bytes of the experts in use that take the time, so each of
 them is multiplied with all rows, and its units are zero in the rows that did not choose it: nothing needs to be sorted,
-and going back to the hidden size is one sum over the units of all experts in use.
+and going back to the hidden size is one sum over the units of all experts in use. Shared experts, which every row goes
+through, are more programs and more turns of the same launches: their weights stream while it is found out which others
+are in use.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ STAGE_BYTES = {BN: 147456, WIDE_BN: 196608}  # one program a processor; memory n
 SHARED_BYTES = 233472  # of a processor
 OWN_BYTES = 1536  # of these each program has some of the system's, and some for barriers
 X_STAGES = 2  # of tiles of x where they are as large as those of quantised weights, which get the room
+LEAST_STAGES = 3  # of programs that share a processor's memory
 FEWEST = 2  # programs that share a processor's memory: the next kernel's find room beside those of a small grid
 FEW_TURNS = 8  # a kernel whose programs take fewer is over before the next one has begun, unless that finds room
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -128,12 +131,12 @@ def _stream(
     rows: int,
     experts: ExpertsInUse | None = None,
     exact: bool = False,
-    known: bool = False,
-    late: bool = False,
+    beside: tuple[torch.Tensor, Matrix] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the kernel for w [1 or E, 1 or 2 times N, K]: [S, R, N], float32 where S > 1 and these are summands, or
-    where it is to be ``exact``; or what float32 ``out`` has room for.
+    where it is to be ``exact``; or what ``out`` has room for. ``beside``: rows and matrix of experts that all rows go
+    through, multiplied in the same launch; neither matrix is quantised then.
     """
     parts = 2 if gated else 1
     columns, turns = w.shape[-2] // parts, _turns_of(w)
@@ -149,7 +152,6 @@ def _stream(
     ids, count, row_weights = (x, x, x) if experts is None else (experts.ids, experts.count, experts.row_weights)
     tiles = _tiles(_matrices(w, columns), [parts, half, BK]), _tiles(x, [bm, BK])
     rest = x if bias is None else bias, out, ids, count, row_weights, rows, columns, turns
-    splits = 1 if each else splits
     how = {
         "BM": bm,
         "HAS_BIAS": bias is not None,
@@ -158,20 +160,39 @@ def _stream(
         "num_warps": bn // 16,
         **({"launch_pdl": True} if pdl else {}),
     }
-    grid = (-(-columns // half), len(out))
-    x_bytes = bm * BK * x.element_size()
+    grid, splits = (-(-columns // half), splits), 1 if each else splits
     if isinstance(w, Quantized):
         neighbours = _neighbours(grid, programs, x.device) if each else programs
         of_all = turns if experts is None or each else turns * ids.shape[0]
-        stages, x_stages = _stages_of(bn, x_bytes, neighbours, of_all // splits)
+        stages, x_stages = _stages_of(bn, bm * BK * x.element_size(), neighbours, of_all // splits)
         registers = 65536 // (programs * 32 * (bn // 16 + 4)) // 8 * 8  # a thread's; the warp that asks counts as four
         scales = _scale_tiles(w.scales, half), w.shift, w.shift - w.lead
         how |= {"STAGES": stages, "X_STAGES": x_stages, "maxnreg": registers}
         stream_quantized_kernel[grid](*tiles, *scales, *rest, splits, **how)
-    else:
-        stages = STAGE_BYTES[bn] // (bn * BK * x.element_size() + x_bytes)
-        stream_weights_kernel[grid](*tiles, *rest, splits, STAGES=stages, KNOWN=known, LATE=late, **how)
+        return out
+    theirs, share, their_columns = tiles, 0, 0
+    if beside is not None:
+        their_x, their_w = beside
+        their_columns = their_w.shape[-2] // parts
+        theirs = _tiles(_matrices(their_w, their_columns), [parts, half, BK]), _tiles(their_x, [bm, BK])
+        share = -(-their_columns // (half * grid[0])) if each else _turns_of(their_w)
+        grid = (grid[0], grid[1] + share) if each else grid
+    how |= {"STAGES": _wide_stages_of(bn, bm, grid if each else None, x.device), "BESIDE": beside is not None}
+    stream_weights_kernel[grid](*tiles, *theirs, *rest, splits, share, their_columns, **how)
     return out
+
+
+def _wide_stages_of(bn: int, bm: int, grid: tuple[int, int] | None, device: torch.device) -> int:
+    """Return how many stages a program has for tiles of bn rows of a matrix that is not quantised, and bm of x.
+
+    ``grid``: of experts' gates, which share a processor by twos where there are more programs than processors.
+    """
+    stage_bytes = (bn + bm) * BK * 2
+    if grid is not None and grid[0] * grid[1] > _processors(device):
+        stages = (SHARED_BYTES // 2 - OWN_BYTES - bn * bm * 4) // stage_bytes
+        if stages >= LEAST_STAGES:
+            return stages
+    return STAGE_BYTES[bn] // stage_bytes
 
 
 def _neighbours(grid: tuple[int, int], programs: int, device: torch.device) -> int:
@@ -260,18 +281,17 @@ def linear(x: torch.Tensor, w: Matrix, *, pdl: bool = False, chunk: bool = False
 
 
 def gated_linear(
-    x: torch.Tensor, gate_up: Matrix, *, gelu: bool = False, pdl: bool = False, late: bool = False, chunk: bool = False
+    x: torch.Tensor, gate_up: Matrix, *, gelu: bool = False, pdl: bool = False, chunk: bool = False
 ) -> torch.Tensor:
     """Return silu(x gate^T) * (x up^T): [R, F] for gate_up [2 F, K], the gate's rows first; ``chunk`` as above.
 
-    ``gelu``: its tanh form stands for silu, in PyTorch. ``late``, of a matrix that is not quantised: what the kernel
-    before this one wrote is there for the one after it before that waits.
+    ``gelu``: its tanh form stands for silu, in PyTorch.
     """
     if gelu:
         gate, up = product(x, gate_up).chunk(2, -1)
         return F.gelu(gate, approximate="tanh") * up
     if can_stream(x, gate_up):
-        return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0], late=late)[0]
+        return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=1, rows=x.shape[0])[0]
     if chunk and multiplies_in_8_bits(gate_up, x):
         return product_in_8_bits(x, gate_up, gated=True)
     return silu_mul(product(x, gate_up))
@@ -287,22 +307,29 @@ def feed_forward(
 
 
 def experts_gated_linear(
-    x: torch.Tensor, gate_up: Matrix, used: ExpertsInUse, *, pdl: bool, known: bool = False
-) -> torch.Tensor:
+    x: torch.Tensor, gate_up: Matrix, used: ExpertsInUse, *, pdl: bool, shared: Matrix | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the weighted units of each expert in use in all rows, zero in rows that did not choose it: [J, R, F].
 
-    What lies beyond ``used.count`` experts is left as it was.
+    What lies beyond ``used.count`` experts is left as it was. Second come the units of shared experts [R, F'], None
+    without any: in the same launch where nothing is quantised, so that their weights stream while it is found out which
+    others are in use.
 
     Args:
-        x: [R, h]; ``can_stream`` holds of it and ``gate_up``.
+        x: [R, h]; ``can_stream`` holds of it and the matrices.
         gate_up: [E, 2 F, h], the gate's rows first.
         used: the experts in use.
         pdl: launch programmatically dependent. Whatever wrote ``used`` has ended before this launches what is next.
-        known: the kernel before this one is a ``late`` one behind what wrote ``used``, so that weights are asked for at
-            once; of a matrix that is not quantised.
+        shared: [2 F', h], of shared experts.
     """
-    num_used = used.ids.shape[0]
-    return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=num_used, rows=x.shape[0], experts=used, known=known)
+    (rows, _), num_used, units = x.shape, used.ids.shape[0], gate_up.shape[-2] // 2
+    if isinstance(gate_up, torch.Tensor) and isinstance(shared, torch.Tensor):
+        first = rows * (shared.shape[-2] // 2)
+        out, beside = x.new_empty(first + num_used * rows * units), (x, shared)
+        _stream(x, gate_up, None, gated=True, pdl=pdl, splits=num_used, rows=rows, experts=used, beside=beside, out=out)
+        return out[first:].view(num_used, rows, units), out[:first].view(rows, -1)
+    theirs = None if shared is None else gated_linear(x, shared, pdl=pdl)
+    return _stream(x, gate_up, None, gated=True, pdl=pdl, splits=num_used, rows=rows, experts=used), theirs
 
 
 def experts_split_linear(
@@ -316,19 +343,22 @@ def experts_split_linear(
     """Return summands of what the experts in use, and shared ones, add to each row: [S, R, h], as ``split_linear``.
 
     Args:
-        units: [J, R, F], as ``experts_gated_linear`` gives them, by the launch before this one.
+        units: [J, R, F], as ``experts_gated_linear`` gives them, by the launch before this one or the one before that.
         down: [E, h, F].
         used: the experts in use.
         pdl: launch programmatically dependent.
-        shared: the units of shared experts [R, F'] and their matrix [h, F'], of which ``can_stream`` holds.
+        shared: the units of shared experts [R, F'] and their matrix [h, F'], of which ``can_stream`` holds. They are
+            more turns of the same launch where nothing is quantised.
     """
     num_used, rows, _ = units.shape
-    splits = _splits_of(down, num_used * _turns_of(down), units.device)
-    flat = units.flatten(0, 1)
-    if shared is None:
-        return _stream(flat, down, None, gated=False, pdl=pdl, splits=splits, rows=rows, experts=used)
+    turns, flat = num_used * _turns_of(down), units.flatten(0, 1)
+    rides = shared is not None and isinstance(down, torch.Tensor) and isinstance(shared[1], torch.Tensor)
+    if shared is None or rides:
+        turns += 0 if shared is None else _turns_of(shared[1])
+        splits = _splits_of(down, turns, units.device)
+        return _stream(flat, down, None, gated=False, pdl=pdl, splits=splits, rows=rows, experts=used, beside=shared)
     theirs, w = shared
-    more = _splits_of(w, _turns_of(w), units.device)
+    splits, more = _splits_of(down, turns, units.device), _splits_of(w, _turns_of(w), units.device)
     out = torch.empty((splits + more, rows, w.shape[-2]), dtype=torch.float32, device=units.device)
     _stream(flat, down, None, gated=False, pdl=pdl, splits=splits, rows=rows, experts=used, out=out[:splits])
     _stream(theirs, w, None, gated=False, pdl=pdl, splits=more, rows=rows, out=out[splits:])

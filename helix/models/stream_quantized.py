@@ -99,7 +99,9 @@ def _multiply(
     WARPS: gl.constexpr = BN // 16
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BM, 16])
     _first, count, used = _turns_of(num_turns, num_experts, split, splits, EXPERTS)
-    weight = weights_of_rows(experts, row_weights, num_rows, split, used, BM, WARPS, EXPERTS)
+    weight = 0.0
+    if EXPERTS == "each":
+        weight = weights_of_rows(experts, row_weights, num_rows, split, used, BM, WARPS)
     nothing = gl.zeros([BN, BM], gl.float32, layout=layout)
     acc = nothing
     for i in range(count):

@@ -133,8 +133,12 @@ def test_few_rows_go_through_every_expert_in_use(dtype, held, rows, units, hidde
     assert error <= 2 * allowed + 4e-3
 
 
-@pytest.mark.parametrize(("rows", "units", "shared_units", "hidden"), [(1, 64, 128, 512), (17, 96, 40, 2048)])
-def test_shared_experts_add_to_those_that_rows_choose(rows, units, shared_units, hidden):
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "units", "shared_units", "hidden"),
+    [(1, 64, 128, 512), (17, 96, 40, 2048), (2, 352, 88, 520), (64, 200, 712, 512)],
+)
+def test_shared_experts_add_to_those_that_rows_choose(rows, units, shared_units, hidden, gated):
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     x, router, gate_up, down = inputs(rows, rows, 8, units, hidden, dtype)
     _, _, [shared_gate_up], [shared_down] = inputs(1, rows, 1, shared_units, hidden, dtype)
@@ -142,12 +146,12 @@ def test_shared_experts_add_to_those_that_rows_choose(rows, units, shared_units,
     weights, ids = route(x.double(), router.double(), experts)
     exact = mix_reference(x.double(), weights, ids, gate_up.double(), down.double(), first=0)
     gate, up = (x.double() @ shared_gate_up.double().T).chunk(2, -1)
-    exact += (torch.nn.functional.silu(gate) * up) @ shared_down.double().T
+    added = (torch.nn.functional.silu(gate) * up) @ shared_down.double().T
+    shared_router = router[:1].flip(-1).contiguous() if gated else None
+    exact += added if shared_router is None else added * (x.double() @ shared_router.double().T).sigmoid()
+    shared = {"shared": (shared_gate_up, shared_down), "shared_router": shared_router}
     for pdl in (False, True) if DEVICE == "cuda" else (False,):
-        ours = [
-            mixture(x, router, gate_up, down, experts=experts, first=0, shared=(shared_gate_up, shared_down), pdl=pdl)
-            for _ in range(20)
-        ]
+        ours = [mixture(x, router, gate_up, down, experts=experts, first=0, **shared, pdl=pdl) for _ in range(20)]
         assert all(torch.equal(each, ours[0]) for each in ours)
         assert len(ours[0]) > 1 or DEVICE == "cpu"
         torch.testing.assert_close(ours[0].double().sum(0), exact, rtol=1e-2, atol=1e-2 if DEVICE == "cuda" else 1e-4)
