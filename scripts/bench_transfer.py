@@ -93,20 +93,20 @@ def plain_lists(source: CacheMap, target: CacheMap, pages: list[list[int]]) -> l
     for layer in range(len(source.layers)):
         for source_page, target_page in zip(*pages, strict=True):
             for kv in range(2):
-                src = int(source.layers[layer]) + source_page * source.page_bytes + kv * source.kv_bytes
-                dst = int(target.layers[layer]) + target_page * target.page_bytes + kv * target.kv_bytes
-                regions.append((src, dst, target.kv_bytes))
+                src = int(source.layers[layer]) + source_page * source.page_bytes + int(source.arrays[kv, 0])
+                dst = int(target.layers[layer]) + target_page * target.page_bytes + int(target.arrays[kv, 0])
+                regions.append((src, dst, int(target.arrays[1, 0])))
     return regions
 
 
 def bench_prepare(config: BenchTransferConfig) -> list[list[Any]]:
     """Time the preparation of requests between ranks of 4 and of 2 KV heads, whose pages are scattered."""
-    token_bytes, num_pages, rows = 256, 4 * max(config.lengths) // config.block, []
+    num_pages, rows = 4 * max(config.lengths) // config.block, []
 
     def cache_map(heads: int) -> CacheMap:
-        page_bytes = 2 * heads * config.block * token_bytes
-        layers = (1 << 40) + np.arange(config.layers, dtype=np.int64) * num_pages * page_bytes
-        return CacheMap(layers, page_bytes, token_bytes, config.block, (0, heads))
+        pages = PageLayout(heads, config.block, HEAD_DIM, torch.bfloat16)
+        layers = (1 << 40) + np.arange(config.layers, dtype=np.int64) * num_pages * pages.page_bytes
+        return CacheMap.of(pages, layers, (0, heads))
 
     maps = cache_map(4), cache_map(2)
     one = BlockCyclic(config.block, 1)
@@ -189,8 +189,7 @@ def _send_pages(
     config: BenchTransferConfig, transport: Transport, cache: PagedCache, receiver: tuple[Any, int, Any]
 ) -> list[list[Any]]:
     pool, pid, shared = receiver
-    token_bytes = cache.layout.planes[0].token_bytes
-    maps = [CacheMap(each.layers, each.page_bytes, token_bytes, BLOCK, (0, HEADS)) for each in (transport.pool, pool)]
+    maps = [CacheMap.of(cache.layout, each.layers, (0, HEADS)) for each in (transport.pool, pool)]
     peers: dict[str, Any] = {"NIXL": transport.connect_by_nixl(pool, maps[0], maps[1], rank=1)}
     if isinstance(peer := transport.connect(pool, maps[0], maps[1], rank=1), MappedPeer):
         peers["a kernel"] = peer

@@ -77,7 +77,7 @@ class Records:
         heads, head_bytes = part_of(self._spec, layout, rank).value_heads, self._records.head_bytes
         if pool.page_bytes != (heads[1] - heads[0]) * head_bytes or len(pool.layers) != 1:
             raise ValueError(f"the records of rank {rank} have {pool.page_bytes} bytes")
-        return CacheMap(pool.layers, pool.page_bytes, head_bytes, 1, heads, planes=1)
+        return CacheMap(pool.layers, pool.page_bytes, 1, heads, np.array([[0, head_bytes]]))
 
     def sends(self, layout: Layout, rank: int) -> bool:
         """See ``Bounded``: no two ranks hold the same value heads."""

@@ -13,7 +13,6 @@ Shape letters: L layers, n pages, A arrays of a page, I items of a page's lists.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -48,60 +47,33 @@ class Side:
         return rank // self.layout.kvp % copies == 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CacheMap:
     """Where one rank's pages lie in its memory; all sizes and addresses in bytes.
 
     Attributes:
         layers: [L] int64, the address of page 0 of each layer.
         page_bytes: from one page to the next of a layer.
-        token_bytes: one token of one head, D elements.
         block_size: tokens a page.
         heads: the KV heads that the rank holds.
-        planes: of a page: 2 for K and V, 1 for latents.
-        more: arrays behind these, each the bytes of the page before it and those of one token of one head.
+        arrays: [A, 2] int64, the bytes of a page before each of its arrays, and those of one token of one head there.
     """
 
     layers: IntArray
     page_bytes: int
-    token_bytes: int
     block_size: int
     heads: Range
-    planes: int = 2
-    more: tuple[tuple[int, int], ...] = ()
+    arrays: IntArray
 
     @staticmethod
     def of(pages: PageLayout, layers: IntArray, heads: Range) -> CacheMap:
         """Return the map of a pool whose pages have some layout."""
-        first, *others = pages.planes
-        more = tuple(
+        arrays = [
             (plane.offset + part * plane.num_bytes // plane.shape[0], plane.token_bytes)
-            for plane in others
+            for plane in pages.planes
             for part in range(plane.shape[0])
-        )
-        return CacheMap(layers, pages.page_bytes, first.token_bytes, pages.block_size, heads, first.shape[0], more)
-
-    @cached_property
-    def arrays(self) -> IntArray:
-        """Every array of a page: [A, 2], the bytes of the page before it and those of one token of one head."""
-        first = [(plane * self.kv_bytes, self.token_bytes) for plane in range(self.planes)]
-        return np.array([*first, *self.more], np.int64)
-
-    @property
-    def held_bytes(self) -> int:
-        """The bytes of a page, padding at its end left out."""
-        offset, token_bytes = self.arrays[-1].tolist()
-        return int(offset + (self.heads[1] - self.heads[0]) * self.block_size * token_bytes)
-
-    @property
-    def head_bytes(self) -> int:
-        """One head of a page's K or V."""
-        return self.block_size * self.token_bytes
-
-    @property
-    def kv_bytes(self) -> int:
-        """All heads of a page's K or V."""
-        return (self.heads[1] - self.heads[0]) * self.head_bytes
+        ]
+        return CacheMap(layers, pages.page_bytes, pages.block_size, heads, np.array(arrays, np.int64))
 
 
 def shared_blocks(source: Side, source_rank: int, target: Side, target_rank: int, tokens: Range) -> IntArray:
@@ -152,77 +124,52 @@ def build_regions(
             f"blocks, source_pages, target_pages = {len(blocks)}, {len(source_pages)}, {len(target_pages)} entries "
             "must be equally many"
         )
-    for name in ("block_size", "token_bytes"):
-        if getattr(source, name) != getattr(target, name):
-            raise ValueError(f"{name} = {getattr(source, name)} here and {getattr(target, name)} there must be equal")
-    ours, theirs = source.arrays[:, 1].tolist(), target.arrays[:, 1].tolist()
-    if ours != theirs:
-        raise ValueError(f"bytes of a token by array = {ours} here and {theirs} there must be equal")
-    if len(source.layers) != len(target.layers):
-        raise ValueError(f"layers = {len(source.layers)} here and {len(target.layers)} there must be equal")
+    ours, theirs = ((each.block_size, each.arrays[:, 1].tolist(), len(each.layers)) for each in (source, target))
+    for name, here, there in zip(("block_size", "bytes of a token by array", "layers"), ours, theirs, strict=True):
+        if here != there:
+            raise ValueError(f"{name} = {here} here and {there} there must be equal")
     heads = max(source.heads[0], target.heads[0]), min(source.heads[1], target.heads[1])
-    if heads[0] >= heads[1] or not len(blocks):
-        return np.empty((0, 3), np.int64)
-    size = source.block_size
+    size, token_bytes = source.block_size, source.arrays[:, 1]
     first = np.clip(tokens[0] - blocks * size, 0, size)
     last = np.clip(tokens[1] - blocks * size, 0, size)
-    whole = (first == 0) & (last == size)
-    parts = [_whole_blocks(source, target, heads, source_pages[whole], target_pages[whole])]
-    for index in np.flatnonzero(~whole & (last > first)).tolist():  # the first and the last block at most
-        pages = int(source_pages[index]), int(target_pages[index])
-        parts.append(_part_of_block(source, target, heads, pages, (int(first[index]), int(last[index]))))
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+    whole = last - first == size
+    parts = [np.empty((0, 3), np.int64)]
+    if whole.any() and heads[0] < heads[1]:
+        parts.append(_whole_blocks(source, target, heads, source_pages[whole], target_pages[whole]))
+    for at in np.flatnonzero(~whole & (last > first)).tolist():  # the first and the last block at most
+        pages = source_pages[at : at + 1], target_pages[at : at + 1]
+        cut_bytes = (last[at] - first[at]) * token_bytes  # of a head: they are not neighbours any more
+        parts += [_expand(source, target, head, pages, first[at], cut_bytes) for head in range(*heads)]
+    return parts[-1] if len(parts) == 2 else np.concatenate(parts)
 
 
 def _whole_blocks(
     source: CacheMap, target: CacheMap, heads: Range, source_pages: IntArray, target_pages: IntArray
 ) -> IntArray:
-    if not len(source_pages):
-        return np.empty((0, 3), np.int64)
-    if not source.heads == target.heads == heads:
-        size = (heads[1] - heads[0]) * source.block_size * source.arrays[:, 1]
-        return _expand(source, target, heads, (source_pages, target_pages), 0, size)
-    size = np.full(len(source_pages), source.held_bytes, np.int64)
+    head_bytes = (heads[1] - heads[0]) * source.block_size * source.arrays[:, 1]
+    if source.heads != target.heads:
+        return _expand(source, target, heads[0], (source_pages, target_pages), 0, head_bytes)
+    size = np.full(len(source_pages), source.arrays[-1, 0] + head_bytes[-1])  # without padding at a page's end
     if size[0] == source.page_bytes == target.page_bytes:
         starts = np.flatnonzero(np.r_[True, (np.diff(source_pages) != 1) | (np.diff(target_pages) != 1)])
         size = np.add.reduceat(size, starts)
         source_pages, target_pages = source_pages[starts], target_pages[starts]
-    return _expand(source, target, heads, (source_pages, target_pages), 0, size[:, None])
-
-
-def _part_of_block(source: CacheMap, target: CacheMap, heads: Range, pages: Range, tokens: Range) -> IntArray:
-    """One block that is cut: a region a head, since its heads are not neighbours any more."""
-    parts = [
-        _expand(
-            source,
-            target,
-            (head, head + 1),
-            (np.array([pages[0]], np.int64), np.array([pages[1]], np.int64)),
-            tokens[0],
-            (tokens[1] - tokens[0]) * source.arrays[:, 1],
-        )
-        for head in range(*heads)
-    ]
-    return np.concatenate(parts)
+    return _expand(source, target, heads[0], (source_pages, target_pages), 0, size[:, None])
 
 
 def _expand(
-    source: CacheMap,
-    target: CacheMap,
-    heads: Range,
-    pages: tuple[IntArray, IntArray],
-    first: int,
-    size: IntArray,
+    source: CacheMap, target: CacheMap, head: int, pages: tuple[IntArray, IntArray], first: int, size: IntArray
 ) -> IntArray:
-    """Return the regions of pages [n] of ``size`` [A] or [n, 1] bytes in every layer, from token ``first`` on.
+    """Return the regions of pages [n] of ``size`` [A] or [n, 1] bytes in every layer, from a head and a token on.
 
     There is one for each of the first arrays of a page that there are sizes for: [L n A, 3].
     """
     regions = np.empty((len(source.layers), len(pages[0]), size.shape[-1], 3), np.int64)
     for column, (side, page) in enumerate(zip((source, target), pages, strict=True)):
         offset, token_bytes = side.arrays[: size.shape[-1]].T
-        within = page[:, None] * side.page_bytes + offset
-        within += ((heads[0] - side.heads[0]) * side.block_size + first) * token_bytes
+        within = (
+            page[:, None] * side.page_bytes + offset + ((head - side.heads[0]) * side.block_size + first) * token_bytes
+        )
         np.add(side.layers[:, None, None], within, out=regions[..., column])
     regions[..., 2] = size
     return regions.reshape(-1, 3)

@@ -33,58 +33,43 @@ _log = logging.getLogger(__name__)
 class Write:
     """Bytes on their way to one receiver.
 
+    Args:
+        agent: NIXL's.
+        handle: its transfer, which is started.
+        peer: the receiver.
+
     Attributes:
         reason: what went wrong, if anything did.
     """
 
-    def __init__(self, agent: Any, peer: str) -> None:
-        self._agent, self._peer = agent, peer
-        self._handles: list[Any] = []
-        self._state = DONE
-        self.reason = ""
-
-    def start(self, handle: Any) -> None:
-        """Add a transfer of NIXL's and start it."""
-        self._handles.append(handle)
-        if self._state == DONE:
-            self._state = RUNNING
+    def __init__(self, agent: Any, handle: Any, peer: str) -> None:
+        self._agent, self._handle, self._peer, self.reason = agent, handle, peer, ""
         try:
-            self._agent.transfer(handle)
+            agent.transfer(handle)
         except Exception as error:  # nixl has an exception class of its own for each way to fail
-            self._break(f"a write to {self._peer} could not be started: {error}")
+            self._end(f"could not be started: {error}")
 
     def poll(self) -> str:
         """Return running, done, or unknown: something may still land."""
-        still: list[Any] = []
-        for handle in self._handles:
+        if self._handle is not None:
             try:
-                state = self._agent.check_xfer_state(handle)
+                state = self._agent.check_xfer_state(self._handle)
             except Exception as error:
-                state = "ERR"
-                self._break(f"a write to {self._peer} broke off: {error}")
+                state = str(error)
             if state == "PROC":
-                still.append(handle)
-                continue
-            if state != "DONE":
-                self._break(f"a write to {self._peer} broke off")
-            self._release(handle)
-        self._handles = still
-        if self._state == RUNNING and not still:
-            self._state = DONE
-        return self._state
+                return RUNNING
+            self._end("" if state == "DONE" else f"broke off: {state}")
+        return UNKNOWN if self.reason else DONE
 
     def abandon(self) -> None:
         """Give up what still runs."""
-        if self._handles:
-            self._break(f"a write to {self._peer} was given up")
-        for handle in self._handles:
-            self._release(handle)
-        self._handles = []
+        if self._handle is not None:
+            self._end("was given up")
 
-    def _break(self, reason: str) -> None:
-        self._state, self.reason = UNKNOWN, self.reason or reason
-
-    def _release(self, handle: Any) -> None:
+    def _end(self, problem: str) -> None:
+        """Note how it ended, and let NIXL forget it."""
+        self.reason = f"a write to {self._peer} {problem}" if problem else ""
+        handle, self._handle = self._handle, None
         try:
             handle.release()
         except Exception as error:
@@ -113,14 +98,13 @@ class Peer:
             source_pages, target_pages: [n] int64, their pages.
             tokens: the half-open range of positions to write; it may cut the first and the last block.
         """
-        write = Write(self._agent, f"decode rank {self.rank}")
         regions = build_regions(*self._maps, blocks, source_pages, target_pages, tokens)
         ours, theirs = (
             self._agent.get_xfer_descs(_descriptors(regions, column, pool.device), pool.memory)
             for column, pool in enumerate(self._pools)
         )
-        write.start(self._agent.initialize_xfer("WRITE", ours, theirs, self._name))
-        return write
+        handle = self._agent.initialize_xfer("WRITE", ours, theirs, self._name)
+        return Write(self._agent, handle, f"decode rank {self.rank}")
 
     def close(self) -> None:
         """Forget the receiver."""
@@ -206,6 +190,4 @@ class Transport:
 
 def _descriptors(regions: IntArray, column: int, device: int) -> IntArray:
     """Return one side of regions as [n, 3]: address, bytes, device."""
-    made = np.empty((len(regions), 3), np.int64)
-    made[:, 0], made[:, 1], made[:, 2] = regions[:, column], regions[:, 2], device
-    return made
+    return np.stack((regions[:, column], regions[:, 2], np.full(len(regions), device)), 1)

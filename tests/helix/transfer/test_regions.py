@@ -18,6 +18,11 @@ LAYERS = 2
 GUARD = 5  # bytes between pages that no region may touch
 
 
+def keys_and_values(layers, page_bytes: int, token_bytes: int, block_size: int, heads: tuple[int, int]) -> CacheMap:
+    kv_bytes = (heads[1] - heads[0]) * block_size * token_bytes
+    return CacheMap(layers, page_bytes, block_size, heads, np.array([[0, token_bytes], [kv_bytes, token_bytes]]))
+
+
 class Group:
     """All ranks of one end, from address ``at`` on of one simulated memory."""
 
@@ -31,7 +36,7 @@ class Group:
             page_bytes = 2 * (heads[1] - heads[0]) * side.placement.block_size * TOKEN_BYTES + (0 if packed else GUARD)
             layers = at + np.arange(LAYERS, dtype=np.int64) * page_bytes * num_blocks
             at = int(layers[-1]) + page_bytes * num_blocks
-            self.maps.append(CacheMap(layers, page_bytes, TOKEN_BYTES, side.placement.block_size, heads))
+            self.maps.append(keys_and_values(layers, page_bytes, TOKEN_BYTES, side.placement.block_size, heads))
         self.end = at
 
     def address(self, rank: int, position: int, layer: int, kv: int, head: int) -> int:
@@ -127,7 +132,7 @@ def cache_map(num_layers: int, num_pages: int, heads: tuple[int, int], block_siz
     token_bytes = 256
     page_bytes = 2 * (heads[1] - heads[0]) * block_size * token_bytes
     layers = np.arange(num_layers, dtype=np.int64) * num_pages * page_bytes
-    return CacheMap(layers, page_bytes, token_bytes, block_size, heads)
+    return keys_and_values(layers, page_bytes, token_bytes, block_size, heads)
 
 
 def test_contiguous_pages_are_one_region_a_layer():
@@ -171,9 +176,9 @@ def test_cost_grows_with_regions_and_stays_far_below_a_python_loop():
         for layer in range(94):
             for source_page, target_page in zip(pages[0].tolist(), pages[1].tolist(), strict=True):
                 for kv in range(2):
-                    src = int(where.layers[layer]) + source_page * where.page_bytes + kv * where.kv_bytes
-                    dst = int(half.layers[layer]) + target_page * half.page_bytes + kv * half.kv_bytes
-                    regions.append((src, dst, half.kv_bytes))
+                    src = int(where.layers[layer]) + source_page * where.page_bytes + int(where.arrays[kv, 0])
+                    dst = int(half.layers[layer]) + target_page * half.page_bytes + int(half.arrays[kv, 0])
+                    regions.append((src, dst, int(half.arrays[1, 0])))
         return regions
 
     def best(work) -> float:

@@ -33,7 +33,7 @@ def make_cache(device, heads, seed):
 
 
 def map_of(pool, heads):
-    return CacheMap(pool.layers, pool.page_bytes, DIM * 4, BLOCK, heads)
+    return CacheMap.of(PageLayout(heads[1] - heads[0], BLOCK, DIM, torch.float32), pool.layers, heads)
 
 
 def share(mine):
