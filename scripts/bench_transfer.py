@@ -43,7 +43,6 @@ from helix.transfer.sender import Sender, Sending
 from helix.transfer.transport import Transport
 from parallel.launch import start, stop
 from parallel.layout import Layout
-from parallel.placement import BlockCyclic
 from scripts import cli
 from scripts.timing import report, show
 
@@ -109,8 +108,7 @@ def bench_prepare(config: BenchTransferConfig) -> list[list[Any]]:
         return CacheMap.of(pages, layers, (0, heads))
 
     maps = cache_map(4), cache_map(2)
-    one = BlockCyclic(config.block, 1)
-    sides = Side(Layout(), one, 0, 4), Side(Layout(kvp=1, tpa=2), one, 0, 4)
+    sides = Side(Layout(), config.block), Side(Layout(kvp=1, tpa=2), config.block)
     random = np.random.default_rng(0)
     for length in config.lengths:
         tables = [random.permutation(num_pages)[: length // config.block].tolist() for _ in range(2)]

@@ -15,8 +15,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -24,30 +23,26 @@ from typing import Any
 
 import torch.distributed as dist
 
-from attention.pages import PageLayout
 from parallel.launch import Launch, agree, from_rank0, host_group
 from parallel.layout import Layout
-from parallel.placement import BlockCyclic
 
 from ..config import HelixConfig
 from ..engine import Engine
 from ..models.spec import ModelSpec
-from .bounded import Bounded, bounded_memory
 from .channel import Channel, ChannelLost, Listener, connect, wait_for
 from .facts import Process, make_facts
 from .hearing import Hearing
 from .lobby import Lobby, Writer
 from .protocol import Hello, Pool, Ready, Refuse, Welcome
 from .receiver import Receiver
-from .regions import CacheMap, Side
+from .regions import Side
 from .requirements import naming_the_setting, place_to_listen, shared_secret
-from .sender import Prepare, Sender, Target
+from .sender import Prepare, Sender
+from .stores import Bounded, Pages, Store, bounded_memory
 from .transport import AnyPeer, Transport
 
 STORE_KEY = "helix/transfer"
 TURN_S = 0.05
-MapOf = Callable[[Pool, Layout, int], CacheMap]
-"""Where the pool of a rank of a group of some layout has which heads."""
 _log = logging.getLogger(__name__)
 
 
@@ -61,46 +56,35 @@ class Group:
     spec: ModelSpec
     engine: Engine
 
-    @property
-    def page_layout(self) -> PageLayout:
-        """What the pages of this rank are made of."""
-        return self.engine.runner.cache.layout
-
     def facts(self) -> dict[str, Any]:
         """Return what both groups must agree on; reads the weight files."""
-        model = self.config.model
+        model, pages = self.config.model, self.engine.runner.cache.layout
         return make_facts(
             self.spec,
             block_size=self.config.cache.block_size,
-            dtypes=(self.page_layout.dtype, self.page_layout.cache_dtype),
+            dtypes=(pages.dtype, pages.cache_dtype),
             weights=Path(model.path) if model.load == "checkpoint" else None,
         )
 
     def side(self, layout: Layout) -> Side:
         """Return a group of some layout as one end of a transfer."""
-        return Side(layout, BlockCyclic(self.config.cache.block_size, layout.kvp), 0, self.spec.num_kv_heads)
-
-    def cache_map(self, pool: Pool, layout: Layout, rank: int) -> CacheMap:
-        """Return where a rank's pages lie; ValueError when the pool is not one of this model."""
-        heads = self.side(layout).heads(rank)
-        pages = replace(self.page_layout, num_kv_heads=heads[1] - heads[0])
-        if pool.page_bytes != pages.page_bytes or len(pool.layers) != self.spec.num_cached_layers:
-            raise ValueError(f"the pool of decode rank {rank} has {len(pool.layers)} layers of {pool.page_bytes} bytes")
-        return CacheMap.of(pages, pool.layers, heads)
+        return Side(layout, self.config.cache.block_size)
 
     @cached_property
     def bounded(self) -> Bounded | None:
         """What the rank has of layers of bounded memory; None where the model has none."""
         return bounded_memory(self.spec, self.engine)
 
+    @cached_property
+    def stores(self) -> list[Store]:
+        """What is transferred, alike on all ranks of both groups."""
+        pages: Store = Pages(self.spec, self.engine.runner.cache)
+        return [pages] if self.bounded is None else [pages, self.bounded]
 
-def _make_transports(group: Group, role: str) -> list[Transport]:
-    """Return the transport of this rank's pages, and that of its states or windows, if it has any."""
-    name = f"{role}-{group.launch.rank}-{secrets.token_hex(4)}"
-    memories = [group.engine.runner.cache.pages]
-    if group.bounded is not None:
-        memories.append(group.bounded.memory)
-    return agree(lambda: [Transport(f"{name}-{number}", memory) for number, memory in enumerate(memories)])
+    def transports(self, role: str) -> list[Transport]:
+        """Return the transport of each store. Collective."""
+        name = f"{role}-{self.launch.rank}-{secrets.token_hex(4)}"
+        return agree(lambda: [Transport(f"{name}-{number}", each.memory) for number, each in enumerate(self.stores)])
 
 
 # --- the decode group -------------------------------------------------------------------------------------------------
@@ -113,9 +97,8 @@ def meet_prefill_group(group: Group) -> Receiver:
         ValueError: on all ranks, when NIXL, the address or the secret cannot be used, nobody comes, or the groups do
             not agree.
     """
-    transports = _make_transports(group, "decode")
-    pools = _gather(transports[0].pool)
-    bounded = [pool for transport in transports[1:] for pool in _gather(transport.pool)]
+    transports = group.transports("decode")
+    pools = [_gather(transport.pool) for transport in transports]
     config = group.config.transfer
     deadline = time.monotonic() + config.connect_timeout_s
     lobbies: list[Lobby] = []  # rank 0's
@@ -127,7 +110,7 @@ def meet_prefill_group(group: Group) -> Receiver:
         with naming_the_setting(config):
             listener = Listener(*place_to_listen(config), secret, config.timeout_s)
         _announce(group, listener, secret)
-        lobbies.append(Lobby(listener, facts, Welcome(group.layout.kvp, group.layout.tpa, pools, bounded)))
+        lobbies.append(Lobby(listener, facts, Welcome(group.layout.kvp, group.layout.tpa, pools)))
 
     def let_in() -> int:
         try:
@@ -191,7 +174,7 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     Raises:
         ValueError: on all ranks, when NIXL or the secret cannot be used, nobody listens, or the groups do not agree.
     """
-    transports = _make_transports(group, "prefill")
+    transports = group.transports("prefill")
     facts, timeout_s = from_rank0(group.facts), group.config.transfer.connect_timeout_s
 
     def join() -> Welcome:
@@ -202,23 +185,20 @@ def meet_decode_group(group: Group, prepare: Prepare) -> Sender:
     channel = agree(lambda: connect(*_where_to_go(group), timeout_s, group.config.transfer.timeout_s))
     welcome = agree(join)
     layout = Layout(kvp=welcome.kvp, tpa=welcome.tpa)
-    peers = agree(lambda: _connect_pools(group, transports[0], layout, welcome.pools))
-    bounded_peers = agree(lambda: _connect_bounded(group, transports[1:], layout, welcome.bounded))
+    found = agree(
+        lambda: [_connect(group, layout, *each) for each in zip(group.stores, transports, welcome.pools, strict=True)]
+    )
     channel.send(Ready([process for process in welcome.lost if process.has_ended()]))
-    _log.info("transfer: connected to %d decode ranks", len(welcome.pools))
+    _log.info("transfer: connected to %d decode ranks", layout.world_size)
     return Sender(
         group.engine,
-        source=group.side(group.layout),
-        target=Target(
-            layout,
-            min(pool.num_pages for pool in welcome.pools),
-            min((pool.num_pages for pool in welcome.bounded), default=0),
-        ),
         rank=group.launch.rank,
         channel=channel,
-        peers=peers,
-        bounded_peers=bounded_peers,
+        source=group.side(group.layout),
+        target=group.side(layout),
         bounded=group.bounded,
+        peers=found,
+        num_pages=[min(pool.num_pages for pool in pools) for pools in welcome.pools],
         transports=transports,
         prepare=prepare,
     )
@@ -255,32 +235,14 @@ def _await_welcome(channel: Channel, timeout_s: float) -> Welcome:
     raise ChannelLost(f"the decode group at {channel.name} did not answer within {timeout_s:g} s")
 
 
-def _connect_pools(group: Group, transport: Transport, layout: Layout, pools: list[Pool]) -> list[AnyPeer]:
-    """Return the pools that this rank writes: those with heads of its own, unless another rank sends them."""
-    sends = group.side(group.layout).sends(group.launch.rank)
-    return _connect(group, transport, layout, pools, group.cache_map) if sends else []
-
-
-def _connect_bounded(group: Group, transports: list[Transport], layout: Layout, pools: list[Pool]) -> list[AnyPeer]:
-    """Return the same of states or windows.
-
-    Raises:
-        ValueError: when one group has some and the other has none.
-    """
-    bounded = group.bounded
-    if len(transports) != bool(pools):
-        raise ValueError(f"the decode group has {len(pools)} pools of states or windows, this rank {len(transports)}")
-    if bounded is None or not bounded.sends(group.layout, group.launch.rank):
+def _connect(group: Group, layout: Layout, store: Store, transport: Transport, pools: list[Pool]) -> list[AnyPeer]:
+    """Return the pools of a group of some layout that this rank writes: those with heads that it sends."""
+    mine = group.layout, group.launch.rank
+    if not store.sends(*mine):
         return []
-    return _connect(group, transports[0], layout, pools, bounded.map)
-
-
-def _connect(group: Group, transport: Transport, layout: Layout, pools: list[Pool], map_of: MapOf) -> list[AnyPeer]:
-    """Return the pools of a group of some layout that have heads of this rank's."""
-    source = map_of(transport.pool, group.layout, group.launch.rank)
-    peers: list[AnyPeer] = []
+    source, peers = store.map(transport.pool, *mine), list[AnyPeer]()
     for number, pool in enumerate(pools):
-        target = map_of(pool, layout, number)
+        target = store.map(pool, layout, number)
         if max(source.heads[0], target.heads[0]) < min(source.heads[1], target.heads[1]):
             peers.append(transport.connect(pool, source, target, rank=number))
     return peers

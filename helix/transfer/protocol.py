@@ -28,7 +28,7 @@ from msgspec import Meta, Struct
 from ..request import Sequence
 from .facts import Process
 
-VERSION = 4
+VERSION = 5
 MAX_MESSAGE_BYTES = 256 << 20
 """The longest message that is read: token ids and pages of 16 million tokens."""
 
@@ -116,20 +116,18 @@ class Welcome(_Message, frozen=True):
     """The decode group's layout and the pools of all its ranks, in rank order.
 
     Attributes:
-        bounded: records of states, or pages of windows; empty where the model has neither.
+        pools: of pages, and of records of states or pages of windows where the model has either.
         lost: ranks of an earlier prefill group whose end is not known here.
     """
 
     kvp: Positive
     tpa: Positive
-    pools: list[Pool]
-    bounded: list[Pool] = []
+    pools: Annotated[list[list[Pool]], Meta(min_length=1)]
     lost: list[Process] = []
 
     def __post_init__(self) -> None:
-        num_ranks = self.kvp * self.tpa
-        for pools, least in ((self.pools, num_ranks), (self.bounded, 0)):
-            require(len(pools) in (least, num_ranks), f"{len(pools)} pools for {self.kvp} x {self.tpa} ranks")
+        for pools in self.pools:
+            require(len(pools) == self.kvp * self.tpa, f"{len(pools)} pools for {self.kvp} x {self.tpa} ranks")
 
 
 class Refuse(_Message, frozen=True):

@@ -18,7 +18,7 @@ import numpy as np
 
 from attention.pages import PageLayout
 from parallel.layout import Layout, Range
-from parallel.placement import BlockCyclic, IntArray
+from parallel.placement import IntArray
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,13 @@ class Side:
 
     Attributes:
         layout: kvp and tpa of the group.
-        placement: the rule of ownership; both ends have one block size.
+        block_size: of both ends.
         first_owner: the KVP rank that holds the sequence's block 0.
-        num_kv_heads: of the model, alike on both ends.
     """
 
     layout: Layout
-    placement: BlockCyclic
-    first_owner: int
-    num_kv_heads: int
-
-    def heads(self, rank: int) -> Range:
-        """Return the KV heads that a rank of the group holds."""
-        return self.layout.kv_heads(self.num_kv_heads, rank // self.layout.kvp)
-
-    def sends(self, rank: int) -> bool:
-        """Return whether a rank sends its heads: of ranks that hold duplicates, the first does."""
-        copies = max(1, self.layout.tpa // self.num_kv_heads)
-        return rank // self.layout.kvp % copies == 0
+    block_size: int
+    first_owner: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +72,13 @@ def shared_blocks(source: Side, source_rank: int, target: Side, target_rank: int
         tokens: the half-open range of positions to transfer; what the receiver has cached already is left out of it.
 
     Raises:
-        ValueError: when the two ends have different block sizes or heads.
+        ValueError: when the two ends have different block sizes.
     """
-    sizes = source.placement.block_size, target.placement.block_size
-    if sizes[0] != sizes[1] or source.num_kv_heads != target.num_kv_heads:
-        raise ValueError(
-            f"block sizes {sizes[0]} and {sizes[1]}, KV heads {source.num_kv_heads} and {target.num_kv_heads}: "
-            "both ends of a transfer must agree"
-        )
+    size, other = source.block_size, target.block_size
+    if size != other:
+        raise ValueError(f"block sizes {size} and {other}: both ends of a transfer must agree")
     start, stop = tokens
-    block = np.arange(start // sizes[0], -(-stop // sizes[0]) if stop > start else start // sizes[0], dtype=np.int64)
+    block = np.arange(start // size, -(-stop // size) if stop > start else start // size, dtype=np.int64)
     at_source = (block + source.first_owner) % source.layout.kvp == source_rank % source.layout.kvp
     at_target = (block + target.first_owner) % target.layout.kvp == target_rank % target.layout.kvp
     return block[at_source & at_target]

@@ -19,23 +19,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import numpy as np
 
 from parallel.launch import minimums
-from parallel.layout import Layout
-from parallel.placement import BlockCyclic, IntArray
 
 from ..cache.retention import Retention
 from ..commands import Add
 from ..engine import Engine
 from ..request import Request, Sequence, StreamEvent
 from ..sampling import SamplingParams
-from .bounded import Bounded
 from .channel import Channel, ChannelLost, wait_for
 from .mapped_peer import Copies
 from .protocol import DONE, FAILED, RUNNING, UNKNOWN, Ask, Bye, Cancel, End, First, Message, Progress, State
 from .regions import Side, shared_blocks
+from .stores import Bounded
 from .transport import AnyPeer, Transport, Write
 
 LOST = -1
@@ -47,22 +46,12 @@ Prepare = Callable[[int, Request, SamplingParams], Add]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Target:
-    """The decode group as every prefill rank sees it: its layout, and a rank's pages, and records or window pages."""
-
-    layout: Layout
-    num_pages: int
-    num_bounded: int
-
-
 @dataclass(eq=False)
 class Sending:
     """One prompt on its way.
 
     Attributes:
         seq: its sequence here; None where it cannot run.
-        pages: the page of each block here, known once it is admitted.
         posted: tokens below it are written, or on their way, or cached at the receiver.
         writes: those on their way.
         stopping: why this rank writes no more of it; empty while it does.
@@ -71,9 +60,7 @@ class Sending:
     """
 
     ask: Ask
-    seq: Sequence | None
-    target: Side
-    pages: IntArray | None = None
+    seq: Sequence | None = None
     posted: int = 0
     writes: list[Write | Copies] = field(default_factory=list)
     stopping: str = ""
@@ -86,13 +73,12 @@ class Sender:
 
     Args:
         engine: computes the prompts.
-        source: the group's own layout and rule of ownership; ``first_owner`` is each prompt's own.
-        target: the decode group.
         rank: this process's, in the prefill group.
         channel: to the decode group's rank 0.
-        peers: the decode ranks whose pages this rank writes to.
-        bounded_peers: those whose states or windows it writes to.
-        bounded: this rank's; None where the model has neither.
+        source, target: both groups; each prompt has a ``first_owner`` of its own.
+        bounded: this rank's layers of bounded memory; None where the model has none.
+        peers: of pages, and of these where there are any, the decode ranks that this rank writes to.
+        num_pages: the least of a decode rank's pages of either.
         transports: this rank's pools.
         prepare: settles a request.
     """
@@ -101,21 +87,22 @@ class Sender:
         self,
         engine: Engine,
         *,
-        source: Side,
-        target: Target,
         rank: int,
         channel: Channel,
-        peers: list[AnyPeer],
-        bounded_peers: list[AnyPeer],
+        source: Side,
+        target: Side,
         bounded: Bounded | None,
+        peers: list[list[AnyPeer]],
+        num_pages: list[int],
         transports: list[Transport],
         prepare: Prepare,
     ) -> None:
-        self._engine, self._source, self._target = engine, source, target
-        self._rank, self._channel, self._peers, self._prepare = rank, channel, peers, prepare
-        self._bounded_peers, self._bounded, self._transports = bounded_peers, bounded, transports
+        self._engine, self._rank, self._channel, self._prepare = engine, rank, channel, prepare
+        self._source, self._target, self._bounded, self._num_pages = source, target, bounded, num_pages
+        self._peers, self._bounded_peers = peers[0], [each for others in peers[1:] for each in others]
+        self._transports = transports
         self._inbox: deque[Message] = deque()
-        self._num_heard = self._num_done = 0
+        self._num_done = 0
         self._sendings: deque[Sending] = deque()  # in the order of their requests, from the first that holds pages
         self._num_released = 0
         self._last_id = -1
@@ -151,12 +138,11 @@ class Sender:
     # --- what is heard ------------------------------------------------------------------------------------------------
 
     def _hear(self) -> None:
-        new = self._channel.receive()
-        self._inbox += new
-        self._num_heard += len(new)
-        lost = self._channel.lost and self._num_done == self._num_heard and not self._closing
+        self._inbox += self._channel.receive()
+        lost = self._channel.lost and not self._inbox and not self._closing
+        num_heard = LOST if lost else self._num_done + len(self._inbox)
         now_us = int(time.monotonic() * 1e6)  # the least of the ranks' clocks is one clock for all
-        heard, ended, now_us = minimums([LOST if lost else self._num_heard, self._num_ended(), now_us])
+        heard, ended, now_us = minimums([num_heard, self._num_ended(), now_us])
         self._engine.advance(now_us / 1e6)
         self._release(ended)
         if heard == LOST:
@@ -183,20 +169,12 @@ class Sender:
             _log.warning("dropped a duplicate of request %d", ask.id)
             return
         self._last_id = ask.id
-        sending = Sending(ask, None, Side(self._target.layout, self._source.placement, 0, self._source.num_kv_heads))
+        sending = Sending(ask)
         self._sendings.append(sending)
         try:
-            placement = self._source.placement
-            target = self._target
-            ask.check_places(placement.block_size, target.layout.kvp, target.num_pages)
+            ask.check_places(self._source.block_size, self._target.layout.kvp, self._num_pages[0])
             if self._bounded is not None:
-                self._bounded.check(ask, target.num_bounded)
-            sending.target = Side(
-                self._target.layout,
-                BlockCyclic(placement.block_size, self._target.layout.kvp),
-                ask.first_owner,
-                self._source.num_kv_heads,
-            )
+                self._bounded.check(ask, self._num_pages[1])
             sending.seq = self._prepare(ask.id, *_request_of(ask)).sequence()
         except (ValueError, TypeError) as problem:  # TypeError: settings of another name or type
             level = logging.WARNING if self._rank == 0 else logging.DEBUG  # every rank finds it alike
@@ -253,20 +231,19 @@ class Sender:
         seq = sending.seq
         if seq is None or sending.stopping or sending.broken or not seq.blocks.pages:
             return 0
-        size = self._source.placement.block_size
+        size = self._source.block_size
         return seq.num_computed if seq.num_computed == seq.prompt_len else seq.num_computed // size * size
 
     def _post(self, sending: Sending, stop: int) -> None:
         ask, seq = sending.ask, sending.seq
         assert seq is not None
-        if sending.pages is None:
-            sending.pages = np.array(seq.blocks.pages, np.int64)
-        tokens = sending.posted, stop
-        source = Side(self._source.layout, self._source.placement, seq.blocks.first_owner, self._source.num_kv_heads)
+        tokens, pages = (sending.posted, stop), np.array(seq.blocks.pages, np.int64)
+        source = replace(self._source, first_owner=seq.blocks.first_owner)
+        target = replace(self._target, first_owner=ask.first_owner)
         for peer in self._peers:
-            blocks = shared_blocks(source, self._rank, sending.target, peer.rank, tokens)
+            blocks = shared_blocks(source, self._rank, target, peer.rank, tokens)
             if len(blocks):
-                sending.writes.append(peer.write(blocks, sending.pages[blocks], ask.pages[blocks], tokens))
+                sending.writes.append(peer.write(blocks, pages[blocks], ask.pages[blocks], tokens))
         if self._bounded is not None and stop == seq.prompt_len:
             post = self._bounded.post(seq, ask)
             for peer in self._bounded_peers:
@@ -278,12 +255,13 @@ class Sender:
         if self._give_up_at is not None and time.monotonic() > self._give_up_at:
             for write in sending.writes:
                 write.abandon()
-        states = [write.poll() for write in sending.writes]
-        for write, state in zip(sending.writes, states, strict=True):
-            if state == UNKNOWN and not sending.broken:
+        polled, sending.writes = [(write, write.poll()) for write in sending.writes], []
+        for write, state in polled:
+            if state == RUNNING:
+                sending.writes.append(write)
+            elif state == UNKNOWN and not sending.broken:
                 sending.broken, sending.stopping = True, sending.stopping or write.reason
                 _log.warning("request %d: %s", sending.ask.id, write.reason)
-        sending.writes = [w for w, state in zip(sending.writes, states, strict=True) if state == RUNNING]
         all_posted = sending.posted == len(sending.ask.token_ids)
         if sending.writes or not (all_posted or sending.stopping):
             return
@@ -294,12 +272,7 @@ class Sender:
 
     def _num_ended(self) -> int:
         """Return how many transfers have ended on this rank, counted in order."""
-        count = self._num_released
-        for sending in self._sendings:
-            if sending.state is None:
-                break
-            count += 1
-        return count
+        return self._num_released + sum(1 for _ in takewhile(lambda each: each.state is not None, self._sendings))
 
     def _release(self, ended: int) -> None:
         """Release the pages of the transfers that have ended on every rank."""

@@ -21,7 +21,7 @@ PROCESS = Process.current()
 
 @pytest.fixture
 def lobby():
-    made = Lobby(Listener("127.0.0.1", 0, SECRET), FACTS, Welcome(1, 1, [POOL]))
+    made = Lobby(Listener("127.0.0.1", 0, SECRET), FACTS, Welcome(1, 1, [[POOL]]))
     made.came = []
     yield made
     for channel in made.came:

@@ -38,7 +38,7 @@ ASK = Ask(7, ints(5, 6, 7, dtype=np.int32), 1, 0, ints(2, 0), {"temperature": 0.
 FIRST = First(7, 3, 9, 1, -0.5, ints(3, 1), np.array([-0.5, -1.5]))
 MESSAGES = [
     Hello(1, 2, 1, {"cache.block_size": 16, "model.dtype": "float32"}, Process("host", 12, 34)),
-    Welcome(2, 1, [POOL, POOL]),
+    Welcome(2, 1, [[POOL, POOL]]),
     Refuse("block size"),
     Ready(),
     ASK,
@@ -101,14 +101,19 @@ def changed(message, **changes):
         (MESSAGES[0], {"kvp": 0}, "`int` >= 1 - at `$.kvp`"),
         (MESSAGES[0], {"process": {"machine": "host", "pid": 12}}, "missing required field `started`"),
         (MESSAGES[-1], {"state": "fine"}, "Invalid enum value 'fine' - at `$.state`"),
-        (MESSAGES[1], {"pools": []}, "0 pools for 2 x 1 ranks"),
+        (MESSAGES[1], {"pools": [[]]}, "0 pools for 2 x 1 ranks"),
+        (MESSAGES[1], {"pools": []}, "length >= 1 - at `$.pools`"),
         *(
-            (MESSAGES[1], {"pools": [msgspec.msgpack.decode(encode(MESSAGES[1]))["pools"][0] | change] * 2}, complaint)
+            (
+                MESSAGES[1],
+                {"pools": [[msgspec.msgpack.decode(encode(MESSAGES[1]))["pools"][0][0] | change] * 2]},
+                complaint,
+            )
             for change, complaint in [
                 ({"layers": b"<i8"}, "layers must be addresses"),
                 ({"layers": b"<i8" + b"\xff" * 8}, "layers must be addresses"),
-                ({"num_pages": 0}, "`int` >= 1 - at `$.pools[0].num_pages`"),
-                ({"page_bytes": -1}, "`int` >= 1 - at `$.pools[0].page_bytes`"),
+                ({"num_pages": 0}, "`int` >= 1 - at `$.pools[0][0].num_pages`"),
+                ({"page_bytes": -1}, "`int` >= 1 - at `$.pools[0][0].page_bytes`"),
             ]
         ),
     ],

@@ -1,6 +1,7 @@
 """Every (token, layer, K or V, head) is written once, from its owner to its slot, and nothing else is touched."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 
 from attention.pages import PageLayout
 from helix.transfer.regions import CacheMap, Side, build_regions, shared_blocks
+from helix.transfer.stores import Pages
 from parallel.layout import Layout
 from parallel.placement import BlockCyclic
 
+STORE = Pages(SimpleNamespace(num_kv_heads=4), SimpleNamespace(layout=None, pages=None))
 TOKEN_BYTES = 3
 LAYERS = 2
 GUARD = 5  # bytes between pages that no region may touch
@@ -32,22 +35,22 @@ class Group:
         self.pages = [int(page) for page in random.permutation(num_blocks)]  # of each block, on whichever rank owns it
         self.maps = []
         for rank in range(side.layout.world_size):
-            heads = side.heads(rank)
-            page_bytes = 2 * (heads[1] - heads[0]) * side.placement.block_size * TOKEN_BYTES + (0 if packed else GUARD)
+            heads = STORE.heads(side.layout, rank)
+            page_bytes = 2 * (heads[1] - heads[0]) * side.block_size * TOKEN_BYTES + (0 if packed else GUARD)
             layers = at + np.arange(LAYERS, dtype=np.int64) * page_bytes * num_blocks
             at = int(layers[-1]) + page_bytes * num_blocks
-            self.maps.append(keys_and_values(layers, page_bytes, TOKEN_BYTES, side.placement.block_size, heads))
+            self.maps.append(keys_and_values(layers, page_bytes, TOKEN_BYTES, side.block_size, heads))
         self.end = at
 
     def address(self, rank: int, position: int, layer: int, kv: int, head: int) -> int:
         """Where a token of a head lies, from the definition of a page."""
-        size, where = self.side.placement.block_size, self.maps[rank]
+        size, where = self.side.block_size, self.maps[rank]
         block, offset = divmod(position, size)
         inside = ((kv * (where.heads[1] - where.heads[0]) + head - where.heads[0]) * size + offset) * TOKEN_BYTES
         return int(where.layers[layer]) + self.pages[block] * where.page_bytes + inside
 
     def owners(self, position: int, head: int) -> list[int]:
-        kvp_rank = self.side.placement.owner(position, self.side.first_owner)
+        kvp_rank = BlockCyclic(self.side.block_size, self.side.layout.kvp).owner(position, self.side.first_owner)
         ranks = range(self.side.layout.world_size)
         return [
             rank
@@ -71,14 +74,14 @@ def test_every_token_and_head_is_written_once_and_nothing_else(ours, theirs, blo
     groups, at = [], 0
     for kvp, tpa in (ours, theirs):
         layout = Layout(kvp=kvp, tpa=tpa)
-        side = Side(layout, BlockCyclic(block_size, kvp), int(random.integers(kvp)), num_kv_heads=4)
+        side = Side(layout, block_size, int(random.integers(kvp)))
         groups.append(Group(side, num_blocks, at, int(random.integers(2**31)), packed))
         at = groups[-1].end
     source, target = groups
     memory = random.integers(0, 250, at).astype(np.uint8)
     before, writes = memory.copy(), np.zeros(at, np.int64)
     for sender in range(source.side.layout.world_size):
-        if not source.side.sends(sender):
+        if not STORE.sends(source.side.layout, sender):
             continue
         for receiver in range(target.side.layout.world_size):
             blocks = shared_blocks(source.side, sender, target.side, receiver, tokens)
@@ -160,7 +163,7 @@ def test_ends_and_arrays_that_do_not_fit_are_refused():
         build_regions(one, cache_map(2, 100, (0, 2)), pages, pages, pages, (0, 128))
     with pytest.raises(ValueError, match="block_size = 32 here and 16 there must be equal"):
         build_regions(one, cache_map(3, 100, (0, 2), 16), pages, pages, pages, (0, 128))
-    side = [Side(Layout(), BlockCyclic(size, 1), 0, num_kv_heads=4) for size in (16, 32)]
+    side = [Side(Layout(), size) for size in (16, 32)]
     with pytest.raises(ValueError, match="block sizes 16 and 32"):
         shared_blocks(side[0], 0, side[1], 0, (0, 64))
 

@@ -1,7 +1,7 @@
-"""What a transfer brings of layers of bounded memory, beside the pages of full layers: records of states, or windows.
+"""What a transfer brings, store by store: pages of full layers, and records of states, or pages of windows.
 
-Both are cut by heads over all ranks of a group and come once, behind a prompt's end, whatever the decode group has
-cached of it: of a sequence that goes on at G its window is the tokens of [G - W, G), its state one record.
+The latter two are cut by heads over all ranks of a group and come once, behind a prompt's end, whatever the decode
+group has cached of it: of a sequence that goes on at G its window is the tokens of [G - W, G), its state one record.
 """
 
 from __future__ import annotations
@@ -29,18 +29,8 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 
-@dataclass(frozen=True)
-class Post:
-    """What to write: blocks, their pages here and there, and the tokens that they are cut to."""
-
-    blocks: IntArray
-    ours: IntArray
-    theirs: IntArray
-    tokens: Range
-
-
-class Bounded(Protocol):
-    """This rank's memory of such layers.
+class Store(Protocol):
+    """This rank's memory of some layers.
 
     Attributes:
         memory: [L, P, bytes], where peers write and read.
@@ -53,6 +43,20 @@ class Bounded(Protocol):
 
     def sends(self, layout: Layout, rank: int) -> bool:
         """Return whether a rank sends its heads: of ranks that hold the same ones, the first does."""
+
+
+@dataclass(frozen=True)
+class Post:
+    """What to write: blocks, their pages here and there, and the tokens that they are cut to."""
+
+    blocks: IntArray
+    ours: IntArray
+    theirs: IntArray
+    tokens: Range
+
+
+class Bounded(Store, Protocol):
+    """The same of layers of bounded memory."""
 
     def check(self, ask: Ask, num_there: int) -> None:
         """Raise MessageError unless what is asked for fits the receiver's ``num_there`` records or pages."""
@@ -73,14 +77,14 @@ class Records:
         self.memory = records.memory
 
     def map(self, pool: Pool, layout: Layout, rank: int) -> CacheMap:
-        """See ``Bounded``: a record is a page of one token."""
+        """See ``Store``: a record is a page of one token."""
         heads, head_bytes = part_of(self._spec, layout, rank).value_heads, self._records.head_bytes
         if pool.page_bytes != (heads[1] - heads[0]) * head_bytes or len(pool.layers) != 1:
             raise ValueError(f"the records of rank {rank} have {pool.page_bytes} bytes")
         return CacheMap(pool.layers, pool.page_bytes, 1, heads, np.array([[0, head_bytes]]))
 
     def sends(self, layout: Layout, rank: int) -> bool:
-        """See ``Bounded``: no two ranks hold the same value heads."""
+        """See ``Store``: no two ranks hold the same value heads."""
         return True
 
     def check(self, ask: Ask, num_there: int) -> None:
@@ -94,7 +98,32 @@ class Records:
         return Post(np.array([0]), np.array([seq.batch_slot]), np.array([ask.record]), (0, 1))
 
 
-class Windows:
+class Pages:
+    """Pages of full layers, of which each rank has some KV heads; ``cache`` is this rank's."""
+
+    def __init__(self, spec: ModelSpec, cache: PagedCache) -> None:
+        self._spec, self._layout = spec, cache.layout
+        self.memory = cache.pages
+
+    def heads(self, layout: Layout, rank: int) -> Range:
+        """Return the KV heads that a rank has in a group of some layout."""
+        return layout.kv_heads(self._spec.num_kv_heads, rank // layout.kvp)
+
+    def map(self, pool: Pool, layout: Layout, rank: int) -> CacheMap:
+        """See ``Store``."""
+        heads = self.heads(layout, rank)
+        pages = replace(self._layout, num_kv_heads=heads[1] - heads[0])
+        if pool.page_bytes != pages.page_bytes or len(pool.layers) != len(self.memory):
+            raise ValueError(f"a pool of rank {rank} has {len(pool.layers)} layers of {pool.page_bytes} bytes")
+        return CacheMap.of(pages, pool.layers, heads)
+
+    def sends(self, layout: Layout, rank: int) -> bool:
+        """See ``Store``."""
+        copies = max(1, layout.tpa // self._spec.num_kv_heads)
+        return rank // layout.kvp % copies == 0
+
+
+class Windows(Pages):
     """Pages of layers with a window.
 
     Args:
@@ -104,21 +133,16 @@ class Windows:
     """
 
     def __init__(self, spec: ModelSpec, cache: PagedCache, control: WindowPages, block_size: int) -> None:
-        self._spec, self._layout, self._control, self._block_size = spec, cache.layout, control, block_size
-        self.memory = cache.pages
+        super().__init__(spec, cache)
+        self._control, self._block_size = control, block_size
 
-    def map(self, pool: Pool, layout: Layout, rank: int) -> CacheMap:
-        """See ``Bounded``."""
-        heads = part_of(self._spec, layout, rank).window_kv_heads
-        pages = replace(self._layout, num_kv_heads=heads[1] - heads[0])
-        if pool.page_bytes != pages.page_bytes or len(pool.layers) != len(self.memory):
-            raise ValueError(f"the windows of rank {rank} have {len(pool.layers)} layers of {pool.page_bytes} bytes")
-        return CacheMap.of(pages, pool.layers, heads)
+    def heads(self, layout: Layout, rank: int) -> Range:
+        """See ``Pages``."""
+        return part_of(self._spec, layout, rank).window_kv_heads
 
     def sends(self, layout: Layout, rank: int) -> bool:
-        """See ``Bounded``."""
-        heads = [part_of(self._spec, layout, each).window_kv_heads for each in range(rank + 1)]
-        return heads[rank] not in heads[:rank]
+        """See ``Store``."""
+        return self.heads(layout, rank) not in [self.heads(layout, each) for each in range(rank)]
 
     def check(self, ask: Ask, num_there: int) -> None:
         """See ``Bounded``."""

@@ -9,8 +9,8 @@ from helix.cache.pages import PagedCache, page_layout
 from helix.cache.windows import WindowPages
 from helix.models.families import spec_of
 from helix.models.weights import part_of
-from helix.transfer.bounded import Windows
 from helix.transfer.protocol import Pool
+from helix.transfer.stores import Windows
 from parallel.layout import Layout
 
 SHAPE = {
