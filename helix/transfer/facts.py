@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,20 @@ import torch
 from ..models.kinds import STATE, WINDOW
 from ..models.spec import ModelSpec
 
+_NO_FACTS = (  # said in another way, or no matter of what is cached: groups may have other drafts and limits
+    "rope", "window_rope", "kinds", "names", "quantization", "max_position", "eos_token_ids", "predicts_next",
+    "has_head",
+)  # fmt: skip
+_IN_CONFIG = {  # how config.json names some fields of a spec
+    "family": "model_type", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "ffn_size": "intermediate_size", "rms_eps": "rms_norm_eps",
+    "qkv_bias": "attention_bias", "tied_embeddings": "tie_word_embeddings", "latent.rank": "kv_lora_rank",
+    "experts.num_experts": "num_experts", "experts.num_chosen": "num_experts_per_tok",
+    "experts.ffn_size": "moe_intermediate_size", "experts.normalised": "norm_topk_prob",
+    "experts.dense_layers": "layers without experts", "states.num_value_heads": "linear_num_value_heads",
+    "states.num_key_heads": "linear_num_key_heads", "states.value_dim": "linear_value_head_dim",
+    "states.key_dim": "linear_key_head_dim", "states.taps": "linear_conv_kernel_dim",
+}  # fmt: skip
 _SAMPLES = 16  # places of each weight file that are read
 _SAMPLE_BYTES = 4096
 
@@ -32,40 +46,27 @@ def make_facts(
     """
     ropes = [spec.rope, *([] if spec.window_rope is None else [spec.window_rope])]
     rope = b"".join(each.inv_freq.numpy().tobytes() + repr(each.attention_scaling).encode() for each in ropes)
-    experts, states = spec.experts, spec.states
     return {
         "cache.block_size": block_size,
         "model.dtype": _name(dtypes[0]),
         "cache.dtype": _name(dtypes[1]),
-        "model's model_type": spec.family,
-        "model's num_hidden_layers": spec.num_layers,
-        "model's hidden_size": spec.hidden_size,
-        "model's num_attention_heads": spec.num_heads,
-        "model's num_key_value_heads": spec.num_kv_heads,
-        "model's head_dim": spec.head_dim,
-        "model's intermediate_size": spec.ffn_size,
-        "model's vocab_size": spec.vocab_size,
-        "model's rms_norm_eps": spec.rms_eps,
-        "model's attention_bias": spec.qkv_bias,
-        "model's tie_word_embeddings": spec.tied_embeddings,
-        "model's attention_scale": spec.scale,
+        **{f"model's {_IN_CONFIG.get(name, name)}": value for name, value in _fields(spec)},
         "model's sliding_window": spec.window,
         "model's layers with a window": list(spec.layers_of(WINDOW)),
         "model's layers with states": list(spec.layers_of(STATE)),
-        "model's kv_lora_rank": 0 if spec.latent is None else spec.latent.rank,
-        "model's num_experts": 0 if experts is None else experts.num_experts,
-        "model's num_experts_per_tok": 0 if experts is None else experts.num_chosen,
-        "model's moe_intermediate_size": 0 if experts is None else experts.ffn_size,
-        "model's linear_num_value_heads": 0 if states is None else states.num_value_heads,
-        "model's linear_num_key_heads": 0 if states is None else states.num_key_heads,
-        "model's linear_value_head_dim": 0 if states is None else states.value_dim,
-        "model's linear_key_head_dim": 0 if states is None else states.key_dim,
-        "model's linear_conv_kernel_dim": 0 if states is None else states.taps,
-        "model's norm_topk_prob": experts is not None and experts.normalised,
-        "model's layers without experts": [] if experts is None else sorted(experts.dense_layers),
         "fingerprint of the model's RoPE (rope_theta, rope_scaling)": blake2b(rope, digest_size=8).hexdigest(),
         "fingerprint of the model's weights": "none (model.load=dummy)" if weights is None else fingerprint(weights),
     }
+
+
+def _fields(spec: Any, inside: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a spec and of what is in it, by name, in a form that travels."""
+    for name in (each.name for each in fields(spec) if each.name not in _NO_FACTS):
+        value = getattr(spec, name)
+        if is_dataclass(value):
+            yield from _fields(value, f"{inside}{name}.")
+        else:
+            yield inside + name, sorted(value) if isinstance(value, tuple | frozenset) else value
 
 
 def _name(dtype: torch.dtype) -> str:

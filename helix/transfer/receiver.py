@@ -32,7 +32,7 @@ from ..request import Sequence, StreamEvent, TokenLogprobs, order_of
 from .counters import TransferCounters
 from .hearing import Ended, Heard, Hearing, Joined, Lost, News, Said, Silence, Stuck, decode_news, encode_news
 from .inbound import Arrivals, Inbound, Quarantines
-from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First, Message
+from .protocol import DONE, FAILED, UNKNOWN, Ask, Bye, Cancel, End, First
 from .transport import Transport
 
 CLOSE_S = 5.0
@@ -192,8 +192,7 @@ class Receiver:
             self._let_go_of_held()
             asking = [*held, *self._waiting]
             self._waiting.clear()
-            events = [self._give_up(seq, obstacle) for seq in asking]
-            return [event for event in events if event is not None]
+            return [event for seq in asking for event in self._give_up(seq, obstacle)]
         self._hold()
         if self._held and not engine.scheduler.running:
             engine.synchronize()
@@ -256,36 +255,33 @@ class Receiver:
     # --- acting on what was heard; alike on all ranks -----------------------------------------------------------------
 
     def _act(self, news: News) -> list[StreamEvent]:
-        if isinstance(news, Said):
-            return self._take(news.writer, news.message)
-        if isinstance(news, Lost):
-            return self._cut(GONE, f"prefill rank {news.writer} is lost: {news.reason}")
-        elif isinstance(news, Ended):
-            for number in list(self._quarantined):
-                self._lift(number, news.writer)
-        elif isinstance(news, Joined):
-            self._all_writers = frozenset(range(news.first, news.first + news.count))
-            self._link = OPEN
-            self._warn("a prefill group of %d ranks has joined", news.count)
-            self._warn_of_trouble()
-        elif isinstance(news, Silence):
-            return self._cut(SILENT, f"the prefill group has been silent for {self._config.timeout_s:g} s")
-        elif isinstance(news, Heard):
-            self._warn("the prefill group is heard again")
-            self._link = OPEN if self._link == SILENT else self._link
-        elif isinstance(news, Stuck):
-            seq = (self._engine.scheduler.waiting or self._waiting)[0]
-            self._engine.scheduler.remove(seq)
-            self._waiting = [each for each in self._waiting if each is not seq]
-            pages = self._quarantined.num_pages
-            return [self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")]
-        return []
-
-    def _take(self, writer: int, message: Message) -> list[StreamEvent]:
-        if isinstance(message, End):
-            return self._end(writer, message)
-        if isinstance(message, First) and (inbound := self._inbound.get(message.id)):
-            inbound.first, inbound.first_heard = message, time.perf_counter()
+        match news:
+            case Said(writer, End() as end):
+                return self._end(writer, end)
+            case Said(_, First() as first):
+                if inbound := self._inbound.get(first.id):
+                    inbound.first, inbound.first_heard = first, time.perf_counter()
+            case Lost(writer, reason):
+                return self._cut(GONE, f"prefill rank {writer} is lost: {reason}")
+            case Silence():
+                return self._cut(SILENT, f"the prefill group has been silent for {self._config.timeout_s:g} s")
+            case Stuck():
+                seq = (self._engine.scheduler.waiting or self._waiting)[0]
+                self._engine.scheduler.remove(seq)
+                self._waiting = [each for each in self._waiting if each is not seq]
+                pages = self._quarantined.num_pages
+                return self._fail(seq, f"it does not fit beside {pages} pages that a lost prefill rank may still write")
+            case Ended(writer):
+                for number in list(self._quarantined):
+                    self._lift(number, writer)
+            case Joined(first_writer, count):
+                self._all_writers = frozenset(range(first_writer, first_writer + count))
+                self._link = OPEN
+                self._warn("a prefill group of %d ranks has joined", count)
+                self._warn_of_trouble()
+            case Heard():
+                self._warn("the prefill group is heard again")
+                self._link = OPEN if self._link == SILENT else self._link
         return []
 
     def _warn(self, message: str, *values: object) -> None:
@@ -351,8 +347,7 @@ class Receiver:
             return []
         if self._config.retry:
             self._warn("request %s is computed by the decode group: %s", seq.output.id or seq.index, reason)
-        event = self._give_up(seq, reason)
-        return [] if event is None else [event]
+        return self._give_up(seq, reason)
 
     def _lift(self, number: int, writer: int) -> None:
         """Note that a writer cannot write a quarantined transfer's pages any more."""
@@ -376,14 +371,14 @@ class Receiver:
         self._arrivals.land(inbound.arrival, seq)
         return self._engine.go_on(seq, first.token, logprobs)
 
-    def _give_up(self, seq: Sequence, reason: str) -> StreamEvent | None:
+    def _give_up(self, seq: Sequence, reason: str) -> list[StreamEvent]:
         """Compute a request here whose transfer failed, or end it."""
         if not self._config.retry:
             return self._fail(seq, f"the transfer of its prompt failed: {reason}")
         self.counters.retried += 1
         self._engine.compute(seq)
-        return None
+        return []
 
-    def _fail(self, seq: Sequence, reason: str) -> StreamEvent:
+    def _fail(self, seq: Sequence, reason: str) -> list[StreamEvent]:
         self.counters.failed += 1
-        return self._engine.fail(seq, reason)
+        return [self._engine.fail(seq, reason)]

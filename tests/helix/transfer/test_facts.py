@@ -11,6 +11,7 @@ import torch
 
 from attention.pages import FP8
 from helix.models.families import load_spec
+from helix.models.spec import Latent
 from helix.transfer.facts import Process, find_mismatch, fingerprint, make_facts
 from scripts.make_checkpoint import make_checkpoint
 
@@ -58,12 +59,21 @@ def test_models_of_other_layers_and_facts_of_another_version_do_not_agree(folder
     assert "model.dtype = float32 in the decode group and None" in find_mismatch(facts(folder), fewer)
 
 
+def test_what_may_differ_is_no_fact(folder):
+    """A group drafts in its own way, and takes prompts of its own length."""
+    spec = load_spec(folder)
+    other = replace(spec, max_position=77, has_head=True, eos_token_ids=(3,))
+    assert find_mismatch(facts(folder), facts_of(other, folder)) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"rms_eps": 0.1}, "model's rms_norm_eps = 1e-06 in the decode group and 0.1 in the prefill group; make them"),
         ({"ffn_size": 8}, "model's intermediate_size = 160 in the decode group and 8 in the prefill group"),
         ({"family": "other"}, "model's model_type = llama in the decode group and other in the prefill group"),
+        ({"sinks": ("window",)}, "model's sinks = [] in the decode group and ['window'] in the prefill group"),
+        ({"latent": Latent(8, 4, 4, 4, None, 1.0)}, "model's kv_lora_rank = None in the decode group and 8 in the"),
     ],
 )
 def test_a_field_of_the_config_that_differs_is_named_with_both_values(folder, changes, told):
