@@ -196,12 +196,12 @@ class Hearing:
 
     def _is_sound(self, writer: int, first: First, seeds: dict[int, int]) -> bool:
         """Return whether a first token can be one, and wait for it no more; says so in the log where it cannot."""
-        problem = ""
+        problem, ids = "", [first.token, *({} if first.logprobs is None else first.logprobs.top)]
         if first.id not in seeds or writer != self._first:
             problem = "which is not waited for"
-        elif max(first.token, *first.top_ids.tolist(), 0) >= self._vocabulary or (first.top_ids < 0).any():
+        elif not all(0 <= each < self._vocabulary for each in ids):
             problem = f"with ids outside the vocabulary of {self._vocabulary}"
-        elif (first.seed, first.num_drawn) != (seeds[first.id], 1):
+        elif first.seed != seeds[first.id]:
             problem = f"drawn under seed {first.seed}, not {seeds[first.id]}"
         if problem:
             _log.warning("dropped a First from prefill rank %d for request %d, %s", writer, first.id, problem)

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
-from ..request import Sequence
+from ..cache.retention import Retention
+from ..request import Sequence, TokenLogprobs
 from .facts import Process
 
 VERSION = 5
@@ -43,8 +44,7 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
-Float64Array = npt.NDArray[np.float64]
-_DTYPES = {Int32Array: b"<i4", Int64Array: b"<i8", Float64Array: b"<f8"}
+_DTYPES = {Int32Array: b"<i4", Int64Array: b"<i8"}
 
 
 class MessageError(ValueError):
@@ -170,7 +170,7 @@ class Ask(_Message, frozen=True):
     sampling: dict[str, Any]
     seed: Count
     salt: str = ""
-    retention: list[dict[str, Any]] = []
+    retention: tuple[Retention, ...] = ()
     record: Count = 0
     window_pages: Int64Array = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -185,7 +185,6 @@ class Ask(_Message, frozen=True):
     def of(cls, number: int, seq: Sequence, record: int = 0) -> Ask:
         """Return what asks for the prompt of a sequence that has its pages, and a record if its states go there."""
         sampling = asdict(seq.sampling) | {"structured_outputs": {}}  # the group that asks chooses by it
-        sampling["logit_bias"] = {str(token): value for token, value in seq.sampling.logit_bias.items()}  # keys: texts
         return cls(
             id=number,
             token_ids=np.array(seq.token_ids, np.int32),
@@ -195,7 +194,7 @@ class Ask(_Message, frozen=True):
             sampling=sampling,
             seed=seq.seed,
             salt=seq.cache_salt,
-            retention=[asdict(each) for each in seq.retention],
+            retention=tuple(seq.retention),
             record=record,
             window_pages=np.array(seq.blocks.window.pages, np.int64),
         )
@@ -226,26 +225,18 @@ class Progress(_Message, frozen=True):
 
 
 class First(_Message, frozen=True):
-    """The first token of a prompt, and the state of its sampling.
+    """The first token of a prompt.
 
     Attributes:
         token: its id.
-        seed, num_drawn: the random numbers used so far are those of ``num_drawn`` tokens under ``seed``.
-        logprob: its natural log-probability; None unless asked for.
-        top_ids, top_logprobs: [n] the most likely tokens, n as asked for.
+        seed: what it was drawn under.
+        logprobs: None unless asked for.
     """
 
     id: Count
     token: Count
     seed: Count
-    num_drawn: Count
-    logprob: float | None
-    top_ids: Int64Array
-    top_logprobs: Float64Array
-
-    def __post_init__(self) -> None:
-        sizes = len(self.top_ids), len(self.top_logprobs)
-        require(sizes[0] == sizes[1], f"top_ids, top_logprobs = {sizes[0]}, {sizes[1]} entries")
+    logprobs: TokenLogprobs | None = None
 
 
 class End(_Message, frozen=True):

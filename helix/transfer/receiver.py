@@ -28,7 +28,7 @@ from parallel.launch import from_rank0, minimum
 from ..config import TransferConfig
 from ..engine import Engine
 from ..metrics import RunMetrics
-from ..request import Sequence, StreamEvent, TokenLogprobs, order_of
+from ..request import Sequence, StreamEvent, order_of
 from .counters import TransferCounters
 from .hearing import Ended, Heard, Hearing, Joined, Lost, News, Said, Silence, Stuck, decode_news, encode_news
 from .inbound import Arrivals, Inbound, Quarantines
@@ -364,12 +364,8 @@ class Receiver:
         self.counters.tokens_received += seq.prompt_len - seq.blocks.num_reused
         self.counters.tokens_cached += seq.blocks.num_reused
         self.counters.handover_s.add(time.perf_counter() - inbound.first_heard)
-        logprobs = None
-        if first.logprob is not None:
-            top = dict(zip(first.top_ids.tolist(), first.top_logprobs.tolist(), strict=True))
-            logprobs = TokenLogprobs(first.token, first.logprob, top)
         self._arrivals.land(inbound.arrival, seq)
-        return self._engine.go_on(seq, first.token, logprobs)
+        return self._engine.go_on(seq, first.token, first.logprobs)
 
     def _give_up(self, seq: Sequence, reason: str) -> list[StreamEvent]:
         """Compute a request here whose transfer failed, or end it."""

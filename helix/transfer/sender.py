@@ -25,7 +25,6 @@ import numpy as np
 
 from parallel.launch import minimums
 
-from ..cache.retention import Retention
 from ..commands import Add
 from ..engine import Engine
 from ..request import Request, Sequence, StreamEvent
@@ -205,12 +204,14 @@ class Sender:
         """Tell the first tokens that a step made, and how far other prompts are; rank 0 does."""
         if self._rank != 0:
             return
-        for event in events:
-            self._channel.send(_first(event, next(s for s in self._sendings if s.ask.id == event.index)))
+        tokens = {event.index: event.token_ids[-1] for event in events if event.token_ids}
         for sending in self._sendings:
-            seq = sending.seq
-            if seq is not None and not seq.output.finish_reason and seq.num_computed:
-                self._channel.send(Progress(sending.ask.id, seq.num_computed))
+            seq, number = sending.seq, sending.ask.id
+            if seq is not None and number in tokens:
+                logprobs = seq.output.logprobs[-1] if seq.output.logprobs else None
+                self._channel.send(First(number, tokens[number], seq.seed, logprobs))
+            elif seq is not None and not seq.output.finish_reason and seq.num_computed:
+                self._channel.send(Progress(number, seq.num_computed))
 
     # --- what is written ----------------------------------------------------------------------------------------------
 
@@ -288,21 +289,4 @@ def _request_of(ask: Ask) -> tuple[Request, SamplingParams]:
     """Return what is to be computed: a request that ends with its first token."""
     sampling = SamplingParams(**ask.sampling)
     sampling = replace(sampling, max_tokens=1, min_tokens=min(sampling.min_tokens, 1), seed=ask.seed, stop=[])
-    retention = tuple(Retention(**each) for each in ask.retention)
-    return Request(prompt_token_ids=ask.token_ids.tolist(), cache_salt=ask.salt, retention=retention), sampling
-
-
-def _first(event: StreamEvent, sending: Sending) -> First:
-    seq = sending.seq
-    assert seq is not None
-    told = seq.output.logprobs[-1] if seq.output.logprobs else None
-    top = {} if told is None else told.top
-    return First(
-        id=sending.ask.id,
-        token=event.token_ids[-1],
-        seed=seq.seed,
-        num_drawn=1,
-        logprob=None if told is None else told.logprob,
-        top_ids=np.array(list(top), np.int64),
-        top_logprobs=np.array(list(top.values()), np.float64),
-    )
+    return Request(prompt_token_ids=ask.token_ids.tolist(), cache_salt=ask.salt, retention=ask.retention), sampling

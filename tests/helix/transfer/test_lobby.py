@@ -147,7 +147,7 @@ def test_a_lost_group_is_followed_by_another_which_tells_what_has_become_of_it(l
     assert until(lambda: other.receive() or other.lost) == "the peer closed it"
     hearing.tell(Bye())
     assert until(new.receive) == [Bye()]
-    first = First(5, 3, 9, 1, None, np.array([], np.int64), np.array([]))
+    first = First(5, 3, 9)
     new.send(first)
     new.send(End(5, "done"))
     said = until(lambda: listen({5: 9}.items()))

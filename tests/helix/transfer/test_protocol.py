@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from helix.request import TokenLogprobs
 from helix.transfer.facts import Process
 from helix.transfer.protocol import (
     VERSION,
@@ -35,7 +36,7 @@ def ints(*values, dtype=np.int64):
 
 POOL = Pool(b"md", ints(4096, 8192), 512, 3, "DRAM", 0)
 ASK = Ask(7, ints(5, 6, 7, dtype=np.int32), 1, 0, ints(2, 0), {"temperature": 0.5, "stop": ["x"]}, 9, "salt")
-FIRST = First(7, 3, 9, 1, -0.5, ints(3, 1), np.array([-0.5, -1.5]))
+FIRST = First(7, 3, 9, TokenLogprobs(3, -0.5, {3: -0.5, 1: -1.5}))
 MESSAGES = [
     Hello(1, 2, 1, {"cache.block_size": 16, "model.dtype": "float32"}, Process("host", 12, 34)),
     Welcome(2, 1, [[POOL, POOL]]),
@@ -46,7 +47,7 @@ MESSAGES = [
     Bye(),
     Progress(7, 2048),
     FIRST,
-    replace(FIRST, logprob=None),
+    replace(FIRST, logprobs=None),
     End(7, "unknown", "lost"),
 ]
 
@@ -94,8 +95,13 @@ def changed(message, **changes):
         (ASK, {"token_ids": b"<i4"}, "not empty"),
         (ASK, {"token_ids": b"<i4" + b"\xff" * 4}, "must be ids"),
         (ASK, {"pages": b"<i8" + b"\xff" * 16}, "pages must not be negative"),
-        (FIRST, {"top_ids": b"<i8" + bytes(8)}, "1, 2 entries"),
-        (FIRST, {"logprob": "0"}, "at `$.logprob`"),
+        (
+            FIRST,
+            {"logprobs": {"token_id": 3, "logprob": 0.5, "top": {"x": 0.5}}},
+            "got `str` - at `key` in `$.logprobs.top`",
+        ),
+        (ASK, {"retention": [{"priority": 101}]}, "retention.priority = 101"),
+        (FIRST, {"logprobs": {"token_id": 3, "logprob": "0", "top": {}}}, "at `$.logprobs.logprob`"),
         (FIRST, {"token": -1}, "`int` >= 0 - at `$.token`"),
         (MESSAGES[0], {"rank": 2}, "rank = 2 of 2 x 1"),
         (MESSAGES[0], {"kvp": 0}, "`int` >= 1 - at `$.kvp`"),
