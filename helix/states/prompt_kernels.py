@@ -27,7 +27,8 @@ from .inputs import Inputs
 from .reference import NORM_EPS
 
 ROWS = 32  # of the convolution, a program
-# Elements that heads are padded to in 16 bits: with 16 and 32, products came out wrong on an H200 (Triton 3.6).
+# Elements that heads are padded to in 16 bits: with 16, ptxas of CUDA 12.8 (Triton 3.6, 3.7) takes a wrong register for
+# a product's address.
 LEAST = 128
 PART = tl.constexpr(16)  # rows that are solved one by one: a block of a chunk's triangular system
 STATE_COLUMNS = 32  # of a head's state, a program
