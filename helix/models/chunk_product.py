@@ -30,7 +30,7 @@ REGISTERS = {2: 168, 3: 128}  # a thread's, by groups; the warp that asks counts
 SHARED_ROWS = 8  # tiles of x whose programs follow each other, so that the cache holds what they share of w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _quantize_kernel(
     x, row_of, values, scales, num_rows, num_columns, width, scale_stride, shift, begin,
     BM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, POWERS: tl.constexpr,
