@@ -82,7 +82,10 @@ def install() -> tuple[FakeTensorMode, Launches]:
     tensor: Any = FakeTensor
     tensor.data_ptr = lambda self: 0
     tensor.__getitem__, tensor.__setitem__ = _at, lambda self, index, value: None
-    tensor.__invert__ = lambda self: torch.ops.aten.bitwise_not(self)
+    tensor.__invert__, tensor.__bool__ = lambda self: torch.ops.aten.bitwise_not(self), lambda self: True
+    tensor.T = property(lambda self: self.permute(*reversed(range(self.dim()))))
+    tensor.contiguous = lambda self: self.clone(memory_format=torch.contiguous_format)
+    torch.nn.functional.pad = lambda x, room, value=0.0: torch.ops.aten.constant_pad_nd(x, list(room), value)
     tensor.copy_ = lambda self, other, non_blocking=False: self
     packing: Any = helix.upload.Packing
     packing.arrays = lambda self, buffer: {

@@ -1,8 +1,9 @@
 """Run random requests on a GPU that is not there; print the kernels that the start had not compiled.
 
-    python -m tests.helix.late_kernels MODEL METHOD REQUESTS
+    python -m tests.helix.late_kernels MODEL METHOD REQUESTS [WEIGHTS]
 
-MODEL is one of conf/model, cut to two layers, METHOD how tokens are drafted. The last line is one of JSON.
+MODEL is one of conf/model, cut to two layers, METHOD how tokens are drafted, WEIGHTS bf16 or fp8. The last line is one
+of JSON.
 """
 
 import json
@@ -21,10 +22,12 @@ from helix.graphs import PendingTokens
 from helix.llm import LLM
 from parallel.launch import Launch
 from scripts.cli import CONF
+from scripts.dummy_weights import with_weights
 from tests import imaginary_gpu
 from tests.helix.test_compile_ahead import draw
 
 MODEL, METHOD, REQUESTS = sys.argv[1], sys.argv[2], int(sys.argv[3])
+WEIGHTS = (sys.argv[4:] or ["bf16"])[0]
 CHOSEN = Random(1)
 
 
@@ -50,8 +53,9 @@ def main() -> None:
     )
     Flight.read = read  # type: ignore[method-assign]
     shape = yaml.safe_load((CONF / "model" / f"{MODEL}.yaml").read_text("utf-8"))["config"]
+    model = ModelConfig(load="dummy", config=shape | {"num_hidden_layers": 2}, max_position=8192)
     config = HelixConfig(
-        model=ModelConfig(load="dummy", config=shape | {"num_hidden_layers": 2}, max_position=8192),
+        model=with_weights(model, WEIGHTS),
         cache=CacheConfig(num_pages=1024),
         scheduler=SchedulerConfig(max_batch=32, prefill_chunk=512),
         speculative=SpeculativeConfig(method=METHOD),

@@ -79,19 +79,22 @@ def draw(rng: Random, vocab: int) -> Request:
 
 
 @pytest.mark.parametrize(
-    ("preset", "method", "requests"),
+    ("preset", "method", "requests", "weights"),
     [
-        ("deepseek_v2_lite", "none", 200),
+        ("deepseek_v2_lite", "none", 200, "bf16"),
         *(
-            pytest.param(preset, method, 500, marks=pytest.mark.slow)
-            for preset in ("glm4_9b_1m", "qwen3_30b_a3b", "deepseek_v2_lite", "gpt_oss_20b")
+            pytest.param(preset, method, 500, weights, marks=pytest.mark.slow)
+            for preset, weights in [
+                *product(("glm4_9b_1m", "qwen3_30b_a3b", "deepseek_v2_lite"), ("bf16", "fp8")),
+                ("gpt_oss_20b", "bf16"),
+            ]
             for method in ("none", "ngram")
         ),
     ],
 )
-def test_requests_launch_what_the_start_compiled(preset: str, method: str, requests: int) -> None:
+def test_requests_launch_what_the_start_compiled(preset: str, method: str, requests: int, weights: str) -> None:
     """On a GPU that is not there: kernels are noted instead of launched, and nothing is computed."""
-    command = [sys.executable, "-m", "tests.helix.late_kernels", preset, method, str(requests)]
+    command = [sys.executable, "-m", "tests.helix.late_kernels", preset, method, str(requests), weights]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
