@@ -113,11 +113,13 @@ class ExpertsInUse:
         ids: [J] int32, which they are, ascending; J is as many as there could be. Only the first ``count`` are read.
         count: [1] int32.
         row_weights: [E, R] float32, the weight of each of this rank's experts in each row; 0 where it was not chosen.
+        expected: how many there are on average, where each of all experts is equally likely.
     """
 
     ids: torch.Tensor
     count: torch.Tensor
     row_weights: torch.Tensor
+    expected: float
 
 
 def _stream(
@@ -177,18 +179,20 @@ def _stream(
         theirs = _tiles(_matrices(their_w, their_columns), [parts, half, BK]), _tiles(their_x, [bm, BK])
         share = -(-their_columns // (half * grid[0])) if each else _turns_of(their_w)
         grid = (grid[0], grid[1] + share) if each else grid
-    how |= {"STAGES": _wide_stages_of(bn, bm, grid if each else None, x.device), "BESIDE": beside is not None}
+    at_once = grid[0] * (share + experts.expected) if each and experts is not None else 0
+    how |= {"STAGES": _wide_stages_of(bn, bm, at_once, x.device), "BESIDE": beside is not None}
     stream_weights_kernel[grid](*tiles, *theirs, *rest, splits, share, their_columns, **how)
     return out
 
 
-def _wide_stages_of(bn: int, bm: int, grid: tuple[int, int] | None, device: torch.device) -> int:
+def _wide_stages_of(bn: int, bm: int, at_once: float, device: torch.device) -> int:
     """Return how many stages a program has for tiles of bn rows of a matrix that is not quantised, and bm of x.
 
-    ``grid``: of experts' gates, which share a processor by twos where there are more programs than processors.
+    ``at_once``: how many programs of experts' gates have something to do, which share a processor by twos where there
+    are more of them than processors; 0 for what never shares one.
     """
     stage_bytes = (bn + bm) * BK * 2
-    if grid is not None and grid[0] * grid[1] > _processors(device):
+    if at_once > _processors(device):
         stages = (SHARED_BYTES // 2 - OWN_BYTES - bn * bm * 4) // stage_bytes
         if stages >= LEAST_STAGES:
             return stages

@@ -225,7 +225,8 @@ def experts_in_use(
         SUMMANDS=summands, HELD=num_held, BR=rows_padded, WARPS=warps, **rule_of(experts), num_warps=warps,
         **early(pdl),
     )  # fmt: skip
-    return ExpertsInUse(ids, count, row_weights)
+    expected = num_held * (1 - (1 - experts.num_chosen / experts.num_experts) ** rows)
+    return ExpertsInUse(ids, count, row_weights, expected)
 
 
 def rule_of(experts: Experts) -> dict[str, int | bool]:

@@ -40,4 +40,4 @@ def experts_in_use(
         logits, logits if bias is None else bias, experts.scale, ids, count, row_weights, rows, first,
         SUMMANDS=summands, HELD=num_held, BR=triton.next_power_of_2(rows), **rule_of(experts),
     )  # fmt: skip
-    return ExpertsInUse(ids, count, row_weights)
+    return ExpertsInUse(ids, count, row_weights, expected=num_held)

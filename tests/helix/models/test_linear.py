@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 
+from helix.models import linear as models_linear
 from helix.models.linear import gated_linear, linear, split_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +32,12 @@ def test_projections_equal_float64(dtype, rows, columns, depth):
     for ours, theirs, exact in triples:
         error, allowed = ((each.cpu().double() - exact).abs().max() for each in (ours, theirs))
         assert error <= 2 * allowed + 1e-5
+
+
+@pytest.mark.parametrize(("bm", "at_once", "stages"), [(8, 132.0, 5), (8, 132.5, 3), (64, 500.0, 4), (8, 0, 5)])
+def test_gates_share_a_processor_where_more_of_them_have_work(monkeypatch, bm, at_once, stages):
+    monkeypatch.setattr(models_linear, "_processors", lambda device: 132)
+    assert models_linear._wide_stages_of(128, bm, at_once, torch.device("cpu")) == stages
 
 
 @pytest.mark.gpu
