@@ -305,6 +305,6 @@ def _heads_of_a_program(rows: int, heads: int, granules: int) -> int:
 def _slices_of_a_head(rows: int, heads: int, granules: int) -> int:
     """Return into how many slices a head is cut, so that few heads occupy many programs; the same on every rank."""
     slices = 1
-    while slices < MAX_SLICES and granules // slices > 4 and rows * heads * slices < 64:
+    while slices < MAX_SLICES and granules // slices > 4 and rows * heads * slices < 128:
         slices *= 2
     return slices
