@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .collectives import all_reduce_
 from .device import early
+from .eight_bits import COLUMNS, INTERLEAVED, LARGEST, RowsInEightBits, quantize_groups
 from .norm import rms_norm
 from .symmetric import (
     Faults,
@@ -38,11 +39,13 @@ GRACE_NS = tl.constexpr(1 << 30)
 SUM_REGISTERS = 128  # a thread's at most; left to itself, the compiler saves registers and asks for summands in turn
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "scale_stride"])
 def _add_norm_kernel(
-    x, residual, weight, normed, num_rows, eps, H: tl.constexpr, H_PAD: tl.constexpr, SUMMANDS: tl.constexpr,
-    PDL: tl.constexpr,
+    x, residual, weight, normed, scales, scale_stride, num_rows, eps, H: tl.constexpr, H_PAD: tl.constexpr,
+    SUMMANDS: tl.constexpr, GROUP: tl.constexpr, POWERS: tl.constexpr, LARGEST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Add and normalise one row; where GROUP columns share a scale it leaves in 8 bits."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, H_PAD)
     mask = i < H
@@ -60,7 +63,16 @@ def _add_norm_kernel(
     tl.store(residual + row * H + i, stream, mask=mask)
     value = stream.to(tl.float32)
     scaled = value * tl.rsqrt(tl.sum(value * value, 0) / H + eps) * scale
-    tl.store(normed + row * H + i, scaled.to(normed.dtype.element_ty), mask=mask)
+    if GROUP:
+        rounded = scaled.to(residual.dtype.element_ty).to(tl.float32)
+        narrow, its_scale = quantize_groups(
+            tl.reshape(rounded, [H_PAD // GROUP, GROUP]), POWERS, normed.dtype.element_ty, LARGEST, INTERLEAVED
+        )
+        g = tl.arange(0, H_PAD // GROUP)
+        tl.store(scales + g.to(tl.int64) * scale_stride + row, its_scale, mask=g < H // GROUP)
+        tl.store(normed + row * H + i, tl.reshape(narrow, [H_PAD]), mask=mask)
+    else:
+        tl.store(normed + row * H + i, scaled.to(normed.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -235,6 +247,11 @@ class AllReduceNorm:
         """Return whether a message of so many rows goes through the fused kernel; the same on every rank."""
         return self._buffer is not None and num_rows <= self._capacity
 
+    def can_quantize(self, x: torch.Tensor) -> bool:
+        """Return whether rows like the stream's, x [R, h], can be asked for in 8 bits; the same on every rank."""
+        large = x.is_cuda and len(x) > 0 and not self.is_fused(len(x))
+        return large and x.element_size() == 2 and self._hidden_size % COLUMNS == 0
+
     def _is_two_shot(self, num_rows: int) -> bool:
         size = 1 if self._group is None else self._group.size()
         return num_rows >= size > 2 and num_rows * self._row_bytes >= TWO_SHOT_BYTES
@@ -260,16 +277,10 @@ class AllReduceNorm:
             return normed
         h, summands = self._hidden_size, x.shape[0] if x.dim() == 3 else 1
         if self._buffer is None or not self.is_fused(rows) or self._faults is None or self._group is None:
-            if self._group is not None:
-                x = x.sum(0).to(residual.dtype) if summands > 1 else x
-                all_reduce_(x, self._group)
-                summands = 1
+            x = self._reduced(x, residual.dtype)
             if not x.is_cuda:
                 return rms_norm(residual.add_(x.view_as(residual)), weight, eps)
-            _add_norm_kernel[(rows,)](
-                x, residual, weight, normed, rows, eps, H=h, H_PAD=triton.next_power_of_2(h), SUMMANDS=summands,
-                num_warps=8, **_launch(self._pdl, summands),
-            )  # fmt: skip
+            self._add_norm(x, residual, weight, normed, None, eps)
             return normed
         granules = max(32, triton.next_power_of_2(-(-self._row_bytes // 16)))  # one a thread: see push_granules
         _fused_kernel[(rows,)](
@@ -279,6 +290,47 @@ class AllReduceNorm:
             TWO_SHOT=self._is_two_shot(rows), num_warps=min(16, granules // 32), **_launch(self._pdl, summands),
         )  # fmt: skip
         return normed
+
+    def in_8_bits(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, powers_of_two: bool
+    ) -> RowsInEightBits:
+        """Do what a call does where ``can_quantize``, and return rows in 8 bits, as if they were quantised afterwards
+        (but for the order in which their squares are added up).
+
+        powers_of_two: whether their scales are rounded up to such. All else as in a call, which this is one of.
+        """
+        rows = RowsInEightBits.empty_like(residual)
+        x = self._reduced(x, residual.dtype)
+        self._add_norm(x, residual, weight, rows.values, rows.scales, eps, powers_of_two=powers_of_two)
+        return rows
+
+    def _reduced(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the sum over the group, where there is one, of the sum of summands."""
+        if self._group is None:
+            return x
+        x = x.sum(0).to(dtype) if x.dim() == 3 and x.shape[0] > 1 else x
+        all_reduce_(x, self._group)
+        return x
+
+    def _add_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        normed: torch.Tensor,
+        scales: torch.Tensor | None,
+        eps: float,
+        *,
+        powers_of_two: bool = False,
+    ) -> None:
+        """Add summands x to the residual, and fill ``normed``, in 8 bits where there are ``scales``."""
+        summands, rows, h = x.shape[0] if x.dim() == 3 else 1, residual.shape[0], self._hidden_size
+        _add_norm_kernel[(rows,)](
+            x, residual, weight, normed, normed if scales is None else scales,
+            0 if scales is None else scales.stride(0), rows, eps, H=h, H_PAD=triton.next_power_of_2(h),
+            SUMMANDS=summands, GROUP=0 if scales is None else COLUMNS, POWERS=powers_of_two, LARGEST=LARGEST,
+            INTERLEAVED=INTERLEAVED, num_warps=8, **_launch(self._pdl, summands),
+        )  # fmt: skip
 
 
 def _launch(pdl: bool, summands: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from parallel.device import capability
+from parallel.eight_bits import RowsInEightBits, quantize_groups
 
 from .gate import gated, silu_mul
 from .multiply_blocks import multiply_blocks_kernel
@@ -50,17 +51,9 @@ def _quantize_kernel(
         value = gated(tl.load(at, mask=here, other=0.0), tl.load(at + num_columns, mask=here, other=0.0))
     else:
         value = tl.load(x + row[:, None] * num_columns + k[None, :], mask=here, other=0.0)
-    value = value.to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), 1), 1e-10) / LARGEST
-    if POWERS:  # rounded up
-        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    value = tl.clamp(value * (1.0 / scale)[:, None], -LARGEST, LARGEST).to(values.dtype.element_ty)
-    halves = tl.reshape(value.to(tl.uint8, bitcast=True), [BM, BLOCK // GROUP, 2, GROUP // 2])
-    value = tl.reshape(tl.permute(halves, (0, 1, 3, 2)), [BM, BLOCK])
+    value, scale = quantize_groups(value.to(tl.float32), POWERS, values.dtype.element_ty, LARGEST, GROUP)
     to = values + m.to(tl.int64)[:, None] * width + p[None, :]
-    tl.store(
-        to, value.to(values.dtype.element_ty, bitcast=True), mask=there[:, None] & ((p >= 0) & (p < width))[None, :]
-    )
+    tl.store(to, value, mask=there[:, None] & ((p >= 0) & (p < width))[None, :])
     tl.store(scales + block.to(tl.int64) * scale_stride + m, scale, mask=there)
 
 
@@ -110,12 +103,17 @@ def product_in_8_bits(
     return silu_mul(out) if gated and w.grid is not None else out
 
 
-def feed_forward_in_8_bits(x: torch.Tensor, gate_up: Quantized, down: Quantized) -> torch.Tensor:
+def product_of_rows(x: RowsInEightBits, w: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return what ``product_in_8_bits`` does of rows that are quantised already, with all of w's columns."""
+    return _product((x.values, x.scales), w, x.dtype, bias, gated=False)
+
+
+def feed_forward_in_8_bits(x: torch.Tensor | RowsInEightBits, gate_up: Quantized, down: Quantized) -> torch.Tensor:
     """Return what two calls of ``product_in_8_bits`` would, the first gated: [R, h].
 
     Units are quantised as their gates let them through: they are the largest of a layer's activations.
     """
-    rows = quantize_rows(x, gate_up)
+    rows = (x.values, x.scales) if isinstance(x, RowsInEightBits) else quantize_rows(x, gate_up)
     units = _product(rows, gate_up, x.dtype, None, gated=True)
     return _product(quantize_rows(units, down, gated=gate_up.grid is not None), down, x.dtype, None, gated=False)
 

@@ -27,9 +27,9 @@ from attention.widened import WidenedTokens
 from attention.work import Cutting
 from parallel.all_reduce_norm import AllReduceNorm
 from parallel.collectives import all_gather
+from parallel.eight_bits import RowsInEightBits
 from parallel.grid import HelixGrid
 from parallel.layout import split_evenly
-from parallel.norm import rms_norm
 from parallel.sharded_argmax import ShardedArgmax
 
 from ..cache.pages import PagedCache
@@ -45,9 +45,11 @@ from .latent import MadeOfLatents, project, values_of
 from .linear import feed_forward, linear, split_linear
 from .parameters import Parameters, allocate, num_bytes
 from .parts import Weight
+from .quantized import Matrix
 from .query_share import QueryGather, QueryShare, QueryShares
 from .row_share import RowShare
 from .spec import Experts, ModelSpec
+from .stream_norm import StreamNorm
 from .wanted import Wanted
 from .weights import EXPERT_ROLES, layer_weights, model_weights, next_weights, part_of
 
@@ -93,9 +95,10 @@ class Decoder:
         self.num_kv_heads = self.part.kv_heads[1] - self.part.kv_heads[0]
         self._attention, self._pdl = attention, pdl
         self.query_shares = QueryShares(query_gather, self.num_heads, grid.kvp_group)
-        self._reduce_norm = reduce_norm or AllReduceNorm(
+        reduce_norm = reduce_norm or AllReduceNorm(
             grid.world_group, hidden_size=spec.hidden_size, dtype=dtype, device=device, pdl=pdl
         )
+        self._sum_and_norm = StreamNorm(spec, reduce_norm)
         self._argmax = argmax or ShardedArgmax(
             grid.world_group, vocab=self.part.vocab, vocab_size=spec.vocab_size, device=device
         )
@@ -176,6 +179,7 @@ class Decoder:
         """
         # before the step's first kernel: what appends reads slots without waiting for the kernel before it
         slot = rows.slot if share is None else share.own(rows.slot)
+        normed: torch.Tensor | RowsInEightBits
         stream, normed, cos, sin = embed(
             token_ids,
             rows.positions,
@@ -203,7 +207,7 @@ class Decoder:
             kind = self.spec.kind_of(layer).name
             last = wanted if layer == self.spec.num_layers - 1 else None
             if kind == STATE:
-                assert self.states is not None and self.spec.states is not None
+                assert self.states is not None and self.spec.states is not None and isinstance(normed, torch.Tensor)
                 merged = advance(
                     normed, rows, self.states, place, weights, eps=self.spec.states.eps, longest=longest,
                     pdl=self._pdl, chunk=chunk, cuts=cuts,
@@ -221,17 +225,22 @@ class Decoder:
                 partials = self._attend(q, pages[place], *seen, weights)
                 merged = exchange(partials, layer=place, sinks=weights.get("sinks"))
             if last is not None:
-                merged, stream, normed = (last.of(each) for each in (merged, stream, normed))
-                chunk = False
+                merged, stream, chunk = last.of(merged), last.of(stream), False
             if "output_gate" in weights:
+                assert isinstance(normed, torch.Tensor)
+                normed = normed if last is None else last.of(normed)
                 scores = split_linear(normed, weights["output_gate"], pdl=self._pdl, chunk=chunk)
                 merged = gate_heads(merged, scores, pdl=self._pdl)
-            normed = self._finish(layer, weights, merged, stream, next_norm, plain=bool(fillings), chunk=chunk)
+            readers = self._sum_and_norm.mixing_readers(layer + 1, self.layers) if chunk and share is None else ()
+            normed = self._finish(
+                layer, weights, merged, stream, next_norm, plain=bool(fillings), chunk=chunk, readers=readers
+            )
+        assert isinstance(normed, torch.Tensor)  # nothing but products follow those of 8 bits
         return normed
 
     def _look_back(
-        self, place: int, weights: Parameters, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        rows: Rows | None, *, chunk: bool,
+        self, place: int, weights: Parameters, normed: torch.Tensor | RowsInEightBits, cos: torch.Tensor,
+        sin: torch.Tensor, rows: Rows | None, *, chunk: bool,
     ) -> torch.Tensor:  # fmt: skip
         """Return what this rank's heads of a layer with a window make of what they see: [R, Q, D]."""
         assert self.windows is not None and rows is not None
@@ -255,8 +264,12 @@ class Decoder:
         plain: bool,
         chunk: bool,
         index: int | None = None,
-    ) -> torch.Tensor:
-        """Return what follows a layer's attention, up to the norm behind it; ``index`` counts the steps' layers."""
+        readers: Sequence[Matrix] = (),
+    ) -> torch.Tensor | RowsInEightBits:
+        """Return what follows a layer's attention, up to the norm behind it, see ``StreamNorm``.
+
+        ``index`` counts the steps' layers.
+        """
         index = layer if index is None else index
         if self.spec.latent is not None and not plain:
             first, stop = (head - self.part.q_heads[0] for head in self.part.out_heads)
@@ -266,9 +279,10 @@ class Decoder:
             merged = merged[..., : self.spec.narrow_values] * self.spec.value_scale
         bias = weights.get("o_bias") if self.grid.rank == 0 else None  # once: the all-reduce adds what ranks project
         projected = split_linear(merged.flatten(1), weights["o"], bias, pdl=self._pdl, chunk=chunk)
-        normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * index, weights.get("mixed_norm"))
+        fed = self._sum_and_norm.feeding_readers(weights) if chunk else ()
+        normed = self._sum_and_norm(projected, stream, weights["post_norm"], 2 * index, weights.get("mixed_norm"), fed)
         added = self._feed_forward(weights, normed, self.spec.experts_of(layer), chunk)
-        return self._sum_and_norm(added, stream, next_norm, 2 * index + 1, weights.get("fed_norm"))
+        return self._sum_and_norm(added, stream, next_norm, 2 * index + 1, weights.get("fed_norm"), readers)
 
     def _attend(
         self, q: torch.Tensor, pages: Pages, rows: Rows, fillings: Sequence[Filling], weights: Parameters
@@ -313,12 +327,13 @@ class Decoder:
         return self._argmax(local)
 
     def _feed_forward(
-        self, weights: Parameters, normed: torch.Tensor, experts: Experts | None, chunk: bool
+        self, weights: Parameters, normed: torch.Tensor | RowsInEightBits, experts: Experts | None, chunk: bool
     ) -> torch.Tensor:
         """Return this rank's summands of a layer's feed-forward: [S, R, h]."""
         if experts is None:
             gelu = self.spec.gelu
             return feed_forward(normed, weights["gate_up"], weights["down"], gelu=gelu, pdl=self._pdl, chunk=chunk)
+        assert isinstance(normed, torch.Tensor)
         first, stop = self.part.experts
         gate_up, down = (weights[role].unflatten(0, (stop - first, -1)) for role in EXPERT_ROLES)
         biases = None
@@ -340,22 +355,10 @@ class Decoder:
             chunk=chunk,
         )
 
-    def _sum_and_norm(
-        self, added: torch.Tensor, stream: torch.Tensor, weight: torch.Tensor, index: int, norm: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Sum what all ranks add, normalised by ``norm`` where there is one, onto the stream; return that's norm."""
-        if norm is None:
-            return self._reduce_norm(added, stream, weight, self.spec.rms_eps, index=index)
-        stream += self._reduce_norm(added, torch.zeros_like(stream), norm, self.spec.rms_eps, index=index)
-        return self._norm(stream, weight)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, weight, self.spec.rms_eps)
-
     def _project_qkv(
         self,
         weights: Parameters,
-        normed: torch.Tensor,
+        normed: torch.Tensor | RowsInEightBits,
         cos: torch.Tensor,
         sin: torch.Tensor,
         slot: torch.Tensor,
@@ -371,6 +374,7 @@ class Decoder:
         cos, sin and slot are those of the rows that this rank projects; ``plain`` as in ``latent.project``.
         """
         if share is not None:
+            assert isinstance(normed, torch.Tensor)
             normed = normed[share.mine]
         flat = split_linear(normed, weights["qkv"], weights.get("qkv_bias"), pdl=self._pdl, chunk=chunk)
         if self.spec.latent is not None:

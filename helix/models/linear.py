@@ -32,8 +32,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from parallel.device import capability
+from parallel.eight_bits import RowsInEightBits
 
-from .chunk_product import can_multiply_in_8_bits, feed_forward_in_8_bits, product_in_8_bits
+from .chunk_product import can_multiply_in_8_bits, feed_forward_in_8_bits, product_in_8_bits, product_of_rows
 from .gate import silu_mul
 from .quantization import BLOCK
 from .quantized import Matrix, Quantized, product
@@ -257,7 +258,7 @@ def _many_rows(x: torch.Tensor, w: Matrix, bias: torch.Tensor | None, *, chunk: 
 
 
 def split_linear(
-    x: torch.Tensor,
+    x: torch.Tensor | RowsInEightBits,
     w: Matrix,
     bias: torch.Tensor | None = None,
     *,
@@ -269,8 +270,12 @@ def split_linear(
 
     The result is their sum over S; they are float32 where S > 1, and in x's dtype where S is 1. Where ``can_stream``
     holds, ``exact`` ones are float32 always. ``chunk``: many rows of x, a prompt's, may be quantised to meet a
-    quantised w; those that decode are not, so that what they choose does not depend on how many they are.
+    quantised w; those that decode are not, so that what they choose does not depend on how many they are. Rows that are
+    of 8 bits already meet such a w alone.
     """
+    if isinstance(x, RowsInEightBits):
+        assert isinstance(w, Quantized)
+        return product_of_rows(x, w, bias).unsqueeze(0)
     if can_stream(x, w):
         splits = _splits_of(w, _turns_of(w), x.device)
         return _stream(x, w, bias, gated=False, pdl=pdl, splits=splits, rows=x.shape[0], exact=exact)
@@ -302,9 +307,18 @@ def gated_linear(
 
 
 def feed_forward(
-    x: torch.Tensor, gate_up: Matrix, down: Matrix, *, gelu: bool = False, pdl: bool = False, chunk: bool = False
+    x: torch.Tensor | RowsInEightBits,
+    gate_up: Matrix,
+    down: Matrix,
+    *,
+    gelu: bool = False,
+    pdl: bool = False,
+    chunk: bool = False,
 ) -> torch.Tensor:
     """Return summands of what ``gated_linear`` makes times down [h, F] transposed: [S, R, h], as ``split_linear``."""
+    if isinstance(x, RowsInEightBits):
+        assert isinstance(gate_up, Quantized) and isinstance(down, Quantized)
+        return feed_forward_in_8_bits(x, gate_up, down).unsqueeze(0)
     if chunk and not gelu and multiplies_in_8_bits(gate_up, x) and multiplies_in_8_bits(down, x):
         return feed_forward_in_8_bits(x, gate_up, down).unsqueeze(0)
     return split_linear(gated_linear(x, gate_up, gelu=gelu, pdl=pdl, chunk=chunk), down, pdl=pdl, chunk=chunk)

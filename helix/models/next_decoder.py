@@ -7,6 +7,7 @@ import torch
 from attention.exchange import Exchange
 from attention.pages import Pages
 from attention.rows import Rows
+from parallel.norm import rms_norm
 
 from .decoder import Decoder
 from .embed import embed
@@ -52,8 +53,9 @@ class NextDecoder(Decoder):
         queries = self.query_shares.of(None, cos, sin, layer=0)
         q = self._project_qkv(weights, normed, cos, sin, rows.slot, pages, None, queries, plain=False, chunk=False)
         merged = exchange(self._attend(q, pages, rows, (), weights), layer=0)
-        normed = self._finish(layer, weights, merged, stream, weights["next_norm"], plain=False, chunk=False, index=0)
-        return self._drafted(normed, stream)
+        last = self._finish(layer, weights, merged, stream, weights["next_norm"], plain=False, chunk=False, index=0)
+        assert isinstance(last, torch.Tensor)
+        return self._drafted(last, stream)
 
     @torch.inference_mode()
     def append_next(
@@ -91,7 +93,7 @@ class NextDecoder(Decoder):
             before, token_ids, rows, chosen, self.next["embedding_norm"], self.spec.rope, self._inv_freq
         )
         stream = linear(both, self.next["input"], pdl=self._pdl)
-        return stream, self._norm(stream, self.next["input_norm"]), cos, sin
+        return stream, rms_norm(stream, self.next["input_norm"], self.spec.rms_eps), cos, sin
 
     def _embedded_beside(
         self,
@@ -112,7 +114,7 @@ class NextDecoder(Decoder):
             token_ids, rows.positions, embedding=self.top["embedding"], weight=norm, eps=self.spec.rms_eps, rope=rope,
             inv_freq=inv_freq, chosen=chosen,
         )  # fmt: skip
-        both = torch.cat((normed, self._norm(before, self.next["hidden_norm"])), -1)
+        both = torch.cat((normed, rms_norm(before, self.next["hidden_norm"], self.spec.rms_eps)), -1)
         return both.masked_fill_((rows.positions == 0).unsqueeze(1), 0), cos, sin
 
     def _drafted(self, normed: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
