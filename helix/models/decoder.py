@@ -231,7 +231,8 @@ class Decoder:
                 normed = normed if last is None else last.of(normed)
                 scores = split_linear(normed, weights["output_gate"], pdl=self._pdl, chunk=chunk)
                 merged = gate_heads(merged, scores, pdl=self._pdl)
-            readers = self._sum_and_norm.mixing_readers(layer + 1, self.layers) if chunk and share is None else ()
+            following = next((n for n in range(layer + 1, len(self.layers)) if n in self.computed), len(self.layers))
+            readers = self._sum_and_norm.mixing_readers(following, self.layers) if chunk and share is None else ()
             normed = self._finish(
                 layer, weights, merged, stream, next_norm, plain=bool(fillings), chunk=chunk, readers=readers
             )
