@@ -182,8 +182,10 @@ def take_template(given: dict[str, Any]) -> dict[str, Any]:
 
 def require_neutral(name: str, value: Any) -> None:
     """Raise ValueError for a value that asks for what is not done."""
-    if not any(value == each for each in BY_NAME[name].neutral):
-        raise ValueError(f"{name} = {_short(value)} is not supported; leave it out")
+    field = BY_NAME[name]
+    if not any(value == each for each in field.neutral):
+        why = f": {field.does}" if field.kind == "refused" else ""
+        raise ValueError(f"{name} = {_short(value)} is not supported{why}; leave it out")
 
 
 def retention_of(ranges: Any) -> tuple[Retention, ...]:

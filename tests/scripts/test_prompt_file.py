@@ -252,7 +252,7 @@ def test_lines_of_other_programs_mean_what_they_mean_there(line: dict[str, Any],
         ),
         ({"prompt": "a", "body": {}}, "a line with a body takes"),
         ({"prompt": "a", "n": 2}, "n = 2 is not supported; leave it out"),
-        ({"prompt": "a", "best_of": 2}, "best_of = 2 is not supported; leave it out"),
+        ({"prompt": "a", "best_of": 2}, "best_of = 2 is not supported: ask for n; leave it out"),
         ({"prompt": "a", "response_format": {"type": "xml"}}, "response_format must be"),
         (
             {"prompt": "a", "max_tokens": 4, "sampling": {"max_tokens": 5}},

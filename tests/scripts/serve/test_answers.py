@@ -260,6 +260,7 @@ def test_metrics_have_what_routers_read(served: Served) -> None:
         ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature", "temperature = -1"),
         ("/v1/completions", {"prompt": "a", "logprobs": 21}, 400, "logprobs", "scheduler.max_logprobs"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, 400, "best_of", "best_of = 2"),
+        ("/v1/completions", {"prompt": "a", "guided_json": {}}, 400, "guided_json", "use structured_outputs"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 5000}, 400, "max_tokens", "5000 and a prompt of 1 tokens"),
         ("/v1/completions", {"prompt": "a", "retention": {"priority": 90}}, 400, "retention", "serve.max_retention_s"),
         ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages", "has no content"),
