@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from helix.config import ModelConfig, check_at_least
+from helix.config import ModelConfig, SchedulerConfig, check_at_least
 from helix.models.loading import read_spec
+from helix.models.spec import ModelSpec
 from helix.plan.footprint import FORMATS, Storage
 from helix.plan.hardware import Hardware, named_hardware, read_hardware
 from helix.plan.planner import Fleet, Plan, Refusal, Row, Setup
@@ -31,6 +32,7 @@ from scripts.pareto import Point, draw_pareto, require_matplotlib
 from scripts.timing import show
 
 GPUS_PER_NODE = 8
+CACHES = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16", "fp8_e4m3": "fp8", "fp4": "fp4"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,7 +53,8 @@ class PlanCache:
     """The paged KV cache of each rank.
 
     Attributes:
-        dtype: auto (that of a 16-bit model), fp32, bf16, fp8 or fp4.
+        dtype: as cache.dtype of a run: auto (the file's, else the model's), float32, bfloat16, float16 or fp8_e4m3; or
+            fp4, which is planned alone.
         block_size: tokens a page.
         memory_fraction: the part of a GPU's memory that weights, activations and cache may fill together.
     """
@@ -107,21 +110,34 @@ def setup_of(config: PlanConfig) -> Setup:
     if config.weights not in ("auto", *FORMATS):
         raise ValueError(f"weights = {config.weights} must be one of auto, {', '.join(FORMATS)}")
     spec = read_spec(replace(config.model, load="dummy"))  # weights need not be there
-    own = "bf16" if spec.quantization is None else "fp8"
-    weights = own if config.weights == "auto" else config.weights
-    cache = ("fp32" if weights == "fp32" else "bf16") if config.cache.dtype == "auto" else config.cache.dtype
-    if cache not in FORMATS:
-        raise ValueError(f"cache.dtype = {cache} must be one of auto, {', '.join(FORMATS)}")
+    storage = storage_of(spec, config.weights, config.cache.dtype)
     if not 0.0 < config.cache.memory_fraction <= 1.0:
         raise ValueError(f"cache.memory_fraction = {config.cache.memory_fraction} must lie in (0, 1]")
     return Setup(
         spec,
         constants,
-        Storage(weights, cache),
+        storage,
         block_size=config.cache.block_size,
         memory_fraction=config.cache.memory_fraction,
         prefill_chunk=parse_size("prefill_chunk", config.prefill_chunk),
     )
+
+
+def storage_of(spec: ModelSpec, weights: str, cache_dtype: str) -> Storage:
+    """Return how weights (auto, or a format) and cache (the ``cache.dtype`` of a run, or fp4) of a model are counted.
+
+    Raises:
+        ValueError: for another ``cache_dtype``.
+    """
+    own = spec.quantization
+    if weights == "auto":
+        weights = "bf16" if own is None else "fp8"
+    if cache_dtype == "auto":
+        in_8_bits = own is not None and own.caches_in_8_bits
+        return Storage(weights, "fp8" if in_8_bits else "fp32" if weights == "fp32" else "bf16")
+    if cache_dtype not in CACHES:
+        raise ValueError(f"cache.dtype = {cache_dtype} must be one of auto, {', '.join(CACHES)}")
+    return Storage(weights, CACHES[cache_dtype])
 
 
 def json_row(row: Row) -> dict[str, Any]:
@@ -188,16 +204,18 @@ def points_of(rows: Sequence[Row]) -> list[Point]:
     ]
 
 
-def command(row: Row, setup: Setup, model: Sequence[str]) -> str:
-    """Return the line that runs a row's layout; ``model`` are the arguments that name the model."""
+def command(row: Row, setup: Setup, given: Sequence[str]) -> str:
+    """Return the line that runs a row's layout; ``given`` are the arguments that name the model and its cache."""
     layout, size = row.layout, row.layout.world_size
-    keys = [*model, f"parallel.kvp={layout.kvp}", f"parallel.tpa={layout.tpa}"]
+    keys = [*given, f"parallel.kvp={layout.kvp}", f"parallel.tpa={layout.tpa}"]
     if layout.ep > 1:
         keys.append(f"parallel.ep={layout.ep}")
     if row.context > setup.spec.max_position:
         keys.append(f"model.max_position={row.context}")
     if row.batch > 64:
         keys.append(f"scheduler.max_batch={row.batch}")
+    if setup.prefill_chunk != SchedulerConfig().prefill_chunk:
+        keys.append(f"scheduler.prefill_chunk={setup.prefill_chunk}")
     keys += ["prompts=in.jsonl", "output=out.jsonl"]
     if size > GPUS_PER_NODE:
         nodes = -(-size // GPUS_PER_NODE)
@@ -210,7 +228,7 @@ def command(row: Row, setup: Setup, model: Sequence[str]) -> str:
     return f"{start} {shlex.join(keys)}"
 
 
-def notes(plan: Plan, rows: Sequence[Row], model: Sequence[str]) -> list[str]:
+def notes(plan: Plan, rows: Sequence[Row], given: Sequence[str]) -> list[str]:
     """Return what is to be said below the table."""
     setup, lines = plan.setup, []
     hardware, storage = setup.hardware, setup.storage
@@ -229,7 +247,9 @@ def notes(plan: Plan, rows: Sequence[Row], model: Sequence[str]) -> list[str]:
         lines.append(f"the model takes {setup.spec.max_position:,} tokens; more need model.max_position={over}")
     if storage.weights == "fp4" or storage.cache == "fp4":
         lines.append("fp4 is planned for comparison; Helix does not run it")
-    lines += [f"run {row.context:,} x {row.batch}: {command(row, setup, model)}" for row in rows if row.best]
+    if storage.weights == "fp8" and setup.spec.quantization is None:
+        lines.append("the model has no weights of 8 bits: python -m scripts.quantize writes a folder with them to run")
+    lines += [f"run {row.context:,} x {row.batch}: {command(row, setup, given)}" for row in rows if row.best]
     return lines
 
 
@@ -254,7 +274,7 @@ def plan_rows(config: PlanConfig, setup: Setup) -> tuple[Plan, list[Row]]:
     return plan, plan.rows(contexts, parse_sizes("batch", config.batch))
 
 
-def run(config: PlanConfig, model: Sequence[str]) -> None:
+def run(config: PlanConfig, given: Sequence[str]) -> None:
     """Plan, and say it."""
     if config.plot is not None:
         check_writable(config.plot)
@@ -270,7 +290,7 @@ def run(config: PlanConfig, model: Sequence[str]) -> None:
         )
     else:
         cli.say(f"no layout of {plan.gpus} GPUs fits" + (" within ttl_ms" if config.ttl_ms else ""))
-    for line in notes(plan, rows, model):
+    for line in notes(plan, rows, given):
         cli.say(line)
     for each in plan.refused:
         cli.say(f"refused: kvp {each.kvp} x tpa {each.tpa}: {each.why}")
@@ -289,11 +309,11 @@ def prepared(arguments: Sequence[str]) -> list[str]:
 
 
 def naming(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments that name the model."""
-    return [argument for argument in arguments if argument.partition("=")[0].partition(".")[0] == "model"]
+    """Return the arguments that name the model and its cache."""
+    return [each for each in arguments if each.partition("=")[0].partition(".")[0] in ("model", "cache")]
 
 
 if __name__ == "__main__":
-    _model = naming(sys.argv[1:])
+    _given = naming(sys.argv[1:])
     sys.argv[1:] = prepared(sys.argv[1:])
-    cli.main("plan", PlanConfig, lambda config: run(config, _model))
+    cli.main("plan", PlanConfig, lambda config: run(config, _given))

@@ -35,7 +35,6 @@ import torch
 from helix.config import check_at_least, check_choice
 from helix.models.loading import read_spec
 from helix.models.spec import ModelSpec
-from helix.plan.footprint import Storage
 from helix.plan.hardware import named_hardware, read_hardware
 from helix.plan.planner import Setup
 from helix.plan.sizes import parse_size, parse_sizes, short
@@ -44,11 +43,12 @@ from scripts import cli
 from scripts.generate import GenerateConfig
 from scripts.outputs import write_text
 from scripts.pareto import Point, draw_pareto, require_matplotlib
-from scripts.plan import PlanHardware, name_of, prepared
+from scripts.plan import PlanHardware, name_of, prepared, storage_of
 from scripts.timing import show
 
 MODES = ("measure", "plan")
 DONE = ("ok", "refused")
+PAGES = ("cache.dtype=", "cache.block_size=")  # what scripts.bench_decode takes of the cache's keys
 AXES = ("parallel.kvp", "parallel.tpa", "parallel.ep")
 
 
@@ -214,14 +214,17 @@ class Sweep:
         key = json.dumps([argument for argument in case.arguments if argument.startswith("model")])
         if key not in self._specs:
             self._specs[key] = read_spec(replace(config.model, load="dummy"))
-        cache = config.cache
-        return Setup(self._specs[key], self._hardware, Storage(), cache.block_size, cache.memory_fraction)
+        spec, cache = self._specs[key], config.cache
+        storage = storage_of(spec, "fp32" if config.model.dtype == "float32" else "auto", cache.dtype)
+        chunk = config.scheduler.prefill_chunk
+        return Setup(spec, self._hardware, storage, cache.block_size, cache.memory_fraction, chunk)
 
     def _measure(self, case: Case, spec: ModelSpec) -> dict[str, float]:
         log = self.folder / "logs" / f"kvp{case.kvp}-tpa{case.tpa}-ep{case.ep}-{case.context}-{case.batch}.log"
         start = shlex.split(self.config.launch.format(ranks=case.layout.world_size))
         if torch.cuda.is_available():
             model = [each for each in case.arguments if each.startswith(("model", "runtime"))]
+            model += [each.replace("cache.block", "block") for each in case.arguments if each.startswith(PAGES)]
             layout = [f"layouts=[[{case.kvp},{case.tpa}]]", f"cases=[[{case.context},{case.batch}]]", f"ep={case.ep}"]
             _start([*start, "scripts.bench_decode", *model, *layout, "profile=false"], log, self.config.timeout_s)
             bench = json.loads(_lines(log)[-1])

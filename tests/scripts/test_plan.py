@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from helix.config import ModelConfig
+from helix.plan.footprint import Storage
 from helix.plan.hardware import named_hardware
 from helix.plan.planner import Fleet, Setup
 from helix.plan.sizes import parse_size, parse_sizes, short
 from scripts.make_checkpoint import make_checkpoint
 from scripts.pareto import Point, frontier, require_matplotlib
-from scripts.plan import PlanConfig, PlanHardware, run
+from scripts.plan import PlanCache, PlanConfig, PlanHardware, naming, run, setup_of
 from tests.helix.plan.presets import CONF, preset
 
 LAYOUT_KEYS = [
@@ -43,6 +45,24 @@ def test_a_config_is_planned_without_weights(tmp_path) -> None:
     assert sum(each["best"] for each in layouts) == len(cases)
     assert "torchrun --standalone --nproc-per-node 4 -m scripts.generate" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_runs_what_was_planned(tmp_path, capsys) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    given = [f"model.path={folder}", "cache.dtype=fp8_e4m3", "cache.block_size=128"]
+    plan = PlanConfig(
+        model=ModelConfig(path=str(folder)),
+        cache=PlanCache(dtype="fp8_e4m3", block_size=128),
+        gpus="2", context="8K", batch="1", weights="fp8", prefill_chunk="1K",
+    )  # fmt: skip
+    assert setup_of(plan).storage == Storage("fp8", "fp8")
+    run(plan, naming(["gpus=2", *given, "prefill_chunk=1K"]))
+    said = capsys.readouterr().out
+    [line] = [each for each in said.splitlines() if each.startswith("run 8,192 x 1: ")]
+    assert all(key in line.split() for key in [*given, "scheduler.prefill_chunk=1024"])
+    assert "scripts.quantize writes a folder" in said
+    with pytest.raises(ValueError, match="cache.dtype = fp8 must be one of auto, float32, .*, fp8_e4m3, fp4"):
+        setup_of(replace(plan, cache=PlanCache(dtype="fp8")))
 
 
 def test_auto_finds_the_largest_batch_in_smaller_worlds_too() -> None:
