@@ -19,6 +19,7 @@ import io
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -91,9 +92,10 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Case:
-    """One point: the arguments of its run, its layout, and what is decoded."""
+    """One point: the arguments of its run, those that are swept beside its layout, and what is decoded."""
 
     arguments: tuple[str, ...]
+    swept: str
     kvp: int
     tpa: int
     ep: int
@@ -129,7 +131,8 @@ def cases_of(config: SweepConfig, arguments: Sequence[str]) -> list[Case]:
         values = dict(argument.split("=", 1) for argument in taken)
         kvp, tpa, ep = (parse_size(axis, values.get(axis, "1")) for axis in AXES)
         given = [*taken, *(f"{axis}=1" for axis in AXES[:2] if axis not in values)]
-        cases.append(Case(tuple(given), kvp, tpa, ep, context, batch))
+        swept = " ".join(one for one, of in zip(taken, lists, strict=True) if len(of) > 1 and not one.startswith(AXES))
+        cases.append(Case(tuple(given), swept, kvp, tpa, ep, context, batch))
     return cases
 
 
@@ -155,7 +158,7 @@ class Sweep:
         for line in whole.splitlines():
             point = json.loads(line)
             if point["status"] in DONE or not config.retry:
-                self.done[point["key"]] = point
+                self.done[point["key"]] = {"swept": ""} | point
 
     @property
     def title(self) -> str:
@@ -220,7 +223,8 @@ class Sweep:
         return Setup(spec, self._hardware, storage, cache.block_size, cache.memory_fraction, chunk)
 
     def _measure(self, case: Case, spec: ModelSpec) -> dict[str, float]:
-        log = self.folder / "logs" / f"kvp{case.kvp}-tpa{case.tpa}-ep{case.ep}-{case.context}-{case.batch}.log"
+        name = f"kvp{case.kvp}-tpa{case.tpa}-ep{case.ep}-{case.context}-{case.batch} {case.swept}".strip()
+        log = self.folder / "logs" / f"{re.sub(r'[^-.=_a-zA-Z0-9]+', '-', name)[:200]}.log"
         start = shlex.split(self.config.launch.format(ranks=case.layout.world_size))
         if torch.cuda.is_available():
             model = [each for each in case.arguments if each.startswith(("model", "runtime"))]
@@ -280,15 +284,18 @@ def _lines(log: Path) -> list[str]:
 
 def _said(point: dict[str, Any]) -> str:
     case = f"kvp {point['kvp']} x tpa {point['tpa']}, {short(point['context'])} x {point['batch']}"
+    case += f", {point['swept']}" if point["swept"] else ""
     return (
         f"{case}: {point['ttl_ms']:.2f} ms" if point["status"] == "ok" else f"{case}: {point['status']}, {point['why']}"
     )
 
 
 def table(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines of the table."""
+    """Return the lines of the table; what is swept beside layouts and cases has a column where there is any."""
+    swept = [{"swept": point["swept"]} if any(each["swept"] for each in points) else {} for point in points]
     return [
-        {
+        more
+        | {
             "kvp x tpa": f"{point['kvp']} x {point['tpa']}" + (f", ep {point['ep']}" if point["ep"] > 1 else ""),
             "context x batch": f"{short(point['context'])} x {point['batch']}",
             "TTL ms": point.get("ttl_ms"),
@@ -297,7 +304,7 @@ def table(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "tok/s GPU": point.get("tokens_per_s_gpu"),
             "": point["why"] or ("predicted" if point["mode"] == "plan" else "measured"),
         }
-        for point in points
+        for more, point in zip(swept, points, strict=True)
     ]
 
 
@@ -316,7 +323,7 @@ def run(config: SweepConfig, arguments: Sequence[str]) -> None:
     write_text(str(sweep.folder / "table.txt"), text.getvalue())
     drawn = [
         Point(
-            name_of(Layout(kvp=point["kvp"], tpa=point["tpa"], ep=point["ep"])),
+            " ".join([name_of(Layout(kvp=point["kvp"], tpa=point["tpa"], ep=point["ep"])), point["swept"]]).strip(),
             point["context"],
             point["batch"],
             point["tokens_per_s_user"],

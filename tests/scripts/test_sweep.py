@@ -38,14 +38,18 @@ def test_a_predicted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch) -> No
 
 def test_a_cache_of_8_bits_is_predicted_and_measured_as_one(tmp_path, monkeypatch) -> None:
     cases = cases_of(config(tmp_path), ["model=glm4_9b_1m", "cache.dtype=bfloat16,fp8_e4m3", "cache.block_size=128"])
-    wide, narrow = (point for point in Sweep(config(tmp_path), cases).run() if point["batch"] == 8)
+    points = Sweep(config(tmp_path), cases).run()
+    assert {row["swept"] for row in table(points)} == {"cache.dtype=bfloat16", "cache.dtype=fp8_e4m3"}
+    wide, narrow = (point for point in points if point["batch"] == 8)
     assert 0.5 < narrow["ttl_ms"] / wide["ttl_ms"] < 0.9
     lines: list[list[str]] = []
+    logs = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("scripts.sweep._start", lambda line, log, timeout_s: lines.append(line))
+    monkeypatch.setattr("scripts.sweep._start", lambda line, log, timeout_s: (lines.append(line), logs.append(log)))
     monkeypatch.setattr("scripts.sweep._lines", lambda log: ['{"rows": [{"TTL ms": 1}]}'])
-    Sweep(SweepConfig(output=str(tmp_path / "measured")), cases[-1:]).run()
-    [line] = lines
+    Sweep(SweepConfig(output=str(tmp_path / "measured")), cases).run()
+    assert len({*logs}) == len(cases)
+    line = lines[-1]
     assert {"scripts.bench_decode", "model=glm4_9b_1m", "cache.dtype=fp8_e4m3", "block_size=128"} <= {*line}
 
 
