@@ -3,11 +3,13 @@
     0    done                    1    failed: a full disk, a lost rank, a defect
     2    bad input               130, 143, 129    ended by SIGINT (Ctrl-C), SIGTERM, SIGHUP
 
-torchrun has an exit code of its own (1, whatever its ranks had) and adds a summary and a traceback of its own.
+torchrun has an exit code of its own (1, whatever its ranks had) and adds a summary and a traceback of its own. They are
+long, so bad input is told to it as well: its summary ends with that line.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -112,7 +115,9 @@ def fail(problem: Exception | str, code: int = BAD_INPUT) -> NoReturn:
         is_alone = isinstance(problem, NotConnectedError) and os.environ.get("LOCAL_RANK") == "0"
         time.sleep(0 if is_alone else _GRACE_S)
         who = f" on rank {rank()}"
-    _speak(f"error{who}: {problem}")
+    text = f"error{who}: {problem}"
+    _tell_torchrun(text)
+    _speak(text)
     _exit(code)
 
 
@@ -186,6 +191,17 @@ def _speak(text: str, *, one_line: bool = True) -> None:
         with suppress(OSError):
             sys.stderr.write(text.rstrip("\n") + "\n")
             sys.stderr.flush()
+
+
+def _tell_torchrun(text: str) -> None:
+    """Leave this rank's reason where torchrun looks for the one that it names last, if torchrun started it.
+
+    Not for a rank that has met the end of another: torchrun takes the earliest that is told for the cause.
+    """
+    if (file := os.environ.get("TORCHELASTIC_ERROR_FILE")) is not None:
+        reason = {"message": " ".join(text.split()), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": reason}), "utf-8")
 
 
 def _lost_peer(defect: BaseException) -> str | None:

@@ -176,7 +176,8 @@ def test_a_layout_that_fits_neither_world_nor_model_is_refused_in_one_line(
 def test_ranks_refuse_bad_input_once_and_with_code_2(model: Path, tmp_path: Path) -> None:
     ended = torchrun(2, f"model.path={model}", "prompt=hi", "parallel.kvp=4", folder=tmp_path)
     message = "error: parallel.kvp (4) x parallel.tpa (1) = 4 ranks but 2 started; lower one or start 4"
-    assert [line for line in ended.stderr.splitlines() if "parallel.kvp" in line] == [message]
+    told = [line for line in ended.stderr.splitlines() if "parallel.kvp" in line]
+    assert told == [message, f"  traceback : {message}"], "ours, and the end of torchrun's summary"
     assert ended.stdout == ""
     assert ended.stderr.count("Traceback") == 1, "torchrun's own, which tells of the exit codes"
     first = ended.stderr.split("Root Cause (first observed failure)")[1]
