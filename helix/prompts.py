@@ -19,7 +19,7 @@ from .messages import plain_messages
 from .request import Request
 from .sampling import SEED_LIMIT, SamplingParams
 
-Prompt = str | Sequence[int] | Request
+Prompt = str | Sequence[int] | Request | Mapping[str, Any]
 MAX_SCORES = 1 << 22
 """Log-probabilities of one prompt, which every rank keeps until its request ends."""
 # What apply_chat_template takes for itself, and a template never sees.
@@ -34,11 +34,18 @@ class TooLong(ValueError):
 
 
 def as_request(prompt: Prompt) -> Request:
-    """Return the request that a prompt stands for: text, token ids, or itself; one with an error for anything else."""
+    """Return the request that a prompt stands for: text, token ids, a mapping with either, or itself.
+
+    One with an error for anything else.
+    """
     if isinstance(prompt, Request):
         return prompt
     if isinstance(prompt, str):
         return Request(prompt=prompt)
+    if isinstance(prompt, Mapping):
+        if len(prompt) == 1 and set(prompt) <= {"prompt", "prompt_token_ids"}:
+            return Request(**prompt)
+        return Request(error=f"a prompt that is a dict has prompt or prompt_token_ids alone, not {list(prompt)}")
     ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if isinstance(ids, Sequence) and not isinstance(ids, bytes):
         return Request(prompt_token_ids=list(ids))
@@ -46,9 +53,9 @@ def as_request(prompt: Prompt) -> Request:
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """Return the list of prompts that an argument stands for: a text, ids or a request alone is a list of one.
+    """Return the list of prompts that an argument stands for: a text, ids, a mapping or a request alone is one.
 
-    So is what is no list and no prompt, and would be taken for one of its keys or bytes; it fails.
+    So is what is no list and no prompt, and would be taken for one of its members or bytes; it fails.
     """
     if isinstance(prompts, str | Request | bytes | Mapping | Set):
         return [prompts]

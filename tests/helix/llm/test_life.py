@@ -91,7 +91,14 @@ def test_who_asks_twice_is_not_made_to_wait_for_the_step(llm: LLM, monkeypatch: 
         llm.generate([[1]], greedy(2))
 
 
-@pytest.mark.parametrize("prompts", [{"prompt": "a"}, {"a"}, b"ab"], ids=str)
+def test_mappings_are_the_prompts_they_hold(llm: LLM) -> None:
+    text, ids = llm.generate(["hello", [5, 6, 7]], greedy(4))
+    mapped = llm.generate([{"prompt": "hello"}, {"prompt_token_ids": [5, 6, 7]}], greedy(4))
+    assert [each.token_ids for each in mapped] == [text.token_ids, ids.token_ids] and text.token_ids
+    assert [each.token_ids for each in llm.generate({"prompt": "hello"}, greedy(4))] == [text.token_ids]
+
+
+@pytest.mark.parametrize("prompts", [{"a"}, b"ab"], ids=str)
 def test_what_is_no_list_of_prompts_is_no_list_of_its_keys_or_bytes(llm: LLM, prompts: Any) -> None:
     [output] = llm.generate(prompts, greedy(2))
     assert output.error == f"a prompt is text, token ids or a Request, not a {type(prompts).__name__}"

@@ -29,6 +29,8 @@ def test_without_a_tokenizer_text_and_stop_strings_fail_and_ids_run(edited: Call
         (3, "a prompt is text, token ids or a Request, not a int"),
         (None, "a prompt is text, token ids or a Request, not a NoneType"),
         (b"hi", "a prompt is text, token ids or a Request, not a bytes"),
+        ({"prompt": "a", "multi_modal_data": 1}, "a prompt that is a dict has prompt or prompt_token_ids alone, not ["),
+        ({"prompt_token_ids": "ab"}, "prompt_token_ids is a str, must be a list"),
         (Request(prompt=7), "prompt is a int, must be a str"),
         (Request(prompt="a", cache_salt="\udfff"), "cache_salt is no valid text: "),
         (Request(prompt="a", cache_salt="x" * 1001), "cache_salt has 1001 characters, must have at most 1000"),
