@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 from parallel.launch import Launch, agree, start, stop
 
@@ -85,11 +85,15 @@ class LLM:
     Raises:
         ValueError: on every rank, in one line, before any model memory is taken, for settings that do not fit the
             world, the model or the machine, for a checkpoint that cannot be read, and when no prompt can run.
+        TypeError: in one line, without a ``config`` and for any other keyword.
     """
 
-    def __init__(self, config: HelixConfig, *, prompts: Prompt | Sequence[Prompt] = ()) -> None:
-        if not isinstance(config, HelixConfig):
-            raise TypeError(f"LLM takes a HelixConfig, which names model.path, not a {type(config).__name__}")
+    def __init__(
+        self, config: HelixConfig | None = None, *, prompts: Prompt | Sequence[Prompt] = (), **unknown: Never
+    ) -> None:
+        if unknown or not isinstance(config, HelixConfig):
+            given = ", ".join(f"{name}=" for name in unknown) or f"a {type(config).__name__}"
+            raise TypeError(f"LLM takes a HelixConfig, which names model.path, not {given}")
         self._in_use, self._is_closed = threading.Lock(), False
         self.launch: Launch = self._enter(config)
         prepared = Prepared(with_models_sampling(config), self.launch, prompts=as_prompts(prompts))

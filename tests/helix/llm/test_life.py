@@ -110,6 +110,10 @@ def test_settings_of_another_type_are_refused_in_one_line(llm: LLM) -> None:
         llm.generate([[1]], bad)
     with pytest.raises(TypeError, match="LLM takes a HelixConfig, .* not a dict"):
         LLM(bad)
+    with pytest.raises(TypeError, match=r"LLM takes a HelixConfig, .* not model=$"):
+        LLM(model="DIR")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"LLM takes a HelixConfig, .* not tensor_parallel_size=$"):
+        LLM(tensor_parallel_size=2, prompts="a")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="HelixConfig.cache is a dict, must be a CacheConfig"):
         HelixConfig(cache=bad)
     assert WithKeys().tokens == 5
