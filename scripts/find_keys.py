@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,9 +41,12 @@ from scripts.dummy_weights import BenchCache
 from scripts.ending import RunFailed
 from scripts.make_checkpoint import make_checkpoint
 from scripts.passkey_model import KEY_LEN, MOST_KEYS, text_with_keys
+from scripts.progress import RunProgress
 from scripts.timing import report
 
 LONGEST = 1 << 21  # tokens, up to which the model tells positions apart
+LENGTHS = (65536, 262144, 1 << 20)  # where none are named; without a GPU attention takes minutes of the first alone
+CPU_LENGTHS = (4096,)
 NUM_OTHERS = 3  # keys at the ends and across a border
 
 
@@ -52,7 +55,7 @@ class FindKeysConfig:
     """What to look for, and where.
 
     Attributes:
-        lengths: of the texts, in tokens.
+        lengths: of the texts, in tokens; null is 65,536, 262,144 and 1,048,576, without a GPU 4,096.
         keys: how many a text has between its ends, beside three at the ends and across a border.
         path: the model, a folder that scripts.make_checkpoint --family passkey has made; null makes one, on one node.
         block_size: tokens a page.
@@ -62,7 +65,7 @@ class FindKeysConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    lengths: list[int] = field(default_factory=lambda: [65536, 262144, 1 << 20])
+    lengths: list[int] | None = None
     keys: int = 4
     path: str | None = None
     block_size: int = 64
@@ -73,10 +76,24 @@ class FindKeysConfig:
         if not 2 <= self.keys <= MOST_KEYS - NUM_OTHERS:
             raise ValueError(f"keys = {self.keys} must lie from 2 to {MOST_KEYS - NUM_OTHERS}")
         check_at_least("block_size", self.block_size, 2 * KEY_LEN)
+        if self.lengths is not None:
+            self.check_lengths(self.lengths or [0])
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Raise ValueError for a text that is too short for its keys, or too long for the model."""
         least = 2 * self.block_size * (self.keys + 2)
-        for length in self.lengths or [0]:
+        for length in lengths:
             if not least <= length <= LONGEST:
                 raise ValueError(f"lengths: {length} must lie from {least}, for {self.keys} keys, to {LONGEST}")
+
+    def lengths_on(self, device: str) -> list[int]:
+        """Return the texts' lengths on a kind of device, whose own they are where none are named."""
+        if self.lengths is not None:
+            return self.lengths
+        lengths = list(CPU_LENGTHS if device == "cpu" else LENGTHS)
+        self.check_lengths(lengths)
+        cli.say(f"lengths: {lengths}" + (", since there is no GPU; lengths=[16384] names others" * (device == "cpu")))
+        return lengths
 
     def open(self, path: str, length: int) -> LLM:
         """Return the model with room for one text and the ends of prompts."""
@@ -147,9 +164,11 @@ class Tally:
         return self.prompts * (KEY_LEN - 1)
 
     def add(self, llm: LLM, text: list[int], key: list[int]) -> RequestOutput:
-        """Ask for a key of a text. Collective over the world, and alike on all ranks."""
+        """Ask for a key of a text, and show how far the first is. Collective over the world, and alike on all ranks."""
         mark, *answer = key
-        [output] = llm.generate([[*text, mark]], SamplingParams(max_tokens=len(answer)))
+        with RunProgress(llm.launch.speaks and not self.prompts, len(answer)) as progress:
+            sampling = SamplingParams(max_tokens=len(answer))
+            [output] = llm.generate([[*text, mark]], sampling, on_step=progress.update)
         if output.error is not None:
             raise ValueError(output.error)
         self.prompts += 1
@@ -165,6 +184,7 @@ def search(llm: LLM, length: int, keys: int) -> dict[str, Any]:
     text, hidden = text_with_keys(length - 1, [*inside, *others], seed=length)
     found, lost, kept = Tally(), Tally(), Tally()
     began, took, cached = time.perf_counter(), 0.0, length
+    cli.say(f"{length} tokens: the text is computed once, for the first key")
 
     def say(tally: Tally, which: str, position: int) -> None:
         right = f"{tally.right} of {tally.of} tokens right, {time.perf_counter() - began:.1f} s"
@@ -226,7 +246,7 @@ def run(config: FindKeysConfig) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = model_path(config, launch, folder)
-        for length in config.lengths:
+        for length in config.lengths_on(launch.device.type):
             llm = config.open(path, length)
             rows.append(search(llm, length, config.keys))
             cli.say(f"{length} tokens: {rows[-1]['right']} of {rows[-1]['of']} tokens right")

@@ -66,6 +66,15 @@ def test_keys_stand_on_each_rank_in_turn_and_across_a_border() -> None:
         FindKeysConfig(keys=7)
 
 
+def test_a_run_without_a_gpu_takes_a_shorter_text_unless_one_is_named(capsys) -> None:
+    assert FindKeysConfig().lengths_on("cuda")[-1] == 1 << 20
+    assert FindKeysConfig().lengths_on("cpu") == [4096]
+    assert "no GPU; lengths=[16384] names others" in capsys.readouterr().out
+    assert FindKeysConfig(lengths=[65536]).lengths_on("cpu") == [65536]
+    with pytest.raises(ValueError, match="lengths: 4096 must lie from 6144"):
+        FindKeysConfig(block_size=512).lengths_on("cpu")
+
+
 def test_a_text_of_which_one_answer_is_wrong_is_not_right() -> None:
     good = {"right": 25, "of": 25, "whole without it": 0, "right without the next": 10, "of these": 10}
     assert is_right(good)
