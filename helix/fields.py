@@ -128,6 +128,7 @@ _TEMPLATE: dict[str, type[Any]] = {
     "documents": list,
     "tools": list,
 }
+LENGTHS = tuple(each.name for each in FIELDS if "max_tokens" in (each.name, each.to))
 _SAME_AS = {each.name: each.to for each in FIELDS if each.to}
 
 

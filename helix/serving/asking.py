@@ -16,6 +16,7 @@ from ..fields import (
     BY_NAME,
     CHAT,
     COMPLETIONS,
+    LENGTHS,
     is_ids,
     one_name,
     require_messages,
@@ -49,7 +50,7 @@ class Asked:
         only_prompt: show nothing else: no token was asked for.
         prompt_logprobs: tell those of the prompt by themselves.
         return_token_ids: tell the ids.
-        says_length: the length of the answer was asked for; else it is a default's.
+        length: the name under which the length of the answer was asked for; empty where it is a default's.
         tools: that the answer may call.
         called: functions of which it has to call one; none where it need not.
     """
@@ -64,7 +65,7 @@ class Asked:
     only_prompt: bool = False
     prompt_logprobs: bool = False
     return_token_ids: bool = False
-    says_length: bool = False
+    length: str = ""
     tools: tuple[dict[str, Any], ...] = ()
     called: tuple[str, ...] = ()
 
@@ -91,7 +92,7 @@ def asked_of(
     """Return what a body asks for.
 
     Raises:
-        ApiError: 404 for another model.
+        ApiError: 404 for another model, 400 for a setting.
         ValueError: in one line that begins with the field that is at fault.
     """
     given = one_name(body)
@@ -106,7 +107,11 @@ def asked_of(
     echoes = endpoint == COMPLETIONS and calls.get("echo", False)
     if echoes and given.get("max_tokens") == 0:
         given["max_tokens"], calls["only_prompt"] = 1, True
-    settings = sampling.with_overrides(take_settings(given))
+    length = next((name for name in LENGTHS if body.get(name) is not None), "")
+    try:
+        settings = sampling.with_overrides(take_settings(given))
+    except ValueError as problem:
+        raise ApiError.of(problem, length) from problem
     calls["prompt_logprobs"] = settings.prompt_logprobs is not None
     if calls["prompt_logprobs"] and calls.get("stream"):
         raise ValueError("prompt_logprobs is not streamed; leave out stream, or ask for echo and logprobs")
@@ -133,9 +138,8 @@ def asked_of(
         request.check()
     if called and settings.structured_outputs:
         raise ValueError('tool_choice = "required" or a function together with structured_outputs is not supported')
-    says_length = any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "max_new_tokens"))
     tools = tuple(template.get("tools", ()))
-    return Asked(endpoint, requests, n, says_length=says_length, tools=tools, called=called, **calls)
+    return Asked(endpoint, requests, n, length=length, tools=tools, called=called, **calls)
 
 
 def require_model(given: Any, model_name: str) -> None:

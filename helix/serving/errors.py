@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_SETTING = re.compile(r"^(?:sampling\.)?([a-z_]+)(?:[.\[]\S*)? (?:=|is|has|needs|must|holds|exceeds) ")
+_SETTING = re.compile(r"^([a-z_]+)(?:[.\[]\S*)? (?:=|is|has|needs|must|holds|exceeds) ")
+_NAMED = re.compile(r"(^| )sampling\.([a-z_]+)")
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -38,16 +39,21 @@ class ApiError(Exception):
         self.status, self.param, self.code, self.retry_after_s = status, param, code, retry_after_s
 
     @classmethod
-    def of(cls, problem: ValueError) -> ApiError:
+    def of(cls, problem: ValueError, length: str = "") -> ApiError:
         """Return the refusal of bad input; the field is read from the message, where it begins with one."""
-        text = str(problem)
+        text = as_written(problem, length)
         found = _SETTING.match(text)
-        return cls(400, text.removeprefix("sampling."), param=found[1] if found else None)
+        return cls(400, text, param=found[1] if found else None)
 
     def body(self) -> dict[str, Any]:
         """Return the response's content."""
         kind = _KINDS.get(self.status, "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def as_written(problem: ValueError, length: str = "") -> str:
+    """Return a message that names fields as the client does, not settings; ``length`` is its name for max_tokens."""
+    return _NAMED.sub(lambda at: at[1] + (length if length and at[2] == "max_tokens" else at[2]), str(problem))
 
 
 def stalled(seconds: float) -> ApiError:

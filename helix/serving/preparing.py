@@ -18,7 +18,7 @@ from ..prompts import Preparer, PromptReader, TooLong
 from ..request import Request
 from ..sampling import SEED_LIMIT
 from .asking import Asked
-from .errors import ApiError
+from .errors import ApiError, as_written
 from .wire import Ready, Setup
 
 _log = logging.getLogger(__name__)
@@ -136,21 +136,21 @@ class Settler:
         except ValueError as problem:
             raise ApiError(400, str(problem), param=where, code=_code_of(problem)) from problem
         request = replace(request, prompt=None, prompt_token_ids=token_ids)
-        if asked.is_chat and not asked.says_length:
+        if asked.is_chat and not asked.length:
             sampling = replace(sampling, max_tokens=None)
-        elif asked.says_length and len(token_ids) + (sampling.max_tokens or 0) > limit:
+        elif asked.length and len(token_ids) + (sampling.max_tokens or 0) > limit:
             raise ApiError(
                 400,
-                f"max_tokens = {sampling.max_tokens} and a prompt of {len(token_ids)} tokens exceed the model's "
+                f"{asked.length} = {sampling.max_tokens} and a prompt of {len(token_ids)} tokens exceed the model's "
                 f"{limit} tokens",
-                param="max_tokens",
+                param=asked.length,
                 code=TOO_LONG,
             )
         try:
             return self._preparer.prepare(index, request, sampling)
         except TooLong as problem:
-            param = "max_tokens" if asked.says_length else where
-            raise ApiError(400, str(problem), param=param, code=TOO_LONG) from problem
+            text = as_written(problem, asked.length)
+            raise ApiError(400, text, param=asked.length or where, code=TOO_LONG) from problem
 
 
 def _code_of(problem: ValueError) -> str | None:

@@ -9,6 +9,7 @@ import pytest
 from helix.commands import Add
 from helix.fields import CHAT, FIELDS
 from helix.sampling import SamplingParams
+from helix.serving.errors import as_written
 from scripts.make_checkpoint import make_checkpoint
 from tests.helix.serving.fake_world import FakeWorld, serving
 
@@ -154,6 +155,35 @@ def test_what_is_too_long_has_the_code_that_clients_know(world: FakeWorld) -> No
     ):
         status, answer, _ = world.ask(path, asked)
         assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "message"),
+    [
+        ({"min_tokens": 17}, "min_tokens", "min_tokens = 17 must be at most max_tokens = 16"),
+        ({"min_tokens": 9, "max_tokens": 5}, "min_tokens", "min_tokens = 9 must be at most max_tokens = 5"),
+        (
+            {"min_tokens": 9, "max_completion_tokens": 5},
+            *("min_tokens", "min_tokens = 9 must be at most max_completion_tokens = 5"),
+        ),
+        ({"max_new_tokens": 0}, "max_new_tokens", "max_new_tokens = 0 must lie in [1, 2**31)"),
+        ({"max_new_tokens": 1000}, "max_new_tokens", "max_new_tokens = 1000 and a prompt of 2 tokens exceed"),
+        ({"temperature": -1}, "temperature", "temperature = -1 must be"),
+        ({"stop": ["sampling.stop", ""]}, "stop", "stop = ['sampling.stop', ''] must not contain an empty string"),
+    ],
+    ids=str,
+)
+def test_a_refusal_names_fields_as_the_client_wrote_them(
+    world: FakeWorld, asked: dict[str, Any], param: str, message: str
+) -> None:
+    status, answer, _ = world.ask("/v1/completions", plain("completions") | asked)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert answer["error"]["message"].startswith(message)
+
+
+def test_a_refusal_names_the_length_as_the_client_wrote_it_in_its_middle_too() -> None:
+    said = as_written(ValueError("2 prompt tokens and sampling.max_tokens = 9 need more"), "max_new_tokens")
+    assert said == "2 prompt tokens and max_new_tokens = 9 need more"
 
 
 def test_two_names_of_one_field_must_agree(world: FakeWorld) -> None:
