@@ -47,9 +47,9 @@ def help_text(header: str, schema: type[Any], tree: Tree, presets: dict[str, lis
 
 
 def meanings(schema: type[Any], group: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every key of a schema, and before the keys of a group the group itself, with what it means."""
+    """Yield every key of a schema with what it means: its own first, then each group and the keys of the group."""
     said = _attributes(schema)
-    for each in fields(schema):
+    for each in sorted(fields(schema), key=lambda each: is_dataclass(each.default_factory)):
         if is_dataclass(each.default_factory):
             yield group + each.name, _summary(each.default_factory)
             yield from meanings(each.default_factory, f"{group}{each.name}.")  # type: ignore[arg-type]

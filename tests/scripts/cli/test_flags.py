@@ -57,6 +57,12 @@ def test_help_says_what_a_command_does_and_what_each_key_means(
     for key, meaning in key_help.meanings(schema):
         assert meaning, f"{key} has no line under Attributes in the docstring of its dataclass"
         assert any(line.startswith((f"{key}=", f"{key}: ")) and line.endswith(meaning) for line in lines), key
+    group = ""
+    for line in shown.partition("what they mean:\n")[2].partition("\n\n")[0].splitlines():
+        if not line.startswith(" "):
+            group = line.partition(":")[0]
+        else:
+            assert line.strip().partition("=")[0].rpartition(".")[0] == group, f"{line} is below {group}"
 
 
 def test_a_run_leaves_no_folder_and_no_log(command: Command, tmp_path: Path) -> None:
