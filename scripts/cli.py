@@ -34,8 +34,9 @@ from omegaconf.errors import OmegaConfBaseException
 from parallel.slurm import environment
 from scripts import settings
 from scripts.ending import FAILURE, RunFailed, crash, ending_on_signals, fail, leave_part
-from scripts.ending import rank as rank  # commands ask cli for these two
+from scripts.ending import rank as rank  # commands ask cli for these three
 from scripts.ending import say as say
+from scripts.ending import say_json as say_json
 from scripts.key_help import help_text
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -4,12 +4,12 @@
     sbatch --nodes=2 --gpus-per-node=8 scripts/launch/torchrun.sbatch scripts.doctor
 
 Needs no model, and works on CPUs too (gloo). Times all-reduce and exchange inside each node and between nodes, small
-ones for latency and large ones for rate. Ends with exit code 1 where something is wrong; the last line is JSON.
+ones for latency and large ones for rate. Ends with exit code 1 where something is wrong. Where stdout is no terminal
+the last line is all of it as JSON.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import threading
@@ -218,7 +218,7 @@ def run(config: DoctorConfig) -> None:
         cli.say(f"{RED}wrong: {line}{PLAIN}" if sys.stdout.isatty() else f"wrong: {line}")
     if not wrong:
         cli.say("nothing is wrong")
-    cli.say(json.dumps({"ranks": [asdict(each) for each in facts], "links": links, "wrong": wrong}))
+    cli.say_json({"ranks": [asdict(each) for each in facts], "links": links, "wrong": wrong})
     stop()
     if wrong:
         raise cli.RunFailed(f"{len(wrong)} things are wrong, of which the first: {wrong[0]}")

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,12 @@ def say(text: str) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(text, flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Print a line of JSON on rank 0 for machines: not in a terminal, where it would push away what people read."""
+    if not sys.stdout.isatty():
+        say(json.dumps(value))
 
 
 @contextmanager

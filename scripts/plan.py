@@ -5,13 +5,12 @@
 
 Needs no GPU. Lists are split at their commas; K is 1,024 and M 1,048,576. Prints a line for each layout in each case,
 the best of a case marked, the context at which KVP overtakes plain TP, refused layouts, and the command to paste; and
-last, on one line, all of it as JSON. ``batch=auto`` takes the largest batch within ``ttl_ms`` for each layout, of
-smaller worlds too.
+last, where stdout is no terminal, all of it as JSON on one line. ``batch=auto`` takes the largest batch within
+``ttl_ms`` for each layout, of smaller worlds too.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from helix.models.loading import read_spec
 from helix.models.spec import ModelSpec
 from helix.plan.footprint import FORMATS, Storage
 from helix.plan.hardware import Hardware, named_hardware, read_hardware
-from helix.plan.planner import Fleet, Plan, Refusal, Row, Setup
+from helix.plan.planner import Fleet, Plan, Row, Setup
 from helix.plan.sizes import parse_size, parse_sizes, short
 from parallel.layout import Layout
 from scripts import cli
@@ -253,16 +252,6 @@ def notes(plan: Plan, rows: Sequence[Row], given: Sequence[str]) -> list[str]:
     return lines
 
 
-def json_line(rows: Sequence[Row], refused: Sequence[Refusal]) -> str:
-    """Return the line for machines."""
-    return json.dumps(
-        {
-            "layouts": [json_row(row) for row in rows],
-            "refused": [{"kvp": each.kvp, "tpa": each.tpa, "why": each.why} for each in refused],
-        }
-    )
-
-
 def plan_rows(config: PlanConfig, setup: Setup) -> tuple[Plan, list[Row]]:
     """Return the plan of all GPUs, and the rows of all cases."""
     gpus, contexts = parse_size("gpus", config.gpus), parse_sizes("context", config.context)
@@ -297,7 +286,12 @@ def run(config: PlanConfig, given: Sequence[str]) -> None:
     if config.plot is not None:
         draw_pareto(points_of(rows), config.plot, title=f"predicted, {setup.hardware.name} ({setup.hardware.source})")
         cli.say(f"drew {config.plot}")
-    cli.say(json_line(rows, plan.refused))
+    cli.say_json(
+        {
+            "layouts": [json_row(row) for row in rows],
+            "refused": [{"kvp": each.kvp, "tpa": each.tpa, "why": each.why} for each in plan.refused],
+        }
+    )
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:

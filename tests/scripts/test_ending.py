@@ -190,3 +190,11 @@ def test_ctrl_c_while_a_command_is_still_imported_leaves_no_traceback(tmp_path: 
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
+
+
+def test_a_terminal_gets_no_line_for_machines(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    ending.say_json({"rows": [1, 2]})
+    assert capsys.readouterr().out == '{"rows": [1, 2]}\n'
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    ending.say_json({"rows": [1, 2]})
+    assert capsys.readouterr().out == ""
