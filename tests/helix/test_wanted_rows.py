@@ -66,4 +66,5 @@ def test_rows_that_choose_nothing_end_with_the_last_attention(
     assert [set(rows) for rows in steps] == [{16}, {13}]
     for few, every in zip(found, whole, strict=True):
         assert [token for token, _ in few] == [token for token, _ in every]
-        assert [log for _, log in few] == pytest.approx([log for _, log in every], abs=1e-5)
+        # products of fewer rows may add up in another order: which, is the processor's choice
+        assert [log for _, log in few] == pytest.approx([log for _, log in every], rel=1e-5, abs=1e-5)
