@@ -21,7 +21,7 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     """A server of two ranks, for all tests that do not end it."""
     folder = tmp_path_factory.mktemp("log")
     events = [f"serve.kv_events=ipc://{folder}/events", f"serve.kv_events_replay=ipc://{folder}/replay"]
-    served = start(model, folder, "scheduler.prefill_chunk=64", "serve.keepalive_s=0.3", *events)
+    served = start(model, folder, "scheduler.prefill_chunk=64", "serve.keepalive_s=0.05", *events)
     yield served
     end(served)
 
