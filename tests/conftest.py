@@ -7,7 +7,12 @@ import hypothesis
 import pytest
 import torch
 
+from tests.gpus import rotated
 from tests.ranks import RankPool
+
+if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.device_count() > 1:  # counted without touching CUDA
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    os.environ["CUDA_VISIBLE_DEVICES"] = rotated(visible.split(","), os.environ["PYTEST_XDIST_WORKER"])
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before any room is imported

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.gpus import rotated
 from tests.ranks import RankFailure, RankPool
 
 Ranks = Callable[..., RankPool]
@@ -228,3 +229,8 @@ def test_a_skip_of_some_ranks_only_is_a_failure(ranks: Ranks) -> None:
 def test_a_nested_body_is_refused(ranks: Ranks) -> None:
     with pytest.raises(TypeError, match="must stand at the top of its file"):
         ranks().run(lambda: None)
+
+
+def test_processes_that_share_gpus_begin_with_different_ones_and_see_all() -> None:
+    orders = [rotated(["2", "3", "5"], worker) for worker in ("gw0", "gw1", "gw2", "gw3")]
+    assert orders == ["2,3,5", "3,5,2", "5,2,3", "2,3,5"]
