@@ -26,7 +26,6 @@ from .protocol import DONE, RUNNING, UNKNOWN, Pool
 from .regions import CacheMap, build_regions
 from .requirements import import_nixl
 
-HELLO = b"hello"
 _log = logging.getLogger(__name__)
 
 
@@ -87,8 +86,7 @@ class Peer:
         self.rank = rank
         self._agent, self._pools, self._maps = agent, (mine, pool), (source, target)
         self._name: str = agent.add_remote_agent(pool.metadata)
-        agent.make_connection(self._name)
-        agent.send_notif(self._name, HELLO)  # which makes the connection
+        agent.make_connection(self._name)  # the first write sends its first message
 
     def write(self, blocks: IntArray, source_pages: IntArray, target_pages: IntArray, tokens: Range) -> Write:
         """Start writing the tokens of some blocks; everything in them has been computed.
@@ -177,10 +175,9 @@ class Transport:
         _log.info("transfer: a kernel writes to decode rank %d, whose pages are mapped", rank)
         return mapped
 
-    def progress(self) -> dict[str, list[bytes]]:
-        """Let connections and writes of others go on; returns the hellos that have arrived, by sender."""
-        hellos: dict[str, list[bytes]] = self._agent.get_new_notifs()
-        return hellos
+    def progress(self) -> None:
+        """Let connections and writes of others go on."""
+        self._agent.get_new_notifs()
 
     def close(self) -> None:
         """Unregister the pool: from here on nobody can write it."""

@@ -5,7 +5,9 @@ The bodies run on the CPU, and on GPUs where there are two.
 
 import os
 import signal
+import tempfile
 import time
+from contextlib import contextmanager
 from multiprocessing import get_context
 
 import numpy as np
@@ -17,7 +19,7 @@ from attention.pages import PageLayout
 from helix.cache.pages import PagedCache
 from helix.transfer.protocol import DONE, RUNNING, UNKNOWN
 from helix.transfer.regions import CacheMap
-from helix.transfer.transport import HELLO, Transport
+from helix.transfer.transport import Transport
 
 BLOCK, PAGES, LAYERS, HEADS, DIM = 8, 6, 3, 4, 2
 RECEIVER, SENDER = 0, 1
@@ -50,7 +52,7 @@ def finish(write, transport, timeout_s=20.0):
 
 
 def write_body(source_heads, target_heads, tokens, name):
-    """The receiver's pages before and after, and the sender's."""
+    """The pages of the receiver or the sender before and after, and how the sender's write ended."""
     rank = dist.get_rank()
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     heads = target_heads if rank == RECEIVER else source_heads
@@ -70,10 +72,9 @@ def write_body(source_heads, target_heads, tokens, name):
         peer.close()
     else:
         work = dist.broadcast(torch.zeros(1), SENDER, async_op=True)
-        hellos = {}
-        while not work.is_completed() or not hellos:
-            hellos |= transport.progress()
-        state = hellos
+        while not work.is_completed():
+            transport.progress()
+        state = None
     after = cache.planes[0].cpu().clone()
     dist.barrier()
     transport.close()
@@ -93,11 +94,8 @@ def write_body(source_heads, target_heads, tokens, name):
 )
 def test_what_is_written_arrives_where_it_belongs_and_nowhere_else(ranks, source_heads, target_heads, tokens):
     name = f"t{source_heads}{target_heads}{tokens}"
-    (before, after, hellos), (sent, unchanged, state) = ranks(2).run(
-        write_body, source_heads, target_heads, tokens, name
-    )
+    (before, after, _), (sent, unchanged, state) = ranks(2).run(write_body, source_heads, target_heads, tokens, name)
     assert state == DONE
-    assert hellos == {f"{name}-{SENDER}": [HELLO]}
     assert torch.equal(sent, unchanged)
     expected = before.clone()
     for position in range(*tokens):
@@ -127,6 +125,25 @@ def lost_body(pool, pid):
     return first, second, write.reason
 
 
+def idle_body(pool):
+    """What a sender that never writes prints of NIXL's at its end; it does not go through ``sys.stderr``."""
+    heads = (0, HEADS)
+    with tempfile.TemporaryFile() as printed:
+        stderr = os.dup(2)
+        os.dup2(printed.fileno(), 2)
+        try:
+            transport = Transport("idle", make_cache(torch.device("cpu"), heads, 0).pages)
+            peer = transport.connect(pool, map_of(transport.pool, heads), map_of(pool, heads), rank=0)
+            peer.close()
+            transport.close()
+            del peer
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        printed.seek(0)
+        return printed.read().decode()
+
+
 def be_a_receiver(pipe):
     transport = Transport("receiver", make_cache(torch.device("cpu"), (0, HEADS), 0).pages)
     pipe.send(transport.pool)
@@ -135,15 +152,27 @@ def be_a_receiver(pipe):
         time.sleep(0.001)
 
 
-def test_a_write_to_a_process_that_has_ended_is_unknown_and_says_to_whom(ranks):
+@contextmanager
+def other_process():
+    """A receiver's pool, and its process, which ends with this."""
     context = get_context("forkserver")
     pipe, its = context.Pipe()
     process = context.Process(target=be_a_receiver, args=(its,), daemon=True)
     process.start()
     try:
-        [(first, second, reason)] = ranks(1).run(lost_body, pipe.recv(), process.pid)
+        yield pipe.recv(), process.pid
     finally:
         process.kill()
         process.join()
+
+
+def test_a_write_to_a_process_that_has_ended_is_unknown_and_says_to_whom(ranks):
+    with other_process() as (pool, pid):
+        [(first, second, reason)] = ranks(1).run(lost_body, pool, pid)
     assert (first, second) == (DONE, UNKNOWN)
     assert "a write to decode rank 0" in reason
+
+
+def test_a_sender_that_never_wrote_leaves_in_silence(ranks):
+    with other_process() as (pool, _):
+        assert ranks(1).run(idle_body, pool) == [""]
