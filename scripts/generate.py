@@ -20,6 +20,7 @@ instead, and the exit code is 1 (exit codes: scripts/ending.py).
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,6 +40,8 @@ from scripts.outputs import EventFile, GrowingFile, PrintedLines, check_writable
 from scripts.progress import RunProgress
 from scripts.prompt_file import name_of, read_requests
 from scripts.resume import done_lines, hashes_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -208,10 +211,19 @@ def read_input(config: GenerateConfig) -> tuple[Work, dict[int, str]]:
         if config.output is not None and Path(config.output).is_file():
             names = [name_of(request.id, index) for index, request in enumerate(requests)]
             done.update(done_lines(config.output, names, hashes_of(requests, config), resume=config.resume))
+            say_what_becomes_of(config.output, f"{len(done)} of {len(requests)} lines" if config.resume else None)
         todo = [index for index in range(len(requests)) if index not in done]
         return Work([requests[index] for index in todo], todo, len(requests))
 
     return from_rank0(read), done
+
+
+def say_what_becomes_of(output: str, kept: str | None) -> None:
+    """Log that a file that is there is gone on with, what of it is kept, or that the run replaces it."""
+    if kept is not None:
+        _log.info("output = %s has %s, which are kept", output, kept)
+    elif Path(output).stat().st_size:
+        _log.info("output = %s is there already and is replaced; resume=true keeps lines that are done", output)
 
 
 def run_requests(config: GenerateConfig, launch: Launch) -> None:

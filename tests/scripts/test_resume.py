@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from helix.config import HelixConfig, ModelConfig
 from helix.request import Request
 from helix.sampling import SamplingParams
+from scripts.generate import GenerateConfig, read_input
 from scripts.make_checkpoint import make_checkpoint
 from scripts.resume import done_lines, hashes_of
 
@@ -66,6 +68,24 @@ def test_a_file_that_this_run_began_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds 2 of this run's 3 lines; resume=true goes on with the others"):
         done_lines(path, NAMES, HASHES, resume=False)
     assert done_lines(path, ["x", "z"], ["1", "3"], resume=False) == {}, "a run that was done may be done again"
+
+
+def test_what_becomes_of_a_file_that_is_there_is_logged(tmp_path: Path, model: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    path = tmp_path / "out.jsonl"
+    config = GenerateConfig(model=ModelConfig(path=str(model)), prompt="x", output=str(path))
+    read_input(config)
+    path.write_text("")
+    read_input(config)
+    assert not caplog.messages
+    asked = hashes_of([Request(prompt="x")], config)[0]
+    write(path, line("0", asked))
+    assert read_input(config)[0].indices == [0]
+    assert read_input(replace(config, resume=True))[0].indices == []
+    assert caplog.messages == [
+        f"output = {path} is there already and is replaced; resume=true keeps lines that are done",
+        f"output = {path} has 1 of 1 lines, which are kept",
+    ]
 
 
 def edit(name: str, old: bytes, new: bytes) -> Callable[[Path], Any]:
