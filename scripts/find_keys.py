@@ -15,10 +15,10 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 
@@ -45,8 +45,8 @@ from scripts.progress import RunProgress
 from scripts.timing import report
 
 LONGEST = 1 << 21  # tokens, up to which the model tells positions apart
-LENGTHS = (65536, 262144, 1 << 20)  # where none are named; without a GPU attention takes minutes of the first alone
-CPU_LENGTHS = (4096,)
+DEFAULTS = [65536, 262144, 1 << 20], 8192  # lengths and chunk where none are named
+CPU_DEFAULTS = [4096], 1024  # attention takes minutes of 65,536 tokens there
 NUM_OTHERS = 3  # keys at the ends and across a border
 
 
@@ -59,7 +59,7 @@ class FindKeysConfig:
         keys: how many a text has between its ends, beside three at the ends and across a border.
         path: the model, a folder that scripts.make_checkpoint --family passkey has made; null makes one, on one node.
         block_size: tokens a page.
-        prefill_chunk: prompt tokens a step.
+        prefill_chunk: prompt tokens a step; null is 8,192, without a GPU 1,024.
         cache: its dtype, as ``cache.dtype`` of a run.
     """
 
@@ -69,31 +69,27 @@ class FindKeysConfig:
     keys: int = 4
     path: str | None = None
     block_size: int = 64
-    prefill_chunk: int = 8192
+    prefill_chunk: int | None = None
     cache: BenchCache = field(default_factory=BenchCache)
 
     def __post_init__(self) -> None:
         if not 2 <= self.keys <= MOST_KEYS - NUM_OTHERS:
             raise ValueError(f"keys = {self.keys} must lie from 2 to {MOST_KEYS - NUM_OTHERS}")
         check_at_least("block_size", self.block_size, 2 * KEY_LEN)
-        if self.lengths is not None:
-            self.check_lengths(self.lengths or [0])
-
-    def check_lengths(self, lengths: Sequence[int]) -> None:
-        """Raise ValueError for a text that is too short for its keys, or too long for the model."""
+        if self.prefill_chunk is not None:
+            check_at_least("prefill_chunk", self.prefill_chunk, 1)
         least = 2 * self.block_size * (self.keys + 2)
-        for length in lengths:
+        for length in (self.lengths or [0]) if self.lengths is not None else []:
             if not least <= length <= LONGEST:
                 raise ValueError(f"lengths: {length} must lie from {least}, for {self.keys} keys, to {LONGEST}")
 
-    def lengths_on(self, device: str) -> list[int]:
-        """Return the texts' lengths on a kind of device, whose own they are where none are named."""
-        if self.lengths is not None:
-            return self.lengths
-        lengths = list(CPU_LENGTHS if device == "cpu" else LENGTHS)
-        self.check_lengths(lengths)
-        cli.say(f"lengths: {lengths}" + (", since there is no GPU; lengths=[16384] names others" * (device == "cpu")))
-        return lengths
+    def on(self, device: str) -> Self:
+        """Return the settings on a kind of device, whose own lengths and chunk stand where none are named."""
+        default_lengths, default_chunk = CPU_DEFAULTS if device == "cpu" else DEFAULTS
+        lengths, chunk = self.lengths or default_lengths, self.prefill_chunk or default_chunk
+        if self.lengths is None:
+            cli.say(f"lengths: {lengths}" + ", since there is no GPU; lengths=[16384] names others" * (device == "cpu"))
+        return replace(self, lengths=lengths, prefill_chunk=chunk)
 
     def open(self, path: str, length: int) -> LLM:
         """Return the model with room for one text and the ends of prompts."""
@@ -109,7 +105,7 @@ class FindKeysConfig:
                     num_pages=-(-room // (self.block_size * ranks)) + 1,
                     dtype=self.cache.dtype,
                 ),
-                scheduler=SchedulerConfig(max_batch=1, prefill_chunk=self.prefill_chunk),
+                scheduler=SchedulerConfig(max_batch=1, prefill_chunk=self.prefill_chunk or DEFAULTS[1]),
                 runtime=self.runtime,
             )
         )
@@ -243,10 +239,10 @@ def run(config: FindKeysConfig) -> None:
     """Search every length on this rank."""
     launch = start(config.runtime.device, timeout_s=config.runtime.timeout_s)
     set_up_logging(launch.rank)
-    rows = []
+    config, rows = config.on(launch.device.type), []
     with tempfile.TemporaryDirectory() as folder:
         path = model_path(config, launch, folder)
-        for length in config.lengths_on(launch.device.type):
+        for length in config.lengths or []:
             llm = config.open(path, length)
             rows.append(search(llm, length, config.keys))
             cli.say(f"{length} tokens: {rows[-1]['right']} of {rows[-1]['of']} tokens right")

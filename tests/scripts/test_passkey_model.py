@@ -67,12 +67,14 @@ def test_keys_stand_on_each_rank_in_turn_and_across_a_border() -> None:
 
 
 def test_a_run_without_a_gpu_takes_a_shorter_text_unless_one_is_named(capsys) -> None:
-    assert FindKeysConfig().lengths_on("cuda")[-1] == 1 << 20
-    assert FindKeysConfig().lengths_on("cpu") == [4096]
+    whole, short = FindKeysConfig().on("cuda"), FindKeysConfig().on("cpu")
+    assert (whole.lengths, whole.prefill_chunk) == ([65536, 262144, 1 << 20], 8192)
+    assert (short.lengths, short.prefill_chunk) == ([4096], 1024)
     assert "no GPU; lengths=[16384] names others" in capsys.readouterr().out
-    assert FindKeysConfig(lengths=[65536]).lengths_on("cpu") == [65536]
+    named = FindKeysConfig(lengths=[65536], prefill_chunk=512).on("cpu")
+    assert (named.lengths, named.prefill_chunk) == ([65536], 512)
     with pytest.raises(ValueError, match="lengths: 4096 must lie from 6144"):
-        FindKeysConfig(block_size=512).lengths_on("cpu")
+        FindKeysConfig(block_size=512).on("cpu")
 
 
 def test_a_text_of_which_one_answer_is_wrong_is_not_right() -> None:
