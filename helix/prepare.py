@@ -155,7 +155,7 @@ class Prepared:
         """Return whether what is cached is quantised to 8 bits."""
         name, own = self.config.cache.dtype, str(self.dtype).removeprefix("torch.")
         if name == "auto":
-            in_8_bits = self.spec.quantization is not None and self.spec.quantization.caches_in_8_bits
+            in_8_bits = self.spec.caches_in_8_bits
             if in_8_bits:
                 _log.info("cache.dtype=auto: fp8_e4m3, as the checkpoint's kv_cache_scheme says")
             return in_8_bits

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from helix.config import ModelConfig, SchedulerConfig, check_at_least
 from helix.models.loading import read_spec
 from helix.models.spec import ModelSpec
@@ -24,6 +26,7 @@ from helix.plan.footprint import FORMATS, Storage
 from helix.plan.hardware import Hardware, named_hardware, read_hardware
 from helix.plan.planner import Fleet, Plan, Row, Setup
 from helix.plan.sizes import parse_size, parse_sizes, short
+from helix.prediction import storage_of as storage_of_run
 from parallel.layout import Layout
 from scripts import cli
 from scripts.outputs import check_writable
@@ -109,7 +112,8 @@ def setup_of(config: PlanConfig) -> Setup:
     if config.weights not in ("auto", *FORMATS):
         raise ValueError(f"weights = {config.weights} must be one of auto, {', '.join(FORMATS)}")
     spec = read_spec(replace(config.model, load="dummy"))  # weights need not be there
-    storage = storage_of(spec, config.weights, config.cache.dtype)
+    dtype = torch.float32 if config.weights == "fp32" else torch.bfloat16
+    storage = storage_of(spec, dtype, config.cache.dtype, config.weights)
     if not 0.0 < config.cache.memory_fraction <= 1.0:
         raise ValueError(f"cache.memory_fraction = {config.cache.memory_fraction} must lie in (0, 1]")
     return Setup(
@@ -122,21 +126,18 @@ def setup_of(config: PlanConfig) -> Setup:
     )
 
 
-def storage_of(spec: ModelSpec, weights: str, cache_dtype: str) -> Storage:
-    """Return how weights (auto, or a format) and cache (the ``cache.dtype`` of a run, or fp4) of a model are counted.
+def storage_of(spec: ModelSpec, dtype: torch.dtype, cache_dtype: str, weights: str = "auto") -> Storage:
+    """Return how weights and cache are counted of a model that is run with a dtype.
+
+    cache_dtype: the ``cache.dtype`` of a run, or fp4. weights: a format, or auto for those of a run.
 
     Raises:
         ValueError: for another ``cache_dtype``.
     """
-    own = spec.quantization
-    if weights == "auto":
-        weights = "bf16" if own is None else "fp8"
-    if cache_dtype == "auto":
-        in_8_bits = own is not None and own.caches_in_8_bits
-        return Storage(weights, "fp8" if in_8_bits else "fp32" if weights == "fp32" else "bf16")
-    if cache_dtype not in CACHES:
+    if cache_dtype not in ("auto", *CACHES):
         raise ValueError(f"cache.dtype = {cache_dtype} must be one of auto, {', '.join(CACHES)}")
-    return Storage(weights, CACHES[cache_dtype])
+    own = storage_of_run(spec, dtype, in_8_bits=spec.caches_in_8_bits)
+    return Storage(own.weights if weights == "auto" else weights, CACHES.get(cache_dtype, own.cache))
 
 
 def json_row(row: Row) -> dict[str, Any]:

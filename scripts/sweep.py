@@ -218,7 +218,8 @@ class Sweep:
         if key not in self._specs:
             self._specs[key] = read_spec(replace(config.model, load="dummy"))
         spec, cache = self._specs[key], config.cache
-        storage = storage_of(spec, "fp32" if config.model.dtype == "float32" else "auto", cache.dtype)
+        dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+        storage = storage_of(spec, dtype, cache.dtype)
         chunk = config.scheduler.prefill_chunk
         return Setup(spec, self._hardware, storage, cache.block_size, cache.memory_fraction, chunk)
 

@@ -206,7 +206,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path}: {name} has dtype {dtype}, must be one of {', '.join(DTYPES)}{self._why_not(dtype)}"
                 )
-        if spec.quantization is not None and spec.quantization.caches_in_8_bits and spec.latent is None:
+        if spec.caches_in_8_bits and spec.latent is None:
             for layer in range(spec.num_layers):
                 self.cache_scales(layer)
         layers = spec.names.q.removesuffix("self_attn.q_proj.weight")

@@ -73,7 +73,7 @@ def fill(decoder: Decoder, checkpoint: Checkpoint | None) -> None:
                 generator.manual_seed(zlib.crc32(repr(weight).encode()))
                 fill_dummy(role, shapes[weight.pieces[0].name][-1], parameters[role], generator)
     if checkpoint is not None:
-        if spec.latent is None and spec.quantization is not None and spec.quantization.caches_in_8_bits:
+        if spec.latent is None and spec.caches_in_8_bits:
             for layer, parameters in enumerate(decoder.layers):
                 scales = checkpoint.cache_scales(layer)
                 if scales is not None:

@@ -238,6 +238,11 @@ class ModelSpec:
         return self.head_dim if self.latent is None else self.latent.rank
 
     @property
+    def caches_in_8_bits(self) -> bool:
+        """Say whether the checkpoint's keys and values are meant to be cached in 8 bits."""
+        return self.quantization is not None and self.quantization.caches_in_8_bits
+
+    @property
     def cache_planes(self) -> int:
         """Planes of a cached page: K and V, or latents alone."""
         return 2 if self.latent is None else 1

@@ -6,15 +6,17 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from helix.config import ModelConfig
+from helix.models.quantization import Quantization
 from helix.plan.footprint import Storage
 from helix.plan.hardware import named_hardware
 from helix.plan.planner import Fleet, Setup
 from helix.plan.sizes import parse_size, parse_sizes, short
 from scripts.make_checkpoint import make_checkpoint
 from scripts.pareto import Point, frontier, require_matplotlib
-from scripts.plan import PlanCache, PlanConfig, PlanHardware, naming, run, setup_of
+from scripts.plan import PlanCache, PlanConfig, PlanHardware, naming, run, setup_of, storage_of
 from tests.helix.plan.presets import CONF, preset
 
 LAYOUT_KEYS = [
@@ -63,6 +65,22 @@ def test_the_command_runs_what_was_planned(tmp_path, capsys) -> None:
     assert "scripts.quantize writes a folder" in said
     with pytest.raises(ValueError, match="cache.dtype = fp8 must be one of auto, float32, .*, fp8_e4m3, fp4"):
         setup_of(replace(plan, cache=PlanCache(dtype="fp8")))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "cache", "weights", "counted"),
+    [
+        (None, torch.bfloat16, "auto", "auto", ("bf16", "bf16")),
+        (None, torch.float32, "auto", "auto", ("fp32", "fp32")),
+        (None, torch.bfloat16, "fp8_e4m3", "fp4", ("fp4", "fp8")),
+        (Quantization(), torch.float32, "auto", "auto", ("fp8", "fp32")),
+        (Quantization(caches_in_8_bits=True), torch.bfloat16, "auto", "auto", ("fp8", "fp8")),
+        (Quantization(caches_in_8_bits=True), torch.bfloat16, "bfloat16", "auto", ("fp8", "bf16")),
+    ],
+)
+def test_bytes_are_counted_as_a_run_has_them(quantization, dtype, cache, weights, counted) -> None:
+    spec = replace(preset("glm4_9b_1m"), quantization=quantization)
+    assert storage_of(spec, dtype, cache, weights) == Storage(*counted)
 
 
 def test_auto_finds_the_largest_batch_in_smaller_worlds_too() -> None:
