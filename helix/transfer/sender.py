@@ -238,13 +238,15 @@ class Sender:
     def _post(self, sending: Sending, stop: int) -> None:
         ask, seq = sending.ask, sending.seq
         assert seq is not None
-        tokens, pages = (sending.posted, stop), np.array(seq.blocks.pages, np.int64)
+        tokens, size = (sending.posted, stop), self._source.block_size
+        first = sending.posted // size
+        pages = np.array(seq.blocks.pages[first : -(-stop // size)], np.int64)  # of a long prompt these are few
         source = replace(self._source, first_owner=seq.blocks.first_owner)
         target = replace(self._target, first_owner=ask.first_owner)
         for peer in self._peers:
             blocks = shared_blocks(source, self._rank, target, peer.rank, tokens)
             if len(blocks):
-                sending.writes.append(peer.write(blocks, pages[blocks], ask.pages[blocks], tokens))
+                sending.writes.append(peer.write(blocks, pages[blocks - first], ask.pages[blocks], tokens))
         if self._bounded is not None and stop == seq.prompt_len:
             post = self._bounded.post(seq, ask)
             for peer in self._bounded_peers:
