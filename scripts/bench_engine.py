@@ -3,11 +3,11 @@
     torchrun --standalone --nproc-per-node 4 -m scripts.bench_engine model=glm4_9b_1m \
         batches='[1,8,64]' prompts='[1024,131072]' outputs=256 requests=64
 
-A case is a batch and a sampling: ``requests`` prompts of random tokens, lengths drawn evenly on a logarithmic scale
-between the two of ``prompts``, at most a batch of them on their way at once. With ``rate`` they arrive as a Poisson
-process, and one that finds the batch full waits, which its TTFT counts. Every case runs twice with the same lengths and
-fresh tokens: the first use, which pays for whatever is done once, and warm. Times are rank 0's: TTFT is from a
-request's arrival to its first token, TTL from one token of a request to its next.
+A case is a batch and a sampling: ``requests`` prompts of random tokens, or a batch of them where that is more, lengths
+drawn evenly on a logarithmic scale between the two of ``prompts``, at most a batch of them on their way at once. With
+``rate`` they arrive as a Poisson process, and one that finds the batch full waits, which its TTFT counts. Every case
+runs twice with the same lengths and fresh tokens: the first use, which pays for whatever is done once, and warm. Times
+are rank 0's: TTFT is from a request's arrival to its first token, TTL from one token of a request to its next.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BenchEngineConfig:
     Attributes:
         batches: most sequences on their way at once, of each case.
         samplings: greedy, temperature (1), nucleus (temperature 1, top-p 0.95) or penalties, of each case.
-        requests: of a case.
+        requests: of a case; where its batch is larger, as many as that holds.
         prompts: the shortest and the longest prompt, in tokens.
         outputs: tokens a request makes.
         rate: requests that arrive a second, at random times; null: one arrives when another ends.
@@ -106,10 +106,10 @@ class BenchEngineConfig:
             runtime=self.runtime,
         )
 
-    def prompt_lens(self) -> list[int]:
-        """Return the length of each request's prompt, the same in every case."""
+    def prompt_lens(self, batch: int) -> list[int]:
+        """Return the length of each request's prompt, the same in every case of a batch."""
         low, high = np.log(self.prompts[0]), np.log(self.prompts[1])
-        lens = np.exp(np.random.default_rng(self.seed).uniform(low, high, self.requests))
+        lens = np.exp(np.random.default_rng(self.seed).uniform(low, high, max(self.requests, batch)))
         return [int(length) for length in lens.round()]
 
 
@@ -173,7 +173,7 @@ class Traffic:
 def run_case(llm: LLM, config: BenchEngineConfig, batch: int, sampling: str, use: int) -> Traffic:
     """Run a case once, through the door. Collective; the figures are rank 0's."""
     rng = np.random.default_rng([config.seed, use])
-    lens = config.prompt_lens()
+    lens = config.prompt_lens(batch)
     prompts = [rng.integers(0, llm.spec.vocab_size, length).tolist() for length in lens]
     gaps = np.zeros(len(lens)) if config.rate is None else rng.exponential(1 / config.rate, len(lens))
     params = replace(SAMPLINGS[sampling], max_tokens=config.outputs, ignore_eos=True, seed=config.seed)

@@ -42,6 +42,11 @@ def test_requests_arrive_at_their_rate_and_waiting_counts(capsys: pytest.Capture
     assert warm["tokens/s"] < 5 * 4 / 0.1
 
 
+def test_a_batch_is_filled_where_fewer_requests_were_asked_for() -> None:
+    config = small()
+    assert [len(config.prompt_lens(batch)) for batch in (1, 5, 64)] == [5, 5, 64]
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
