@@ -1,7 +1,8 @@
 # Makes the checkout's own environment in .venv and activates it; sourced, from anywhere, by the scripts that need it:
 #     source scripts/env.sh
 # PYTHON names the interpreter to build it with (3.11 or 3.12; default python3). What is installed is what pyproject.toml
-# asks for, in the versions of constraints.txt; nothing is installed again until one of the three changes.
+# asks for, in the versions of constraints.txt; nothing is installed again until one of the three changes. Where .venv is
+# a link, what it leads to is taken as it is.
 
 helix_env() {
     local root venv python version wanted stamp began=$SECONDS
@@ -15,6 +16,16 @@ helix_env() {
     if [[ $version != 3.1[12] ]]; then
         echo "PYTHON = $python is $version, Helix needs Python 3.11 or 3.12: set PYTHON to one of these" >&2
         return 2
+    fi
+
+    if [[ -L $venv ]]; then # another checkout's: nothing is installed into it, and it is never made anew
+        if [[ ! -x $venv/bin/python ]]; then
+            echo ".venv leads to $(readlink "$venv"), where no environment is: remove the link" >&2
+            return 2
+        fi
+        export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
+        hash -r
+        return
     fi
 
     wanted="$version $root $(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
