@@ -18,7 +18,7 @@ The prefill group's rank 0 is the one that tells first tokens; every other messa
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -44,7 +44,7 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
-_DTYPES = {Int32Array: b"<i4", Int64Array: b"<i8"}
+_DTYPES: dict[type, bytes] = {np.int32: b"<i4", np.int64: b"<i8"}
 
 
 class MessageError(ValueError):
@@ -265,7 +265,8 @@ def pack_array(value: Any) -> bytes:
 
 def unpack_array(wanted: Any, data: Any) -> npt.NDArray[Any]:
     """Return the array that bytes hold, of the dtype that is wanted: a decoder's hook."""
-    dtype = _DTYPES[wanted]
+    _, of_elements = get_args(wanted)  # the alias itself is another object here, unequal from NumPy 2.5 on
+    dtype = _DTYPES[get_args(of_elements)[0]]
     require(type(data) is bytes and data[:3] == dtype, f"an array of {dtype.decode()} begins with its dtype")
     return np.frombuffer(data, dtype.decode(), offset=3)
 
