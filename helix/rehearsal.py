@@ -60,11 +60,11 @@ def _compile_wanted(runner: Runner) -> None:
     each = np.arange(num_rows)
     step = replace(StepRows.for_nobody(num_rows), row_seq=np.minimum(each, runner.max_batch - 1))
     for num_wanted in buckets_up_to(min(runner.max_batch, num_rows)):
-        share, longest = capacity // num_wanted // PAGE * PAGE, capacity - num_wanted * PAGE
+        share, longest = capacity // num_wanted // PAGE * PAGE, max(capacity - num_wanted * PAGE, capacity // 2)
         # of equal rows as many as there are programs are whole; beside short ones long ones never are
         uneven = np.where(each == 0, longest, 1), np.where(each % 2 == 0, longest, 1)
         for visible in (1, share, share + PAGE, *uneven):
-            seen = np.minimum(np.broadcast_to(visible, num_rows), runner.tables.max_local_len)
+            seen = np.clip(np.broadcast_to(visible, num_rows), 1, runner.tables.max_local_len)
             local = replace(_for_nobody(runner, num_rows, int(seen[0])), visible=seen)
             runner.forward(step, local, wanted=np.arange(num_wanted))
 

@@ -8,6 +8,17 @@ import torch
 TIE = 2e-3  # where the reference's own two best logits are this close, rounding may choose
 
 
+def reference(path: Any) -> Any:
+    """Return transformers' model of a checkpoint, in float32 on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for module in model.modules():
+        if hasattr(module, "limit"):  # of gpt_oss, which transformers up to 5.17 does not take from the config
+            module.limit = model.config.swiglu_limit
+    return model
+
+
 def greedy_of(model: Any, prompt: Sequence[int], num_tokens: int, **more: Any) -> tuple[list[int], list[float]]:
     """A transformers model's tokens behind a prompt, and the gap of its two best logits at each."""
     ids = torch.tensor([list(prompt)])

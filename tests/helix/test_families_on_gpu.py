@@ -7,7 +7,7 @@ import torch
 
 from helix.sampling import SamplingParams
 from scripts.make_checkpoint import BESIDE, HYBRIDS, WINDOWED, make_checkpoint
-from tests.helix.greedy import TIE, greedy_of, require_equal
+from tests.helix.greedy import TIE, greedy_of, reference, require_equal
 from tests.helix.speculative.world import Recorded, make_llm, run, use
 from tests.helix.test_fp8_cache import through_8_bits
 
@@ -19,16 +19,13 @@ TIE_OF_8_BITS = 5e-2  # rounding may choose a key's neighbour in 8 bits, which i
 
 def expected_of(path, prompts, in_8_bits):
     """Transformers' tokens on CPUs, and the gaps to the second; over keys and values that went through 8 bits."""
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
 
     class Keys(DynamicCache):
         def update(self, key_states, value_states, *args, **more):
             return super().update(through_8_bits(key_states), through_8_bits(value_states), *args, **more)
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    for module in model.modules():
-        if hasattr(module, "limit"):  # of gpt_oss, which transformers up to 5.17 does not take from the config
-            module.limit = model.config.swiglu_limit
+    model = reference(path)
     return [
         greedy_of(model, each, MAX_TOKENS, **({"past_key_values": Keys()} if in_8_bits else {})) for each in prompts
     ]
