@@ -16,7 +16,8 @@ class AttentionConfig:
 
     Attributes:
         backend: the partial attention; auto is triton on GPUs and reference on CPUs.
-        exchange: how the KVP group exchanges partials; auto is fused where it shares GPU memory, else collective.
+        exchange: how the KVP group exchanges partials; auto is fused where it shares GPU memory, else collective. With
+            kvp 1 there is nothing to exchange.
         share_qkv_rows: steps of at least so many rows share the QKV projection over the KVP group; 0 is never.
         expand_rows: steps with at least so many rows of one sequence make keys and values of latents, and widen those
             of 8 bits, before they attend; 0 is never.

@@ -55,6 +55,19 @@ def without_graphs(config: HelixConfig, device: torch.device) -> HelixConfig:
     return replace(config, runtime=replace(config.runtime, graphs=False))
 
 
+def check_exchange(config: HelixConfig, layout: Layout, device: torch.device) -> None:
+    """Raise ValueError for a fused exchange without GPUs, and say where there is nothing to exchange."""
+    if config.attention.exchange != "fused":
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"attention.exchange = fused writes into other GPUs' memory, but the run is on {device.type}; "
+            "use attention.exchange=auto"
+        )
+    if layout.kvp == 1:
+        _log.info("attention.exchange=fused has no effect: kvp is 1, so nothing is exchanged")
+
+
 class Prepared:
     """A run that can be: what ``LLM`` builds.
 
@@ -102,6 +115,7 @@ class Prepared:
         self.in_8_bits = self._resolve_cache()
         self.storage = storage_of(self.spec, self.dtype, in_8_bits=self.in_8_bits)
         self._consult(prompts)
+        check_exchange(config, self.layout, launch.device)
         self.footprint = Footprint(self.spec, self.layout, self.storage, config.cache.block_size)
         agree(lambda: require_room(config, self.footprint, launch))
 

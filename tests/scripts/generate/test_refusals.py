@@ -125,6 +125,10 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(
         (("cache.num_pages=100000000000",), "cache.num_pages = 100000000000 must be at most 2147483647"),
         (("runtime.device=cuda",), "runtime.device = cuda, but this node has "),
         (("attention.backend=triton",), "attention.backend = triton needs a CUDA device (or TRITON_INTERPRET=1)"),
+        (
+            ("attention.exchange=fused",),
+            "attention.exchange = fused writes into other GPUs' memory, but the run is on cpu",
+        ),
     ],
     ids=lambda value: value[0].partition("=")[0] if isinstance(value, tuple) else "",
 )
