@@ -24,7 +24,7 @@ from .stats import progress_of, stats_of
 
 _log = logging.getLogger(__name__)
 
-PUBLISH_S = 1.0  # between two sets of counters
+PUBLISH_S = 1.0  # between two sets of counters while requests run; scrapes are rarer
 
 
 class Clients:
@@ -60,11 +60,11 @@ class Clients:
         self._outbox.send(wire.encode(message))
 
     def publish(self, llm: LLM, events: Sequence[StreamEvent]) -> None:
-        """Send what is new of a turn, and the counters where they are due."""
+        """Send what is new of a turn, and the counters where they are due: also with the end of the last that ran."""
         ended = {event.index: event.output for event in events if event.output is not None}
         deltas = [self._delta(llm, event, ended.get(event.index)) for event in events]
         now = time.monotonic()
-        if now - self._published_s >= PUBLISH_S:
+        if now - self._published_s >= PUBLISH_S or (ended and not llm.engine.scheduler.running):
             self._published_s = now
             self.tell(wire.News(deltas, progress_of(llm), stats_of(llm)))
         elif deltas:

@@ -1,4 +1,4 @@
-"""The world's counters as they leave rank 0, once a second."""
+"""The world's counters as they leave rank 0: once a second, and with the end of the last request that ran."""
 
 from __future__ import annotations
 
