@@ -137,7 +137,7 @@ def generate(llm: LLM, work: Work, hashes: Sequence[str], lines: GrowingFile | P
     most = [(request.sampling or default).max_tokens for request in work.requests if not request.error]
     wanted = sum(llm.spec.max_position if each is None else each for each in most)
     try:
-        with RunProgress(llm.launch.speaks, wanted) as progress:
+        with RunProgress(llm.launch.speaks, wanted, prints=isinstance(lines, PrintedLines)) as progress:
             for event in llm.stream(work.requests, on_step=progress.update):
                 if event.output is not None:
                     errors += [event.output.error] if event.output.error is not None else []

@@ -1,4 +1,7 @@
-"""Show how far a run is: a live bar on a terminal, a plain line now and then elsewhere. Rank 0 only."""
+"""Show how far a run is: a live bar on a terminal, a plain line now and then elsewhere. Rank 0 only.
+
+A bar that is drawn anew wipes the lines above the cursor, whoever wrote them, so there is none beside output.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,10 @@ class RunProgress:
     Args:
         enabled: False on ranks that do not speak.
         output_tokens: the most tokens the run can make, for the bar.
+        prints: the run prints its output meanwhile: where that goes to a terminal, plain lines stand in for the bar.
     """
 
-    def __init__(self, enabled: bool, output_tokens: int) -> None:
+    def __init__(self, enabled: bool, output_tokens: int, *, prints: bool = False) -> None:
         console = Console(stderr=True)
         self._enabled = enabled
         self._output_tokens = output_tokens
@@ -36,7 +40,7 @@ class RunProgress:
                 TimeElapsedColumn(),
                 console=console,
             )
-            if enabled and console.is_terminal
+            if enabled and console.is_terminal and not (prints and sys.stdout.isatty())
             else None
         )
         self._next_line = time.monotonic() + LINE_EVERY_S

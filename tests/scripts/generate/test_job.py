@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,19 @@ def test_progress_is_told_on_rank_0_alone(monkeypatch: pytest.MonkeyPatch, capsy
         with scripts.progress.RunProgress(enabled, 64) as progress:
             progress.update(metrics)
     assert capsys.readouterr().err == "prefill 30 of 100 tokens, decode 8 tokens, 4.0 tokens/s, 2 s\n"
+
+
+def test_no_bar_wipes_what_is_printed_on_the_same_terminal(
+    model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    told = []
+    for is_terminal, output in ((True, ()), (False, ()), (True, ("output=out.jsonl",))):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
+        ended = command(f"model.path={model}", "prompt=hi", "sampling.max_tokens=3", *SMALL, *output)
+        assert ended.code is None
+        told.append("of 3 tokens" in ended.err)
+    assert told == [False, True, True]
 
 
 def test_a_terminal_sees_how_much_is_done_of_how_much(
