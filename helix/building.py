@@ -29,6 +29,7 @@ from .rehearsal import compile_steps, warm_up
 from .runner import Runner
 from .sampler import Sampler
 from .speculative.speculator import Speculator
+from .stages import begin
 from .states.cache import StateCache
 from .states.checkpoints import CheckpointPlan
 from .windows import window_pages
@@ -134,8 +135,11 @@ class Builder:
             max_draft_len=self._most_drafts,
         )
         num_choices = scheduler.max_batch * (1 + self._most_drafts)
+        if self._device.type == "cuda":
+            begin("compiling kernels")
         compile_steps(runner, scheduler.prefill_chunk + num_choices)
         if self._device.type == "cuda":  # also where pages are given: the first prompt finds libraries loaded
+            begin("measuring the memory of a step")
             warm_up(runner, scheduler.prefill_chunk + num_choices, num_choices)
         self.num_pages = self._config.cache.num_pages or self._fitting_pages()
         runner.cache = agree(lambda: self._paged_cache(decoder, self.num_pages))
@@ -146,6 +150,7 @@ class Builder:
         config, sampler = self._config, runner.sampler
         speculator = self._drafting.make_speculator(self.num_pages * self._prepared.layout.kvp, runner)
         if self.faults is not None and config.runtime.graphs:
+            begin("capturing graphs")
             buckets = buckets_up_to(config.scheduler.max_batch)
             runner.capture(speculator.schedule.reachable(buckets) if speculator is not None else ())
         if self.faults is not None and sampler is not None:

@@ -94,7 +94,7 @@ class LLM:
         if unknown or not isinstance(config, HelixConfig):
             given = ", ".join(f"{name}=" for name in unknown) or f"a {type(config).__name__}"
             raise TypeError(f"LLM takes a HelixConfig, which names model.path, not {given}")
-        self._in_use, self._is_closed = threading.Lock(), False
+        self._in_use, self._is_closed, began_s = threading.Lock(), False, time.monotonic()
         self.launch: Launch = self._enter(config)
         prepared = Prepared(with_models_sampling(config), self.launch, prompts=as_prompts(prompts))
         self.config = config = prepared.config
@@ -147,6 +147,7 @@ class LLM:
             grammars=self._grammars,
             admit=masks.admit,
         )
+        _log.info("started in %.1f s", time.monotonic() - began_s)
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
         if config.transfer.enabled:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..config import ModelConfig
+from ..stages import through
 from .checkpoint import Checkpoint, fill_dummy
 from .decoder import Decoder
 from .families import load_spec, spec_of
@@ -64,7 +65,8 @@ def fill(decoder: Decoder, checkpoint: Checkpoint | None) -> None:
     if spec.predicts_next and decoder.next is not None:
         groups.append((next_weights(spec, decoder.part), decoder.next))
     generator, shapes = torch.Generator(decoder.device), tensor_shapes(spec)
-    for weights, parameters in groups:
+    stage = "making random weights" if checkpoint is None else "reading weights, layer by layer"
+    for weights, parameters in through(groups, stage):
         for role, weight in weights.items():
             if checkpoint is not None:
                 checkpoint.read(weight, parameters[role])
