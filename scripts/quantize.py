@@ -2,10 +2,11 @@
 
     python -m scripts.quantize model.path=DIR output=NEW_DIR
 
-The matrices of the layers' linear modules become e4m3 with one float32 scale for each block of 128 x 128; embeddings,
-norms, biases and routers stay as they are, and so does the output head, but for ``head=true``. One file of the
-checkpoint is in memory at a time. It ends with the error of each role: how far values are from the original, as a root
-mean square of the original's.
+The matrices of the layers' linear modules become e4m3 with one float32 scale for each block of 128 x 128; experts that
+stand in stacks become matrices of their own. Embeddings, norms, biases and routers stay as they are, and so do what
+Helix does not read (a vision tower) and the output head, but for ``head=true``; experts of gpt-oss, which no file of
+this format holds, too. One file of the checkpoint is in memory at a time. It ends with the error of each role: how far
+values are from the original, as a root mean square of the original's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,10 +33,13 @@ from helix.models.families import load_spec
 from helix.models.quantization import BLOCK, Quantization
 from helix.models.quantized import quantize_blocks, widen_blocks
 from helix.models.spec import ModelSpec
-from helix.models.tensor_names import named_as_stored
+from helix.models.tensor_names import PREDICTS_NEXT, named_as_stored
 from helix.models.weight_files import INDEX_FILE, open_files, tensor_names
+from helix.models.weights import tensor_shapes
 from scripts import cli
 from scripts.timing import show
+
+EXPERT = "{expert}"  # in names, for its number
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,9 +73,13 @@ class QuantizeConfig:
 
 @dataclass
 class Errors:
-    """What one role lost: matrices and elements so far, and sums over the elements."""
+    """What one role lost: matrices and elements so far, and sums over the elements.
+
+    cut: matrices longer or wider than a block whose last one is cut.
+    """
 
     matrices: int = 0
+    cut: int = 0
     elements: int = 0
     squares: float = 0.0
     lost: float = 0.0
@@ -81,6 +89,7 @@ class Errors:
         """Count one matrix, [N, K] in float32, and what it became."""
         lost = widened - original
         self.matrices += 1
+        self.cut += any(size > BLOCK and size % BLOCK for size in original.shape)
         self.elements += original.numel()
         self.squares += float(original.double().square().sum())
         self.lost += float(lost.double().square().sum())
@@ -106,7 +115,7 @@ def quantize_checkpoint(path: str | Path, output: str | Path, *, head: bool = Fa
     source, target = Path(path).expanduser(), Path(output).expanduser()
     spec = load_spec(path)
     spec = named_as_stored(spec, tensor_names(source))
-    if spec.quantization is not None:
+    if spec.quantization is not None or (spec.experts is not None and spec.experts.in_4_bits):
         raise ValueError(f"model.path = {path} is quantised already")
     if head and spec.tied_embeddings:
         raise ValueError(f"head = true, but the output head of model.path = {path} is its embeddings; leave it out")
@@ -114,18 +123,19 @@ def quantize_checkpoint(path: str | Path, output: str | Path, *, head: bool = Fa
         raise ValueError(f"output = {output} is not empty; give a new folder")
     Checkpoint(source, spec).close()
     config = json.loads(find_config(source).read_text("utf-8"))
-    kept = tuple(_kept(spec, head=head))
-    spec = replace(spec, quantization=Quantization(kept=kept, head=head))
+    files = open_files(source)
+    shapes = {name: file.get_slice(name).get_shape() for file in files.values() for name in list(file.keys())}
+    matrices = Matrices.of(spec, shapes, head=head)
+    kept = _kept(matrices, shapes)
     target.mkdir(parents=True, exist_ok=True)
     errors: dict[str, Errors] = defaultdict(Errors)
     file_of: dict[str, str] = {}
-    files = [source / name for name in open_files(source)]
     total_bytes = 0
-    with _progress(sum(file.stat().st_size for file in files)) as advance:
+    with _progress(sum((source / file).stat().st_size for file in files)) as advance:
         for file in files:
-            tensors = _quantized(file, spec, errors, advance)
-            save_file(tensors, target / file.name, metadata={"format": "pt"})
-            file_of |= dict.fromkeys(tensors, file.name)
+            tensors = _quantized(source / file, matrices, errors, advance)
+            save_file(tensors, target / file, metadata={"format": "pt"})
+            file_of |= dict.fromkeys(tensors, file)
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
@@ -135,7 +145,7 @@ def quantize_checkpoint(path: str | Path, output: str | Path, *, head: bool = Fa
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": list(kept),
+        "modules_to_not_convert": kept,
     }
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for other in source.iterdir():
@@ -148,28 +158,75 @@ def quantize_checkpoint(path: str | Path, output: str | Path, *, head: bool = Fa
     return dict(errors)
 
 
-def _kept(spec: ModelSpec, *, head: bool) -> Iterator[str]:
-    """Yield the modules that are no norms and embeddings and stay as they are; all but the ``head`` perhaps."""
-    if not head:
-        yield spec.names.lm_head.removesuffix(".weight")
-    for layer in range(spec.num_layers):
-        if spec.experts_of(layer) is not None:
-            yield spec.names.router.format(layer=layer).removesuffix(".weight")
+@dataclass(frozen=True)
+class Matrices:
+    """Which tensors of a checkpoint hold matrices to quantise.
+
+    how: what they become. alone: names of those with one each. stacks: of those with one an expert, and the names of
+    the parts, EXPERT in them, into which the rows of each are cut.
+    """
+
+    how: Quantization
+    alone: frozenset[str]
+    stacks: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, stored: Iterable[str], *, head: bool) -> Matrices:
+        """Return those of a model, and of its layers that predict further; of the ``head`` perhaps.
+
+        ``stored``: the names of all tensors.
+        """
+        spec, names = replace(spec, quantization=Quantization(head=head), predicts_next=True), spec.names
+        needed = {*tensor_shapes(spec), *(name for name in stored if name.startswith(PREDICTS_NEXT))}
+        alone = frozenset(name for name in needed if spec.is_quantized(name))
+        stacks: dict[str, tuple[str, ...]] = {}
+        if spec.experts is not None and spec.experts.clamped is None:
+            parts = {
+                names.experts_gate_up: (names.expert_gate, names.expert_up),
+                names.experts_down: (names.expert_down,),
+            }
+            of_model = names.input_norm.partition("layers.")[0]
+            for before, layer in ((PREDICTS_NEXT, 0), *((of_model, layer) for layer in range(spec.num_layers))):
+                for stack, its in parts.items():
+                    each = [
+                        name.replace(of_model, before, 1).format(layer=layer, expert=EXPERT) for name in (stack, *its)
+                    ]
+                    stacks[each[0]] = tuple(each[1:])
+        assert spec.quantization is not None
+        return cls(spec.quantization, alone, stacks)
+
+    def in_tensor(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the matrices of a tensor with their names, [N, K] each; none where it stays as it is."""
+        if name in self.alone:
+            yield name, tensor
+        parts = self.stacks.get(name, ())
+        for expert, matrix in enumerate(tensor if parts else ()):
+            for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+                yield part.replace(EXPERT, str(expert)), rows
 
 
-def _quantized(file: Path, spec: ModelSpec, errors: dict[str, Errors], advance: Any) -> dict[str, torch.Tensor]:
+def _kept(matrices: Matrices, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the modules with a matrix that stays as it is, but for embeddings."""
+    return sorted(
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and "embed" not in name and name not in matrices.alone
+    )
+
+
+def _quantized(file: Path, matrices: Matrices, errors: dict[str, Errors], advance: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of one file, quantised where they are to be, with their scales."""
-    assert spec.quantization is not None
     tensors: dict[str, torch.Tensor] = {}
     with safe_open(str(file), framework="pt", device="cpu") as handle:
         for name in handle.keys():  # noqa: SIM118 (it is no dict)
             tensor = handle.get_tensor(name)
-            if spec.is_quantized(name) and tensor.dim() == 2:
-                original = tensor.float()
-                values, scales = quantize_blocks(original)
-                tensors[name], tensors[spec.quantization.scale_of(name)] = values, scales
-                errors[_role(name)].add(original, widen_blocks(values, scales))
-            else:
+            found = False
+            for matrix, original in matrices.in_tensor(name, tensor):
+                values, scales = quantize_blocks(original.float())
+                tensors[matrix], tensors[matrices.how.scale_of(matrix)] = values, scales
+                errors[_role(matrix)].add(original.float(), widen_blocks(values, scales))
+                found = True
+            if not found:
                 tensors[name] = tensor
             advance(tensor.nbytes)
     return tensors
@@ -177,7 +234,7 @@ def _quantized(file: Path, spec: ModelSpec, errors: dict[str, Errors], advance: 
 
 def _role(name: str) -> str:
     """Return a tensor's module without the numbers of layer and expert."""
-    return re.sub(r"\.\d+(?=\.)", "", name).removeprefix("model.layers.").removesuffix(".weight")
+    return re.sub(r"\.\d+(?=\.)", "", name).rpartition("layers.")[2].removesuffix(".weight")
 
 
 @contextmanager
@@ -199,6 +256,11 @@ def run(config: QuantizeConfig) -> None:
     """Quantise a checkpoint, and say what that cost."""
     errors = quantize_checkpoint(config.model.path, config.output, head=config.head)
     show(f"{config.output}: block FP8", [errors[role].row(role) for role in sorted(errors)])
+    if cut := sum(each.cut for each in errors.values()):
+        cli.say(
+            f"Of {cut} matrices the last blocks are cut, since rows or columns are no multiple of {BLOCK}: Helix reads "
+            "them, transformers takes blocks of other sizes there, or refuses them"
+        )
 
 
 if __name__ == "__main__":
