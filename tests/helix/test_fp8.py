@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helix.models.quantized import widen_blocks
-from scripts.make_checkpoint import make_checkpoint
+from scripts.make_checkpoint import ALL, PASSKEY, WINDOWED, make_checkpoint
 from scripts.quantize import quantize_checkpoint
 from tests.helix.greedy import greedy_of
-from tests.helix.test_parity import check, generate_body
+from tests.helix.test_parity import KV_HEADS, check, generate_body
 
 SIZES = {"hidden": 192, "ffn": 424, "expert_ffn": 200, "heads": 12}
 
@@ -38,7 +38,8 @@ def checkpoint(tmp_path_factory):
     @cache
     def make(family):
         folder = tmp_path_factory.mktemp(family)
-        make_checkpoint(folder / "plain", family=family, kv_heads=2 if family == "glm" else 4, **SIZES)
+        window = 24 if family in WINDOWED else 0
+        make_checkpoint(folder / "plain", family=family, kv_heads=KV_HEADS.get(family, 4), window=window, **SIZES)
         widen_checkpoint(folder, head=family in ("llama", "deepseek_v3"))
         return str(folder / "fp8"), str(folder / "wide")
 
@@ -57,18 +58,30 @@ def reference(checkpoint):
     return generate
 
 
-@pytest.mark.parametrize(
-    ("family", "kvp", "tpa", "ep"),
-    [
-        ("llama", 8, 1, 1),
-        ("qwen2", 3, 1, 1),
-        ("qwen3", 1, 4, 1),
-        ("glm", 2, 2, 1),
-        ("qwen3_moe", 3, 1, 1),
-        ("deepseek_v2", 3, 1, 1),
-        ("deepseek_v3", 6, 1, 2),
-    ],
-)
+CASES = [
+    ("llama", 8, 1, 1),
+    ("qwen2", 3, 1, 1),
+    ("qwen3", 1, 4, 1),
+    ("glm", 2, 2, 1),
+    ("qwen3_moe", 3, 1, 1),
+    ("deepseek_v2", 3, 1, 1),
+    ("deepseek_v3", 6, 1, 2),
+    ("glm4_moe", 2, 1, 1),
+    ("mixtral", 2, 1, 2),
+    ("gemma3", 2, 1, 1),
+    ("gpt_oss", 2, 1, 1),
+    ("mimo_v2_flash", 1, 2, 1),
+    ("qwen3_next", 3, 1, 1),
+    ("qwen3_5_moe", 2, 1, 1),
+    *(pytest.param(family, 1, 1, 1, marks=pytest.mark.slow) for family in ("glm4", "mistral", "qwen3_5", "seed_oss")),
+]
+
+
+def test_no_family_is_left_out():
+    assert {getattr(case, "values", case)[0] for case in CASES} == {*ALL} - {PASSKEY}
+
+
+@pytest.mark.parametrize(("family", "kvp", "tpa", "ep"), CASES)
 def test_tokens_equal_those_of_the_widened_weights(ranks, checkpoint, reference, family, kvp, tpa, ep):
     prompt = tuple(torch.randint(0, 256, (41,), generator=torch.Generator().manual_seed(7)).tolist())
     runs = [(16, [prompt], 12, 33, 0)]

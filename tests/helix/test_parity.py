@@ -25,7 +25,7 @@ from tests.helix.greedy import TIE, greedy_of, require_equal
 
 BLOCK_SIZES = (1, 16, 64)
 WHOLE = 2048  # a prefill chunk that holds every prompt
-KV_HEADS = {"glm": 2, "glm4": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "qwen3_next": 2}
+KV_HEADS = {"glm": 2, "glm4": 2, "mimo_v2_flash": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "qwen3_next": 2}
 
 
 def layouts(family: str) -> list[tuple[int, int]]:

@@ -104,11 +104,15 @@ def test_a_prompt_leaves_checkpoints_in_passing():
     assert (late.window.first, late.window.pages) == (6, seen) and windows.num_free == 20 - 6
 
 
-@pytest.mark.parametrize(("window", "block_size", "chunk"), [(24, 16, 33), (128, 64, 2048), (5, 1, 3), (1, 64, 64)])
-def test_a_long_sequence_holds_pages_of_its_window_and_a_chunk_alone(window, block_size, chunk):
+@pytest.mark.parametrize(
+    ("window", "block_size", "chunk", "length"),
+    [(24, 16, 33, 100_000), (128, 64, 2048, 1 << 20), (5, 1, 3, 100_000), (1, 64, 64, 100_000)],
+    ids=["24", "as gpt-oss", "5", "1"],
+)
+def test_a_long_sequence_holds_pages_of_its_window_and_a_chunk_alone(window, block_size, chunk, length):
     most = pages_for(window, block_size, max_batch=1, max_run=2, prefill_chunk=chunk)
     pages, table, held = WindowPages(window, block_size, most), WindowTable(), 0
-    for start in range(0, 100_000, chunk):
+    for start in range(0, length, chunk):
         pages.extend(table, start + chunk)
         held = max(held, len(table.pages))
         assert table.first * block_size <= max(start + 1 - window, 0)  # what the chunk's first row sees has pages

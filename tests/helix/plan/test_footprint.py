@@ -11,6 +11,7 @@ import yaml
 from helix import LLM, HelixConfig
 from helix.config import CacheConfig, ModelConfig, SchedulerConfig
 from helix.models.loading import read_spec
+from helix.models.quantization import Quantization
 from helix.plan.footprint import Footprint, Storage
 from helix.plan.hardware import named_hardware
 from helix.plan.planner import Setup
@@ -86,6 +87,22 @@ def test_fp8_rows_have_a_scale_for_each_block_of_columns_that_they_touch(tmp_pat
     assert narrow["gate_up"].num_bytes == wide["gate_up"].num_bytes // 2 + 4 * 2 * 192 * 2
     assert narrow["down"].num_bytes == wide["down"].num_bytes // 2 + 4 * 256 * 2
     assert narrow["input_norm"] == wide["input_norm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("glm4_9b_1m", Layout()), ("qwen3_235b", Layout(kvp=2, tpa=4)), ("qwen3_5_35b_a3b", Layout()),
+        ("deepseek_r1", Layout(kvp=8)), ("deepseek_v2_lite", Layout()), ("mimo_v2_flash", Layout(kvp=2, tpa=4)),
+    ],
+)  # fmt: skip
+def test_layers_of_8_bits_take_little_more_than_half_the_bytes(name: str, layout: Layout) -> None:
+    """Experts, shared ones, states and latents included, whose keys' and values' projections are widened."""
+    taken = []
+    for storage, how in (("bf16", None), ("fp8", Quantization())):
+        foot = Footprint(replace(preset(name), quantization=how), layout, Storage(storage))
+        taken.append(sum(kind.count * sum(each.num_bytes for each in kind.matrices.values()) for kind in foot.layers))
+    assert 0.5 < taken[1] / taken[0] <= 0.55
 
 
 def test_the_first_rank_is_the_fullest() -> None:
