@@ -32,7 +32,7 @@ DUMMY_SPREAD = 16.0  # the standard deviation of random 8-bit values, whose larg
 # ends of names of tensors of quantised files that no weight needs: scales of activations, and of keys and values
 UNREAD_SCALES = (
     "_proj.input_scale", "_proj.activation_scale", "_proj.k_scale", "_proj.v_scale", "self_attn.k_scale",
-    "self_attn.v_scale",
+    "self_attn.v_scale", "self_attn.kv_scale",
 )  # fmt: skip
 
 
@@ -103,10 +103,12 @@ class Checkpoint:
     def cache_scales(self, layer: int) -> torch.Tensor | None:
         """Return the scales of all keys and all values that a layer caches: [2] float32; None where there are none.
 
-        Raises CheckpointError where there is one of them, or one that is no single positive number.
+        Files have two, or one for both. Raises CheckpointError where one of two is missing, or is no single positive
+        number.
         """
         module = self._spec.names.k.format(layer=layer).removesuffix("k_proj.weight")
-        choices = [[f"{module}{part}_scale" for part in parts] for parts in (("k", "v"), ("k_proj.k", "v_proj.v"))]
+        parts = (("k", "v"), ("k_proj.k", "v_proj.v"), ("kv", "kv"))
+        choices = [[f"{module}{part}_scale" for part in each] for each in parts]
         names = next((names for names in choices if any(name in self._file_of for name in names)), None)
         if names is None:
             return None

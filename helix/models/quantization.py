@@ -131,10 +131,12 @@ def _fp8(settings: dict[str, Any]) -> Quantization:
     more = settings.get("modules_to_convert")
     _require(not more, "modules_to_convert", more, "what is no linear layer is read in 16 and 32 bits only")
     powers_of_two = known("scale_fmt", "float", "ue8m0") == "ue8m0"
+    scheme = settings.get("kv_cache_scheme")
+    how = Quantization(
+        kept=tuple(kept), caches_in_8_bits=bool(scheme and _scheme_of(scheme)), powers_of_two=powers_of_two
+    )
     if by_matrix:
-        suffix = "weight_scale" if autofp8 else "weight_scale_inv"
-        return Quantization("tensor", suffix, tuple(kept), powers_of_two=powers_of_two)
-    how = Quantization(kept=tuple(kept), powers_of_two=powers_of_two)
+        return replace(how, grain="tensor", scale_suffix="weight_scale" if autofp8 else "weight_scale_inv")
     lists = settings.get("modules_to_not_convert") is not None
     return replace(how, head=lists and how.covers("lm_head.weight"))
 
@@ -167,13 +169,15 @@ def _compressed_tensors(settings: dict[str, Any]) -> Quantization:
         _require(block == [BLOCK, BLOCK], "weights.block_structure", block, f"valid: [{BLOCK}, {BLOCK}]")
     kept = tuple(settings.get("ignore") or ())
     scheme = settings.get("kv_cache_scheme")
-    if scheme:
-        _scheme_of(scheme)
-    return Quantization(weights["strategy"], "weight_scale", kept, exact=True, caches_in_8_bits=bool(scheme))
+    in_8_bits = bool(scheme and _scheme_of(scheme))
+    return Quantization(weights["strategy"], "weight_scale", kept, exact=True, caches_in_8_bits=in_8_bits)
 
 
-def _scheme_of(scheme: dict[str, Any]) -> str:
-    """Return what keys and values are cached in, where it is read: "FP8"."""
+def _scheme_of(scheme: Any) -> str:
+    """Return what keys and values are cached in, where it is read: "FP8", which AutoFP8 means by "static"."""
+    if scheme == "static":
+        return "FP8"
+    _require(isinstance(scheme, dict), "kv_cache_scheme", scheme, "valid: null, 'static', an object")
     for key, valid in (("num_bits", (8,)), ("type", ("float",)), ("symmetric", (True, None))):
         value = scheme.get(key)
         _require(value in valid, f"kv_cache_scheme.{key}", value, f"valid: {', '.join(str(each) for each in valid)}")

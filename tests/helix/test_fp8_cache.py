@@ -189,3 +189,17 @@ def test_a_checkpoints_kv_cache_scheme_and_its_scales_are_followed(tmp_path):
     assert spec.quantization.caches_in_8_bits
     with Checkpoint(path, spec) as checkpoint:
         assert checkpoint.cache_scales(1).tolist() == [1.5, 1.75]
+    # AutoFP8's say "static", and older ones have one scale for both
+    both = {each: t for each, t in tensors.items() if "attn.k_s" not in each and "attn.v_s" not in each}
+    both |= {f"model.layers.{layer}.self_attn.kv_scale": torch.tensor(0.5 + layer) for layer in range(2)}
+    save_file(both, path / "model.safetensors")
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"}
+    (path / "config.json").write_text(json.dumps(config))
+    spec = load_spec(path)
+    assert spec.quantization.caches_in_8_bits
+    with Checkpoint(path, spec) as checkpoint:
+        assert checkpoint.cache_scales(1).tolist() == [1.5, 1.5]
+    config["quantization_config"]["kv_cache_scheme"] = "int8"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantization_config.kv_cache_scheme = 'int8'; valid: null, 'static', an obj"):
+        load_spec(path)
