@@ -190,6 +190,12 @@ class Checkpoint:
         """Raise CheckpointError unless the tensors are those that are expected."""
         spec = self._spec
         missing = [name for name in expected if name not in self._file_of]
+        further = spec.names.next_input.format(layer=spec.num_layers)
+        if spec.predicts_next and further in missing:
+            raise CheckpointError(
+                f"{self.path} has no layer that predicts one token further ({further} is not there); use "
+                "speculative=ngram or speculative=draft_model instead of mtp"
+            )
         if missing:
             raise CheckpointError(f"{self.path} lacks {len(missing)} tensors of a {spec.family} model: {few(missing)}")
         scales = set()
