@@ -54,6 +54,10 @@ class CacheConfig:
             raise ValueError(f"cache.offload_min_priority = {self.offload_min_priority} must lie in 0..{MAX_PRIORITY}")
         if self.checkpoint_every is not None:
             check_at_least("cache.checkpoint_every", self.checkpoint_every, 1)
+            if not self.reuse:
+                raise ValueError(
+                    f"cache.checkpoint_every = {self.checkpoint_every} needs cache.reuse=true; set it, or leave it out"
+                )
         if self.num_pages is not None:
             check_at_least("cache.num_pages", self.num_pages, 1)
         if not 0.0 < self.memory_fraction <= 1.0:

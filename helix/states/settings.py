@@ -18,6 +18,12 @@ def with_states(config: HelixConfig, spec: ModelSpec) -> HelixConfig:
     Raises:
         ValueError: in one line, for settings that need states of earlier tokens, or states elsewhere.
     """
+    every = config.cache.checkpoint_every
+    if every is not None and not spec.kinds:
+        raise ValueError(
+            f"cache.checkpoint_every = {every} is for models with state layers or windows, and this {spec.family} has "
+            "neither; leave it out"
+        )
     if not spec.layers_of(STATE):
         return config
     if not spec.num_cached_layers:

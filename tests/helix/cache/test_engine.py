@@ -73,6 +73,10 @@ def test_listeners_hear_what_is_there_first_and_nothing_after_they_left(llm: LLM
     [
         ({"host_pages": -1}, "cache.host_pages = -1 must be at least 0"),
         ({"host_pages": 4, "reuse": False}, "cache.host_pages = 4 needs cache.reuse=true; set it, or host_pages=0"),
+        (
+            {"checkpoint_every": 64, "reuse": False},
+            "cache.checkpoint_every = 64 needs cache.reuse=true; set it, or leave",
+        ),
         ({"offload_min_priority": 101}, "cache.offload_min_priority = 101 must lie in 0..100"),
     ],
 )

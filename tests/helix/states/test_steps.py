@@ -1,11 +1,12 @@
 """Models with state layers in the engine: graphs, drafts, preemption and what their settings become."""
 
 import logging
+from dataclasses import replace
 from random import Random
 
 import pytest
 
-from helix.config import HelixConfig, ModelConfig
+from helix.config import CacheConfig, HelixConfig, ModelConfig
 from helix.models.loading import read_spec
 from helix.sampling import SamplingParams
 from helix.states.settings import with_states
@@ -134,6 +135,16 @@ def test_ranks_preempt_and_go_on_alike(ranks, model, expected):
     for first, again, cached, preemptions in ranks(2).run(on_two_ranks, model):
         assert first == again == [output.token_ids for output in expected[2:]]
         assert cached == [0, 128, 0] and preemptions > 0
+
+
+def test_checkpoints_of_models_that_need_none_are_refused(model):
+    asked = HelixConfig(cache=CacheConfig(checkpoint_every=64))
+    spec = read_spec(ModelConfig(path=model))
+    assert with_states(asked, spec).cache.checkpoint_every == 64
+    with pytest.raises(
+        ValueError, match="cache.checkpoint_every = 64 is for models with .*, and this qwen3_next has nei"
+    ):
+        with_states(asked, replace(spec, kinds=(), states=None))
 
 
 def test_parts_of_blocks_are_not_reused_which_is_said(model, caplog):
