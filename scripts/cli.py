@@ -182,6 +182,8 @@ def _jobs(schema: type[Any], arguments: Sequence[str]) -> list[list[str]]:
             values = [text]
             if settings.is_text(settings.type_of(schema, key)):
                 values = [text] if key == settings.RAW_KEY else settings.split(text)
+            elif settings.json_object(text) is not None:  # of commas that list nothing
+                pass
             elif (override := parser.parse_overrides([argument])[0]).is_sweep_override():
                 values = list(override.sweep_string_iterator())
             choices.append([f"{key}={value}" for value in values] if len(values) > 1 else [argument])

@@ -6,6 +6,7 @@ A text is what was given, whatever its characters, but for these:
     ~/...                in the user's home
     ${KEY}               the value of another key; \${ is ${ itself
 A list is [ITEM,ITEM], or one item; items are read alike, but for the last two. ``prompt`` is text as it is, quotes too.
+What maps keys to values is a JSON object, or Hydra's {KEY: VALUE}.
 """
 
 from __future__ import annotations
@@ -116,11 +117,22 @@ def read(key: str, text: str, kind: Any) -> Any:
         return [_item(key, item, get_args(bare)[0]) for item in list_items(text)]
     if bare in (bool, int, float):
         return _conform(key, _scalar(text.strip(), bare), kind)
+    if (mapping := json_object(text)) is not None:
+        return mapping
     try:
         value = OverridesParser.create().parse_override(f"key={text}").value()
     except HydraException:
         return text
     return text if isinstance(value, Sweep) else value
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """Return what a text is as a JSON object; None where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def list_items(text: str) -> list[str]:

@@ -2,9 +2,11 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from helix.sampling import SamplingParams
 from scripts import cli
 from scripts.generate import GenerateConfig
 from tests.scripts.cli.line import GIVEN, Command, one_line
@@ -175,6 +177,22 @@ def test_a_home_quotes_and_other_keys_are_known_in_texts(command: Command, monke
 def test_stop_strings_are_read_as_they_were_meant(command: Command, text: str, items: list[str]) -> None:
     (config,) = command(*GIVEN, f"sampling.stop={text}").ran
     assert config.sampling.stop == items
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ('{"regex": "[0-9]{3}, [a-z]+"}', {"regex": "[0-9]{3}, [a-z]+"}),
+        ('{"json": {"type": "object", "maxProperties": 1}}', {"json": {"type": "object", "maxProperties": 1}}),
+        ('{"grammar": "root ::= \\"x\\" root | \\"y\\""}', {"grammar": 'root ::= "x" root | "y"'}),
+        ("{choice: [yes it is, no]}", {"choice": ["yes it is", "no"]}),
+    ],
+)
+def test_a_form_of_answers_is_read_as_the_pages_write_it(command: Command, text: str, form: Any) -> None:
+    ran = command(*GIVEN, f"sampling.structured_outputs={text}").ran
+    ran += command(*GIVEN, f"sampling.structured_outputs={text}", "sampling.max_tokens=1,2", "--multirun").ran
+    expected = SamplingParams(structured_outputs=form).structured_outputs
+    assert [config.sampling.structured_outputs for config in ran] == [expected] * 3
 
 
 def test_values_that_mean_the_same_are_the_same(command: Command) -> None:
