@@ -15,6 +15,7 @@ it is written, on the same inputs and outputs, so that all but the capture itsel
 
 from __future__ import annotations
 
+import gc
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -101,15 +102,24 @@ class Cuttings:
 
 
 def capture(graph: torch.cuda.CUDAGraph, pool: Any, step: Callable[[], None]) -> None:
-    """Run a step once, and capture it with memory of a pool."""
+    """Run a step once, and capture it with memory of a pool.
+
+    Python collects no garbage meanwhile: freeing the graphs of an LLM that was dropped is a call that ends a capture.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+    finally:
+        if collects:
+            gc.enable()
 
 
 class StepGraph:

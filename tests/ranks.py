@@ -50,6 +50,7 @@ HASH_SEEDS = (1, 2)  # each costs a process that loads all that
 START_TIMEOUT_S = 120.0
 GRACE_S = 1.0
 CLOSE_TIMEOUT_S = 10.0
+STACK_TIMEOUT_S = 5.0  # a rank that has died, or whose processor others have, writes none or late
 # What a rank's error looks like when another rank has left it alone.
 VICTIM = re.compile(r"Dist\w*Error|NCCL|gloo|Connection (closed|reset)|Broken pipe|[Tt]imed? ?out")
 
@@ -210,7 +211,9 @@ def _stacks(running: list[Rank]) -> list[str]:
     for rank in running:
         with suppress(ProcessLookupError):
             os.kill(rank.process.pid or 0, signal.SIGUSR1)
-    time.sleep(0.2 if running else 0.0)
     harness = f'  File "{rank_process.__file__}"'
+    deadline = time.monotonic() + STACK_TIMEOUT_S
+    while not all(harness in rank.place.stack_file.read_text() for rank in running) and time.monotonic() < deadline:
+        time.sleep(0.05)
     stacks = [rank.place.stack_file.read_text().split(harness)[0].rstrip() for rank in running]
     return [f"\nrank {rank.place.rank} is here:\n{stack}" for rank, stack in zip(running, stacks, strict=True)]

@@ -189,4 +189,5 @@ class EagleDecoder(NextDecoder):
 
     def _drafted(self, normed: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.next is not None
-        return stream, self.ids[self._argmax_of_head(linear(normed, self.next["head"], pdl=self._pdl))]
+        best = self._argmax_of_head(linear(normed, self.next["head"], pdl=self._pdl))
+        return stream, self.ids[best.clamp(0, len(self.ids) - 1)]  # anything may stand there while kernels are compiled

@@ -54,7 +54,7 @@ def check(ranks, tmp_path, family, layout=(1, 1, 1), cache="auto"):
     best, second = logits.topk(2).values.unbind(-1)
     tie = (TIE if cache == "auto" else CACHED_TIE) * logits.std()
     sure = best - second > tie
-    assert sure.float().mean() > 0.5
+    assert sure.float().mean() > (0.5 if cache == "auto" else 0.25)
     assert torch.equal(tokens[sure], logits.argmax(-1)[sure])
     assert (best - logits[torch.arange(len(tokens)), tokens] <= tie).all()
 
