@@ -7,6 +7,7 @@ imported only when a model asks for it.
 import importlib
 import logging
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,22 @@ def spec_of(raw: dict[str, Any], source: str, *, max_position: int | None = None
         config = read_config(raw | {"model_type": TEXT_PARTS.get(model_type, model_type)})
         check_keys(raw, config, model_type, max_position or config.max_position_embeddings)
         spec: ModelSpec = replace(family.make_spec(config), quantization=read_quantization(raw))
-        if max_position is not None and max_position > spec.max_position:
-            _log.info(
-                "model.max_position = %d exceeds the %d tokens that %s names, and RoPE stays as it says: what comes "
-                "beyond may make no sense", max_position, spec.max_position, source,
-            )  # fmt: skip
+        if max_position is not None and max_position > spec.max_position and _log.isEnabledFor(logging.INFO):
+            _say_beyond(max_position, spec.max_position, source)
         spec = spec if max_position is None else replace(spec, max_position=max_position)
         kinds = tuple(FULL_KIND if kind.window >= spec.max_position else kind for kind in spec.kinds)
         return replace(spec, kinds=kinds if any(kind.is_bounded for kind in kinds) else ())
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{source}: {one_line(error)}") from error
+
+
+@cache
+def _say_beyond(asked: int, own: int, source: str) -> None:
+    """Say that positions are asked for which the model does not know: once, however often a run reads its spec."""
+    _log.info(
+        "model.max_position = %d exceeds the %d tokens that %s names, and RoPE stays as it says: what comes beyond "
+        "may make no sense", asked, own, source,
+    )  # fmt: skip
 
 
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
