@@ -127,6 +127,8 @@ def compare(seed: int, name: str, model_of: Callable[[str], str], plain: Plain) 
     rng, bounded = Random(seed), name in BOUNDED
     longest = 240 if bounded else 120  # tokens of a request
     settings, requests = draw_settings(rng, model_of("draft"), longest), draw_requests(rng, longest)
+    if not (bounded and settings["cache"]["reuse"]):  # nothing keeps any
+        settings["cache"]["checkpoint_every"] = None
     if name == "mistral":  # no page of full layers that the host could hold
         settings["cache"]["host_pages"] = 0
     llm: LLM = make_llm(model_of(name), **settings)

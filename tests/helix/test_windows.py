@@ -172,7 +172,7 @@ def reuse_body(path, kvp, conversations, others, host_pages):
                 num_pages=30 // kvp if host_pages else 256,
                 host_pages=host_pages if reuse else 0,
                 reuse=reuse,
-                checkpoint_every=64,
+                checkpoint_every=64 if reuse else None,
             ),
             scheduler=SchedulerConfig(max_batch=2, prefill_chunk=50),
             runtime=RuntimeConfig(check_ranks=True),
