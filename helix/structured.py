@@ -163,17 +163,17 @@ def _problem(schema: dict[str, Any]) -> str | None:
     """Return what of a schema itself is not kept; None where all is."""
     found = next((key for key in _NOT_KEPT if schema.get(key, False) is not False), None)
     if found is not None:
-        return found
+        return f'"{found}"'
     alone = next((key for key in _ALONE if key in schema), None)
     others = [key for key in schema if key not in (alone, *_ANNOTATIONS) and not key.startswith("x-")]
     if alone in ("const", "enum") and others == ["type"] and _are_of(schema, alone):
         others = []
     if alone is not None and others:
-        return f"{alone} beside {others[0]}"
+        return f'"{alone}" beside "{others[0]}"'
     if "type" not in schema and (of := next((key for key in _OF_TYPES if key in schema), None)) is not None:
-        return f"{of} without type"
+        return f'"{of}" without "type"'
     if "format" in schema and "pattern" in schema:
-        return "format beside pattern"
+        return '"format" beside "pattern"'
     named = schema.get("patternProperties")
     patterns = [schema.get("pattern"), *(named if isinstance(named, dict) else ())]
     wrong = next((each for each in patterns if isinstance(each, str) and _breaks_strings(each)), None)
