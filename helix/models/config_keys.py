@@ -41,6 +41,7 @@ class Limit:
 SPARSE = "it attends to some tokens only, which approximates the full attention of Helix"
 QWEN3_NEXT = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 QWEN3 = ("qwen3", "qwen3_moe", *QWEN3_NEXT)
+BY_SOFTMAX = ("gpt_oss", "mixtral", "qwen3_5_moe", "qwen3_moe", "qwen3_next")
 BY_SIGMOID = ("deepseek_v3", "glm4_moe", "mimo_v2_flash")
 PARTLY = "a part of each head would be rotated"
 PARTLY_ROTATED = ("glm", "glm4", "glm4_moe", "mimo_v2_flash", *QWEN3_NEXT)
@@ -83,15 +84,27 @@ KEYS = (
     ),
     Key("rope_scaling.partial_rotary_factor", (1,), PARTLY, computed_by=PARTLY_ROTATED),
     Key("index_topk", (), SPARSE),
-    Key("scoring_func", ("softmax",), "experts would be weighted by another function", ("deepseek_v2", "qwen3_moe")),
+    Key("scoring_func", ("softmax",), "experts would be weighted by another function", ("deepseek_v2", *BY_SOFTMAX)),
     Key("scoring_func", ("sigmoid",), "experts would be weighted by another function", BY_SIGMOID),
     Key("topk_method", ("noaux_tc",), "experts would be chosen by another rule", BY_SIGMOID),
     Key("topk_method", ("greedy", "group_limited_greedy"), "experts would be chosen by another rule", ("deepseek_v2",)),
-    Key("topk_method", ("greedy",), "experts would be chosen by another rule", ("qwen3_moe",)),
+    Key("topk_method", ("greedy",), "experts would be chosen by another rule", BY_SOFTMAX),
+    Key("n_group", (0, 1), "experts would be chosen from some groups only", BY_SOFTMAX),
     Key("norm_topk_prob", (False,), "the weights of the experts chosen would sum to one", ("deepseek_v2",)),
-    Key("routed_scaling_factor", (1,), "what experts add would be multiplied", ("qwen3_moe",)),
+    Key(
+        "norm_topk_prob",
+        (True,),
+        "the weights of the experts chosen would not sum to one",
+        ("gpt_oss", "mixtral", "qwen3_5_moe"),
+    ),
+    Key("routed_scaling_factor", (1,), "what experts add would be multiplied", BY_SOFTMAX),
     Key("attn_output_gate", (True,), "attention's output would not be gated", QWEN3_NEXT),
-    Key("moe_layer_freq", (1,), "some layers would have no experts", ("deepseek_v2", "deepseek_v3", "glm4_moe")),
+    Key(
+        "moe_layer_freq",
+        (1,),
+        "some layers would have no experts",
+        ("deepseek_v2", "deepseek_v3", "glm4_moe", *BY_SOFTMAX),
+    ),
 )
 
 

@@ -39,10 +39,27 @@ def test_key_is_refused_where_it_changes_results_and_read_where_not(key: Key) ->
     family = next(family for family in sorted(FAMILIES) if key.concerns(family))
     for value in (*key.neutral, None):
         assert load(family, **nested(key.name, value)).num_layers == 3
-    odd: dict[str, Any] = {"scoring_func": "tanh", "topk_method": "random", "is_causal": False, "norm_topk_prob": True}
+    odd: dict[str, Any] = {"scoring_func": "tanh", "topk_method": "random", "is_causal": False}
+    odd["norm_topk_prob"] = True not in key.neutral
     with pytest.raises(ValueError, match=rf"^model.config: config {key.name} = .*; valid: null.*; remove it") as error:
         load(family, **nested(key.name, odd.get(key.name, 0.5)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_5_moe", "qwen3_moe", "qwen3_next"])
+def test_other_routers_than_a_softmax_are_refused_by_all_families_of_one(family: str) -> None:
+    for name, value in (
+        ("scoring_func", "sigmoid"),
+        ("topk_method", "noaux_tc"),
+        ("n_group", 4),
+        ("moe_layer_freq", 2),
+    ):
+        with pytest.raises(ValueError, match=f"config {name} = "):
+            load(family, **{name: value})
+    normalised = load(family, norm_topk_prob=True).experts.normalised
+    assert normalised
+    if family in ("qwen3_moe", "qwen3_next"):
+        assert not load(family, norm_topk_prob=False).experts.normalised
 
 
 def test_keys_that_a_family_computes_are_read() -> None:
