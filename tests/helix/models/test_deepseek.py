@@ -1,6 +1,7 @@
 """DeepSeek's specs, its temperature and its routers, against transformers' own; the routing kernels against those."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -96,6 +97,40 @@ def test_kimi_is_the_third_generation_and_its_tokenizer_is_not_run(tmp_path, cap
     with caplog.at_level("INFO"):
         assert load_tokenizer(tmp_path) is None
     assert "its tokenizer is code, which is not run: prompts have to be token ids" in caplog.text
+
+
+KIMI = {  # what its authors' config.json says
+    "model_type": "kimi_k2", "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 64,
+    "num_key_value_heads": 64, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 384,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.827, "moe_layer_freq": 1,
+    "first_k_dense_replace": 1, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 163840, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6, "rope_theta": 50000.0, "tie_word_embeddings": False, "num_nextn_predict_layers": 0,
+    "attention_bias": False, "hidden_act": "silu", "torch_dtype": "bfloat16", "eos_token_id": 163585,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "rope_scaling": {
+        "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "quantization_config": {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("default")
+def test_kimi_is_read_as_its_authors_write_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(KIMI))
+    spec = load_spec(tmp_path)
+    experts = spec.experts
+    assert (experts.num_experts, experts.num_chosen, experts.sigmoid, experts.normalised) == (384, 8, True, True)
+    assert (experts.groups, experts.scale, experts.dense_layers, experts.shared_size) == (1, 2.827, {0}, 2048)
+    assert spec.scale == pytest.approx(192**-0.5 * (0.1 * math.log(32) + 1) ** 2)
+    assert (spec.num_layers, spec.max_position, spec.latent.q_rank, spec.head_dim) == (61, 131072, 1536, 576)
+    assert spec.rope.interleaved and spec.rope.attention_scaling == 1.0
+    assert spec.is_quantized("model.layers.3.mlp.experts.383.up_proj.weight")
+    assert not spec.is_quantized("model.layers.3.mlp.gate.weight") and not spec.is_quantized("lm_head.weight")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,6 +23,7 @@ from helix.request import Request
 from helix.sampling import SamplingParams
 from helix.speculative.loading import with_next_layer
 from helix.speculative.next_layer import NextLayerSpeculator
+from scripts.quantize import quantize_checkpoint
 from tests.helix.speculative.world import make_llm, told
 
 LAYERS, HIDDEN, VOCAB, LENGTH = 2, 64, 64, 3
@@ -261,6 +262,14 @@ def test_drafts_that_are_known_are_always_accepted_and_hardly_ever_from_swapped_
     assert acceptance(made.write(tmp_path / "right")) == 1.0
     made.eh_proj = made.eh_proj.roll(HIDDEN, 1)
     assert acceptance(made.write(tmp_path / "swapped")) < 0.1
+
+
+def test_a_layer_of_8_bits_drafts_for_a_model_of_8_bits(tmp_path: Path) -> None:
+    quantize_checkpoint(known("hidden").write(tmp_path / "wide"), folder := tmp_path / "narrow")
+    tensors = load_file(folder / "model.safetensors")
+    narrow = {name for name, each in tensors.items() if each.dtype == torch.float8_e4m3fn}
+    assert f"model.layers.{LAYERS}.self_attn.q_b_proj.weight" in narrow
+    assert f"model.layers.{LAYERS}.mlp.gate.weight" not in narrow and acceptance(str(folder)) == 1.0
 
 
 @pytest.mark.parametrize("change", [before_the_norm, shifted])
