@@ -222,9 +222,10 @@ def _quantized(file: Path, matrices: Matrices, errors: dict[str, Errors], advanc
             tensor = handle.get_tensor(name)
             found = False
             for matrix, original in matrices.in_tensor(name, tensor):
-                values, scales = quantize_blocks(original.float())
+                original = original.float()
+                values, scales = quantize_blocks(original)
                 tensors[matrix], tensors[matrices.how.scale_of(matrix)] = values, scales
-                errors[_role(matrix)].add(original.float(), widen_blocks(values, scales))
+                errors[_role(matrix)].add(original, widen_blocks(values, scales))
                 found = True
             if not found:
                 tensors[name] = tensor
