@@ -111,5 +111,5 @@ class StateCache:
             return None
         heads, num_layers = StateHeads.of(spec.states, value_heads), len(spec.layers_of(STATE))
         cache = cls(heads, num_layers=num_layers, num_slots=num_slots, max_run=max_run, dtype=dtype, device=device)
-        cache.records = StateRecords(cache) if transfers else None
+        cache.records = StateRecords(heads, cache.tensors) if transfers else None
         return cache

@@ -8,27 +8,28 @@ which is the same on every rank of every layout that has the head. As many as ba
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from .cache import StateCache
+from .heads import StateHeads
 
 
 class StateRecords:
-    """Room for a record of every sequence of a ``StateCache``.
+    """Room for a record of every sequence whose states a rank keeps.
+
+    Args:
+        heads: this rank's.
+        tensors: matrices, positions and inputs of all its state layers, as ``StateCache.tensors``.
 
     Attributes:
         memory: [1, sequences, bytes], where peers write and read.
         head_bytes: of a value head's share of a record.
     """
 
-    def __init__(self, states: StateCache) -> None:
-        self._states, heads = states, states.heads
-        matrices, _, inputs = states.tensors
+    def __init__(self, heads: StateHeads, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        self._heads, self._tensors = heads, tensors
+        matrices, _, inputs = tensors
         self._tokens = heads.taps - 1
-        self._columns = _columns_of(states).to(inputs.device)
+        self._columns = _columns_of(heads).to(inputs.device)
         layers, slots = matrices.shape[0], matrices.shape[1] - 1
         self._matrix_bytes = layers * heads.matrices_bytes // heads.num_value
         inputs_bytes = layers * self._tokens * self._columns.shape[1] * inputs.element_size()
@@ -39,8 +40,8 @@ class StateRecords:
 
     def _parts(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a record's matrices [V, layers, D, W] and inputs [V, layers, tokens, columns of a head]."""
-        matrices, _, inputs = self._states.tensors
-        heads, layers = self._states.heads, matrices.shape[0]
+        matrices, _, inputs = self._tensors
+        heads, layers = self._heads, matrices.shape[0]
         record = self.memory[0, number].view(heads.num_value, self.head_bytes)
         stop = self._matrix_bytes + self._inputs_bytes
         kept = record[:, : self._matrix_bytes].view(torch.float32)
@@ -51,7 +52,7 @@ class StateRecords:
 
     def write(self, slot: int, length: int) -> None:
         """Write the record of a batch slot: of its sequence, of which ``length`` tokens are in the matrices."""
-        matrices, _, inputs = self._states.tensors
+        matrices, _, inputs = self._tensors
         kept, given = self._parts(slot)
         kept.copy_(matrices[:, slot].transpose(0, 1))
         its = inputs[:, slot][:, self._places(length)][:, :, self._columns]  # [layers, tokens, V, columns]
@@ -59,7 +60,7 @@ class StateRecords:
 
     def read(self, record: int, slot: int, length: int) -> None:
         """Let the sequence in a batch slot go on behind ``length`` tokens, of which a record has arrived."""
-        matrices, positions, inputs = self._states.tensors
+        matrices, positions, inputs = self._tensors
         kept, given = self._parts(record)
         matrices[:, slot] = kept.transpose(0, 1)
         positions[:, slot] = length
@@ -69,13 +70,12 @@ class StateRecords:
 
     def _places(self, length: int) -> torch.Tensor:
         """Return where the last tokens before a position are in the ring; before the first they may be anything."""
-        inputs = self._states.tensors[2]
+        inputs = self._tensors[2]
         return torch.arange(length - self._tokens, length, device=inputs.device) % inputs.shape[2]
 
 
-def _columns_of(states: StateCache) -> torch.Tensor:
+def _columns_of(heads: StateHeads) -> torch.Tensor:
     """Return the columns of kept inputs that each value head reads: [V, W + 2 D]."""
-    heads = states.heads
     head = torch.arange(heads.num_value).unsqueeze(1)
     key = (head + heads.offset) // heads.group * heads.key_dim + torch.arange(heads.key_dim)
     value = head * heads.value_dim + torch.arange(heads.value_dim)

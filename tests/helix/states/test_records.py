@@ -32,7 +32,7 @@ class Rank:
             StateHeads.of(STATES, (first, stop)), num_layers=LAYERS, num_slots=SLOTS, max_run=max_run,
             dtype=torch.float32, device=torch.device("cpu"),
         )  # fmt: skip
-        self.records = StateRecords(self.cache)
+        self.records = StateRecords(self.cache.heads, self.cache.tensors)
 
     def advance(self, rows, first, slot):
         count = rows.shape[1]

@@ -47,7 +47,7 @@ def receiver_of(llm, hearing, **settings):
     """The front of a decode group whose prefill group has one rank."""
     states = llm.runner.decoder.states
     if states is not None:
-        states.records = StateRecords(states)
+        states.records = StateRecords(states.heads, states.tensors)
     config = TransferConfig(role="decode", address="127.0.0.1:1", min_tokens=0, **settings)
     return Receiver(llm.engine, config, num_writers=1, hearing=hearing, transports=[], speaks=True)
 
