@@ -37,7 +37,7 @@ from helix.sampling import SamplingParams
 from parallel.launch import set_up_logging
 from scripts import cli
 from scripts.dummy_weights import check_weights, with_weights
-from scripts.pareto import require_matplotlib
+from scripts.pareto import check_picture
 from scripts.timing import report
 from scripts.token_times import figures_of
 
@@ -94,7 +94,7 @@ class BenchEngineConfig:
         if self.rate is not None and not self.rate > 0:
             raise ValueError(f"rate = {self.rate} must be above 0; null sends a request whenever another ends")
         if self.plot is not None:
-            require_matplotlib("plot", self.plot)
+            check_picture("plot", self.plot)
 
     def helix(self) -> HelixConfig:
         """Return the settings of the runtime; prompts are fresh, so nothing is reused."""

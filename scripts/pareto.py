@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helix.plan.sizes import short
+from scripts.outputs import check_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +33,17 @@ def require_matplotlib(name: str, value: str) -> None:
     """Raise ValueError where a setting asks for a picture and there is nothing to draw it with."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"{name} = {value} needs matplotlib: pip install 'helix-runtime[plot]'")
+
+
+def check_picture(name: str, file: str) -> None:
+    """Raise ValueError now where a setting names a picture that could not be drawn in the end."""
+    require_matplotlib(name, file)
+    check_writable(file)
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if Path(file).suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"{name} = {file} must end in one of .{', .'.join(sorted(formats))}")
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:

@@ -29,8 +29,7 @@ from helix.plan.sizes import parse_size, parse_sizes, short
 from helix.prediction import storage_of as storage_of_run
 from parallel.layout import Layout
 from scripts import cli
-from scripts.outputs import check_writable
-from scripts.pareto import Point, draw_pareto, require_matplotlib
+from scripts.pareto import Point, check_picture, draw_pareto
 from scripts.timing import show
 
 GPUS_PER_NODE = 8
@@ -267,8 +266,7 @@ def plan_rows(config: PlanConfig, setup: Setup) -> tuple[Plan, list[Row]]:
 def run(config: PlanConfig, given: Sequence[str]) -> None:
     """Plan, and say it."""
     if config.plot is not None:
-        check_writable(config.plot)
-        require_matplotlib("plot", config.plot)
+        check_picture("plot", config.plot)
     parse_sizes("context", config.context)
     setup = setup_of(config)
     plan, rows = plan_rows(config, setup)

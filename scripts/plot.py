@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from helix.checks import one_line
 from scripts import cli
-from scripts.pareto import require_matplotlib
+from scripts.pareto import check_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +125,7 @@ def draw(results: dict[str, dict[str, Any]], output: str) -> None:
 
 def run(config: PlotConfig) -> None:
     """Read the results and draw them."""
-    require_matplotlib("output", config.output)
+    check_picture("output", config.output)
     draw(read_results(config.results), config.output)
     cli.say(f"drew {config.output}")
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from helix.plan.hardware import named_hardware
 from helix.plan.planner import Fleet, Setup
 from helix.plan.sizes import parse_size, parse_sizes, short
 from scripts.make_checkpoint import make_checkpoint
-from scripts.pareto import Point, frontier, require_matplotlib
+from scripts.pareto import Point, check_picture, frontier, require_matplotlib
 from scripts.plan import PlanCache, PlanConfig, PlanHardware, naming, run, setup_of, storage_of
 from tests.helix.plan.presets import CONF, preset
 
@@ -110,6 +111,16 @@ def test_a_picture_names_what_it_is_drawn_with_where_that_is_missing(monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"plot = out.png needs matplotlib: pip install 'helix-runtime\[plot\]'"):
         require_matplotlib("plot", "out.png")
+
+
+def test_a_picture_that_cannot_be_drawn_in_the_end_is_refused_at_once(tmp_path: Path) -> None:
+    check_picture("plot", str(tmp_path / "out.SVG"))
+    with pytest.raises(ValueError, match="out.png cannot be written: .*/missing is not a folder"):
+        check_picture("plot", str(tmp_path / "missing" / "out.png"))
+    for name in ("out.bmpx", "out"):
+        with pytest.raises(ValueError, match=rf"plot = .*/{name} must end in one of \..*, \.png, "):
+            check_picture("plot", str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sizes() -> None:
