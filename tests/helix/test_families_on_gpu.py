@@ -7,9 +7,9 @@ import torch
 
 from helix.sampling import SamplingParams
 from scripts.make_checkpoint import BESIDE, HYBRIDS, WINDOWED, make_checkpoint
+from tests.helix.eight_bits import caches_of_8_bits
 from tests.helix.greedy import TIE, greedy_of, reference, require_equal
 from tests.helix.speculative.world import Recorded, make_llm, run, use
-from tests.helix.test_fp8_cache import through_8_bits
 
 WINDOW, MAX_TOKENS = 24, 32
 LENGTHS = (1, 24, 70, 203)  # one row, a window, and more than a chunk: cut at 96 tokens
@@ -19,16 +19,9 @@ TIE_OF_8_BITS = 5e-2  # rounding may choose a key's neighbour in 8 bits, which i
 
 def expected_of(path, prompts, in_8_bits):
     """Transformers' tokens on CPUs, and the gaps to the second; over keys and values that went through 8 bits."""
-    from transformers import DynamicCache
-
-    class Keys(DynamicCache):
-        def update(self, key_states, value_states, *args, **more):
-            return super().update(through_8_bits(key_states), through_8_bits(value_states), *args, **more)
-
     model = reference(path)
-    return [
-        greedy_of(model, each, MAX_TOKENS, **({"past_key_values": Keys()} if in_8_bits else {})) for each in prompts
-    ]
+    make_cache = caches_of_8_bits(model) if in_8_bits else lambda: None
+    return [greedy_of(model, each, MAX_TOKENS, past_key_values=make_cache()) for each in prompts]
 
 
 @pytest.mark.gpu

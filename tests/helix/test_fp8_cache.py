@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from attention.pages import FP8, quantize
+from attention.pages import FP8
 from helix.config import (
     AttentionConfig,
     CacheConfig,
@@ -24,6 +24,7 @@ from helix.models.checkpoint import Checkpoint
 from helix.models.families import load_spec
 from helix.sampling import SamplingParams
 from scripts.make_checkpoint import make_checkpoint
+from tests.helix.eight_bits import caches_of_8_bits
 from tests.helix.greedy import greedy_of
 from tests.helix.test_parity import check
 
@@ -36,37 +37,14 @@ def checkpoint(tmp_path_factory):
     return cache(lambda family: str(make_checkpoint(tmp_path_factory.mktemp("fp8") / family, family=family)))
 
 
-def through_8_bits(x):
-    values, scales = quantize(x)
-    return values.float() * scales.unsqueeze(-1)
-
-
 @pytest.fixture(scope="module")
 def reference(checkpoint):
     """``reference(family, prompt, num_tokens)``: greedy tokens, and the gap of the two best logits at each."""
-    from transformers import AutoModelForCausalLM, DynamicCache
-
-    class Keys(DynamicCache):
-        def update(self, key_states, value_states, *args, **more):
-            return super().update(through_8_bits(key_states), through_8_bits(value_states), *args, **more)
-
-    class Turned(DynamicCache):
-        """Of keys made of latents that went through 8 bits, the turned elements through 16."""
-
-        def update(self, key_states, value_states, *args, **more):
-            turned = key_states[..., -self.width :].bfloat16().float()
-            key_states = torch.cat((key_states[..., : -self.width], turned), -1)
-            return super().update(key_states, value_states, *args, **more)
+    from transformers import AutoModelForCausalLM
 
     def generate(family, prompt, num_tokens):
         model = AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.float32)
-        held = Keys()
-        if family.startswith("deepseek"):
-            held = Turned()
-            held.width = model.config.qk_rope_head_dim
-            for layer in model.model.layers:
-                layer.self_attn.kv_a_layernorm.register_forward_hook(lambda module, x, out: through_8_bits(out))
-        return greedy_of(model, prompt, num_tokens, past_key_values=held)
+        return greedy_of(model, prompt, num_tokens, past_key_values=caches_of_8_bits(model)())
 
     return cache(generate)
 

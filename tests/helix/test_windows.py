@@ -27,10 +27,10 @@ from helix.sampling import SamplingParams
 from helix.windows import window_control, window_pages, with_windows
 from parallel.layout import Layout
 from scripts.make_checkpoint import make_checkpoint
+from tests.helix.eight_bits import caches_of_8_bits
 from tests.helix.greedy import greedy_of, reference, require_equal
 from tests.helix.speculative.world import Recorded, make_llm, use
 from tests.helix.speculative.world import run as generate
-from tests.helix.test_fp8_cache import through_8_bits
 
 WINDOW, MAX_TOKENS = 24, 40
 LENGTHS = (1, 17, 24, 25, 70, 131)
@@ -225,15 +225,10 @@ def test_a_draft_model_without_windows_drafts_for_one_with_them(models, tmp_path
 
 def test_drafts_in_graphs_over_8_bits_equal_transformers_over_what_these_mean(models):
     """Two drafts of three are right, so that windows move on by one to four tokens, and rows behind them are undone."""
-    from transformers import DynamicCache
-
-    class Keys(DynamicCache):
-        def update(self, key_states, value_states, *args, **more):
-            return super().update(through_8_bits(key_states), through_8_bits(value_states), *args, **more)
-
     path, prompts, _ = models("gpt_oss")
     model = reference(path)
-    expected = [greedy_of(model, prompt, MAX_TOKENS, past_key_values=Keys())[0] for prompt in prompts]
+    make_cache = caches_of_8_bits(model)
+    expected = [greedy_of(model, prompt, MAX_TOKENS, past_key_values=make_cache())[0] for prompt in prompts]
     speculative = {"method": "ngram", "max_draft_len": 3, "draft_len_schedule": {8: 3}}
     llm = make_llm(path, graphs=True, speculative=speculative, cache={"dtype": "fp8_e4m3"}, block_size=4)
     total = llm.engine.scheduler.windows.num_free
