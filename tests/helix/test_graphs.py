@@ -1,9 +1,12 @@
 """A captured decode step against the same step run eagerly, and against itself."""
 
+import gc
+
 import pytest
 import torch
 
 from helix.config import CacheConfig, HelixConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from helix.graphs import capture
 from helix.llm import LLM
 from helix.request import Chunk
 from helix.sampling import SamplingParams
@@ -67,3 +70,15 @@ def test_replay_equals_eager_and_itself_bit_for_bit(ranks, tmp_path, family, kvp
     make_checkpoint(tmp_path / "model", family=family, head_dim=64)
     tokens = pool.run(body, str(tmp_path / "model"), kvp, tpa, dtype)
     assert all(each == tokens[0] for each in tokens)
+
+
+@pytest.mark.gpu
+def test_nothing_is_collected_while_a_step_is_captured():
+    x, collects = torch.zeros(1, device="cuda"), []
+
+    def step():
+        collects.append(gc.isenabled())
+        x.add_(1)
+
+    capture(torch.cuda.CUDAGraph(), None, step)
+    assert collects == [True, False] and gc.isenabled()
