@@ -43,7 +43,7 @@ class Followers:
         num_shared = _num_shared(claim.keys, leader.keys, found, (len(seq.token_ids) - 1) // claim.keys.block_size)
         num_tokens = num_shared * claim.keys.block_size
         if self._checkpoints is not None:
-            num_tokens = self._checkpoints.last_below(num_tokens, len(leader.token_ids))
+            num_tokens = self._checkpoints.last_below(num_tokens, len(leader.token_ids), leader.blocks.num_matched)
         if num_tokens <= claim.num_tokens:
             return False
         seq.waits_for = (leader, num_tokens)

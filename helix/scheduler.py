@@ -165,7 +165,9 @@ class Scheduler:
     def _end_of(self, seq: Sequence, start: int, stop: int) -> int:
         """Return where a chunk of a sequence ends that may reach ``stop``: at a checkpoint that is due before."""
         checkpoints = self.cache.checkpoints
-        return stop if checkpoints is None else checkpoints.end(start, stop, len(seq.token_ids))
+        if checkpoints is None:
+            return stop
+        return checkpoints.end(start, stop, len(seq.token_ids), seq.blocks.num_matched)
 
     def _with_movements(self, step: Step) -> Step:
         self._give_windows(step.chunks)
@@ -179,7 +181,10 @@ class Scheduler:
         checkpoints = self.cache.checkpoints
         if checkpoints is None:
             return chunk
-        kept, moved = checkpoints.plan(chunk.start, chunk.stop, len(chunk.seq.token_ids), chunk.seq.batch_slot)
+        seq = chunk.seq
+        kept, moved = checkpoints.plan(
+            chunk.start, chunk.stop, len(seq.token_ids), seq.batch_slot, seq.blocks.num_matched
+        )
         self.cache.blocks.movements += moved
         return replace(chunk, kept=kept)
 

@@ -3,7 +3,8 @@
 A model with state layers cannot go on from any block: keys and values of its full layers are there for every token, but
 of the others there is one state, of the last. So some positions of a prompt keep a copy of it, in slots that are alike
 on all ranks: the last multiple of ``unit`` below the prompt's end, where the same prompt comes again or a later turn
-goes on, and every ``every`` tokens; a match ends at the last one. A chunk that begins at a multiple of ``unit`` passes
+goes on, every ``every`` tokens, and the last multiple of ``unit`` in what it shares with the tree, where others may
+leave it as well; a match ends at the last one. A chunk that begins at a multiple of ``unit`` passes
 them, and its step keeps the states on the way; another chunk ends there, and they are copied behind it. A sequence that
 decodes keeps one at the last multiple of ``unit`` that it passed, where its next turn goes on: it is copied by the step
 whose row begins there. All that is kept of one chunk is a ``Kept``, whose checkpoints are the blocks' once its step is
@@ -88,35 +89,42 @@ class Checkpoints:
         self._kept.clear()
         self._passed.clear()
 
-    def end(self, start: int, stop: int, length: int) -> int:
-        """Return where a chunk that may reach from ``start`` to ``stop`` ends, of a sequence of ``length`` tokens."""
+    def end(self, start: int, stop: int, length: int, num_matched: int = 0) -> int:
+        """Return where a chunk that may reach from ``start`` to ``stop`` ends, of a sequence of ``length`` tokens.
+
+        ``num_matched``: of these the first, that were in the tree when it was admitted.
+        """
         if not self._passes(start):
-            return min((position for position in self._due(start, stop, length) if position < stop), default=stop)
+            due = self._due(start, stop, length, num_matched)
+            return min((position for position in due if position < stop), default=stop)
         whole = stop // self.unit * self.unit
         stop = whole if start < whole and stop < length else stop  # so that the next one may pass as well
-        due = self._due(start, stop, length)
+        due = self._due(start, stop, length, num_matched)
         return stop if len(due) <= MOST_ON_THE_WAY else due[MOST_ON_THE_WAY - 1]
 
     def _passes(self, start: int) -> bool:
         """Return whether a chunk from a position on may pass places where checkpoints are due."""
         return self._may_pass and start % self.unit == 0
 
-    def _due(self, start: int, stop: int, length: int) -> list[int]:
+    def _due(self, start: int, stop: int, length: int, num_matched: int) -> list[int]:
         """Return where checkpoints are due in (start, stop] of a sequence of so many tokens, in order."""
         places = {*range((start // self.every + 1) * self.every, min(stop + 1, length), self.every)}
-        return sorted(places | {last for last in (self._last(length),) if start < last <= stop})
+        return sorted(places | {last for last in self._lasts(length, num_matched) if start < last <= stop})
 
-    def last_below(self, position: int, length: int) -> int:
-        """Return the last position up to one where a sequence of ``length`` tokens leaves a checkpoint; 0 for none."""
-        last = self._last(length)
-        return max(position // self.every * self.every, last if last <= position else 0)
+    def last_below(self, position: int, length: int, num_matched: int = 0) -> int:
+        """Return the last position up to one where a sequence leaves a checkpoint, see ``end``; 0 for none."""
+        lasts = [last for last in self._lasts(length, num_matched) if last <= position]
+        return max(position // self.every * self.every, *lasts, 0)
 
-    def match(self, root: Block, keys: list[bytes], limit: int) -> list[Block]:
-        """Return the longest chain of matching blocks that ends at a checkpoint; see ``tree.match``."""
+    def match(self, root: Block, keys: list[bytes], limit: int) -> tuple[list[Block], int]:
+        """Return the longest chain of matching blocks that ends at a checkpoint, and how many blocks match at all; see
+        ``tree.match``.
+        """
         chain = match(root, keys, limit)
+        num_matched = len(chain)
         while chain and not self.has(chain[-1]):
             chain.pop()
-        return chain
+        return chain, num_matched
 
     def has(self, block: Block) -> bool:
         """Return whether a sequence may begin behind a block."""
@@ -129,7 +137,9 @@ class Checkpoints:
         slot = slots[table.tail] = slots.pop(table.tail)  # used last
         return [CopyState(EVERY_RANK, batch_slot, slot, keeps=False)]
 
-    def plan(self, start: int, stop: int, length: int, batch_slot: int) -> tuple[Kept, list[Movement]]:
+    def plan(
+        self, start: int, stop: int, length: int, batch_slot: int, num_matched: int = 0
+    ) -> tuple[Kept, list[Movement]]:
         """Return what is kept of a chunk that ends where ``end`` says, or before, and what moves before its step.
 
         Where checkpoints are short the last places have them.
@@ -137,7 +147,7 @@ class Checkpoints:
         kept, slots, moved = Kept(batch_slot, start, stop, length), dict[int, int](), list[Movement]()
         self._free_all(self._kept.setdefault(batch_slot, {}).pop(start, kept))  # of a step that was made and not taken
         one_row = stop - start == 1 and start % self.unit == 0  # it decodes, or ends a prompt
-        for position in [start] * (start > 0) if one_row else reversed(self._due(start, stop, length)):
+        for position in [start] * (start > 0) if one_row else reversed(self._due(start, stop, length, num_matched)):
             slot, moves = self._take()
             moved += moves
             if slot is not None:
@@ -201,8 +211,9 @@ class Checkpoints:
             block = block.parent
         return block if block is not None and (block.depth + 1) * self._block_size == position else None
 
-    def _last(self, length: int) -> int:
-        return (length - 1) // self.unit * self.unit
+    def _lasts(self, length: int, num_matched: int) -> tuple[int, int]:
+        """Return the last multiples of a unit below a sequence's end and in what was in the tree of it."""
+        return (length - 1) // self.unit * self.unit, num_matched // self.unit * self.unit
 
     def _drop(self, block: Block) -> None:
         """Free the slot of a block's checkpoint, if it has one."""

@@ -17,6 +17,7 @@ class Claim:
     Attributes:
         chain: the whole blocks found.
         pages: their device pages, negative from the first one that is on the host.
+        num_matched: tokens of all blocks that match, where a sequence may begin behind some of them only; else 0.
         partial: the block whose first ``partial_tokens`` tokens come next, if any.
     """
 
@@ -25,6 +26,7 @@ class Claim:
     root: Block
     chain: list[Block]
     pages: list[int]
+    num_matched: int = 0
     partial: Block | None = None
     partial_tokens: int = 0
 

@@ -145,9 +145,13 @@ class CacheControl:
         keys.update()
         root = self.blocks.tree.root(keys.salt)
         limit = min(len(keys.token_ids) - 1, most)
-        find = match if arrives or self.checkpoints is None else self.checkpoints.match
-        chain = find(root, keys.full, limit // keys.block_size) if self._reuse else []
-        claim = Claim(keys, tuple(retention), root, chain, [block.page for block in chain])
+        most_blocks = limit // keys.block_size if self._reuse else 0
+        if arrives or self.checkpoints is None:
+            chain, num_matched = match(root, keys.full, most_blocks), 0
+        else:
+            chain, num_matched = self.checkpoints.match(root, keys.full, most_blocks)
+        pages = [block.page for block in chain]
+        claim = Claim(keys, tuple(retention), root, chain, pages, num_matched=num_matched * keys.block_size)
         self.blocks.pin_chain(root, chain)
         if self._partial_reuse:
             claim.partial, claim.partial_tokens = claim.tail.longest_partial(keys.part(len(chain), limit))
@@ -195,6 +199,7 @@ class CacheControl:
             first_owner,
             claim.pages[:on_device] + pages,
             num_reused=claim.num_tokens,
+            num_matched=claim.num_matched,
             num_cached=found,
             tail=claim.tail,
             keys=claim.keys,

@@ -23,6 +23,8 @@ class BlockTable:
         first_owner: the rank of block 0.
         pages: page ids; they are only ever added, until the table is released.
         num_reused: leading tokens whose K and V were in the cache when the sequence was admitted.
+        num_matched: leading tokens whose blocks were in the tree then; it may have begun before their end, behind the
+            last of them that has a checkpoint. 0 where sequences may begin anywhere.
         num_cached: leading blocks that are in the tree under these tokens.
         tail: the last of these blocks, or the root; pinned while the sequence runs.
         own: blocks below ``num_cached`` of which the sequence has a page of its own, because another sequence put the
@@ -35,6 +37,7 @@ class BlockTable:
     first_owner: int
     pages: list[int] = field(default_factory=list)
     num_reused: int = 0
+    num_matched: int = 0
     num_cached: int = 0
     tail: Block | None = None
     keys: BlockKeys | None = None

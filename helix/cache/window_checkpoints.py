@@ -37,7 +37,7 @@ class WindowCheckpoints(Checkpoints):
         while self._give_up():
             pass
 
-    def end(self, start: int, stop: int, length: int) -> int:
+    def end(self, start: int, stop: int, length: int, num_matched: int = 0) -> int:
         """Return ``stop``: a chunk passes where checkpoints are due, and its commit finds their pages."""
         return stop
 
@@ -52,7 +52,9 @@ class WindowCheckpoints(Checkpoints):
         self._windows.begin(table.window, (table.tail.depth + 1) * self._block_size, pages)
         return []
 
-    def plan(self, start: int, stop: int, length: int, batch_slot: int) -> tuple[Kept, list[Movement]]:
+    def plan(
+        self, start: int, stop: int, length: int, batch_slot: int, num_matched: int = 0
+    ) -> tuple[Kept, list[Movement]]:
         """Return which chunk it is: its pages are there when it is committed."""
         return Kept(batch_slot, start, stop, length), []
 
@@ -61,7 +63,7 @@ class WindowCheckpoints(Checkpoints):
 
         The chunk's pages are there until it is trimmed, which comes after. A decode row passes none.
         """
-        for due in self._due(kept.start, kept.stop, kept.length):
+        for due in self._due(kept.start, kept.stop, kept.length, table.num_matched):
             block = self._block_to(table, due) if self._windows.has_before(table.window, due) else None
             if block is not None and not self.has(block):
                 self._hold(table, block, due)

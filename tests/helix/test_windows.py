@@ -212,6 +212,18 @@ def test_prompts_that_come_again_and_next_turns_reuse_what_is_there(ranks, model
         assert all(cached == 0 for turn in computed for _, cached in turn)
 
 
+def test_of_prompts_with_one_beginning_the_third_begins_behind_it(models):
+    path, prompts, _ = models("gpt_oss")
+    beginning, settings = prompts[-1], SamplingParams(max_tokens=8, ignore_eos=True)
+    llm, alone = make_llm(path, prefill_chunk=256), make_llm(path, cache={"reuse": False})
+    found = []
+    for ending in ([1] * 70, [2] * 90, [3] * 75):
+        [made], [expected] = (generate(each, [beginning + ending], settings) for each in (llm, alone))
+        assert made.token_ids == expected.token_ids
+        found.append(made.cached_tokens)
+    assert found == [0, 0, 128]
+
+
 def test_a_draft_model_without_windows_drafts_for_one_with_them(models, tmp_path):
     """Of the same weights, so that both agree where a window holds everything and rarely beyond."""
     path, prompts, expected = models("mistral")

@@ -82,6 +82,15 @@ def test_chunks_pass_places_from_whole_units_on_and_end_at_them_elsewhere():
     assert passing.plan(128, 896, 1000, 0)[0].behind is None and passing.plan(130, 256, 1000, 1)[0].behind is not None
 
 
+def test_a_place_is_due_where_a_sequence_leaves_the_tree():
+    plain, passing = (Checkpoints(99, 512, 16, passes=passes) for passes in (False, True))
+    assert plain.end(0, 700, 1000, 300) == 256 and plain.end(256, 700, 1000, 300) == 512
+    assert [rows for rows, _ in passing.plan(0, 1000, 1000, 0, 300)[0].on_the_way] == [256, 512, 960]
+    assert [rows for rows, _ in passing.plan(0, 1000, 1000, 1, 63)[0].on_the_way] == [512, 960], "less than a unit"
+    assert [rows for rows, _ in passing.plan(256, 1000, 1000, 2, 300)[0].on_the_way] == [256, 704], "it is behind"
+    assert [passing.last_below(position, 1000, 300) for position in (200, 290, 600, 999)] == [0, 256, 512, 960]
+
+
 def test_what_is_kept_of_a_chunk_is_free_again_unless_it_is_committed():
     checkpoints = Checkpoints(3, 64, 16, passes=True)
     for _ in range(2):  # a step is made, not taken, and made again

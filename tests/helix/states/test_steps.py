@@ -60,6 +60,19 @@ def test_later_prompts_go_on_from_checkpoints(model):
     assert found == [[0], [192], [192], [128], [0], [192, 192, 256, 192, 128]]
 
 
+def test_of_prompts_with_one_beginning_the_third_begins_behind_it(model):
+    """The second leaves a checkpoint where it leaves what the first one left."""
+    rng = Random(4)
+    beginning, *questions = ([rng.randrange(256) for _ in range(length)] for length in (150, 90, 70, 100, 80))
+    llm, alone = make_llm(model, prefill_chunk=512, look_ahead=True), make_llm(model, cache={"reuse": False})
+    found = []
+    for question in questions:
+        [output] = run(llm, [[*beginning, *question]], SAMPLING)
+        assert told([output]) == told(run(alone, [[*beginning, *question]], SAMPLING))
+        found.append(output.cached_tokens)
+    assert found == [0, 0, 128, 128]
+
+
 def test_a_next_turn_goes_on_where_the_answer_was(model):
     rng = Random(2)
     prompt, other = ([rng.randrange(256) for _ in range(length)] for length in (180, 30))
