@@ -160,10 +160,17 @@ class Checkpoint:
         scale = how.scale_of(name)
         if how.grain == "block":
             top, left = rows[0] // BLOCK, columns[0] // BLOCK
-            grid = self._tensor(scale)[top : top + num_blocks(*rows), left : left + blocks].float()
+            grid = self._finite(scale, self._tensor(scale)[top : top + num_blocks(*rows), left : left + blocks])
             return grid[torch.arange(*rows) // BLOCK - top].T
-        flat = self._files[self._file_of[scale]].get_tensor(scale).float().reshape(1, -1)
+        flat = self._finite(scale, self._files[self._file_of[scale]].get_tensor(scale)).reshape(1, -1)
         return (flat if how.grain == "tensor" else flat[:, slice(*rows)]).expand(blocks, rows[1] - rows[0])
+
+    def _finite(self, name: str, scales: torch.Tensor) -> torch.Tensor:
+        """Return scales in float32; CheckpointError where one is no number."""
+        scales = scales.float()
+        if not bool(scales.isfinite().all()):
+            raise CheckpointError(f"{self.path}: {name} has scales that are no finite numbers; fetch the file again")
+        return scales
 
     @property
     def _quantization(self) -> Quantization:

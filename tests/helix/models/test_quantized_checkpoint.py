@@ -1,6 +1,7 @@
 """Checkpoints of 8 bits: what a rank reads of them, and what is refused in one line."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,19 @@ def test_bad_scales_are_named_with_their_shape(tmp_path, change, problem):
     with pytest.raises(CheckpointError, match=problem) as error:
         Checkpoint(path, load_spec(path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_no_numbers_are_named_when_they_are_read(tmp_path, value):
+    path = quantised(tmp_path, family="llama")
+    rewrite(path, lambda tensors: tensors[f"{UP}_scale_inv"][3, 1:].fill_(value))
+    spec = load_spec(path)
+    first, last = (Part((0, 1), (0, 1), (0, 1), rows, (0, 1), (0, 0), (0, 0), (0, 0)) for rows in ((0, 9), (399, 416)))
+    with Checkpoint(path, spec) as checkpoint:
+        for part, refused in ((first, False), (last, True)):
+            weight = layer_weights(spec, 0, part)["gate_up"]
+            with pytest.raises(CheckpointError, match=f"{UP}_scale_inv has scales that") if refused else nullcontext():
+                checkpoint.read(weight, room(weight))
 
 
 @pytest.mark.parametrize(
