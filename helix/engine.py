@@ -14,16 +14,15 @@ what they would be without it:
  4. Page movements of a step are started before it is launched and after the one before it was: the mover's streams wait
     for everything launched so far, and the next launch for them.
  5. Prompts' chunks are launched ahead as decode rows are, so a step's host work is hidden behind the chunk before it.
-    With a drafter, whose drafts follow known tokens, decode rows alone are; behind log-probabilities nothing is. That a
-    sequence stopped is known when the next step is already launched: one that waits for its place starts a step later
-    than it would, and a page for the dropped row may have cost a cached block. No token depends on either.
+    With a drafter, whose drafts follow known tokens, decode rows alone are; behind a prompt that is scored nothing is.
+    That a sequence stopped is known when the next step is already launched: one that waits for its place starts a step
+    later than it would, and a page for the dropped row may have cost a cached block. No token depends on either.
  6. What a structured sequence may choose is found on rank 0 behind its known tokens, and brought to all ranks before a
     step that it has a row in. Such a row is launched no sooner; others are.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -41,8 +40,6 @@ from .runner import Runner
 from .scheduler import Scheduler, Step
 from .speculative.counters import SpeculativeCounters
 from .speculative.speculator import Speculator
-
-_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -86,7 +83,6 @@ class Engine:
         self._looks_ahead = look_ahead and not check_ranks
         self._flight: Flight | None = None  # launched, not read yet
         self._check_ranks = check_ranks
-        self._said_logprobs = False
         self._clock = clock
         self._live: dict[int, Sequence] = {}  # by index: what has arrived and not ended
         self.in_step = False
@@ -272,14 +268,6 @@ class Engine:
         if self._check_ranks:
             compare_ranks(self.metrics.num_steps, step)
 
-    def _has_logprobs(self, step: Step) -> bool:
-        """Return whether a step has log-probabilities to make, which the host waits for."""
-        found = any(chunk.seq.sampling.logprobs is not None or chunk.seq.scores_prompt for chunk in step.chunks)
-        if found and not self._said_logprobs:
-            _log.info("sampling.logprobs: while such a request runs, no step is launched before the last one is read")
-            self._said_logprobs = True
-        return found
-
     def _forget(self, seq: Sequence) -> None:
         """Hold nothing of a sequence that ended or was preempted."""
         if self.speculator is not None:
@@ -288,7 +276,8 @@ class Engine:
             self.runner.sampler.forget(seq)
 
     def _launched(self, step: Step) -> Flight:
-        flight = Flight.launch(self.runner, step, waits=self._has_logprobs(step))
+        waits = any(chunk.seq.scores_prompt for chunk in step.chunks)
+        flight = Flight.launch(self.runner, step, waits=waits)
         self.num_departed += 1
         self.metrics.padding_rows += self.runner.num_padding
         return flight

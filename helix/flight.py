@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .graphs import PendingTokens
 from .logprobs import SampledTokens
 from .request import Sequence
@@ -24,7 +26,7 @@ class Flight:
 
     @classmethod
     def launch(cls, runner: Runner, step: Step, *, waits: bool) -> Flight:
-        """Give a step to the device. ``waits``: the host waits for log-probabilities, which ``is_pending`` tells."""
+        """Give a step to the device. ``waits``: the host waits for what it scores, which ``is_pending`` tells."""
         return cls(step, (runner.sample if waits else runner.launch)(step.chunks))
 
     @property
@@ -45,6 +47,6 @@ class Flight:
         if isinstance(self.choice, PendingTokens):
             ids, fault = self.choice.wait()
             runner.check_faults(fault)
-            return SampledTokens.plain(ids)
+            return self.choice.sampled or SampledTokens(token_ids=torch.tensor(ids, dtype=torch.int64))
         runner.check_faults()
         return self.choice

@@ -34,10 +34,11 @@ from parallel.symmetric import Faults
 from .cache.pages import PagedCache
 from .compile_ahead import compile_ahead
 from .decode_rows import ROW_INPUTS, WINDOW_INPUTS, DecodeRows
+from .logprobs import SampledTokens
 from .models.decoder import Decoder
 from .models.unlike import one_of_each_layer
 from .next_states import NextStates
-from .upload import WINDOW_PREFIX, Packing, Shapes, fill_work, upload, window_rows, work_shapes
+from .upload import WINDOW_PREFIX, Packing, Shapes, fill_work, on_its_way, upload, window_rows, work_shapes
 
 _log = logging.getLogger(__name__)
 STAGES = 4
@@ -59,21 +60,20 @@ class PendingTokens:
         host: int64, the tokens of all its rows that may choose, then the word in which kernels noted a fault.
         done: when they are there; None where they are already.
         rows: which rows are wanted.
+        sampled: the same tokens with log-probabilities, on their way too; None where no row asks for these.
     """
 
     host: torch.Tensor
     done: torch.cuda.Event | None
     rows: list[int]
+    sampled: SampledTokens | None = None
 
     @classmethod
-    def send(cls, output: torch.Tensor) -> PendingTokens:
-        """Send a step's tokens and fault word, computed on the current stream, to the host."""
-        if not output.is_cuda:
-            return cls(output, None, list(range(len(output) - 1)))
-        host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
-        host.copy_(output, non_blocking=True)
-        done = torch.cuda.current_stream(output.device).record_event()
-        return cls(host, done, list(range(len(output) - 1)))
+    def send(cls, output: torch.Tensor, sampled: SampledTokens | None = None) -> PendingTokens:
+        """Send a step's tokens and fault word, computed on the current stream, to the host; log-probabilities, too."""
+        host, sampled = on_its_way(output), None if sampled is None else sampled.on_its_way
+        done = torch.cuda.current_stream(output.device).record_event() if output.is_cuda else None
+        return cls(host, done, list(range(len(output) - 1)), sampled)
 
     def wait(self) -> tuple[list[int], int]:
         """Wait for the step; return the tokens of the wanted rows, and the fault word (0: none)."""

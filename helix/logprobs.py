@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .mass import ORDERS_PER_NAT, mass
 from .request import TokenLogprobs
+from .upload import on_its_way
 
 _ONE = 2.0**40
 _LOW_32 = 0xFFFFFFFF
@@ -29,10 +30,15 @@ class SampledTokens:
     top_ids: Tensor | None = None  # [R, n] int64; None: n = 0
     top_logprobs: Tensor | None = None  # [R, n] float32; None: n = 0
 
-    @classmethod
-    def plain(cls, token_ids: list[int]) -> SampledTokens:
-        """Return tokens that are known on the host, without log-probabilities."""
-        return cls(token_ids=torch.tensor(token_ids, dtype=torch.int64))
+    @property
+    def on_its_way(self) -> SampledTokens:
+        """Their copies on the host, which are there once the device has come so far on the current stream."""
+        logprobs, top_ids, top_logprobs = (
+            None if each is None else on_its_way(each) for each in (self.logprobs, self.top_ids, self.top_logprobs)
+        )
+        return SampledTokens(
+            token_ids=on_its_way(self.token_ids), logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs
+        )
 
 
 def with_logprobs(token_ids: Tensor, logits: Tensor, num: int) -> SampledTokens:

@@ -237,7 +237,8 @@ class Runner:
             local = self._local_logits(chunks)
             return self._sent(choosing, self.decoder.greedy(local) if choosing else None)
         sampled = self.sample(chunks)
-        return self._sent(choosing, None if sampled is None else sampled.token_ids)
+        tokens = None if sampled is None else sampled.token_ids
+        return self._sent(choosing, tokens, None if sampled is None or sampled.logprobs is None else sampled)
 
     def _graph_of(self, chunks: list[Chunk]) -> StepGraph | None:
         """Return the graph that holds the rows of chunks which all choose tokens; None where none does."""
@@ -295,8 +296,13 @@ class Runner:
         """Return what ``NextStates.take`` does for the chunks of a step; None without the layer that asks for it."""
         return (None, None) if self.next_states is None else self.next_states.take(chunks)
 
-    def _sent(self, chunks: list[Chunk], tokens: torch.Tensor | None) -> PendingTokens:
-        """Keep the last token of each chunk for the next step, and send all to the host; None where none chooses."""
+    def _sent(
+        self, chunks: list[Chunk], tokens: torch.Tensor | None, sampled: SampledTokens | None = None
+    ) -> PendingTokens:
+        """Keep the last token of each chunk for the next step, and send all to the host; None where none chooses.
+
+        ``sampled``: the same tokens with log-probabilities; None where no row asks for these.
+        """
         device = self.decoder.device
         fault = torch.zeros(1, dtype=torch.int64, device=device) if self.faults is None else self.faults.word.long()
         if tokens is None:
@@ -305,7 +311,7 @@ class Runner:
         slots = np.array([chunk.seq.batch_slot for chunk in chunks], np.int64)
         sent = upload({"last": last, "slots": slots}, device)
         self._device_tokens[sent["slots"]] = tokens[sent["last"]]
-        return PendingTokens.send(torch.cat((tokens, fault)))
+        return PendingTokens.send(torch.cat((tokens, fault)), sampled)
 
     def check_faults(self, word: int | None = None) -> None:
         """Raise RankLost when a kernel gave up waiting for a rank; ``word`` is the fault word where it is known."""

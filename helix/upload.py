@@ -57,6 +57,14 @@ class Packing:
         }
 
 
+def on_its_way(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's copy on the host, which is there once the device has come so far on the current stream."""
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
 def upload(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
     """Copy arrays of 32 and 64 bits to the device in stream order, by one copy that the host does not wait for."""
     packing = Packing({name: (array.dtype.type, array.shape) for name, array in arrays.items()})

@@ -49,7 +49,7 @@ def main() -> None:
     building.fill = lambda decoder, checkpoint: None
     LLM._enter = lambda self, config: Launch(0, 1, 0, 1, imaginary_gpu.DEVICE)  # type: ignore[method-assign]
     PendingTokens.send = classmethod(  # type: ignore[assignment]
-        lambda cls, output: cls(output, None, list(range(output.shape[0] - 1)))
+        lambda cls, output, sampled=None: cls(output, None, list(range(output.shape[0] - 1)))
     )
     Flight.read = read  # type: ignore[method-assign]
     shape = yaml.safe_load((CONF / "model" / f"{MODEL}.yaml").read_text("utf-8"))["config"]

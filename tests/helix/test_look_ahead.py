@@ -38,7 +38,7 @@ class Watch:
                 watch.log.append(("wait", number))
                 return super().wait()
 
-        return Watched(pending.host, pending.done, pending.rows)
+        return Watched(pending.host, pending.done, pending.rows, pending.sampled)
 
 
 def test_a_step_is_launched_before_the_tokens_of_the_last_are_read(model: Path) -> None:

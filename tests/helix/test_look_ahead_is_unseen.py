@@ -163,7 +163,32 @@ def test_sequences_that_draw_share_a_batch_with_greedy_ones(model: Path) -> None
     ahead = note_ahead(on)
     assert events_of(on, requests) == events_of(off, requests)
     assert counters(on) == counters(off)
-    assert len(ahead) == MAX_TOKENS - 9 - 1, "once it has ended"
+    assert len(ahead) == MAX_TOKENS - 1
+
+
+def scored_body(path: Path, kvp: int) -> list[Any]:
+    """Tokens and log-probabilities, of prompts as well, without look-ahead and with it, and what was launched ahead."""
+    requests = [
+        request(PROMPTS[1], 20, temperature=0.9, seed=3, logprobs=2),
+        request(PROMPTS[0]),
+        request(PROMPTS[2], 12, logprobs=0),
+        request(PROMPTS[3], 5, logprobs=4, prompt_logprobs=1, logit_bias={"65": 3.0}),
+    ]
+    told = []
+    for look_ahead in (False, True):
+        llm = make_llm(path, look_ahead, kvp=kvp, prefill_chunk=9, max_batch=3, device="auto")
+        ahead = note_ahead(llm)
+        outputs = llm.generate(requests)
+        told.append(([(each.token_ids, each.logprobs, each.prompt_logprobs) for each in outputs], len(ahead)))
+    return told
+
+
+@pytest.mark.parametrize("kvp", [1, 2])
+def test_log_probabilities_hold_no_step_back_and_are_the_same(ranks: Callable[..., Any], model: Path, kvp: int) -> None:
+    for (off, none), (on, some) in ranks(kvp).run(scored_body, model, kvp):
+        assert on == off
+        assert [each[1] and [len(row.top) for row in each[1]] for each in on] == [[2] * 20, None, [0] * 12, [4] * 5]
+        assert none == 0 and some >= 18
 
 
 SAMPLED: list[dict[str, Any]] = [
