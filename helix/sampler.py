@@ -16,6 +16,7 @@ import math
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -174,10 +175,10 @@ class Sampler:
         logits = self._decoder.local_logits(
             last_tokens.new_zeros((1, self._decoder.spec.hidden_size)).to(self._decoder.dtype)
         )
-        for top_k in (0, 1):  # without filters, and with all of them
-            for presence in (0.0, 0.5):  # penalised logits are float32
-                seq.sampling = SamplingParams(temperature=1.0, top_k=top_k, presence_penalty=presence)
-                self.choose(logits, self.prepare([Chunk(seq, 0, 1)], last_tokens))
+        # what is penalised, biased or masked is float32; so are penalties of rows beside a biased one
+        for given, top_k, presence in product((logits, logits.float()), (0, 1), (0.0, 0.5)):
+            seq.sampling = SamplingParams(temperature=1.0, top_k=top_k, presence_penalty=presence)
+            self.choose(given, self.prepare([Chunk(seq, 0, 1)], last_tokens))
         self._counts.forget(seq)
 
     def forget(self, seq: Sequence) -> None:

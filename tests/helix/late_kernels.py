@@ -20,6 +20,8 @@ from helix.config import CacheConfig, HelixConfig, ModelConfig, SchedulerConfig,
 from helix.flight import Flight
 from helix.graphs import PendingTokens
 from helix.llm import LLM
+from helix.prompt_logprobs import PromptScorer
+from helix.request import Sequence, TokenLogprobs
 from parallel.launch import Launch
 from scripts.cli import CONF
 from scripts.dummy_weights import with_weights
@@ -40,6 +42,12 @@ def read(flight: Flight, runner: Any) -> Any:
     return SimpleNamespace(token_ids=np.array([CHOSEN.randrange(1, 50) for _ in range(count)]), logprobs=None)
 
 
+def take(scorer: PromptScorer) -> list[tuple[Sequence, TokenLogprobs]]:
+    """Return scores of 0 for the prompts that were scored, as ``PromptScorer.take``."""
+    scored, scorer._scored = scorer._scored, []
+    return [(seq, TokenLogprobs(0, 0.0, {})) for seqs, _ in scored for seq in seqs]
+
+
 def main() -> None:
     """Start, and run the requests."""
     mode, launches = imaginary_gpu.install()
@@ -52,6 +60,7 @@ def main() -> None:
         lambda cls, output, sampled=None: cls(output, None, list(range(output.shape[0] - 1)))
     )
     Flight.read = read  # type: ignore[method-assign]
+    PromptScorer.take = take  # type: ignore[method-assign]
     shape = yaml.safe_load((CONF / "model" / f"{MODEL}.yaml").read_text("utf-8"))["config"]
     model = ModelConfig(load="dummy", config=shape | {"num_hidden_layers": 2}, max_position=8192)
     config = HelixConfig(

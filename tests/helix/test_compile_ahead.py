@@ -73,6 +73,12 @@ def draw(rng: Random, vocab: int) -> Request:
         sampling.frequency_penalty = 0.5
     if rng.random() < 0.1:
         sampling.logprobs = 3
+    if rng.random() < 0.1:
+        sampling.min_p, sampling.repetition_penalty = 0.05, 1.1
+    if rng.random() < 0.1:
+        sampling.logit_bias, sampling.min_tokens = {7: 2.0}, rng.randint(0, sampling.max_tokens)
+    if rng.random() < 0.05:
+        sampling.prompt_logprobs = rng.randint(0, 3)
     beginning = [1 + i % 50 for i in range(rng.choice([0, 200, 1000]))]
     own = [rng.randrange(vocab) for _ in range(int(2 ** rng.uniform(0, 11)))]
     return Request(prompt_token_ids=beginning + own, sampling=sampling)
