@@ -15,6 +15,7 @@ from attention.ranges import PAGE
 from .batch import LocalRows, StepRows
 from .compile_ahead import compile_ahead
 from .graphs import buckets_up_to
+from .models.linear import MAX_ROWS
 from .models.unlike import one_of_each_layer
 from .runner import Runner
 
@@ -45,6 +46,7 @@ def compile_steps(runner: Runner, most_rows: int) -> None:
             for visible in (1, most_seen):  # rows that are whole, and rows that are in parts
                 hidden = runner.forward(StepRows.for_nobody(num_rows), _for_nobody(runner, num_rows, visible))
             decoder.greedy(decoder.local_logits(hidden[: runner.max_batch]))
+            decoder.local_logits(hidden[:MAX_ROWS])  # of prompts that are scored
         if ahead and runner.next_states is None and 0 < runner.expand_rows <= most_rows:
             _compile_wanted(runner)
         if ahead and runner.sampler is not None:
