@@ -128,7 +128,8 @@ def refused(listener, port=None):
 
     thread = threading.Thread(target=attempt)
     thread.start()
-    while thread.is_alive():
+    before, deadline = listener.num_refused, time.monotonic() + 5.0
+    while thread.is_alive() or (listener.num_refused == before and time.monotonic() < deadline):
         assert listener.poll(0.02) == []
     return problems[0]
 
